@@ -1,0 +1,1 @@
+"""Checkpoints: identity of the model settings, Hugging Face import, optimizer state."""

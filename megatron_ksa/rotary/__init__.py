@@ -1,0 +1,1 @@
+"""Rotary position embedding: RoPE with one base for each KV group (HARPE)."""

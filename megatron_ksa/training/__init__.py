@@ -1,0 +1,1 @@
+"""Glue between the Megatron trainer and the model: batch, loss, schedules, FLOPs."""
