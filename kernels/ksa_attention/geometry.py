@@ -1,0 +1,12 @@
+"""The three numbers that decide who sees whom in KSA attention."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KSAGeometry:
+    """Chunk size C, summary tokens per chunk S, and window W in past chunks (KSA report, arXiv 2604.24432)."""
+
+    chunk_size: int
+    summary_tokens: int
+    window_chunks: int

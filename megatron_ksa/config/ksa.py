@@ -1,0 +1,114 @@
+"""Settings of Kwai Summary Attention (KSA report, arXiv 2604.24432)."""
+
+import dataclasses
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_ksa.config.options import option
+from megatron_ksa.config.patterns import parse_integers, parse_letters
+from megatron_ksa.errors import UsageError
+
+
+class LayerKind(StrEnum):
+    """What a decoder layer does with text and summary rows; the value is its letter in `--ksa-layer-pattern`."""
+
+    KSA = "k"
+    LARGE_WINDOW = "l"
+    FULL = "f"
+
+
+@dataclass(frozen=True)
+class KSALayer:
+    """One decoder layer: its kind, and the past chunks whose text a text query sees (unused in full layers)."""
+
+    kind: LayerKind
+    window_chunks: int
+
+
+@dataclass(frozen=True)
+class KSAConfig:
+    """Kwai Summary Attention: a summary token after every chunk of text tokens.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    enabled: bool = option(False, "Train with Kwai Summary Attention.", flag="--ksa")
+    chunk_size: int = option(8, "Text tokens in a chunk (C). --seq-length must be a multiple of it.")
+    summary_tokens: int = option(1, "Summary tokens after each complete chunk (S).")
+    window_chunks: str = option(
+        "128", "Past chunks whose text a text query still sees (W): a number, or a pattern with one a layer, "
+        "such as ([128]*3+[1024])*6."
+    )  # fmt: skip
+    layer_pattern: str = option(
+        "k", "Kind of each layer: k (KSA), l (KSA with a window over the whole sequence), f (full attention; summary "
+        "rows skip the layer). One letter for all layers or one a layer, such as kkkf*6."
+    )  # fmt: skip
+    independent_projections: bool = option(True, "Give summary rows their own Q, K and V projections in each KSA layer.")
+    independent_qk_norm: bool = option(False, "Give summary rows their own Q and K norms (with --qk-layernorm).")
+    independent_layernorm: bool = option(False, "Give summary rows their own input layer norm in each KSA layer.")
+    anneal_start: int | None = option(
+        None, "Iteration up to which summary rows use only their own projections; from there to --ksa-anneal-end "
+        "they move linearly to the text projections."
+    )  # fmt: skip
+    anneal_end: int | None = option(None, "Iteration from which summary rows use only the text projections.")
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "summary_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--ksa-{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if (self.anneal_start is None) != (self.anneal_end is None):
+            raise UsageError("--ksa-anneal-start and --ksa-anneal-end go together: one of them is missing")
+        if self.anneal_start is not None and not 0 <= self.anneal_start < self.anneal_end:
+            raise UsageError(
+                f"--ksa-anneal-start {self.anneal_start} must be at least 0 and below --ksa-anneal-end {self.anneal_end}"
+            )
+        if self.anneal_start is not None and not self.independent_projections:
+            raise UsageError("--ksa-anneal-start needs the summary projections: drop --no-ksa-independent-projections")
+
+    def layers(self, num_layers: int, seq_length: int) -> tuple[KSALayer, ...]:
+        """Kind and window of every layer, for a text length of seq_length tokens.
+
+        Raises:
+            UsageError: a pattern outside the grammar or of the wrong length.
+        """
+        kinds = parse_letters(self.layer_pattern, "".join(LayerKind), num_layers, "--ksa-layer-pattern")
+        windows = parse_integers(self.window_chunks, num_layers, "--ksa-window-chunks")
+        whole = -(-seq_length // self.chunk_size)
+        return tuple(
+            KSALayer(LayerKind(kind), whole if kind == LayerKind.LARGE_WINDOW else window)
+            for kind, window in zip(kinds, windows, strict=True)
+        )
+
+    def summary_coefficient(self, iteration: int) -> float:
+        """Weight a of the summary projections on summary rows: 1 up to anneal_start, then linear to 0 at anneal_end."""
+        if self.anneal_start is None:
+            return 1.0
+        done = (iteration - self.anneal_start) / (self.anneal_end - self.anneal_start)
+        return 1.0 - min(max(done, 0.0), 1.0)
+
+    def check_sequence(self, seq_length: int, *, context_parallel: int = 1, sequence_parallel: int = 1) -> None:
+        """Refuse a text length whose shards would cut a chunk.
+
+        Args:
+            seq_length: text tokens in a sequence.
+            context_parallel: context-parallel size; each rank holds two zig-zag segments.
+            sequence_parallel: tensor-parallel size where sequence parallelism is on, else 1.
+
+        Raises:
+            UsageError: with the nearest lengths that work.
+        """
+        segments = 2 * context_parallel if context_parallel > 1 else 1
+        step = self.chunk_size * segments * sequence_parallel
+        if seq_length % step:
+            parts = {"--ksa-chunk-size": self.chunk_size, "2 x --context-parallel-size": segments,
+                     "--tensor-model-parallel-size with --sequence-parallel": sequence_parallel}  # fmt: skip
+            rule = " x ".join(f"{value} ({name})" for name, value in parts.items() if value > 1)
+            below = seq_length // step * step
+            nearest = f"{below} or {below + step}" if below else f"{step}"
+            raise UsageError(f"--seq-length {seq_length} is not a multiple of {step} = {rule}: use {nearest}")
+
+    def identity(self) -> dict[str, object]:
+        """The settings a checkpoint's weights depend on (everything but the annealing schedule)."""
+        schedule = ("anneal_start", "anneal_end")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in schedule}

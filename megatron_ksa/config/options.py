@@ -1,0 +1,59 @@
+"""Command-line flags generated from a config dataclass: one argument group, one help line a field."""
+
+import argparse
+import dataclasses
+import types
+from typing import Any, TypeVar, get_args, get_type_hints
+
+Config = TypeVar("Config")
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None) -> Any:
+    """A dataclass field with the help text, choices and, where it is not the prefix and name, the flag that sets it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+
+
+def _flag(field: dataclasses.Field, prefix: str) -> str:
+    return field.metadata.get("flag") or f"--{prefix}-{field.name.replace('_', '-')}"
+
+
+def _destination(field: dataclasses.Field, prefix: str) -> str:
+    return _flag(field, prefix).removeprefix("--").replace("-", "_")
+
+
+def _scalar_type(annotation: Any) -> type:
+    """`int` for `int | None`, and the annotation itself otherwise."""
+    if isinstance(annotation, types.UnionType):
+        return next(member for member in get_args(annotation) if member is not type(None))
+    return annotation
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, config: type, prefix: str, title: str) -> None:
+    """Add one argument group with a flag `--<prefix>-<field>` for every field of the dataclass `config`.
+
+    A field of type bool becomes `--flag` and `--no-flag`. The class docstring's first line describes the group.
+    """
+    group = parser.add_argument_group(title, (config.__doc__ or "").strip().splitlines()[0])
+    annotations = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = _scalar_type(annotations[field.name])
+        default = "" if field.default is None else f" (default: {field.default})"
+        help_text = (field.metadata["help"] + default).replace("%", "%%")
+        if kind is bool:
+            group.add_argument(
+                _flag(field, prefix), action=argparse.BooleanOptionalAction, default=field.default, help=help_text
+            )
+        else:
+            choices = field.metadata.get("choices")
+            group.add_argument(
+                _flag(field, prefix), type=kind, default=field.default, choices=choices, help=help_text
+            )
+
+
+def config_from_args(config: type[Config], args: argparse.Namespace, prefix: str) -> Config:
+    """The dataclass `config` filled from parsed arguments.
+
+    Raises:
+        UsageError: from the dataclass's own validation.
+    """
+    return config(**{f.name: getattr(args, _destination(f, prefix)) for f in dataclasses.fields(config)})
