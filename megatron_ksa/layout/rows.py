@@ -60,6 +60,19 @@ def document_starts(position_ids: Tensor) -> Tensor:
     return (index - position_ids).to(torch.int32)
 
 
+def document_starts_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
+    """Position of the first token of each token's document, for one packed sequence.
+
+    Args:
+        cu_seqlens: int [documents + 1], cumulative lengths from 0 to n.
+
+    Returns:
+        int32 [1, n].
+    """
+    starts = cu_seqlens[:-1].to(torch.int32)
+    return torch.repeat_interleave(starts, cu_seqlens.diff().long())[None]
+
+
 def summary_positions(layout: RowLayout, num_text: int, document_start: Tensor | None, device: torch.device) -> Tensor:
     """Sequence index whose rotary position each summary row takes (SPEC: "Positions").
 

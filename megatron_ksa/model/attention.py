@@ -1,0 +1,144 @@
+"""KSA self-attention: Megatron's self-attention with projections (and norms) of their own for summary rows."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.attention import LinearQkvBuilder, SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_ksa.layout.rows import RowLayout
+
+
+@dataclass
+class KSASelfAttentionSubmodules(SelfAttentionSubmodules):
+    """Self-attention's submodules and those of the summary rows; None means shared with the text rows."""
+
+    linear_qkv_summary: LinearQkvBuilder | None = None
+    q_layernorm_summary: LayerNormBuilder | None = None
+    k_layernorm_summary: LayerNormBuilder | None = None
+
+
+class KSASelfAttention(SelfAttention):
+    """Self-attention over rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432).
+
+    Summary rows use q, k, v = a * own projection + (1 - a) * text projection, mixed after the Q/K norm and before the
+    rotation. `summary_coefficient` holds a; the trainer's annealing schedule sets it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: KSASelfAttentionSubmodules,
+        layer_number: int,
+        layout: RowLayout,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            submodules=submodules,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            cp_comm_type=cp_comm_type,
+            pg_collection=pg_collection,
+            pp_layer_offset=pp_layer_offset,
+            name=name,
+        )
+        self.layout = layout
+        self.summary_coefficient = 1.0
+        self.linear_qkv_summary = None
+        if submodules.linear_qkv_summary is not None:
+            self.linear_qkv_summary = submodules.linear_qkv_summary(
+                config.hidden_size,
+                self.linear_qkv_out_dim,
+                config=config,
+                init_method=config.init_method,
+                gather_output=False,
+                bias=config.add_bias_linear or config.add_qkv_bias,
+                skip_bias_add=False,
+                is_expert=False,
+                tp_comm_buffer_name="qkv",
+                tp_group=self.pg_collection.tp,
+                name=None if name is None else f"{name}.linear_qkv_summary",
+            )
+        self.q_layernorm_summary = self._head_norm(submodules.q_layernorm_summary)
+        self.k_layernorm_summary = self._head_norm(submodules.k_layernorm_summary)
+
+    def _head_norm(self, builder: LayerNormBuilder | None) -> nn.Module | None:
+        if builder is None:
+            return None
+        return builder(
+            hidden_size=self.hidden_size_per_attention_head, config=self.config, eps=self.config.layernorm_epsilon
+        )
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all rows, text rows first.
+
+        Projecting text and summary rows apart gives the same order with sequence parallelism, where each rank's shard is
+        laid out `[text | summaries]` and the projection gathers the shards.
+
+        Args:
+            hidden_states: [rows of the shard, batch, hidden].
+
+        Returns:
+            query [rows, batch, heads, head_dim], key and value [rows, batch, K/V heads, head_dim], heads of this
+            tensor-parallel rank.
+        """
+        text, summaries = self.layout.split(hidden_states)
+        text_qkv = self._project(self.linear_qkv, self.q_layernorm, self.k_layernorm, text)
+        summary_qkv = self._project_summaries(summaries)
+        query, key, value = (torch.cat(rows) for rows in zip(text_qkv, summary_qkv, strict=True))
+        return query, key, value
+
+    def _project_summaries(self, summaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a = self.summary_coefficient
+        q_norm = self.q_layernorm_summary or self.q_layernorm
+        k_norm = self.k_layernorm_summary or self.k_layernorm
+        if self.linear_qkv_summary is None:
+            return self._project(self.linear_qkv, q_norm, k_norm, summaries)
+        if a == 0.0 and not torch.is_grad_enabled():
+            return self._project(self.linear_qkv, q_norm, k_norm, summaries)
+        own = self._project(self.linear_qkv_summary, q_norm, k_norm, summaries)
+        if a == 1.0:
+            return own
+        shared = self._project(self.linear_qkv, self.q_layernorm, self.k_layernorm, summaries)
+        return tuple(a * o + (1.0 - a) * s for o, s in zip(own, shared, strict=True))
+
+    def _project(
+        self, linear: nn.Module, q_norm: nn.Module | None, k_norm: nn.Module | None, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project rows and split them into this rank's heads, as `SelfAttention.get_query_key_value_tensors` does."""
+        mixed, _ = linear(rows)
+        queries_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
+        ranks_per_group = self.world_size // self.config.num_query_groups
+        rank = self.pg_collection.tp.rank()
+        if ranks_per_group > 1:
+            # Several ranks share one group: each has gathered the group's columns and keeps its own queries below.
+            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
+            mixed = mixed.chunk(self.config.num_query_groups, dim=-1)[rank // ranks_per_group]
+        # [rows, batch, groups, (queries per group + 2) * head_dim]
+        mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))
+        dim = self.hidden_size_per_attention_head
+        query, key, value = mixed.split([queries_per_group * dim, dim, dim], dim=-1)
+        query = query.reshape(*query.shape[:2], -1, dim)
+        if ranks_per_group > 1:
+            query = query.chunk(ranks_per_group, dim=2)[rank % ranks_per_group]
+        if q_norm is not None:
+            query = q_norm(query)
+        if k_norm is not None:
+            key = k_norm(key)
+        return query, key, value

@@ -1,0 +1,108 @@
+"""Core attention of KSA and full layers: Megatron's `[rows, batch, heads, head_dim]` in, visibility decided here.
+
+Both take Megatron's `attention_mask` argument as `document_start` (int32 [batch, n], see
+`megatron_ksa.layout.rows.document_starts`) or None: the argument is the one tensor that Megatron hands through
+pipeline stages and activation recompute to every layer, and text-by-text masks are never needed here.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_attention, ksa_text_attention
+from megatron_ksa.layout.rows import RowLayout
+
+
+class _CoreAttention(MegatronModule):
+    """What both share: Megatron's constructor, and rows in the order the output projection expects."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        layout: RowLayout,
+        window_chunks: int,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.layout = layout
+        self.geometry = KSAGeometry(layout.chunk_size, layout.summary_tokens, window_chunks)
+
+
+class KSACoreAttention(_CoreAttention):
+    """KSA among rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432, visibility rules)."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attention output of all rows.
+
+        Args:
+            query: [rows, batch, heads, head_dim], text rows then summary rows; key and value with K/V heads.
+            attention_mask: `document_start`, int32 [batch, n], or None.
+
+        Returns:
+            [rows, batch, heads * head_dim]. With sequence parallelism rows are in the order of the ranks' shards, each
+            laid out `[text | summaries]`, so that the output projection's reduce-scatter gives each rank its shard.
+        """
+        text_rows = self.layout.text_rows(query.shape[0])
+        out = ksa_attention(
+            *(rows.transpose(0, 1) for rows in (query, key, value)),
+            self.geometry,
+            text_rows=text_rows,
+            document_start=attention_mask,
+            softmax_scale=self.softmax_scale,
+        )
+        out = out.transpose(0, 1).flatten(2)
+        shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        if shards == 1:
+            return out
+        by_shard = [part.unflatten(0, (shards, -1)) for part in self.layout.split(out)]
+        return torch.cat(by_shard, dim=1).flatten(0, 1)
+
+
+class CausalCoreAttention(_CoreAttention):
+    """Causal attention among text rows, within documents where they are given: the attention of full layers."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attention output [n, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
+        q, k, v = (rows.transpose(0, 1) for rows in (query, key, value))
+        if attention_mask is None:
+            # [batch, heads, n, head_dim]
+            q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+            return out.permute(2, 0, 1, 3).flatten(2)
+        none = k[:, :0]
+        out, _ = ksa_text_attention(
+            q, k, v, none, none, self.geometry, document_start=attention_mask, softmax_scale=self.softmax_scale
+        )
+        return out.transpose(0, 1).flatten(2)

@@ -1,0 +1,118 @@
+"""GPT with summary rows and explicit rotary positions, on Megatron's GPTModel."""
+
+import torch
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_ksa.layout.rows import RowLayout, document_starts, document_starts_from_cu_seqlens, row_positions
+from megatron_ksa.model.attention import KSASelfAttention
+from megatron_ksa.model.layers import SummaryEmbedding
+from megatron_ksa.rotary.embedding import PositionedRotaryEmbedding
+
+
+class KSAGPTModel(GPTModel):
+    """Megatron's GPTModel whose decoder sees `[text | summaries]` rows; loss and logits have the text length.
+
+    Summary rows are appended on the first pipeline stage, after the embedding, and dropped on the last one before the
+    output layer. Rotary angles are made from explicit positions on every stage.
+
+    Args:
+        layout: text and summary rows of a shard; RowLayout(1, 0) for a model without KSA.
+        bases: rotary base of each KV group (HARPE), or None for the single `rotary_base`.
+        reset_documents: position_ids restart with each document, and documents do not see each other.
+        Everything else is GPTModel's.
+    """
+
+    def __init__(
+        self,
+        *args,
+        layout: RowLayout,
+        bases: tuple[float, ...] | None,
+        position_embedding_type: str,
+        rotary_percent: float,
+        rotary_base: float,
+        rope_scaling: bool,
+        rope_scaling_factor: float,
+        seq_len_interpolation_factor: float | None,
+        reset_documents: bool = False,
+        **kwargs,
+    ) -> None:
+        # 'none' keeps GPTModel from building angles for positions 0 to s - 1; they are made below instead.
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.layout = layout
+        self.reset_documents = reset_documents
+        if self.pre_process and layout.summary_tokens:
+            self.summary_embedding = SummaryEmbedding(self.config, layout)
+        self.rotary = None
+        if position_embedding_type != "none":
+            self.rotary = PositionedRotaryEmbedding.build(
+                self.config,
+                bases=bases or (rotary_base,),
+                rotary_percent=rotary_percent,
+                seq_len_interpolation_factor=seq_len_interpolation_factor,
+                tp_group=self.pg_collection.tp,
+            )
+            if bases is None and rope_scaling:
+                scaled = RotaryEmbedding._apply_scaling(self.rotary, self.rotary.inv_freq, factor=rope_scaling_factor)
+                self.rotary.inv_freq = scaled
+
+    def set_summary_coefficient(self, a: float) -> None:
+        """Set the weight of the summary projections on summary rows in every layer (annealing)."""
+        for module in self.decoder.modules():
+            if isinstance(module, KSASelfAttention):
+                module.summary_coefficient = a
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *args,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """GPTModel's forward: loss [batch, n] with labels, else logits [batch, n, vocabulary].
+
+        `attention_mask` is ignored: the core attention decides visibility. With `reset_documents`, position_ids
+        (int [batch, n], needed on every pipeline stage) or packed_seq_params.cu_seqlens_q tell where documents start.
+        """
+        document_start = self._document_start(position_ids, packed_seq_params)
+        return super().forward(input_ids, position_ids, document_start, *args, **kwargs)
+
+    def _document_start(self, position_ids: Tensor | None, packed: PackedSeqParams | None) -> Tensor | None:
+        if packed is not None:
+            return document_starts_from_cu_seqlens(packed.cu_seqlens_q)
+        return document_starts(position_ids) if self.reset_documents else None
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        inference_context: BaseInferenceContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple:
+        """GPTModel's: embedded rows, then rotary angles as the pair that `SelfAttention` takes."""
+        decoder_input, _, *rest = super()._preprocess(
+            input_ids, position_ids, decoder_input, inference_context, packed_seq_params, padding_mask
+        )
+        if self.pre_process and self.layout.summary_tokens:
+            decoder_input = self.summary_embedding(decoder_input)
+        rows = decoder_input if self.pre_process else self.decoder.input_tensor
+        shards = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        num_text = self.layout.text_rows(rows.shape[0] * shards)
+        angles = None
+        if self.rotary is not None:
+            document_start = self._document_start(position_ids, packed_seq_params)
+            angles = self.rotary(row_positions(self.layout, num_text, document_start, rows.device))
+        return decoder_input, angles, *rest
+
+    def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        """GPTModel's, on the text rows."""
+        if self.post_process:
+            hidden_states = self.layout.shrink(hidden_states)
+        return super()._postprocess(hidden_states, *args, **kwargs)

@@ -1,0 +1,111 @@
+"""Layer specs of a KSA or HARPE model, made from Megatron's own specs by replacing the attention."""
+
+import dataclasses
+from functools import partial
+
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+
+from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
+from megatron_ksa.layout.rows import RowLayout
+from megatron_ksa.model.attention import KSASelfAttention, KSASelfAttentionSubmodules
+from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention
+from megatron_ksa.model.layers import BypassTransformerLayer, SplitLayerNorm
+from megatron_ksa.model.norm import Norm
+
+
+def uses_transformer_engine(config: TransformerConfig) -> bool:
+    return config.transformer_impl == "transformer_engine"
+
+
+def _backend(config: TransformerConfig) -> BackendSpecProvider:
+    if not uses_transformer_engine(config):
+        return LocalSpecProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def _norm(config: TransformerConfig) -> LayerNormBuilder:
+    """The norm of layers and heads: it supports sequence parallelism, which Megatron's local one does not."""
+    if not uses_transformer_engine(config):
+        return Norm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def _layer_spec(
+    base: ModuleSpec, config: TransformerConfig, ksa: KSAConfig, layer: KSALayer, layout: RowLayout
+) -> ModuleSpec:
+    """Megatron's layer `base` with the attention of `layer`."""
+    backend, norm = _backend(config), _norm(config)
+    heads = {"q_layernorm": norm, "k_layernorm": norm} if config.qk_layernorm else {}
+    submodules = dataclasses.replace(base.submodules, input_layernorm=norm)
+    if not uses_transformer_engine(config):
+        submodules.pre_mlp_layernorm = norm
+    attention = dict(
+        linear_qkv=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear(), **heads
+    )  # fmt: skip
+    if layer.kind == LayerKind.FULL:
+        core = partial(CausalCoreAttention, layout=layout, window_chunks=layer.window_chunks)
+        module, params = base.submodules.self_attention.module, {}
+        attention = type(base.submodules.self_attention.submodules)(core_attention=core, **attention)
+    else:
+        core = partial(KSACoreAttention, layout=layout, window_chunks=layer.window_chunks)
+        module, params = KSASelfAttention, {"layout": layout}
+        if ksa.independent_projections:
+            attention["linear_qkv_summary"] = backend.column_parallel_linear()
+        if ksa.independent_qk_norm and config.qk_layernorm:
+            attention |= {"q_layernorm_summary": norm, "k_layernorm_summary": norm}
+        attention = KSASelfAttentionSubmodules(core_attention=core, **attention)
+        if ksa.independent_layernorm:
+            submodules.input_layernorm = partial(SplitLayerNorm, norm=norm, layout=layout)
+    submodules.self_attention = ModuleSpec(
+        module=module, params={"attn_mask_type": AttnMaskType.causal, **params}, submodules=attention
+    )
+    if layer.kind == LayerKind.FULL and ksa.enabled:
+        return ModuleSpec(module=BypassTransformerLayer, params={"layout": layout}, submodules=submodules)
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def ksa_block_spec(
+    config: TransformerConfig, ksa: KSAConfig, seq_length: int, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Specs of the layers that this pipeline stage builds; with KSA off, all of them are full layers.
+
+    Args:
+        config: Megatron's transformer configuration.
+        seq_length: n, text tokens in a sequence, which decides the window of large-window layers.
+        vp_stage: virtual pipeline stage.
+
+    Raises:
+        UsageError: a pattern in `ksa` that does not fit the number of layers.
+    """
+    layout = row_layout(ksa)
+    plan = dataclasses.replace(ksa, **({} if ksa.enabled else {"layer_pattern": "f", "chunk_size": 1}))
+    base = get_gpt_decoder_layer_specs(
+        config, uses_transformer_engine(config), config.normalization, config.qk_l2_norm, vp_stage=vp_stage
+    )
+    layers = [
+        _layer_spec(spec, config, ksa, layer, layout)
+        for spec, layer in zip(base, plan.layers(config.num_layers, seq_length), strict=True)
+    ]
+    if config.pipeline_model_parallel_layout is not None:
+        ids = config.pipeline_model_parallel_layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+        layers = [layers[i] for i in ids]
+    else:
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        layers = layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(config))
+
+
+def row_layout(ksa: KSAConfig) -> RowLayout:
+    """The row layout of a model; without KSA there are text rows only."""
+    return RowLayout(ksa.chunk_size, ksa.summary_tokens) if ksa.enabled else RowLayout(1, 0)
