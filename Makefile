@@ -1,0 +1,30 @@
+# `make test` and `make demo` set up .venv by themselves; `make help` lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo clean
+
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+CANDIDATES := $(PYTHON) python3.12 python3.13 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## create the environment in .venv (about 6 GB)
+
+# A pyenv shim named python3.12 may exist and not run, so every candidate is tried.
+$(STAMP): setup.py constraints.txt
+	@for candidate in $(CANDIDATES); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then found="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: no Python 3.12 or later among: $(strip $(CANDIDATES)); install one or run make PYTHON=/path/to/python" >&2; exit 2; \
+	fi; \
+	echo "setting up $(VENV) with $$found" && "$$found" -m venv $(VENV) && \
+	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel && \
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]' && touch $(STAMP)
+
+test: $(STAMP)  ## run every test that needs no GPU
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+clean:  ## remove the environment and the demo's files
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,144 @@
+"""Megatron's command line with this project's flags, and the checks that need both."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+from megatron.training import arguments as megatron_arguments
+
+from megatron_ksa.config.harpe import HarpeConfig
+from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.config.options import add_config_arguments, config_from_args
+from megatron_ksa.errors import UsageError
+
+ROTARY_TYPES = ("rope", "harpe")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the flags say about the model beyond Megatron's own settings.
+
+    Attributes:
+        ksa: KSA settings.
+        bases: HARPE bases, one for each KV group, or None without `--position-embedding-type harpe`.
+    """
+
+    ksa: KSAConfig
+    bases: tuple[float, ...] | None
+
+    @property
+    def is_megatron(self) -> bool:
+        """Neither KSA nor HARPE is on: the model is Megatron's own."""
+        return not self.ksa.enabled and self.bases is None
+
+
+def install_arguments(defaults: dict[str, object]) -> None:
+    """Make every parse of Megatron's command line know this project's flags.
+
+    Megatron parses more than once, and not always with its `extra_args_provider`, so the flags are added where the
+    parser is made.
+
+    Args:
+        defaults: argument destination -> default, where the machine wants another one than Megatron's.
+    """
+    add_megatron_arguments = megatron_arguments.add_megatron_arguments
+
+    def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_megatron_arguments(parser)
+        add_config_arguments(parser, KSAConfig, "ksa", "KSA")
+        add_config_arguments(parser, HarpeConfig, "harpe", "HARPE")
+        for action in parser._actions:
+            if action.dest == "position_embedding_type":
+                action.choices = [*action.choices, "harpe"]
+        parser.set_defaults(**defaults)
+        if "--ksa" in sys.argv or "harpe" in sys.argv:
+            # Attention dropout is not part of this project's attention, so Megatron's default of 0.1 cannot hold.
+            parser.set_defaults(attention_dropout=0.0)
+        return parser
+
+    megatron_arguments.add_megatron_arguments = add_all_arguments
+
+
+def settings_from_args(args: argparse.Namespace) -> ModelSettings:
+    """Check the flags and return the model's settings.
+
+    Raises:
+        UsageError: flags that contradict each other or a length that does not fit.
+    """
+    ksa = config_from_args(KSAConfig, args, "ksa")
+    harpe = config_from_args(HarpeConfig, args, "harpe")
+    bases = None
+    if args.position_embedding_type == "harpe":
+        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+        bases = harpe.resolve(groups)
+    settings = ModelSettings(ksa, bases)
+    if not settings.is_megatron:
+        _check(args, settings)
+    return settings
+
+
+def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
+    """Refuse what KSA and HARPE cannot work with."""
+    feature = "--ksa" if settings.ksa.enabled else "--position-embedding-type harpe"
+    refused = [
+        (args.multi_latent_attention, "--multi-latent-attention", "it has no K/V heads to share; drop it"),
+        (args.fused_single_qkv_rope, "--fused-single-qkv-rope", "it assumes one frequency row for all heads; drop it"),
+        (args.use_rope_scaling and settings.bases, "--use-rope-scaling", "HARPE's bases take its place; drop it"),
+        (args.mtp_num_layers, "--mtp-num-layers", "multi-token prediction layers are not supported; drop it"),
+        (args.attention_output_gate, "--attention-output-gate", "gated attention is not supported; drop it"),
+        (args.attention_dropout, f"--attention-dropout {args.attention_dropout}", "use --attention-dropout 0"),
+        (args.sft, "--sft", "the batch reader serves pretraining data; drop it"),
+        (args.spec, "--spec", "the layer specs are this project's own; drop it"),
+        (args.flash_decode, "--flash-decode", "it assumes one frequency row for all heads; drop it"),
+        (args.num_experts is None and args.qk_l2_norm, "--qk-l2-norm", "use --qk-layernorm"),
+    ]
+    for active, flag, way_out in refused:
+        if active:
+            raise UsageError(f"{feature} does not go with {flag}: {way_out}")
+    if "--apply-rope-fusion" in sys.argv and settings.bases:
+        raise UsageError(f"{feature} does not go with --apply-rope-fusion: it assumes one frequency row; drop it")
+    if args.reset_position_ids != args.reset_attention_mask:
+        missing = "--reset-attention-mask" if args.reset_position_ids else "--reset-position-ids"
+        raise UsageError(f"{feature} resets documents with both flags or neither: {missing} is missing")
+    if args.context_parallel_size > 1 and settings.ksa.enabled:
+        _check_length(args, settings)
+    if args.context_parallel_size > 1:
+        raise UsageError(
+            f"{feature} does not go with --context-parallel-size {args.context_parallel_size} yet: use 1"
+        )
+    if settings.ksa.enabled:
+        if args.position_embedding_type not in (*ROTARY_TYPES, "none"):
+            raise UsageError(
+                f"--ksa needs explicit rotary positions, --position-embedding-type is {args.position_embedding_type}: "
+                f"use rope, harpe or none"
+            )
+        _check_length(args, settings)
+        settings.ksa.layers(args.num_layers, args.seq_length)
+
+
+def _check_length(args: argparse.Namespace, settings: ModelSettings) -> None:
+    settings.ksa.check_sequence(
+        args.seq_length,
+        context_parallel=args.context_parallel_size,
+        sequence_parallel=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+    )
+
+
+def adapt_trainer(args: argparse.Namespace, settings: ModelSettings) -> None:
+    """Tell Megatron's trainer, after its own validation, what the summary rows change.
+
+    The dataset makes no text-by-text mask, and pipeline stages exchange text and summary rows.
+    """
+    if settings.is_megatron:
+        return
+    args.create_attention_mask_in_dataloader = False
+    args.harpe_resolved_bases = settings.bases
+    if settings.ksa.enabled and args.pipeline_model_parallel_size > 1:
+        if args.virtual_pipeline_model_parallel_size is None:
+            args.decoder_seq_length = args.seq_length + args.seq_length // settings.ksa.chunk_size * (
+                settings.ksa.summary_tokens
+            )
+        else:
+            args.variable_seq_lengths = True
+            # Megatron's check of variable lengths looks at the MoE dispatcher even of dense models.
+            args.moe_token_dispatcher_type = "alltoall"

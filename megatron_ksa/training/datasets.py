@@ -1,0 +1,57 @@
+"""Megatron's GPT datasets from the command line."""
+
+import argparse
+
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+
+def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+    """Megatron's dataset configuration for its data flags."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+
+class DatasetProvider:
+    """Builds the train, validation and test datasets on the ranks that read them; called by `pretrain`."""
+
+    is_distributed = True
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+
+    def _reads_data(self, vp_stage: int | None = None) -> bool:
+        stage = self.args.reset_position_ids or is_first_or_last_pipeline_stage(vp_stage)
+        return stage and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def __call__(self, num_samples: list[int | None], vp_stage: int | None = None) -> tuple:
+        """Datasets with the given numbers of train, validation and test samples."""
+        dataset = MockGPTDataset if self.args.mock_data else GPTDataset
+        builder = BlendedMegatronDatasetBuilder(
+            dataset, num_samples, lambda: self._reads_data(vp_stage), dataset_config(self.args)
+        )
+        return builder.build()

@@ -1,0 +1,42 @@
+"""Command line to configuration: everything that happens before Megatron's `pretrain` takes over."""
+
+import argparse
+
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.config import PretrainConfigContainer
+
+from megatron_ksa.checkpoint.identity import install_identity_check
+from megatron_ksa.data_tools.indexed import check_indexed_dataset, dataset_prefixes
+from megatron_ksa.model.builder import KSAGPTModelConfig
+from megatron_ksa.training.arguments import ModelSettings, adapt_trainer, settings_from_args
+from megatron_ksa.training.flops import install_flops
+
+
+def read_command_line() -> tuple[argparse.Namespace, ModelSettings]:
+    """Parse and check the flags, this project's first, so that a mistake costs one line and touches nothing.
+
+    Raises:
+        UsageError: a mistake in the flags, or data files that are missing or truncated.
+    """
+    parsed = parse_args()
+    settings = settings_from_args(parsed)
+    for prefix in dataset_prefixes(parsed):
+        check_indexed_dataset(prefix)
+    args = parse_and_validate_args()
+    adapt_trainer(args, settings)
+    return args, settings
+
+
+def configure(args: argparse.Namespace, settings: ModelSettings) -> PretrainConfigContainer:
+    """Megatron's configuration with this project's model; Megatron's own model where KSA and HARPE are off."""
+    if settings.is_megatron:
+        return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    model = gpt_config_from_args(args, model_config_cls=KSAGPTModelConfig)
+    model.ksa = settings.ksa
+    model.bases = settings.bases
+    model.text_length = args.seq_length
+    model.reset_documents = args.reset_position_ids
+    install_identity_check(settings)
+    install_flops(settings)
+    return pretrain_cfg_container_from_args(args, model)

@@ -1,0 +1,38 @@
+"""Pretrain a GPT model with Kwai Summary Attention and HARPE: Megatron's trainer with this project's model."""
+
+import sys
+
+try:
+    import megatron_ksa.kernels  # noqa: F401
+except ModuleNotFoundError:
+    sys.exit("megatron_ksa is not installed here: run `pip install -e .` in the repository") or sys.exit(2)
+
+from megatron_ksa.errors import usage_errors_exit
+from megatron_ksa.platform import prepare_platform
+
+
+def main() -> None:
+    """Read the command line and train; bad input costs one line and exit code 2."""
+    with usage_errors_exit():
+        defaults = prepare_platform(sys.argv[1:])
+        # Megatron is imported only now: the CPU platform must be in place before.
+        from megatron.core.enums import ModelType
+        from megatron.training import pretrain
+
+        from megatron_ksa.training.arguments import install_arguments
+        from megatron_ksa.training.datasets import DatasetProvider
+        from megatron_ksa.training.pretrain import configure, read_command_line
+        from megatron_ksa.training.step import ForwardStep
+
+        install_arguments(defaults)
+        args, settings = read_command_line()
+        pretrain(
+            configure(args, settings),
+            DatasetProvider(args),
+            ModelType.encoder_or_decoder,
+            ForwardStep(args, settings),
+        )
+
+
+if __name__ == "__main__":
+    main()

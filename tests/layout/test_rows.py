@@ -1,0 +1,48 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ksa.layout.rows import (
+    RowLayout,
+    document_starts,
+    document_starts_from_cu_seqlens,
+    row_positions,
+)
+
+
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 200))
+def test_text_rows_inverts_total_rows(chunk_size, summary_tokens, n):
+    layout = RowLayout(chunk_size, summary_tokens)
+    assert layout.text_rows(layout.total_rows(n)) == n
+
+
+def test_grow_and_shrink():
+    layout = RowLayout(2, 2)
+    text, embedding = torch.randn(5, 3, 4), torch.randn(2, 4)
+    rows = layout.grow(text, embedding)
+    assert rows.shape == (9, 3, 4)
+    assert torch.equal(rows[5:], embedding.repeat(2, 1)[:, None].expand(4, 3, 4))
+    assert torch.equal(layout.shrink(rows), text)
+
+
+def test_positions_of_summaries():
+    """For S = 1 the last text token of the chunk; for S > C never before the chunk's first token."""
+    assert row_positions(RowLayout(4, 1), 8, None, "cpu")[8:, 0].tolist() == [3, 7]
+    assert row_positions(RowLayout(4, 2), 8, None, "cpu")[8:, 0].tolist() == [1, 3, 5, 7]
+    assert row_positions(RowLayout(2, 3), 4, None, "cpu")[4:, 0].tolist() == [0, 0, 1, 2, 2, 3]
+
+
+def test_positions_restart_with_documents():
+    """A summary belongs to the document of its chunk's last token and has no position before that document."""
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
+    start = document_starts(position_ids)
+    assert start.tolist() == [[0, 0, 0, 3, 3, 3, 3, 7]]
+    positions = row_positions(RowLayout(4, 2), 8, start, "cpu")[:, 0].tolist()
+    assert positions[:8] == position_ids[0].tolist()
+    # Chunk 0 ends in document 2 (token 3): both summaries have its position 0. Chunk 1 ends in document 3 (token 7).
+    assert positions[8:] == [0, 0, 0, 0]
+
+
+def test_document_starts_from_cu_seqlens():
+    starts = document_starts_from_cu_seqlens(torch.tensor([0, 3, 7, 8], dtype=torch.int32))
+    assert starts.tolist() == [[0, 0, 0, 3, 3, 3, 3, 7]]
