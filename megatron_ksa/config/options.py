@@ -13,12 +13,14 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, f
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
 
 
-def _flag(field: dataclasses.Field, prefix: str) -> str:
+def flag(field: dataclasses.Field, prefix: str) -> str:
+    """The command-line flag of a field."""
     return field.metadata.get("flag") or f"--{prefix}-{field.name.replace('_', '-')}"
 
 
-def _destination(field: dataclasses.Field, prefix: str) -> str:
-    return _flag(field, prefix).removeprefix("--").replace("-", "_")
+def destination(field: dataclasses.Field, prefix: str) -> str:
+    """The name under which argparse stores the field."""
+    return flag(field, prefix).removeprefix("--").replace("-", "_")
 
 
 def _scalar_type(annotation: Any) -> type:
@@ -41,12 +43,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, config: type, prefix: 
         help_text = (field.metadata["help"] + default).replace("%", "%%")
         if kind is bool:
             group.add_argument(
-                _flag(field, prefix), action=argparse.BooleanOptionalAction, default=field.default, help=help_text
+                flag(field, prefix), action=argparse.BooleanOptionalAction, default=field.default, help=help_text
             )
         else:
             choices = field.metadata.get("choices")
             group.add_argument(
-                _flag(field, prefix), type=kind, default=field.default, choices=choices, help=help_text
+                flag(field, prefix), type=kind, default=field.default, choices=choices, help=help_text
             )
 
 
@@ -56,4 +58,4 @@ def config_from_args(config: type[Config], args: argparse.Namespace, prefix: str
     Raises:
         UsageError: from the dataclass's own validation.
     """
-    return config(**{f.name: getattr(args, _destination(f, prefix)) for f in dataclasses.fields(config)})
+    return config(**{f.name: getattr(args, destination(f, prefix)) for f in dataclasses.fields(config)})

@@ -30,6 +30,7 @@ def read_command_line() -> tuple[argparse.Namespace, ModelSettings]:
 
 def configure(args: argparse.Namespace, settings: ModelSettings) -> PretrainConfigContainer:
     """Megatron's configuration with this project's model; Megatron's own model where KSA and HARPE are off."""
+    install_identity_check(settings)
     if settings.is_megatron:
         return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     model = gpt_config_from_args(args, model_config_cls=KSAGPTModelConfig)
@@ -37,6 +38,5 @@ def configure(args: argparse.Namespace, settings: ModelSettings) -> PretrainConf
     model.bases = settings.bases
     model.text_length = args.seq_length
     model.reset_documents = args.reset_position_ids
-    install_identity_check(settings)
     install_flops(settings)
     return pretrain_cfg_container_from_args(args, model)

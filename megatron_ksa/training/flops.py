@@ -1,0 +1,68 @@
+"""Floating-point operations of a KSA model: what the trainer's TFLOP/s per GPU counts."""
+
+import argparse
+import copy
+from collections.abc import Callable
+from functools import lru_cache
+
+from megatron.training import training
+
+from megatron_ksa.config.ksa import LayerKind
+from megatron_ksa.training.arguments import ModelSettings
+
+
+@lru_cache
+def visible_pairs(num_text: int, chunk_size: int, summary_tokens: int, window_chunks: int) -> int:
+    """Query-key pairs of one KSA layer and one sequence (SPEC: "Visibility"), text and summary queries together.
+
+    Args:
+        num_text: n, a multiple of chunk_size.
+    """
+    pairs = 0
+    within = chunk_size * (chunk_size + 1) // 2
+    for chunk in range(num_text // chunk_size):
+        near = min(chunk, window_chunks)
+        pairs += within + near * chunk_size**2 + (chunk - near) * summary_tokens * chunk_size
+        pairs += summary_tokens * chunk_size + summary_tokens * (summary_tokens + 1) // 2
+    return pairs
+
+
+def install_flops(settings: ModelSettings) -> None:
+    """Make the trainer count a KSA model's work.
+
+    Megatron's count is linear in the number of tokens and in the sum of squared lengths, two pairs to a squared token.
+    KSA layers work on 1 + S/C rows a token and on the visible pairs; full layers and the output layer are unchanged.
+    """
+    if not settings.ksa.enabled:
+        return
+    training.num_floating_point_operations = ksa_flops(training.num_floating_point_operations, settings)
+
+
+def ksa_flops(dense: Callable, settings: ModelSettings) -> Callable:
+    """Megatron's `num_floating_point_operations` (`dense`) for a KSA model, with the same signature."""
+    ksa = settings.ksa
+
+    def num_floating_point_operations(
+        args: argparse.Namespace,
+        batch_size: int,
+        seqlen_squared_sum_in_batch: float | None = None,
+        total_real_tokens_in_batch: float | None = None,
+    ) -> float:
+        tokens = total_real_tokens_in_batch or batch_size * args.seq_length
+        outside = copy.copy(args)
+        outside.num_layers = 0
+        output_layer = dense(outside, batch_size, 0, tokens)
+        linear = (dense(args, batch_size, 0, tokens) - output_layer) / args.num_layers
+        per_squared_token = dense(args, batch_size, 1, 0) / args.num_layers
+        total = output_layer
+        for layer in ksa.layers(args.num_layers, args.seq_length):
+            if layer.kind == LayerKind.FULL:
+                squared = seqlen_squared_sum_in_batch or batch_size * args.seq_length**2
+                total += linear + per_squared_token * squared
+            else:
+                rows_per_token = 1 + ksa.summary_tokens / ksa.chunk_size
+                pairs = visible_pairs(args.seq_length, ksa.chunk_size, ksa.summary_tokens, layer.window_chunks)
+                total += linear * rows_per_token + per_squared_token * 2 * pairs * batch_size
+        return total
+
+    return num_floating_point_operations

@@ -1,0 +1,134 @@
+"""The whole model in one process: what sees what, annealing, recompute, independent parameters."""
+
+import dataclasses
+
+import pytest
+import torch
+from compare import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from single_process import build_model, random_tokens, transformer_config
+
+from megatron_ksa.config.ksa import KSAConfig
+
+HYBRID = KSAConfig(enabled=True, chunk_size=4, window_chunks="[1]*4", layer_pattern="kklf")
+
+
+def positions(lengths):
+    """int64 [1, n], counting from 0 in each document."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@st.composite
+def packed(draw):
+    """KSA settings, document lengths, and the place of a token to change."""
+    lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+    ksa = KSAConfig(
+        enabled=True,
+        chunk_size=draw(st.integers(1, 6)),
+        summary_tokens=draw(st.integers(1, 2)),
+        window_chunks=f"[{draw(st.integers(0, 3))}]*4",
+        layer_pattern=draw(st.sampled_from(["kkkf", "klkf", "k"])),
+    )
+    return ksa, lengths, draw(st.integers(0, sum(lengths) - 1))
+
+
+@given(packed())
+@settings(max_examples=40, deadline=None)
+def test_a_token_changes_no_earlier_logit_and_no_other_document(case):
+    ksa, lengths, place = case
+    model = build_model(ksa, reset_documents=True).eval()
+    tokens, position_ids = random_tokens(1, sum(lengths)), positions(lengths)
+    changed = tokens.clone()
+    changed[0, place] = (changed[0, place] + 1) % 64
+    with torch.no_grad():
+        before, after = (model(t, position_ids) for t in (tokens, changed))
+    document = (position_ids == 0).cumsum(-1)[0]
+    same = torch.arange(sum(lengths)) < place
+    same |= document != document[place]
+    assert torch.equal(before[0, same], after[0, same])
+    assert not torch.equal(before[0, place], after[0, place])
+
+
+def test_documents_give_the_logits_they_have_alone():
+    """With chunk boundaries at document boundaries, a packed document is a sequence of its own."""
+    model = build_model(HYBRID, reset_documents=True).eval()
+    tokens = random_tokens(1, 40)
+    with torch.no_grad():
+        packed_logits = model(tokens, positions([16, 24]))
+        alone = torch.cat([model(tokens[:, :16], positions([16])), model(tokens[:, 16:], positions([24]))], dim=1)
+    assert_close("logits", packed_logits, alone)
+
+
+def test_windows_over_the_sequence_equal_full_attention_on_text():
+    """KSA, large-window and full layers agree where the window covers everything, given the same weights."""
+    ksa = KSAConfig(enabled=True, chunk_size=4, window_chunks="16", layer_pattern="kl+kl")
+    model = build_model(ksa).eval()
+    full = build_model(dataclasses.replace(ksa, layer_pattern="f"), seed=1).eval()
+    full.load_state_dict({k: v for k, v in model.state_dict().items() if "qkv_summary" not in k})
+    tokens = random_tokens(2, 64)
+    with torch.no_grad():
+        assert_close("logits", model(tokens, None), full(tokens, None))
+
+
+def test_summaries_carry_what_is_outside_the_window():
+    """A window of 0 chunks: a distant token still changes the last logit, through its summary alone."""
+    model = build_model(dataclasses.replace(HYBRID, window_chunks="0", layer_pattern="k")).eval()
+    tokens = random_tokens(1, 32)
+    changed = tokens.clone()
+    changed[0, 1] = (changed[0, 1] + 1) % 64
+    with torch.no_grad():
+        assert not torch.equal(model(tokens, None)[0, -1], model(changed, None)[0, -1])
+
+
+def test_annealed_to_zero_is_the_model_without_summary_projections():
+    model = build_model(HYBRID).eval()
+    without = build_model(dataclasses.replace(HYBRID, independent_projections=False), seed=1).eval()
+    without.load_state_dict({k: v for k, v in model.state_dict().items() if "qkv_summary" not in k})
+    tokens = random_tokens(1, 32)
+    with torch.no_grad():
+        expected = without(tokens, None)
+        assert not torch.equal(model(tokens, None), expected)
+        model.set_summary_coefficient(0.0)
+        assert torch.equal(model(tokens, None), expected)
+    model.set_summary_coefficient(0.5)
+    half = model(tokens, None)
+    assert not torch.equal(half, expected)
+    half.sum().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "linear_qkv_summary" in name]
+    assert gradients and all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    ],
+)
+@pytest.mark.parametrize("lengths", [[40], [13, 20, 7]])
+def test_recompute_gives_the_same_gradients(recompute, lengths):
+    tokens, labels, position_ids = random_tokens(1, 40), random_tokens(1, 40, seed=1), positions(lengths)
+    gradients = []
+    for changes in ({}, recompute):
+        model = build_model(HYBRID, transformer_config(**changes), bases=(1e4, 5e5), reset_documents=True).train()
+        model(tokens, position_ids, labels=labels).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert torch.equal(gradients[1][name], expected), name
+
+
+def test_every_parameter_gets_a_gradient():
+    ksa = dataclasses.replace(HYBRID, independent_qk_norm=True, independent_layernorm=True)
+    model = build_model(ksa).train()
+    model(random_tokens(1, 32), None, labels=random_tokens(1, 32, seed=1)).sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert without == []
+
+
+def test_full_layers_are_identity_for_summary_rows():
+    model = build_model(HYBRID).eval()
+    layer, hidden = model.decoder.layers[3], torch.randn(20, 1, 32)
+    with torch.no_grad():
+        out, _ = layer(hidden_states=hidden, attention_mask=None)
+    assert torch.equal(out[16:], hidden[16:]) and not torch.equal(out[:16], hidden[:16])
