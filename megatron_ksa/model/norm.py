@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm for the local spec that work with sequence parallelism."""
+"""LayerNorm and RMSNorm for Megatron's local specs that support sequence parallelism and zero-centred weights."""
 
 import torch
 import torch.nn.functional as F
@@ -9,32 +9,81 @@ from megatron_ksa.errors import UsageError
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, as `config.normalization` says.
+    """Normalisation over the last dimension, as `config.normalization` says.
 
-    Megatron's local spec uses torch's modules and refuses sequence parallelism, because their gradients must then be
-    summed over the tensor-parallel group: marking the parameters `sequence_parallel` is what Megatron needs for that.
-    With `config.layernorm_zero_centered_gamma` the scale is 1 + weight.
+    LayerNorm: y = (x - mean(x)) / sqrt(var(x) + eps) * g + b. RMSNorm: y = x / sqrt(mean(x^2) + eps) * g.
+    g is `weight`, or 1 + `weight` with `config.layernorm_zero_centered_gamma`.
+
+    The parameters have the names, shapes and values of `torch.nn.LayerNorm` and `torch.nn.RMSNorm`; Megatron's own
+    torch norm refuses sequence parallelism, here the parameters are marked for its gradient reduction instead.
+
+    Args:
+        config: Megatron's transformer configuration.
+        hidden_size: size of the last dimension.
+        eps: added to the variance or mean square.
+        persist_layer_norm: has no meaning here, torch's kernels are always used; in Megatron's norm signature.
+        zero_centered_gamma: has no meaning here, `config` decides; in Megatron's norm signature.
+        normalization: has no meaning here, `config` decides; in Megatron's norm signature.
 
     Raises:
-        UsageError: a normalization other than LayerNorm and RMSNorm.
+        UsageError: a normalisation that is neither of the two.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        persist_layer_norm: bool = False,
+        zero_centered_gamma: bool = False,
+        normalization: str = "LayerNorm",
+    ) -> None:
         super().__init__()
         if config.normalization not in ("LayerNorm", "RMSNorm"):
-            raise UsageError(f"--normalization {config.normalization} is not supported: use LayerNorm or RMSNorm")
+            raise UsageError(
+                f"normalization {config.normalization!r} has no local implementation: use --normalization LayerNorm or "
+                "RMSNorm"
+            )
+        self.config = config
+        self.hidden_size = hidden_size
         self.eps = eps
         self.zero_centered = config.layernorm_zero_centered_gamma
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        options = {"dtype": config.params_dtype, "device": device}
-        self.weight = nn.Parameter((torch.zeros if self.zero_centered else torch.ones)(hidden_size, **options))
-        self.bias = nn.Parameter(torch.zeros(hidden_size, **options)) if config.normalization == "LayerNorm" else None
+        self.is_rms = config.normalization == "RMSNorm"
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        self.bias = None if self.is_rms else nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        self.reset_parameters()
         for parameter in self.parameters():
+            # Each rank sees its rows only: Megatron sums these gradients over the tensor-parallel group.
             parameter.sequence_parallel = config.sequence_parallel
 
+    def reset_parameters(self) -> None:
+        """Start as plain normalisation: g is 1 and b is 0."""
+        nn.init.constant_(self.weight, 0.0 if self.zero_centered else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same shape and dtype; sums are in float32 or better."""
-        weight = self.weight + 1 if self.zero_centered else self.weight
-        if self.bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
+        """Normalise rows.
+
+        Args:
+            x: [..., hidden_size], float32, bfloat16 or float16.
+
+        Returns:
+            The same shape and dtype; sums are float32.
+        """
+        # 1 + g loses the weight's low bits in 16 bits, so that the sum and the product are float32.
+        weight = self.weight.float() + 1.0 if self.zero_centered else self.weight
+        shape = (self.hidden_size,)
+        if weight.dtype == x.dtype:
+            return self._normalize(x, shape, weight, self.bias)
+        bias = None if self.bias is None else self.bias.float()
+        return self._normalize(x.float(), shape, weight.float(), bias).to(x.dtype)
+
+    def _normalize(self, x: Tensor, shape: tuple[int], weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.is_rms:
+            return F.rms_norm(x, shape, weight, self.eps)
+        return F.layer_norm(x, shape, weight, bias, self.eps)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.config.normalization}, {self.hidden_size}, eps={self.eps}, zero_centered={self.zero_centered}"

@@ -1,0 +1,105 @@
+"""What the trainer's flags should be on this machine, by what is installed; one call prepares everything."""
+
+import argparse
+import importlib
+import os
+import socket
+from collections.abc import Sequence
+
+import torch
+
+from megatron_ksa.platform.cpu import activate_cpu_platform
+
+# Megatron leaves the interval unset and then divides by it.
+EVAL_INTERVAL = 1000
+
+
+def _importable(module: str) -> bool:
+    """Whether an optional compiled package is installed and loads."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def trainer_defaults() -> dict[str, object]:
+    """Defaults of Megatron's arguments on this machine, for `ArgumentParser.set_defaults`: flags given by hand win.
+
+    Returns:
+        Argument destination -> default. Without Transformer Engine the local layers are the default, and each fusion
+        whose kernel is missing is off. On a CPU all fusions are off and gloo takes NCCL's place.
+    """
+    defaults: dict[str, object] = {"eval_interval": EVAL_INTERVAL}
+    if not torch.cuda.is_available():
+        return defaults | {
+            "use_cpu_initialization": True,
+            "transformer_impl": "local",
+            "distributed_backend": "gloo",
+            "masked_softmax_fusion": False,
+            "gradient_accumulation_fusion": False,
+            "no_persist_layer_norm": True,
+            "bias_dropout_fusion": False,
+            "bias_swiglu_fusion": False,
+            "apply_rope_fusion": False,
+            "num_workers": 0,
+        }
+    if not _importable("transformer_engine.pytorch"):
+        defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
+    if not _importable("scaled_masked_softmax_cuda"):
+        defaults["masked_softmax_fusion"] = False
+    if not _importable("fused_weight_gradient_mlp_cuda"):
+        defaults["gradient_accumulation_fusion"] = False
+    if not _importable("apex.contrib.layer_norm.layer_norm"):
+        defaults["no_persist_layer_norm"] = True
+    return defaults
+
+
+def prepare_platform(argv: Sequence[str]) -> dict[str, object]:
+    """Everything the machine needs before Megatron is imported; the first call of an entry point.
+
+    Args:
+        argv: the command line without the program's name; only the parallel layout is read from it.
+
+    Returns:
+        `trainer_defaults()`.
+    """
+    _join_alone()
+    _order_communication(argv)
+    activate_cpu_platform()
+    # Both import Megatron, which must come after the CPU platform.
+    from megatron_ksa.checkpoint.distributed_optimizer import install_resume_fix
+    from megatron_ksa.platform.helpers import skip_helpers_build
+
+    skip_helpers_build()
+    install_resume_fix()
+    return trainer_defaults()
+
+
+def _join_alone() -> None:
+    """Without a launcher, make this process a world of one, so that `python pretrain_gpt.py` trains too."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
+
+
+def _order_communication(argv: Sequence[str]) -> None:
+    """Tensor and context parallelism want CUDA_DEVICE_MAX_CONNECTIONS=1 before CUDA starts; FSDP refuses it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tensor-model-parallel-size", default="1")
+    parser.add_argument("--context-parallel-size", default="1")
+    for flag in ("--use-torch-fsdp2", "--use-megatron-fsdp", "--overlap-moe-expert-parallel-comm"):
+        parser.add_argument(flag, action="store_true", dest="many_connections")
+    # A flag without its value is Megatron's parser's to report.
+    parser.exit_on_error = False
+    try:
+        args, _ = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError:
+        return
+    if not args.many_connections and {args.tensor_model_parallel_size, args.context_parallel_size} != {"1"}:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
