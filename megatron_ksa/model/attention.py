@@ -134,7 +134,7 @@ class KSASelfAttention(SelfAttention):
         mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))
         dim = self.hidden_size_per_attention_head
         query, key, value = mixed.split([queries_per_group * dim, dim, dim], dim=-1)
-        query = query.reshape(*query.shape[:2], -1, dim)
+        query = query.reshape(*query.shape[:2], self.num_query_groups_per_partition * queries_per_group, dim)
         if ranks_per_group > 1:
             query = query.chunk(ranks_per_group, dim=2)[rank % ranks_per_group]
         if q_norm is not None:

@@ -95,8 +95,8 @@ def test_annealed_to_zero_is_the_model_without_summary_projections():
     half = model(tokens, None)
     assert not torch.equal(half, expected)
     half.sum().backward()
-    gradients = [p.grad for name, p in model.named_parameters() if "linear_qkv_summary" in name]
-    assert gradients and all(g is not None and g.abs().sum() > 0 for g in gradients)
+    # Nothing reads the summaries of the last two of these layers: a large-window layer, and a layer below it.
+    assert model.decoder.layers[0].self_attention.linear_qkv_summary.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -119,11 +119,12 @@ def test_recompute_gives_the_same_gradients(recompute, lengths):
 
 
 def test_every_parameter_gets_a_gradient():
-    ksa = dataclasses.replace(HYBRID, independent_qk_norm=True, independent_layernorm=True)
+    """But the queries of the last KSA layer's summary rows, whose output nobody reads."""
+    ksa = dataclasses.replace(HYBRID, layer_pattern="kkkf", independent_qk_norm=True, independent_layernorm=True)
     model = build_model(ksa).train()
     model(random_tokens(1, 32), None, labels=random_tokens(1, 32, seed=1)).sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
-    assert without == []
+    assert without == ["decoder.layers.2.self_attention.q_layernorm_summary.weight"]
 
 
 def test_full_layers_are_identity_for_summary_rows():
