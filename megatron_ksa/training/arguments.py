@@ -82,7 +82,6 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
     feature = "--ksa" if settings.ksa.enabled else "--position-embedding-type harpe"
     refused = [
         (args.multi_latent_attention, "--multi-latent-attention", "it has no K/V heads to share; drop it"),
-        (args.fused_single_qkv_rope, "--fused-single-qkv-rope", "it assumes one frequency row for all heads; drop it"),
         (args.use_rope_scaling and settings.bases, "--use-rope-scaling", "HARPE's bases take its place; drop it"),
         (args.mtp_num_layers, "--mtp-num-layers", "multi-token prediction layers are not supported; drop it"),
         (args.attention_output_gate, "--attention-output-gate", "gated attention is not supported; drop it"),
@@ -133,6 +132,8 @@ def adapt_trainer(args: argparse.Namespace, settings: ModelSettings) -> None:
         return
     args.create_attention_mask_in_dataloader = False
     args.harpe_resolved_bases = settings.bases
+    # The fused rotation assumes one row of angles for all heads and samples.
+    args.apply_rope_fusion = False
     if settings.ksa.enabled and args.pipeline_model_parallel_size > 1:
         if args.virtual_pipeline_model_parallel_size is None:
             args.decoder_seq_length = args.seq_length + args.seq_length // settings.ksa.chunk_size * (
