@@ -5,7 +5,8 @@ import sys
 try:
     import megatron_ksa.kernels  # noqa: F401
 except ModuleNotFoundError:
-    sys.exit("megatron_ksa is not installed here: run `pip install -e .` in the repository") or sys.exit(2)
+    print("error: megatron_ksa is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
+    sys.exit(2)
 
 from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.platform import prepare_platform

@@ -106,7 +106,7 @@ class KSAConfig:
             rule = " x ".join(f"{value} ({name})" for name, value in parts.items() if value > 1)
             below = seq_length // step * step
             nearest = f"{below} or {below + step}" if below else f"{step}"
-            raise UsageError(f"--seq-length {seq_length} is not a multiple of {step} = {rule}: use {nearest}")
+            raise UsageError(f"--seq-length {seq_length} is not a multiple of {rule} = {step}: use {nearest}")
 
     def identity(self) -> dict[str, object]:
         """The settings a checkpoint's weights depend on (everything but the annealing schedule)."""

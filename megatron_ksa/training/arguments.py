@@ -50,6 +50,7 @@ def install_arguments(defaults: dict[str, object]) -> None:
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]
+            _escape_percent(action)
         parser.set_defaults(**defaults)
         if "--ksa" in sys.argv or "harpe" in sys.argv:
             # Attention dropout is not part of this project's attention, so Megatron's default of 0.1 cannot hold.
@@ -57,6 +58,14 @@ def install_arguments(defaults: dict[str, object]) -> None:
         return parser
 
     megatron_arguments.add_megatron_arguments = add_all_arguments
+
+
+def _escape_percent(action: argparse.Action) -> None:
+    """Repair a help text with a bare percent sign: Megatron 0.19.2 has one, and its `--help` dies of it."""
+    try:
+        (action.help or "") % vars(action)
+    except (ValueError, TypeError):
+        action.help = action.help.replace("%", "%%")
 
 
 def settings_from_args(args: argparse.Namespace) -> ModelSettings:

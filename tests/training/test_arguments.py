@@ -1,0 +1,79 @@
+"""Flags that cannot work: one line that names the value, the rule and the way out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron.training import arguments as megatron_arguments
+
+from megatron_ksa.errors import UsageError
+from megatron_ksa.platform import trainer_defaults
+from megatron_ksa.training.arguments import adapt_trainer, install_arguments, settings_from_args
+
+ROOT = Path(__file__).parents[2]
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
+    "--seq-length 64 --max-position-embeddings 128 --micro-batch-size 1"
+).split()
+
+
+def parse(monkeypatch, flags):
+    """Parse a command line as the entry point does; install_arguments is undone afterwards."""
+    monkeypatch.setattr(megatron_arguments, "add_megatron_arguments", megatron_arguments.add_megatron_arguments)
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *MODEL, *flags.split()])
+    install_arguments(trainer_defaults())
+    return megatron_arguments.parse_args()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--ksa --position-embedding-type rope --seq-length 60", "--seq-length 60 is not a multiple of 8.*56 or 64"),
+        ("--ksa --position-embedding-type rope --context-parallel-size 2 --seq-length 72", "--seq-length 72.*64 or 96"),
+        ("--ksa --position-embedding-type rope --ksa-window-chunks __import__('os')", "--ksa-window-chunks .*grammar"),
+        ("--ksa --position-embedding-type rope --ksa-layer-pattern kkf", "describes 3 layers, the model has 4"),
+        ("--ksa", "--position-embedding-type is learned_absolute: use rope, harpe or none"),
+        ("--ksa --position-embedding-type rope --multi-latent-attention", "does not go with --multi-latent-attention"),
+        ("--ksa --position-embedding-type rope --attention-dropout 0.1", "--attention-dropout 0.1"),
+        ("--ksa --position-embedding-type rope --reset-position-ids", "--reset-attention-mask is missing"),
+        ("--ksa --position-embedding-type rope --ksa-anneal-start 5", "--ksa-anneal-end"),
+        ("--position-embedding-type harpe --harpe-bases 1e4,1e5,1e6", "has 3 bases, the model has 2 KV groups"),
+        ("--position-embedding-type harpe --harpe-bases 1e4,-1", "-1: a base is a positive number"),
+        ("--position-embedding-type harpe --harpe-bases 1e4,nan", "nan: a base is a positive number"),
+        ("--position-embedding-type harpe --flash-decode", "does not go with --flash-decode"),
+        ("--position-embedding-type harpe --use-rope-scaling", "does not go with --use-rope-scaling"),
+    ],
+)
+def test_refused_in_one_line(monkeypatch, flags, message):
+    args = parse(monkeypatch, flags)
+    with pytest.raises(UsageError, match=message) as error:
+        settings_from_args(args)
+    assert "\n" not in str(error.value)
+
+
+def test_plain_flags_leave_megatrons_model(monkeypatch):
+    args = parse(monkeypatch, "--position-embedding-type rope")
+    assert settings_from_args(args).is_megatron and args.attention_dropout == 0.1
+
+
+def test_pipeline_stages_exchange_text_and_summary_rows(monkeypatch):
+    args = parse(monkeypatch, "--ksa --position-embedding-type harpe --pipeline-model-parallel-size 2")
+    settings = settings_from_args(args)
+    args.virtual_pipeline_model_parallel_size = None  # as Megatron's own validation leaves it
+    adapt_trainer(args, settings)
+    assert args.decoder_seq_length == 72
+    assert settings.bases == (1e6, 5e6) and args.attention_dropout == 0.0
+
+
+def test_exit_code_is_2_and_help_lists_the_flags():
+    """One line on stderr, no traceback; --help has a group each for KSA and HARPE."""
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py")]
+    bad = subprocess.run([*command, *MODEL, "--ksa"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert [line for line in bad.stderr.splitlines() if "error" in line.lower()] == [bad.stderr.splitlines()[-1]]
+    assert "Traceback" not in bad.stderr
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0
+    for text in ("\nKSA:", "\nHARPE:", "--ksa-window-chunks", "--harpe-bases", "harpe}"):
+        assert text in shown.stdout
