@@ -35,11 +35,13 @@ setup(
         "numpy",
         "sentencepiece",
         "tokenizers",
+        "transformers",
+        "tqdm",
         "safetensors",
     ],
     extras_require={
         "data": ["datasketch", "scikit-learn", "sentence-transformers"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "matplotlib", "transformers", "ruff"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "matplotlib", "ruff"],
     },
 )

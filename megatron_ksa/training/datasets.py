@@ -1,12 +1,15 @@
 """Megatron's GPT datasets from the command line."""
 
 import argparse
+import json
 
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_ksa.errors import UsageError
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -34,6 +37,22 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
+
+
+def dataset_prefixes(args: argparse.Namespace) -> list[str]:
+    """Paths, without `.bin` and `.idx`, of every dataset that the data flags name.
+
+    Raises:
+        UsageError: a blend file that is missing or cannot be read.
+    """
+    if args.mock_data:
+        return []
+    try:
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+    except (OSError, json.JSONDecodeError, AssertionError) as error:
+        raise UsageError(f"--data-args-path or --per-split-data-args-path: {error}") from None
+    blends = [blend, *(blend_per_split or [])]
+    return [prefix for named in blends if named is not None for prefix in named[0]]
 
 
 class DatasetProvider:

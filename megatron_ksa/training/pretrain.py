@@ -7,9 +7,10 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
 
 from megatron_ksa.checkpoint.identity import install_identity_check
-# from megatron_ksa.data_tools.indexed import check_indexed_dataset, dataset_prefixes
+from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.model.builder import KSAGPTModelConfig
 from megatron_ksa.training.arguments import ModelSettings, adapt_trainer, settings_from_args
+from megatron_ksa.training.datasets import dataset_prefixes
 from megatron_ksa.training.flops import install_flops
 
 
@@ -21,8 +22,8 @@ def read_command_line() -> tuple[argparse.Namespace, ModelSettings]:
     """
     parsed = parse_args()
     settings = settings_from_args(parsed)
-    for prefix in ():
-        pass
+    for prefix in dataset_prefixes(parsed):
+        check_indexed_dataset(prefix)
     args = parse_and_validate_args()
     adapt_trainer(args, settings)
     return args, settings

@@ -1,0 +1,212 @@
+"""Preprocessing: the same bytes for any number of workers, ids that training agrees with, and nothing half-written."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training.arguments import parse_args
+
+from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_dataset
+from megatron_ksa.data_tools.preprocess import PreprocessSettings, preprocess
+from megatron_ksa.data_tools.tokenizers import load_tokenizer, train_sentencepiece, write_byte_level
+from megatron_ksa.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"def  f{i}(x):\n\treturn x ** {i}  # Größe {i * i}\n" for i in range(300)] + ["<|endoftext|> </s> as text", "  "]
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    write_byte_level(folder / "bytes")
+    train_sentencepiece(TEXTS, folder / "bpe", vocab_size=320, threads=1)
+    return {"bytes": folder / "bytes", "sentencepiece": folder / "bpe.model", "json": folder / "bytes" / "tokenizer.json"}
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "json"])
+def test_ids_are_those_of_the_tokenizer_that_training_builds(kind, tokenizers, monkeypatch):
+    ours = load_tokenizer(str(tokenizers[kind]))
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *ours.training_flags.split()])
+    args = SimpleNamespace(**{**vars(parse_args(ignore_unknown_args=True)), "pad_vocab_size": False})
+    megatrons = build_tokenizer(args)
+    assert ours.end_of_document == megatrons.eod
+    assert ours.vocab_size == megatrons.vocab_size
+    for text in TEXTS[:5]:
+        assert ours.encode(text) == megatrons.tokenize(text)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_text_survives_and_its_own_end_of_document_stays_text(kind, tokenizers):
+    tokenizer = load_tokenizer(str(tokenizers[kind]))
+    ids = tokenizer.encode(TEXTS[-2])
+    assert tokenizer.end_of_document not in ids
+    assert len(ids) > 5
+
+
+def test_bytes_do_not_depend_on_workers_and_documents_come_back(jsonl, tokenizers, tmp_path):
+    for workers in (1, 2):
+        done = run_tool(
+            "preprocess_data.py", "--input", jsonl, "--output-prefix", tmp_path / f"w{workers}",
+            "--tokenizer-model", tokenizers["bytes"], "--workers", workers,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"w1{suffix}").read_bytes() == (tmp_path / f"w2{suffix}").read_bytes()
+    dataset = IndexedDataset(str(tmp_path / "w1"))
+    tokenizer = load_tokenizer(str(tokenizers["bytes"]))
+    assert len(dataset) == len(TEXTS)
+    for i in (0, 17, len(TEXTS) - 1):
+        np.testing.assert_array_equal(dataset[i], [*tokenizer.encode(TEXTS[i]), tokenizer.end_of_document])
+    check_indexed_dataset(str(tmp_path / "w1"))
+
+
+def test_folders_and_gzip_are_read_in_order(tokenizers, tmp_path):
+    (tmp_path / "texts" / "b").mkdir(parents=True)
+    (tmp_path / "texts" / "z.py").write_text("last", encoding="utf-8")
+    (tmp_path / "texts" / "b" / "a.py").write_text("first", encoding="utf-8")
+    (tmp_path / "texts" / "other.txt").write_text("not asked for", encoding="utf-8")
+    with gzip.open(tmp_path / "more.jsonl.gz", "wt") as stream:
+        stream.write('{"text": "zipped"}\n\n{"text": ""}\n')
+    done = run_tool(
+        "preprocess_data.py", "--input", tmp_path / "texts", tmp_path / "more.jsonl.gz", "--glob", "**/*.py",
+        "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizers["bytes"], "--no-append-eod",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 documents" in done.stdout and "1 empty, 0 bad" in done.stdout
+    dataset, tokenizer = IndexedDataset(str(tmp_path / "out")), load_tokenizer(str(tokenizers["bytes"]))
+    for document, text in zip(dataset, ("first", "last", "zipped"), strict=True):
+        np.testing.assert_array_equal(document, tokenizer.encode(text))
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"text": "cut of', b'"a string"', b'{"body": "x"}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"[" * 100000]
+)
+def test_bad_line_is_named_and_skipped_only_when_asked(line, tokenizers, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good too"}\n')
+    settings = PreprocessSettings([path], str(tmp_path / "out"), str(tokenizers["bytes"]))
+    with pytest.raises(UsageError, match=re.escape(f"{path}:2: ") + ".*--skip-bad-lines"):
+        preprocess(settings)
+    assert not list(tmp_path.glob("out*"))
+    counts = preprocess(replace(settings, skip_bad_lines=True))
+    assert (counts.documents, counts.bad, counts.empty) == (2, 1, 0)
+
+
+def test_bad_line_costs_exit_code_2_and_no_traceback(tokenizers, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n{"text": "cut of', encoding="utf-8")
+    arguments = ("--input", path, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizers["bytes"])
+    refused = run_tool("preprocess_data.py", *arguments, "--workers", 2)
+    assert refused.returncode == 2
+    assert f"error: {path}:2: " in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
+    assert not list(tmp_path.glob("out*"))
+    skipped = run_tool("preprocess_data.py", *arguments, "--skip-bad-lines")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "1 documents" in skipped.stdout and "1 bad" in skipped.stdout
+
+
+def test_killed_run_leaves_no_dataset_and_can_be_repeated(tokenizers, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(f"{json.dumps({'text': 'x' * 20000})}\n" * 5000, encoding="utf-8")
+    arguments = ["--input", path, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizers["bytes"]]
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    partial = tmp_path / "out.bin.partial"
+    while not (partial.exists() and partial.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out.idx").exists()
+    with pytest.raises(UsageError, match="does not exist"):
+        check_indexed_dataset(str(tmp_path / "out"))
+    path.write_text('{"text": "short"}\n', encoding="utf-8")
+    assert run_tool("preprocess_data.py", *arguments).returncode == 0
+    assert not list(tmp_path.glob("*.partial"))
+    check_indexed_dataset(str(tmp_path / "out"))
+
+
+def test_existing_dataset_is_replaced_only_when_asked(tmp_path):
+    prefix = str(tmp_path / "data")
+    for tokens in ([1, 2, 3], [4, 5]):
+        with IndexedDatasetWriter(prefix, 100, overwrite=tokens == [4, 5]) as writer:
+            writer.add_document(np.array(tokens))
+    with pytest.raises(UsageError, match="--overwrite"):
+        IndexedDatasetWriter(prefix, 100)
+    dataset = IndexedDataset(prefix)  # must outlive the arrays it hands out
+    np.testing.assert_array_equal(dataset[0], [4, 5])
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_truncated_dataset_is_refused(suffix, tmp_path):
+    prefix = str(tmp_path / "data")
+    with IndexedDatasetWriter(prefix, 100) as writer:
+        writer.add_document(np.arange(50))
+        writer.add_document(np.arange(7))
+    check_indexed_dataset(prefix)
+    whole = Path(prefix + suffix).read_bytes()
+    for cut in (0, 10, len(whole) - 1):
+        Path(prefix + suffix).write_bytes(whole[:cut])
+        with pytest.raises(UsageError, match="truncated"):
+            check_indexed_dataset(prefix)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "missing.jsonl"], "no such file or folder"),
+        (["--input", "README.md"], "pass a folder for text"),
+        (["--input", "tests/golden", "--glob", "*.nothing"], "matches --glob"),
+        (["--tokenizer-model", "missing.model"], "tools/train_tokenizer.py"),
+        (["--tokenizer-model", "README.md"], "not a SentencePiece model"),
+        (["--tokenizer-model", "tests"], "no tokenizer.json"),
+        (["--workers", "0"], "at least 1"),
+    ],
+)
+def test_bad_arguments_cost_one_line(arguments, message, jsonl, tokenizers, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = {"--input": jsonl, "--output-prefix": tmp_path / "out", "--tokenizer-model": tokenizers["bytes"]}
+    given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
+    done = run_tool("preprocess_data.py", *(word for pair in given.items() for word in pair))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_tokenizer_makes_both_kinds(jsonl, tmp_path):
+    model = tmp_path / "bpe.model"
+    trained = run_tool("train_tokenizer.py", "--input", jsonl, "--output", model, "--vocab-size", 320)
+    assert trained.returncode == 0, trained.stderr
+    assert load_tokenizer(str(model)).vocab_size == 320
+    assert run_tool("train_tokenizer.py", "--type", "byte-level", "--output", tmp_path / "bytes").returncode == 0
+    assert load_tokenizer(str(tmp_path / "bytes")).vocab_size == 257
+    again = run_tool("train_tokenizer.py", "--input", jsonl, "--output", model)
+    assert again.returncode == 2 and "exists" in again.stderr
+    too_many = run_tool("train_tokenizer.py", "--input", jsonl, "--output", tmp_path / "big.model", "--vocab-size", 10**6)
+    assert too_many.returncode == 2 and "--vocab-size" in too_many.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bpe.model", "bytes"]
