@@ -46,8 +46,8 @@ class PositionedRotaryEmbedding(nn.Module):
             self.groups_per_rank = max(groups // tp_size, 1)
             first = tp_rank * groups // tp_size
             inv_freq = inv_freq[heads[first : first + self.groups_per_rank]]
-        # inv_freq: float32 [K/V groups of this rank or 1, d_rot / 2]
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        # float32 [K/V groups of this rank or 1, d_rot / 2]; no buffer, which --bf16 would cast with the parameters.
+        self.inv_freq = inv_freq
         self.queries_per_group = num_heads // tp_size // inv_freq.shape[0] if groups > 1 else 1
 
     @classmethod
