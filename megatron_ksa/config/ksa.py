@@ -80,6 +80,19 @@ class KSAConfig:
             for kind, window in zip(kinds, windows, strict=True)
         )
 
+    def kv_rows(self, num_layers: int, seq_length: int) -> int:
+        """K/V rows of all layers that the next token after seq_length tokens can see: what a decoder keeps.
+
+        A full layer keeps every token; a KSA layer the text of its window and the running chunk, and every summary.
+        """
+        summaries = seq_length // self.chunk_size * self.summary_tokens
+        return sum(
+            seq_length
+            if layer.kind == LayerKind.FULL
+            else min(seq_length, (layer.window_chunks + 1) * self.chunk_size) + summaries
+            for layer in self.layers(num_layers, seq_length)
+        )
+
     def summary_coefficient(self, iteration: int) -> float:
         """Weight a of the summary projections on summary rows: 1 up to anneal_start, then linear to 0 at anneal_end."""
         if self.anneal_start is None:

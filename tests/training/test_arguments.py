@@ -1,15 +1,19 @@
 """Flags that cannot work: one line that names the value, the rule and the way out."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from megatron.training import arguments as megatron_arguments
 
+from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_dataset
 from megatron_ksa.errors import UsageError
 from megatron_ksa.platform import trainer_defaults
 from megatron_ksa.training.arguments import adapt_trainer, install_arguments, settings_from_args
+from megatron_ksa.training.datasets import dataset_prefixes
 
 ROOT = Path(__file__).parents[2]
 MODEL = (
@@ -50,6 +54,26 @@ def test_refused_in_one_line(monkeypatch, flags, message):
     with pytest.raises(UsageError, match=message) as error:
         settings_from_args(args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data-path {folder}/absent", "absent.idx does not exist"),
+        ("--data-path 1 {folder}/whole 2 {folder}/cut", "cut.bin has 10 bytes where its index tells 20"),
+        ("--train-data-path {folder}/whole --valid-data-path {folder}/absent", "absent.idx does not exist"),
+        ("--data-args-path {folder}/absent.txt", "No such file"),
+    ],
+)
+def test_missing_or_truncated_data_is_refused(monkeypatch, tmp_path, flags, message):
+    for name in ("whole", "cut"):
+        with IndexedDatasetWriter(str(tmp_path / name), 100) as writer:
+            writer.add_document(np.arange(10))
+    os.truncate(tmp_path / "cut.bin", 10)
+    args = parse(monkeypatch, flags.format(folder=tmp_path))
+    with pytest.raises(UsageError, match=message):
+        for prefix in dataset_prefixes(args):
+            check_indexed_dataset(prefix)
 
 
 def test_plain_flags_leave_megatrons_model(monkeypatch):

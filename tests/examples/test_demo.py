@@ -1,0 +1,37 @@
+"""The demo: trains, resumes from its checkpoint, and says the same again when there is nothing left to do."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def demo(output: Path, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "examples/demo/run.py"), "--output", str(output), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_demo_trains_resumes_and_does_not_repeat_itself(tmp_path):
+    first = demo(tmp_path, "--steps", 2)
+    assert "preprocess_data.py" in first and "successfully saved checkpoint from iteration       2" in first
+    second = demo(tmp_path, "--steps", 3)
+    assert "preprocess_data.py" not in second
+    assert "iteration        3/       3" in second and "iteration        2/       3" not in second
+    third = demo(tmp_path, "--steps", 3)
+    assert "pretrain_gpt.py" not in third and "already trained for 3 iterations" in third
+    loss, iterations, unigram = re.search(r"validation loss ([\d.]+) .* after (\d+) iterations.*: ([\d.]+)", third).groups()
+    assert int(iterations) == 3 and 0 < float(unigram) < float(loss)  # three steps learn nothing yet
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_fresh_removes_only_a_folder_of_the_demo(tmp_path):
+    (tmp_path / "thesis.txt").write_text("irreplaceable", encoding="utf-8")
+    command = [sys.executable, str(ROOT / "examples/demo/run.py"), "--output", str(tmp_path), "--fresh"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "not a folder of this demo" in done.stderr
+    assert (tmp_path / "thesis.txt").exists()
