@@ -190,3 +190,5 @@ def install_cuda_calls() -> None:
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, _ignore)
     torch.cuda.nvtx.range = _nvtx_range
+    # Here and not in the function mode, since torch refuses a stand-in for a stream before it asks the mode.
+    Tensor.record_stream = _ignore

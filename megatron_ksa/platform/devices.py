@@ -41,16 +41,11 @@ def _same(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return tensor
 
 
-def _nothing(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-    return None
-
-
 _METHODS: dict[Callable, Callable] = {
     Tensor.to: _to,
     Tensor.cuda: _cuda,
     Tensor.type: _type,
     Tensor.pin_memory: _same,
-    Tensor.record_stream: _nothing,
 }
 
 
