@@ -40,8 +40,8 @@ setup(
         "safetensors",
     ],
     extras_require={
-        "data": ["datasketch", "scikit-learn", "sentence-transformers"],
+        "data": ["matplotlib", "scipy", "datasketch", "scikit-learn", "sentence-transformers"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "matplotlib", "ruff"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "matplotlib", "scipy", "ruff"],
     },
 )
