@@ -1,0 +1,293 @@
+"""Backward pass of the text queries of KSA attention, without atomics: dQ, then dK and dV of either kind of keys.
+
+With P = exp(scale * Q K^T - lse), dP = dO V^T and delta = rowsum(dO * O) - dLSE:
+
+    dS = P * (dP - delta)      dQ = scale * dS K      dK = scale * dS^T Q      dV = P^T dO
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ksa.kernels.ksa_attention.triton_common import (
+    LOG2E,
+    descriptor,
+    key_interval,
+    query_interval,
+    tile_ranges,
+)
+from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles, padded_head_dim
+
+# dK/dV programs wanted at least: about four for each multiprocessor of a large GPU.
+PROGRAMS = 512
+MOST_SPLITS = 16
+
+
+@triton.jit
+def _dq_tiles(
+    b_dq, b_q, b_do, b_lse2, b_delta, d_k, d_v, i_b, i_g, b_lower, b_upper, scale_log2, begin, end, gap_at, gap,
+    BN: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dQ from the key tiles [begin, end), where tiles from gap_at on are `gap` tiles further on."""
+    for tile in range(begin, end):
+        o_n = tile * BN
+        if MASKED:
+            o_n += tl.where(tile >= gap_at, gap, 0) * BN
+        # [BN, BD]
+        b_k = d_k.load([i_b, i_g, o_n, 0]).reshape(BN, BD)
+        b_v = d_v.load([i_b, i_g, o_n, 0]).reshape(BN, BD)
+        # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_p = tl.math.exp2(b_s * scale_log2 - b_lse2[:, None])
+        if MASKED:
+            o_key = o_n + tl.arange(0, BN)
+            b_p = tl.where((o_key >= b_lower[:, None]) & (o_key < b_upper[:, None]), b_p, 0.0)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    return b_dq
+
+
+@triton.jit
+def _dq_phase(
+    b_dq, b_q, b_do, b_lse2, b_delta, d_k, d_v, i_b, i_g, o_i, b_start, first_query, last_query,
+    first_start, last_start, offset, num_keys, window, scale_log2,
+    C: tl.constexpr, S: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, IS_TEXT: tl.constexpr,
+):  # fmt: skip
+    """dQ from all keys of one kind, with masks only in the tiles at both ends of the interval."""
+    # [BM]
+    b_lower, b_upper = key_interval(o_i, b_start, offset, num_keys, window, C, S, IS_TEXT)
+    lower, full_upper = key_interval(first_query, first_start, offset, num_keys, window, C, S, IS_TEXT)
+    full_lower, upper = key_interval(last_query, last_start, offset, num_keys, window, C, S, IS_TEXT)
+    first, full_first, full_stop, stop = tile_ranges(lower, full_lower, full_upper, upper, BN)
+    full = full_stop - full_first
+    b_dq = _dq_tiles(
+        b_dq, b_q, b_do, b_lse2, b_delta, d_k, d_v, i_b, i_g, b_lower, b_upper, scale_log2,
+        full_first, full_stop, 0, 0, BN, BD, False,
+    )  # fmt: skip
+    return _dq_tiles(
+        b_dq, b_q, b_do, b_lse2, b_delta, d_k, d_v, i_b, i_g, b_lower, b_upper, scale_log2,
+        first, stop - full, full_first, full, BN, BD, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dq_kernel(
+    d_q, d_out, d_do, d_k, d_v, d_ks, d_vs, p_start, p_lse, p_dlse, p_delta, p_dq,
+    nq, nk, ns, query_start, key_start, chunk_start, window, scale, scale_log2, heads,
+    stride_start, stride_b, stride_n, stride_h,
+    C: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries of one head; also writes delta, which the dK/dV kernel reads."""
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_b = tl.program_id(1) // heads
+    i_h = tl.program_id(1) % heads
+    i_g = i_h // GROUP
+    # [BM]
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m = o_m < nq
+    first_query = query_start + i_m * BM
+    last_query = query_start + tl.minimum(i_m * BM + BM, nq) - 1
+    if HAS_DOCUMENTS:
+        p_start += i_b.to(tl.int64) * stride_start
+        b_start = tl.load(p_start + query_start + o_m, mask=m_m, other=0)
+        first_start = tl.load(p_start + first_query)
+        last_start = tl.load(p_start + last_query)
+    else:
+        b_start = tl.zeros([BM], dtype=tl.int32)
+        first_start = 0
+        last_start = 0
+    o_i = query_start + o_m
+
+    o_row = tl.program_id(1).to(tl.int64) * nq + o_m
+    # [BM, BD]
+    b_q = d_q.load([i_b, i_h, i_m * BM, 0]).reshape(BM, BD)
+    b_do = d_do.load([i_b, i_h, i_m * BM, 0]).reshape(BM, BD)
+    b_out = d_out.load([i_b, i_h, i_m * BM, 0]).reshape(BM, BD)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), axis=1)
+    if HAS_DLSE:
+        b_delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
+    tl.store(p_delta + o_row, b_delta, mask=m_m)
+    # Rows beyond nq get probability exp(-inf) = 0.
+    b_lse2 = tl.load(p_lse + o_row, mask=m_m, other=float("inf")) * 1.4426950408889634
+    # [BM, BD]
+    b_dq = tl.zeros([BM, BD], dtype=tl.float32)
+    b_dq = _dq_phase(
+        b_dq, b_q, b_do, b_lse2, b_delta, d_k, d_v, i_b, i_g, o_i, b_start, first_query, last_query,
+        first_start, last_start, key_start, nk, window, scale_log2, C, S, BN, BD, True,
+    )  # fmt: skip
+    b_dq = _dq_phase(
+        b_dq, b_q, b_do, b_lse2, b_delta, d_ks, d_vs, i_b, i_g, o_i, b_start, first_query, last_query,
+        first_start, last_start, chunk_start, ns, window, scale_log2, C, S, BN, BD, False,
+    )  # fmt: skip
+    o_d = tl.arange(0, BD)
+    p_dq += i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
+    p_rows = p_dq + o_m[:, None].to(tl.int64) * stride_n + o_d[None, :]
+    tl.store(p_rows, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_m[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _dkv_tiles(
+    b_dk, b_dv, b_k, b_v, d_q, d_do, p_lse, p_delta, p_start, i_b, i_h, o_n,
+    nq, num_keys, query_start, offset, window, scale_log2, begin, end, gap_at, gap,
+    C: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    IS_TEXT: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dK and dV from the query tiles [begin, end) of one head, where tiles from gap_at on are `gap` further on."""
+    for step in range(begin, end):
+        # From the last tile down: programs of different keys then read the same queries at the same time.
+        tile = begin + end - 1 - step
+        if MASKED:
+            tile += tl.where(tile >= gap_at, gap, 0)
+        # [BM]
+        o_m = tile * BM + tl.arange(0, BM)
+        m_m = o_m < nq
+        b_lse2 = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
+        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+        # [BM, BD]
+        b_q = d_q.load([i_b, i_h, tile * BM, 0]).reshape(BM, BD)
+        b_do = d_do.load([i_b, i_h, tile * BM, 0]).reshape(BM, BD)
+        # [BN, BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_p = tl.math.exp2(b_s * scale_log2 - b_lse2[None, :])
+        if MASKED:
+            if HAS_DOCUMENTS:
+                b_start = tl.load(p_start + query_start + o_m, mask=m_m, other=0)
+            else:
+                b_start = tl.zeros([BM], dtype=tl.int32)
+            b_lower, b_upper = key_interval(query_start + o_m, b_start, offset, num_keys, window, C, S, IS_TEXT)
+            m_seen = (o_n[:, None] >= b_lower[None, :]) & (o_n[:, None] < b_upper[None, :]) & m_m[None, :]
+            b_p = tl.where(m_seen, b_p, 0.0)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        # [BN, BM]
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    return b_dk, b_dv
+
+
+@triton.jit
+def _dkv_kernel(
+    d_k, d_v, d_q, d_do, p_start, p_lse, p_delta, p_dk, p_dv,
+    nq, num_keys, query_start, offset, window, scale, scale_log2, groups,
+    stride_start, stride_split, stride_b, stride_n, stride_g,
+    C: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, IS_TEXT: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of text keys (IS_TEXT) or summaries, summed over the query heads that read it.
+
+    Program (i_n, batch and K/V head, i_s): the i_s-th part of the queries, written to its own slice of dk and dv.
+    """
+    i_n = tl.program_id(0)
+    i_b = tl.program_id(1) // groups
+    i_g = tl.program_id(1) % groups
+    i_s = tl.program_id(2)
+    # [BN]
+    o_n = i_n * BN + tl.arange(0, BN)
+    if HAS_DOCUMENTS:
+        p_start += i_b.to(tl.int64) * stride_start
+    last_key = tl.minimum(i_n * BN + BN, num_keys) - 1
+    lower, full_upper = query_interval(
+        i_n * BN, p_start, offset, query_start, nq, window, C, S, IS_TEXT, HAS_DOCUMENTS
+    )
+    full_lower, upper = query_interval(
+        last_key, p_start, offset, query_start, nq, window, C, S, IS_TEXT, HAS_DOCUMENTS
+    )
+    first, full_first, full_stop, stop = tile_ranges(lower, full_lower, full_upper, upper, BM)
+    part = tl.cdiv(stop - first, tl.num_programs(2))
+    first = tl.minimum(first + i_s * part, stop)
+    stop = tl.minimum(first + part, stop)
+    full_first = tl.minimum(tl.maximum(full_first, first), stop)
+    full_stop = tl.minimum(tl.maximum(full_stop, full_first), stop)
+    full = full_stop - full_first
+
+    # [BN, BD]
+    b_k = d_k.load([i_b, i_g, i_n * BN, 0]).reshape(BN, BD)
+    b_v = d_v.load([i_b, i_g, i_n * BN, 0]).reshape(BN, BD)
+    b_dk = tl.zeros([BN, BD], dtype=tl.float32)
+    b_dv = tl.zeros([BN, BD], dtype=tl.float32)
+    for i_r in range(0, GROUP):
+        i_h = i_g * GROUP + i_r
+        o_row = (i_b.to(tl.int64) * groups * GROUP + i_h) * nq
+        b_dk, b_dv = _dkv_tiles(
+            b_dk, b_dv, b_k, b_v, d_q, d_do, p_lse + o_row, p_delta + o_row, p_start, i_b, i_h, o_n,
+            nq, num_keys, query_start, offset, window, scale_log2, full_first, full_stop, 0, 0,
+            C, S, BM, BD, IS_TEXT, HAS_DOCUMENTS, False,
+        )  # fmt: skip
+        b_dk, b_dv = _dkv_tiles(
+            b_dk, b_dv, b_k, b_v, d_q, d_do, p_lse + o_row, p_delta + o_row, p_start, i_b, i_h, o_n,
+            nq, num_keys, query_start, offset, window, scale_log2, first, stop - full, full_first, full,
+            C, S, BM, BD, IS_TEXT, HAS_DOCUMENTS, True,
+        )  # fmt: skip
+    # [BN, BD]
+    o_d = tl.arange(0, BD)
+    o_out = i_s.to(tl.int64) * stride_split + i_b.to(tl.int64) * stride_b + i_g.to(tl.int64) * stride_g
+    o_out += o_n[:, None].to(tl.int64) * stride_n + o_d[None, :]
+    m_out = (o_n < num_keys)[:, None] & (o_d < D)[None, :]
+    tl.store(p_dk + o_out, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_out)
+    tl.store(p_dv + o_out, b_dv.to(p_dv.dtype.element_ty), mask=m_out)
+
+
+def _launch_dkv(
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse: Tensor, delta: Tensor,
+    chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
+    is_text: bool, tile: Tile, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Fill dk and dv, [B, keys, Hkv, D] of equal strides."""
+    batch, num_keys, groups, dim = k.shape
+    if not num_keys:
+        return
+    block_dim = padded_head_dim(dim)
+    programs = triton.cdiv(num_keys, tile.keys) * batch * groups
+    splits = min(MOST_SPLITS, triton.cdiv(PROGRAMS, programs), triton.cdiv(q.shape[1], tile.queries))
+    # Parts of the queries are summed in float32 in a fixed order: too few keys to fill the GPU, still no atomics.
+    parts = (dk[None], dv[None])
+    if splits > 1:
+        parts = tuple(torch.empty((splits, *k.shape), dtype=torch.float32, device=k.device) for _ in range(2))
+    _dkv_kernel[(triton.cdiv(num_keys, tile.keys), batch * groups, splits)](
+        *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
+        *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
+        document_start, lse, delta, *parts,
+        q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
+        document_start.stride(0) if document_start is not None else 0, *parts[0].stride()[:4],
+        C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
+        BM=tile.queries, BN=tile.keys, IS_TEXT=is_text, HAS_DOCUMENTS=document_start is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        for gradient, part in zip((dk, dv), parts, strict=True):
+            gradient.copy_(part.sum(0))
+
+
+def launch_backward(
+    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
+    chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
+    softmax_scale: float, tiles: Tiles, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, dk_summary: Tensor, dv_summary: Tensor,
+) -> None:  # fmt: skip
+    """Fill the five gradients; lse and d_lse [B, Hq, nq] are contiguous, dk and dv have equal strides."""
+    batch, nq, heads, dim = q.shape
+    nk, ns = k.shape[1], k_summary.shape[1]
+    block_dim, tile = padded_head_dim(dim), tiles.dq
+    delta = torch.empty_like(lse)
+    _dq_kernel[(triton.cdiv(nq, tile.queries), batch * heads)](
+        *(descriptor(rows, tile.queries, block_dim) for rows in (q, out, d_out)),
+        *(descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)),
+        document_start, lse, d_lse, delta, dq,
+        nq, nk, ns, query_start, key_start, chunk_start, window, softmax_scale, softmax_scale * LOG2E, heads,
+        document_start.stride(0) if document_start is not None else 0, *dq.stride()[:3],
+        C=chunk_size, S=summary_tokens, GROUP=heads // k.shape[2], D=dim, BD=block_dim,
+        BM=tile.queries, BN=tile.keys, HAS_DOCUMENTS=document_start is not None, HAS_DLSE=d_lse is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    shared = (chunk_size, summary_tokens, window, query_start)
+    for is_text, offset, tile, keys, values, d_keys, d_values in (
+        (True, key_start, tiles.dkv_text, k, v, dk, dv),
+        (False, chunk_start, tiles.dkv_summary, k_summary, v_summary, dk_summary, dv_summary),
+    ):
+        _launch_dkv(
+            q, d_out, keys, values, document_start, lse, delta, *shared, offset, softmax_scale, is_text, tile,
+            d_keys, d_values,
+        )  # fmt: skip

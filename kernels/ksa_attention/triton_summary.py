@@ -1,0 +1,299 @@
+"""Summary queries of KSA attention in one pass: each reads the C text tokens of its chunk and its summaries so far.
+
+A program holds the keys and values of a few chunks and serves every query head that reads them, so each row is read
+once, and the backward pass needs neither atomics nor saved statistics. Scores, with p = softmax(scale * q . k):
+
+    dp = dO . v      ds = p * (dp - sum(p * dp))      dq = scale * ds k      dk = scale * ds q      dv = p dO
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
+from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E, check_rows, row_starts
+
+# Elements of a block of text keys held by one program.
+BLOCK_ELEMENTS = 4096
+
+
+@triton.jit
+def _rows(p, i_b, i_h, o_n, m_n, o_d, stride_b, stride_n, stride_h, D: tl.constexpr):
+    """Pointers to rows o_n (any shape) of one head, and the mask of what exists: [..., BD]."""
+    p += i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
+    return p + tl.expand_dims(o_n.to(tl.int64) * stride_n, -1) + o_d, tl.expand_dims(m_n, -1) & (o_d < D)
+
+
+@triton.jit
+def _chunk_offsets(
+    p_start, i_c, i_b, chunks, key_start, stride_start,
+    C: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """Rows of the chunks' text [BC, CP] and summaries [BC, SP], which exist, and which text their summaries see."""
+    # [BC]
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < chunks
+    o_j = tl.arange(0, CP)
+    o_s = tl.arange(0, SP)
+    # [BC, CP]
+    o_text = o_c[:, None] * C + o_j[None, :]
+    m_text = m_c[:, None] & (o_j < C)[None, :]
+    # [BC, SP]
+    o_summary = o_c[:, None] * S + o_s[None, :]
+    m_summary = m_c[:, None] & (o_s < S)[None, :]
+    m_seen = m_text
+    if HAS_DOCUMENTS:
+        p_last = p_start + i_b.to(tl.int64) * stride_start + key_start + o_c * C + C - 1
+        m_seen = m_text & (key_start + o_text >= tl.load(p_last, mask=m_c, other=0)[:, None])
+    return o_c, m_c, o_text, m_text, m_seen, o_summary, m_summary
+
+
+@triton.jit
+def _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP: tl.constexpr):
+    """Softmax of one query a chunk, [BC, BD], over the chunk's text [BC, CP] and its summaries up to i_s [BC, SP]."""
+    b_text = tl.sum(b_q[:, None, :] * b_k, axis=2) * scale_log2
+    b_own = tl.sum(b_q[:, None, :] * b_ks, axis=2) * scale_log2
+    b_text = tl.where(m_seen, b_text, float("-inf"))
+    b_own = tl.where((tl.arange(0, SP) <= i_s)[None, :], b_own, float("-inf"))
+    # [BC]
+    b_max = tl.maximum(tl.max(b_text, axis=1), tl.max(b_own, axis=1))
+    b_text = tl.math.exp2(b_text - b_max[:, None])
+    b_own = tl.math.exp2(b_own - b_max[:, None])
+    b_sum = tl.sum(b_text, axis=1) + tl.sum(b_own, axis=1)
+    return b_text / b_sum[:, None], b_own / b_sum[:, None]
+
+
+@triton.jit
+def _summary_forward_kernel(
+    p_q, p_k, p_v, p_ks, p_vs, p_start, p_out, chunks, key_start, scale_log2, groups, stride_start,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, ks_b, ks_n, ks_h, vs_b, vs_n, vs_h, out_b, out_n, out_h,
+    C: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BC: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """Outputs of the summary queries of BC chunks, for all query heads of one K/V head."""
+    i_b = tl.program_id(1) // groups
+    i_g = tl.program_id(1) % groups
+    o_d = tl.arange(0, BD)
+    o_c, m_c, o_text, m_text, m_seen, o_summary, m_summary = _chunk_offsets(
+        p_start, tl.program_id(0), i_b, chunks, key_start, stride_start, C, S, BC, CP, SP, HAS_DOCUMENTS
+    )
+    # [BC, CP, BD] and [BC, SP, BD]
+    p_rows, m_rows = _rows(p_k, i_b, i_g, o_text, m_text, o_d, k_b, k_n, k_h, D)
+    b_k = tl.load(p_rows, mask=m_rows, other=0.0)
+    p_rows, m_rows = _rows(p_v, i_b, i_g, o_text, m_text, o_d, v_b, v_n, v_h, D)
+    b_v = tl.load(p_rows, mask=m_rows, other=0.0)
+    p_rows, m_rows = _rows(p_ks, i_b, i_g, o_summary, m_summary, o_d, ks_b, ks_n, ks_h, D)
+    b_ks = tl.load(p_rows, mask=m_rows, other=0.0)
+    p_rows, m_rows = _rows(p_vs, i_b, i_g, o_summary, m_summary, o_d, vs_b, vs_n, vs_h, D)
+    b_vs = tl.load(p_rows, mask=m_rows, other=0.0)
+    for i_r in range(0, GROUP):
+        for i_s in range(0, S):
+            # [BC, BD]
+            p_rows, m_rows = _rows(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D)
+            b_q = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
+            b_text, b_own = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
+            b_out = tl.sum(b_text[:, :, None] * b_v, axis=1) + tl.sum(b_own[:, :, None] * b_vs, axis=1)
+            p_rows, m_rows = _rows(p_out, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, out_b, out_n, out_h, D)
+            tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_rows)
+
+
+@triton.jit
+def _summary_backward_kernel(
+    p_q, p_k, p_v, p_ks, p_vs, p_start, p_do, p_dq, p_dk, p_dv, p_dks, p_dvs,
+    chunks, key_start, scale, scale_log2, groups, stride_start,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, ks_b, ks_n, ks_h, vs_b, vs_n, vs_h, do_b, do_n, do_h,
+    dq_b, dq_n, dq_h, dk_b, dk_n, dk_h, dv_b, dv_n, dv_h, dks_b, dks_n, dks_h, dvs_b, dvs_n, dvs_h,
+    C: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BC: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """All gradients of the summary queries of BC chunks; ACCUMULATE adds to the gradients of keys and values."""
+    i_b = tl.program_id(1) // groups
+    i_g = tl.program_id(1) % groups
+    o_d = tl.arange(0, BD)
+    o_c, m_c, o_text, m_text, m_seen, o_summary, m_summary = _chunk_offsets(
+        p_start, tl.program_id(0), i_b, chunks, key_start, stride_start, C, S, BC, CP, SP, HAS_DOCUMENTS
+    )
+    # [BC, CP, BD] and [BC, SP, BD]
+    p_rows, m_rows = _rows(p_k, i_b, i_g, o_text, m_text, o_d, k_b, k_n, k_h, D)
+    b_k = tl.load(p_rows, mask=m_rows, other=0.0)
+    p_rows, m_rows = _rows(p_v, i_b, i_g, o_text, m_text, o_d, v_b, v_n, v_h, D)
+    b_v = tl.load(p_rows, mask=m_rows, other=0.0)
+    p_rows, m_rows = _rows(p_ks, i_b, i_g, o_summary, m_summary, o_d, ks_b, ks_n, ks_h, D)
+    b_ks = tl.load(p_rows, mask=m_rows, other=0.0)
+    p_rows, m_rows = _rows(p_vs, i_b, i_g, o_summary, m_summary, o_d, vs_b, vs_n, vs_h, D)
+    b_vs = tl.load(p_rows, mask=m_rows, other=0.0)
+    b_dk = tl.zeros([BC, CP, BD], dtype=tl.float32)
+    b_dv = tl.zeros([BC, CP, BD], dtype=tl.float32)
+    b_dks = tl.zeros([BC, SP, BD], dtype=tl.float32)
+    b_dvs = tl.zeros([BC, SP, BD], dtype=tl.float32)
+    for i_r in range(0, GROUP):
+        for i_s in range(0, S):
+            # [BC, BD]
+            p_rows, m_rows = _rows(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D)
+            b_q = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
+            p_rows, m_rows = _rows(p_do, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, do_b, do_n, do_h, D)
+            b_do = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
+            # [BC, CP] and [BC, SP]
+            b_text, b_own = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
+            b_dtext = tl.sum(b_do[:, None, :] * b_v, axis=2)
+            b_down = tl.sum(b_do[:, None, :] * b_vs, axis=2)
+            # [BC]
+            b_delta = tl.sum(b_text * b_dtext, axis=1) + tl.sum(b_own * b_down, axis=1)
+            b_dtext = b_text * (b_dtext - b_delta[:, None]) * scale
+            b_down = b_own * (b_down - b_delta[:, None]) * scale
+            # [BC, BD]
+            b_dq = tl.sum(b_dtext[:, :, None] * b_k, axis=1) + tl.sum(b_down[:, :, None] * b_ks, axis=1)
+            p_rows, m_rows = _rows(p_dq, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, dq_b, dq_n, dq_h, D)
+            tl.store(p_rows, b_dq.to(p_dq.dtype.element_ty), mask=m_rows)
+            # [BC, CP, BD] and [BC, SP, BD]
+            b_dk += b_dtext[:, :, None] * b_q[:, None, :]
+            b_dv += b_text[:, :, None] * b_do[:, None, :]
+            b_dks += b_down[:, :, None] * b_q[:, None, :]
+            b_dvs += b_own[:, :, None] * b_do[:, None, :]
+    _write(p_dk, b_dk, i_b, i_g, o_text, m_text, o_d, dk_b, dk_n, dk_h, D, ACCUMULATE)
+    _write(p_dv, b_dv, i_b, i_g, o_text, m_text, o_d, dv_b, dv_n, dv_h, D, ACCUMULATE)
+    _write(p_dks, b_dks, i_b, i_g, o_summary, m_summary, o_d, dks_b, dks_n, dks_h, D, ACCUMULATE)
+    _write(p_dvs, b_dvs, i_b, i_g, o_summary, m_summary, o_d, dvs_b, dvs_n, dvs_h, D, ACCUMULATE)
+
+
+@triton.jit
+def _write(p, b, i_b, i_g, o_n, m_n, o_d, stride_b, stride_n, stride_h, D: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Store gradients of keys or values, added to what is there if ACCUMULATE."""
+    p_rows, m_rows = _rows(p, i_b, i_g, o_n, m_n, o_d, stride_b, stride_n, stride_h, D)
+    if ACCUMULATE:
+        b += tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
+    tl.store(p_rows, b.to(p.dtype.element_ty), mask=m_rows)
+
+
+def _shape(q: Tensor, k: Tensor, chunk_size: int, summary_tokens: int, document_start: Tensor | None):
+    """Grid and compile-time numbers of both kernels, and the stride of document_start."""
+    dim, groups = q.shape[-1], k.shape[2]
+    chunks = q.shape[1] // summary_tokens
+    padded = {"BD": triton.next_power_of_2(dim), "CP": triton.next_power_of_2(chunk_size)}
+    block = max(1, BLOCK_ELEMENTS // (padded["BD"] * padded["CP"]))
+    constants = {
+        "C": chunk_size, "S": summary_tokens, "GROUP": q.shape[2] // groups, "D": dim, **padded, "BC": block,
+        "SP": triton.next_power_of_2(summary_tokens), "HAS_DOCUMENTS": document_start is not None,
+    }  # fmt: skip
+    stride = 0 if document_start is None else document_start.stride(0)
+    return (triton.cdiv(chunks, block), q.shape[0] * groups), constants, chunks, stride
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for rows in tensors for stride in rows.stride()[:3]]
+
+
+def launch_summary_forward(
+    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
+    chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float, out: Tensor,
+) -> None:  # fmt: skip
+    """Fill out [B, nc * S, Hq, D]. The last dimension of every tensor is contiguous."""
+    if not q.shape[1]:
+        return
+    rows = (q, k, v, k_summary, v_summary)
+    grid, constants, chunks, stride = _shape(q, k, chunk_size, summary_tokens, document_start)
+    _summary_forward_kernel[grid](
+        *rows, document_start, out, chunks, key_start, softmax_scale * LOG2E, k.shape[2], stride,
+        *_strides(*rows, out), **constants, num_warps=4,
+    )  # fmt: skip
+
+
+def launch_summary_backward(
+    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
+    chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float, d_out: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, dk_summary: Tensor, dv_summary: Tensor, accumulate: bool,
+) -> None:  # fmt: skip
+    """Fill the five gradients, or fill dq and add to the four of keys and values."""
+    if not q.shape[1]:
+        return
+    rows = (q, k, v, k_summary, v_summary)
+    gradients = (dq, dk, dv, dk_summary, dv_summary)
+    grid, constants, chunks, stride = _shape(q, k, chunk_size, summary_tokens, document_start)
+    _summary_backward_kernel[grid](
+        *rows, document_start, d_out, *gradients, chunks, key_start, softmax_scale, softmax_scale * LOG2E, k.shape[2],
+        stride, *_strides(*rows, d_out, *gradients), **constants, ACCUMULATE=accumulate, num_warps=4,
+    )  # fmt: skip
+
+
+def _last_contiguous(rows: Tensor) -> Tensor:
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@torch.library.custom_op("megatron_ksa::summary_attention", mutates_args=())
+def _summary_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
+    chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float,
+) -> Tensor:  # fmt: skip
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows = [_last_contiguous(t) for t in (q, k, v, k_summary, v_summary)]
+    launch_summary_forward(*rows, document_start, chunk_size, summary_tokens, key_start, softmax_scale, out)
+    return out
+
+
+@_summary_attention.register_fake
+def _(q, k, v, k_summary, v_summary, *settings):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.custom_op("megatron_ksa::summary_attention_backward", mutates_args=())
+def _summary_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
+    chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float, d_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = [_last_contiguous(t) for t in (q, k, v, k_summary, v_summary)]
+    gradients = _new_gradients(*rows)
+    launch_summary_backward(
+        *rows, document_start, chunk_size, summary_tokens, key_start, softmax_scale, _last_contiguous(d_out),
+        *gradients, accumulate=False,
+    )  # fmt: skip
+    return gradients
+
+
+def _new_gradients(*rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in rows)
+
+
+@_summary_attention_backward.register_fake
+def _(q, k, v, k_summary, v_summary, *settings):
+    return _new_gradients(q, k, v, k_summary, v_summary)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[6:]
+
+
+def _backward(ctx, d_out: Tensor):
+    gradients = torch.ops.megatron_ksa.summary_attention_backward(*ctx.saved_tensors, *ctx.settings, d_out)
+    return *gradients, *[None] * (1 + len(ctx.settings))
+
+
+_summary_attention.register_autograd(_backward, setup_context=_save)
+
+
+def summary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_summary: Tensor,
+    v_summary: Tensor,
+    geometry: KSAGeometry,
+    *,
+    document_start: Tensor | None = None,
+    key_start: int = 0,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention of summary queries over the C text tokens of their chunk and its summaries up to themselves.
+
+    Arguments and result as in `reference.summary_attention`, for bfloat16, float16 and float32.
+
+    Raises:
+        UsageError: a dtype, head dimension or number of heads that the kernels do not have.
+    """
+    scale = check_rows(q, (k, v, k_summary, v_summary), softmax_scale)
+    return _summary_attention(
+        q, k, v, k_summary, v_summary, row_starts(document_start, q.shape[0]), geometry.chunk_size,
+        geometry.summary_tokens, key_start, scale,
+    )  # fmt: skip

@@ -1,0 +1,254 @@
+"""The Triton kernels of KSA attention against the PyTorch reference, in Triton's interpreter or on a CUDA device.
+
+Triton chooses between compiler and interpreter when it is first imported. Where that was the compiler and there is no
+GPU for it, the file runs once more in a process that sets TRITON_INTERPRET.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+from compare import assert_close
+from triton.language import standard
+
+from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels.ksa_attention import reference, triton_backward, triton_rows, triton_summary, triton_text
+from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
+from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "ksa_attention"
+INTERPRETED = not isinstance(standard.sum, triton.runtime.JITFunction)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+RUNS = INTERPRETED or torch.cuda.is_available()
+# Tiles far smaller than the inputs, with more queries than keys and the other way round.
+TILES = Tiles(Tile(16, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))
+NAMES = ("out", "lse", "dq", "dk", "dv", "dk_summary", "dv_summary")
+
+needs_kernels = pytest.mark.skipif(not RUNS, reason="run by test_in_an_interpreter_process")
+
+
+@pytest.mark.skipif(RUNS, reason="the kernels run in this process")
+def test_in_an_interpreter_process():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Uninitialised floating-point memory is NaN, so that an element nobody writes is found."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(rows):
+        return rows.fill_(torch.nan) if rows.is_floating_point() else rows
+
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: poison(empty(*sizes, **options)))
+    monkeypatch.setattr(torch, "empty_like", lambda rows, **options: poison(empty_like(rows, **options)))
+
+
+def random_rows(generator, batch, rows, heads, dim, dtype):
+    values = torch.randn(batch, rows, heads, dim, generator=generator).to(DEVICE, dtype)
+    return values.requires_grad_()
+
+
+def document_starts(cuts, rows, batch):
+    """Starts of packed documents cut at the given positions; every further row of the batch has one cut less."""
+    starts = torch.zeros(batch, rows, dtype=torch.int32)
+    for row in range(batch):
+        for cut in cuts[row:]:
+            starts[row, cut:] = cut
+    return starts.to(DEVICE)
+
+
+def compare(names, attend, expected, leaves, tolerance=None):
+    """Outputs and gradients of `attend` against those of `expected` in float64, under the same random gradients."""
+    outputs = attend(*leaves)
+    seen = [torch.isfinite(out) for out in outputs]
+    d_outputs = [torch.randn_like(out) * finite for out, finite in zip(outputs, seen, strict=True)]
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = expected(*exact_leaves)
+    for ours, theirs in zip(seen, exact, strict=True):
+        assert torch.equal(ours, torch.isfinite(theirs))
+    # Rows that see nothing have lse = -inf on both sides; they are compared above.
+    loss, exact_loss = (
+        [out.masked_fill(~finite, 0) for out, finite in zip(results, seen, strict=True)] for results in (outputs, exact)
+    )
+    gradients = torch.autograd.grad(loss, leaves, d_outputs)
+    exact_gradients = torch.autograd.grad(exact_loss, exact_leaves, [d_out.double() for d_out in d_outputs])
+    for name, actual, wanted in zip(names, [*loss, *gradients], [*exact_loss, *exact_gradients], strict=True):
+        assert_close(name, actual, wanted, tolerance)
+
+
+def text_case(
+    geometry, nq, *, heads=(2, 2), dim=16, batch=1, dtype=torch.float32, cuts=None, query_start=0, keys=None,
+    chunks=None, tiles=TILES,
+):  # fmt: skip
+    """Compare text_attention; keys and chunks are (first, count), by default all up to the last query."""
+    generator = torch.Generator().manual_seed(nq)
+    n = query_start + nq
+    key_start, nk = keys or (0, n)
+    chunk_start, nc = chunks or (0, n // geometry.chunk_size)
+    ns = nc * geometry.summary_tokens
+    leaves = [
+        random_rows(generator, batch, rows, count, dim, dtype)
+        for rows, count in ((nq, heads[0]), (nk, heads[1]), (nk, heads[1]), (ns, heads[1]), (ns, heads[1]))
+    ]
+    options = {
+        "document_start": None if cuts is None else document_starts(cuts, n, batch),
+        "query_start": query_start,
+        "key_start": key_start,
+        "chunk_start": chunk_start,
+    }
+    compare(
+        NAMES,
+        lambda *rows: triton_text.text_attention(*rows, geometry, tiles=tiles, **options),
+        lambda *rows: reference.text_attention(*rows, geometry, **options),
+        leaves,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "geometry, nq, options",
+    [
+        (KSAGeometry(4, 1, 5), 131, {}),
+        (KSAGeometry(4, 2, 3), 83, {"heads": (4, 2), "batch": 2}),
+        (KSAGeometry(3, 3, 4), 64, {"heads": (3, 1), "dim": 24}),
+        (KSAGeometry(8, 1, 0), 70, {}),
+        (KSAGeometry(8, 1, 16), 100, {"heads": (2, 1)}),
+        (KSAGeometry(40, 1, 1), 130, {}),
+        (KSAGeometry(1, 1, 7), 50, {}),
+        (KSAGeometry(4, 1, 5), 1, {}),
+        (KSAGeometry(4, 1, 3), 90, {"dim": 96}),
+        (KSAGeometry(4, 2, 6), 90, {"dtype": torch.float16, "heads": (4, 2), "cuts": [33]}),
+    ],
+    ids=["plain", "gqa-batch-S2", "mqa-S3-dim24", "W0", "causal", "C40", "C1", "one-row", "dim96", "float16"],
+)
+def test_text_attention(geometry, nq, options):
+    text_case(geometry, nq, **options)
+
+
+@needs_kernels
+@pytest.mark.parametrize("cuts", [[1], [37, 38, 90], [64]], ids=str)
+def test_packed_documents(cuts):
+    text_case(KSAGeometry(4, 1, 4), 110, batch=2, heads=(2, 1), cuts=cuts)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "query_start, nq, keys, chunks",
+    [(48, 50, (28, 70), (0, 24)), (40, 33, (40, 33), (3, 2)), (57, 40, (60, 10), (2, 12)), (64, 20, (0, 8), (1, 3))],
+)
+@pytest.mark.parametrize("cuts", [None, [50]], ids=["one-document", "two-documents"])
+def test_segments_of_a_longer_sequence(query_start, nq, keys, chunks, cuts):
+    """Separate ranges of queries, text keys and summaries, with queries that see nothing among them."""
+    text_case(KSAGeometry(4, 1, 4), nq, query_start=query_start, keys=keys, chunks=chunks, cuts=cuts)
+
+
+@needs_kernels
+@pytest.mark.parametrize("keys, chunks", [((0, 45), (0, 0)), ((0, 0), (0, 11)), ((0, 0), (0, 0))])
+def test_absent_kinds_of_keys(keys, chunks):
+    text_case(KSAGeometry(4, 1, 2), 45, keys=keys, chunks=chunks)
+
+
+@needs_kernels
+@pytest.mark.parametrize("programs", [1, 512])
+def test_parts_of_the_queries_are_summed(monkeypatch, programs):
+    """dK/dV by one program a tile of keys, and by several whose results are added up."""
+    monkeypatch.setattr(triton_backward, "PROGRAMS", programs)
+    text_case(KSAGeometry(4, 1, 4), 130, heads=(2, 1), cuts=[60])
+
+
+@needs_kernels
+@pytest.mark.parametrize("C, S, heads, dim, cuts", [(8, 1, (2, 2), 16, None), (6, 2, (4, 2), 24, [20, 45])])
+def test_summary_attention(C, S, heads, dim, cuts):
+    geometry, chunks, generator = KSAGeometry(C, S, 3), 45, torch.Generator().manual_seed(C)
+    counts = ((S, heads[0]), (C, heads[1]), (C, heads[1]), (S, heads[1]), (S, heads[1]))
+    leaves = [random_rows(generator, 2, chunks * rows, count, dim, torch.float32) for rows, count in counts]
+    starts = None if cuts is None else document_starts(cuts, chunks * C, 2)
+    compare(
+        ("out", *NAMES[2:]),
+        lambda *rows: [triton_summary.summary_attention(*rows, geometry, document_start=starts)],
+        lambda *rows: [reference.summary_attention(*rows, geometry, document_start=starts)],
+        leaves,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", range(4))
+def test_golden_output_and_gradients(case):
+    """Rows `[text | summaries]` in one op, against the released implementation in float64."""
+    data = np.load(GOLDEN / f"case{case}.npz")
+    geometry = KSAGeometry(*(int(data[key]) for key in ("chunk_size", "summary_num", "window_chunks")))
+    is_text = np.arange(data["q"].shape[1]) % (geometry.chunk_size + geometry.summary_tokens) < geometry.chunk_size
+    order = torch.tensor(np.concatenate([np.flatnonzero(is_text), np.flatnonzero(~is_text)]))
+    q, k, v = (torch.tensor(data[key])[:, order].to(DEVICE).requires_grad_() for key in "qkv")
+    tiles = Tiles(*[Tile(32, 32, 4, 1)] * 4)
+    out = triton_rows.attention(q, k, v, geometry, text_rows=int(is_text.sum()), tiles=tiles)
+    out.backward(torch.tensor(data["dout"])[:, order].to(DEVICE))
+    for name, actual in (("out", out), ("dq", q.grad), ("dk", k.grad), ("dv", v.grad)):
+        assert_close(name, actual.cpu(), torch.tensor(data[name])[:, order])
+
+
+@needs_kernels
+def test_any_strides():
+    """[rows, batch, heads, dim] storage as the layer has it, and rows that the copy engine cannot address."""
+    generator, geometry = torch.Generator().manual_seed(0), KSAGeometry(4, 1, 3)
+    leaves = [random_rows(generator, 50, 2, 2, 20, torch.float32).transpose(0, 1) for _ in range(3)]
+    odd = [torch.nn.functional.pad(leaf, (0, 1))[..., :-1] for leaf in leaves]
+    expected = triton_rows.attention(*(leaf.contiguous() for leaf in leaves), geometry, text_rows=40, tiles=TILES)
+    for rows in (leaves, odd):
+        out = triton_rows.attention(*rows, geometry, text_rows=40, tiles=TILES)
+        assert torch.equal(out, expected)
+    (gradient,) = torch.autograd.grad(out.sum(), leaves[1])
+    (wanted,) = torch.autograd.grad((expected * torch.ones_like(expected)).sum(), leaves[1])
+    assert torch.equal(gradient, wanted)
+
+
+@needs_kernels
+def test_backward_is_deterministic():
+    generator, geometry = torch.Generator().manual_seed(0), KSAGeometry(4, 1, 3)
+    leaves = [random_rows(generator, 1, 100, heads, 16, torch.float32) for heads in (4, 2, 2)]
+    gradients = [
+        torch.autograd.grad(triton_rows.attention(*leaves, geometry, text_rows=80, tiles=TILES).square().sum(), leaves)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+@needs_kernels
+def test_custom_ops_obey_their_schemas():
+    """Fake implementations and autograd registration, as torch.compile and recompute rely on them."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [random_rows(generator, 1, count, 1, 16, torch.float32) for count in (16, 16, 16, 4, 4)]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    ops = torch.ops.megatron_ksa
+    settings = (4, 1, 2, 0, 0, 0, 0.25, TILES.pack())
+    torch.library.opcheck(ops.text_attention.default, (*rows, None, *settings), test_utils=checks)
+    summary = (rows[3], rows[1], rows[2], rows[3], rows[4], None, 4, 1, 0, 0.25)
+    torch.library.opcheck(ops.summary_attention.default, summary, test_utils=checks)
+    joint = [random_rows(generator, 1, 20, 1, 16, torch.float32) for _ in range(3)]
+    settings = (None, 16, 4, 1, 2, 0.25, TILES.pack())
+    torch.library.opcheck(ops.attention.default, (*joint, *settings), test_utils=checks)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "dim, heads, dtype, scale, message",
+    [
+        (272, (2, 2), torch.float32, None, "head_dim 272"),
+        (18, (2, 2), torch.float32, None, "multiple of 4"),
+        (16, (3, 2), torch.float32, None, "3 query heads"),
+        (16, (2, 2), torch.float64, None, "float64"),
+        (16, (2, 2), torch.float32, -1.0, "softmax scale -1.0"),
+    ],
+)
+def test_refuses_what_it_cannot_compute(dim, heads, dtype, scale, message):
+    q, k, none = (torch.zeros(1, rows, count, dim, dtype=dtype) for rows, count in zip((8, 8, 0), (*heads, heads[1])))
+    with pytest.raises(UsageError, match=message):
+        triton_text.text_attention(q, k, k, none, none, KSAGeometry(4, 1, 2), softmax_scale=scale)
