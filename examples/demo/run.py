@@ -97,8 +97,8 @@ def train(folder: Path, steps: int, global_batch_size: int) -> None:
         "--train-data-path", data / "train", "--valid-data-path", data / "validation", "--data-cache-path", data / "cache",
         "--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", interval,
         "--eval-interval", interval, "--eval-iters", max(EVALUATION_SEQUENCES // global_batch_size, 1),
-        "--log-interval", 10, "--tensorboard-dir", folder / "tensorboard", "--log-throughput",
-        "--tensorboard-log-interval", 10,
+        "--log-interval", min(steps, 10), "--tensorboard-dir", folder / "tensorboard", "--log-throughput",
+        "--tensorboard-log-interval", min(steps, 10),
     )  # fmt: skip
 
 
