@@ -230,12 +230,37 @@ def _dkv_kernel(
     tl.store(p_dv + o_out, b_dv.to(p_dv.dtype.element_ty), mask=m_out)
 
 
-def _launch_dkv(
+def launch_dq(
+    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
+    chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
+    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
+    delta: Tensor, dq: Tensor,
+) -> None:  # fmt: skip
+    """Fill dq and delta; lse, d_lse and delta [B, Hq, nq] are contiguous."""
+    batch, nq, heads, dim = q.shape
+    nk, ns = k.shape[1], k_summary.shape[1]
+    block_dim = padded_head_dim(dim)
+    _dq_kernel[(triton.cdiv(nq, tile.queries), batch * heads)](
+        *(descriptor(rows, tile.queries, block_dim) for rows in (q, out, d_out)),
+        *(descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)),
+        document_start, lse, d_lse, delta, dq,
+        nq, nk, ns, query_start, key_start, chunk_start, window, softmax_scale, softmax_scale * LOG2E, heads,
+        document_start.stride(0) if document_start is not None else 0, *dq.stride()[:3],
+        C=chunk_size, S=summary_tokens, GROUP=heads // k.shape[2], D=dim, BD=block_dim,
+        BM=tile.queries, BN=tile.keys, HAS_DOCUMENTS=document_start is not None, HAS_DLSE=d_lse is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def launch_dkv(
     q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse: Tensor, delta: Tensor,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
     is_text: bool, tile: Tile, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """Fill dk and dv, [B, keys, Hkv, D] of equal strides."""
+    """Fill dk and dv, [B, keys, Hkv, D] of equal strides, of the text keys or of the summaries.
+
+    offset: position of the first text key, or chunk of the first summary.
+    """
     batch, num_keys, groups, dim = k.shape
     if not num_keys:
         return
@@ -268,26 +293,17 @@ def launch_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dk_summary: Tensor, dv_summary: Tensor,
 ) -> None:  # fmt: skip
     """Fill the five gradients; lse and d_lse [B, Hq, nq] are contiguous, dk and dv have equal strides."""
-    batch, nq, heads, dim = q.shape
-    nk, ns = k.shape[1], k_summary.shape[1]
-    block_dim, tile = padded_head_dim(dim), tiles.dq
     delta = torch.empty_like(lse)
-    _dq_kernel[(triton.cdiv(nq, tile.queries), batch * heads)](
-        *(descriptor(rows, tile.queries, block_dim) for rows in (q, out, d_out)),
-        *(descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)),
-        document_start, lse, d_lse, delta, dq,
-        nq, nk, ns, query_start, key_start, chunk_start, window, softmax_scale, softmax_scale * LOG2E, heads,
-        document_start.stride(0) if document_start is not None else 0, *dq.stride()[:3],
-        C=chunk_size, S=summary_tokens, GROUP=heads // k.shape[2], D=dim, BD=block_dim,
-        BM=tile.queries, BN=tile.keys, HAS_DOCUMENTS=document_start is not None, HAS_DLSE=d_lse is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+    launch_dq(
+        q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
+        chunk_start, softmax_scale, tiles.dq, out, lse, d_out, d_lse, delta, dq,
     )  # fmt: skip
     shared = (chunk_size, summary_tokens, window, query_start)
     for is_text, offset, tile, keys, values, d_keys, d_values in (
         (True, key_start, tiles.dkv_text, k, v, dk, dv),
         (False, chunk_start, tiles.dkv_summary, k_summary, v_summary, dk_summary, dv_summary),
     ):
-        _launch_dkv(
+        launch_dkv(
             q, d_out, keys, values, document_start, lse, delta, *shared, offset, softmax_scale, is_text, tile,
             d_keys, d_values,
         )  # fmt: skip

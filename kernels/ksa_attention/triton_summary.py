@@ -91,12 +91,12 @@ def _summary_forward_kernel(
     for i_r in range(0, GROUP):
         for i_s in range(0, S):
             # [BC, BD]
-            p_rows, m_rows = _rows(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D)
-            b_q = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
+            p_head, m_head = _rows(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D)
+            b_q = tl.load(p_head, mask=m_head, other=0.0).to(tl.float32)
             b_text, b_own = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
             b_out = tl.sum(b_text[:, :, None] * b_v, axis=1) + tl.sum(b_own[:, :, None] * b_vs, axis=1)
-            p_rows, m_rows = _rows(p_out, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, out_b, out_n, out_h, D)
-            tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_rows)
+            p_head, m_head = _rows(p_out, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, out_b, out_n, out_h, D)
+            tl.store(p_head, b_out.to(p_out.dtype.element_ty), mask=m_head)
 
 
 @triton.jit
@@ -131,10 +131,10 @@ def _summary_backward_kernel(
     for i_r in range(0, GROUP):
         for i_s in range(0, S):
             # [BC, BD]
-            p_rows, m_rows = _rows(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D)
-            b_q = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
-            p_rows, m_rows = _rows(p_do, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, do_b, do_n, do_h, D)
-            b_do = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
+            p_head, m_head = _rows(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D)
+            b_q = tl.load(p_head, mask=m_head, other=0.0).to(tl.float32)
+            p_head, m_head = _rows(p_do, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, do_b, do_n, do_h, D)
+            b_do = tl.load(p_head, mask=m_head, other=0.0).to(tl.float32)
             # [BC, CP] and [BC, SP]
             b_text, b_own = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
             b_dtext = tl.sum(b_do[:, None, :] * b_v, axis=2)
@@ -145,8 +145,8 @@ def _summary_backward_kernel(
             b_down = b_own * (b_down - b_delta[:, None]) * scale
             # [BC, BD]
             b_dq = tl.sum(b_dtext[:, :, None] * b_k, axis=1) + tl.sum(b_down[:, :, None] * b_ks, axis=1)
-            p_rows, m_rows = _rows(p_dq, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, dq_b, dq_n, dq_h, D)
-            tl.store(p_rows, b_dq.to(p_dq.dtype.element_ty), mask=m_rows)
+            p_head, m_head = _rows(p_dq, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, dq_b, dq_n, dq_h, D)
+            tl.store(p_head, b_dq.to(p_dq.dtype.element_ty), mask=m_head)
             # [BC, CP, BD] and [BC, SP, BD]
             b_dk += b_dtext[:, :, None] * b_q[:, None, :]
             b_dv += b_text[:, :, None] * b_do[:, None, :]

@@ -40,6 +40,12 @@ def test_in_an_interpreter_process():
 
 
 @pytest.fixture(autouse=True)
+def one_program_a_tile(monkeypatch):
+    """Splitting the queries to fill a large GPU would only multiply the interpreter's work."""
+    monkeypatch.setattr(triton_backward, "PROGRAMS", 1)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Uninitialised floating-point memory is NaN, so that an element nobody writes is found."""
     empty, empty_like = torch.empty, torch.empty_like
@@ -134,9 +140,9 @@ def test_text_attention(geometry, nq, options):
 
 
 @needs_kernels
-@pytest.mark.parametrize("cuts", [[1], [37, 38, 90], [64]], ids=str)
+@pytest.mark.parametrize("cuts", [[37, 38, 70], [64]], ids=str)
 def test_packed_documents(cuts):
-    text_case(KSAGeometry(4, 1, 4), 110, batch=2, heads=(2, 1), cuts=cuts)
+    text_case(KSAGeometry(4, 1, 4), 90, batch=2, heads=(2, 1), cuts=cuts)
 
 
 @needs_kernels
@@ -157,10 +163,9 @@ def test_absent_kinds_of_keys(keys, chunks):
 
 
 @needs_kernels
-@pytest.mark.parametrize("programs", [1, 512])
-def test_parts_of_the_queries_are_summed(monkeypatch, programs):
-    """dK/dV by one program a tile of keys, and by several whose results are added up."""
-    monkeypatch.setattr(triton_backward, "PROGRAMS", programs)
+def test_parts_of_the_queries_are_summed(monkeypatch):
+    """dK/dV of a tile of keys by several programs whose results are added up, some without any query."""
+    monkeypatch.setattr(triton_backward, "PROGRAMS", 40)
     text_case(KSAGeometry(4, 1, 4), 130, heads=(2, 1), cuts=[60])
 
 
