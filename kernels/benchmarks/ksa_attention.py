@@ -24,7 +24,7 @@ from triton.testing import do_bench
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.kernels.ksa_attention import reference, triton_rows, triton_text
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
-from megatron_ksa.kernels.ksa_attention.triton_backward import launch_dkv, launch_dq
+from megatron_ksa.kernels.ksa_attention.triton_backward import launch_dkv, launch_dq, new_statistics
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, tiles_for
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
@@ -220,9 +220,9 @@ def time_attention(attend: Callable, leaves: list[Tensor], pairs: int) -> dict:
     torch.autograd.grad(attend(*leaves), leaves, d_out)
     result["peak_bytes"] = torch.cuda.max_memory_allocated()
     result["peak_over_inputs_bytes"] = result["peak_bytes"] - before
-    # out, dq, dk, dv, and float32 lse and delta
+    # out, dq, dk, dv, and three float32 statistics of a row
     rows = [leaves[0], *leaves]
-    statistics = 2 * 4 * leaves[0].shape[1] * leaves[0].shape[2]
+    statistics = 3 * 4 * leaves[0].shape[1] * leaves[0].shape[2]
     result["outputs_and_gradients_bytes"] = sum(t.numel() * t.element_size() for t in rows) + statistics
     return result
 
@@ -235,7 +235,7 @@ class Kernels:
         q, k, v = (torch.randn(1, rows, count, DIM, device="cuda").bfloat16() for count in (heads, groups, groups))
         d_out, out = torch.randn_like(q), torch.empty_like(q)
         self.lse = torch.empty(1, heads, n, device="cuda")
-        self.delta = torch.empty_like(self.lse)
+        self.lse2, self.delta = new_statistics(self.lse)
         gradients = [torch.empty_like(t) for t in (q, k, v)]
         split = [(t[:, :n], t[:, n:]) for t in (q, k, v, out, d_out, *gradients)]
         self.q, self.k, self.v, self.out, self.d_out, self.dq, self.dk, self.dv = split
@@ -263,7 +263,7 @@ class Kernels:
         settings = (*self.sizes, GEOMETRY.window_chunks)
         if name.startswith("dkv"):
             part = int(name == "dkv_summary")
-            statistics = (None, self.lse, self.delta)
+            statistics = (None, self.lse2, self.delta)
             return launch_dkv(
                 self.q[0], self.d_out[0], self.k[part], self.v[part], *statistics, *settings, 0, 0, self.scale,
                 not part, tile, self.dk[part], self.dv[part],
@@ -271,7 +271,7 @@ class Kernels:
         options = (self.q[0], *self.keys, None, *settings, 0, 0, 0, self.scale, tile, self.out[0], self.lse)
         if name == "forward":
             return launch_forward(*options)
-        return launch_dq(*options, self.d_out[0], None, self.delta, self.dq[0])
+        return launch_dq(*options, self.d_out[0], None, self.lse2, self.delta, self.dq[0])
 
     def time(self) -> dict:
         """Milliseconds of each kernel with the stored tiles."""

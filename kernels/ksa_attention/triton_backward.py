@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_ksa.kernels.ksa_attention.triton_common import (
     LOG2E,
@@ -74,13 +75,13 @@ def _dq_phase(
 
 @triton.jit
 def _dq_kernel(
-    d_q, d_out, d_do, d_k, d_v, d_ks, d_vs, p_start, p_lse, p_dlse, p_delta, p_dq,
+    d_q, d_out, d_do, d_k, d_v, d_ks, d_vs, p_start, p_lse, p_dlse, p_lse2, p_delta, p_dq,
     nq, nk, ns, query_start, key_start, chunk_start, window, scale, scale_log2, heads,
-    stride_start, stride_b, stride_n, stride_h,
+    stride_start, stride_statistics, stride_b, stride_n, stride_h,
     C: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries of one head; also writes delta, which the dK/dV kernel reads."""
+    """dQ of one tile of queries of one head; also writes what the dK/dV kernel reads: delta, and lse to base 2."""
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
     i_b = tl.program_id(1) // heads
     i_h = tl.program_id(1) % heads
@@ -102,6 +103,7 @@ def _dq_kernel(
     o_i = query_start + o_m
 
     o_row = tl.program_id(1).to(tl.int64) * nq + o_m
+    o_statistics = tl.program_id(1).to(tl.int64) * stride_statistics + o_m
     # [BM, BD]
     b_q = d_q.load([i_b, i_h, i_m * BM, 0]).reshape(BM, BD)
     b_do = d_do.load([i_b, i_h, i_m * BM, 0]).reshape(BM, BD)
@@ -109,9 +111,10 @@ def _dq_kernel(
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), axis=1)
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
-    tl.store(p_delta + o_row, b_delta, mask=m_m)
+    tl.store(p_delta + o_statistics, b_delta, mask=m_m)
     # Rows beyond nq get probability exp(-inf) = 0.
     b_lse2 = tl.load(p_lse + o_row, mask=m_m, other=float("inf")) * 1.4426950408889634
+    tl.store(p_lse2 + o_statistics, b_lse2, mask=m_m)
     # [BM, BD]
     b_dq = tl.zeros([BM, BD], dtype=tl.float32)
     b_dq = _dq_phase(
@@ -130,22 +133,23 @@ def _dq_kernel(
 
 @triton.jit
 def _dkv_tiles(
-    b_dk, b_dv, b_k, b_v, d_q, d_do, p_lse, p_delta, p_start, i_b, i_h, o_n,
+    b_dk, b_dv, b_k, b_v, d_q, d_do, d_lse2, d_delta, p_start, i_b, i_h, o_n,
     nq, num_keys, query_start, offset, window, scale_log2, begin, end, gap_at, gap,
     C: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
     IS_TEXT: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV from the query tiles [begin, end) of one head, where tiles from gap_at on are `gap` further on."""
+    """dK and dV from the query tiles [begin, end) of one head, where tiles from gap_at on are `gap` further on.
+
+    Rows beyond nq read as 0 throughout and add nothing.
+    """
     for step in range(begin, end):
         # From the last tile down: programs of different keys then read the same queries at the same time.
         tile = begin + end - 1 - step
         if MASKED:
             tile += tl.where(tile >= gap_at, gap, 0)
-        # [BM]
-        o_m = tile * BM + tl.arange(0, BM)
-        m_m = o_m < nq
-        b_lse2 = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * 1.4426950408889634
-        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+        # [BM]; through the copy engine, since a pointer load would make every thread copy the whole vector.
+        b_lse2 = d_lse2.load([i_b, i_h, tile * BM]).reshape(BM)
+        b_delta = d_delta.load([i_b, i_h, tile * BM]).reshape(BM)
         # [BM, BD]
         b_q = d_q.load([i_b, i_h, tile * BM, 0]).reshape(BM, BD)
         b_do = d_do.load([i_b, i_h, tile * BM, 0]).reshape(BM, BD)
@@ -153,12 +157,13 @@ def _dkv_tiles(
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
         b_p = tl.math.exp2(b_s * scale_log2 - b_lse2[None, :])
         if MASKED:
+            o_m = tile * BM + tl.arange(0, BM)
             if HAS_DOCUMENTS:
-                b_start = tl.load(p_start + query_start + o_m, mask=m_m, other=0)
+                b_start = tl.load(p_start + query_start + o_m, mask=o_m < nq, other=0)
             else:
                 b_start = tl.zeros([BM], dtype=tl.int32)
             b_lower, b_upper = key_interval(query_start + o_m, b_start, offset, num_keys, window, C, S, IS_TEXT)
-            m_seen = (o_n[:, None] >= b_lower[None, :]) & (o_n[:, None] < b_upper[None, :]) & m_m[None, :]
+            m_seen = (o_n[:, None] >= b_lower[None, :]) & (o_n[:, None] < b_upper[None, :])
             b_p = tl.where(m_seen, b_p, 0.0)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         # [BN, BM]
@@ -170,7 +175,7 @@ def _dkv_tiles(
 
 @triton.jit
 def _dkv_kernel(
-    d_k, d_v, d_q, d_do, p_start, p_lse, p_delta, p_dk, p_dv,
+    d_k, d_v, d_q, d_do, d_lse2, d_delta, p_start, p_dk, p_dv,
     nq, num_keys, query_start, offset, window, scale, scale_log2, groups,
     stride_start, stride_split, stride_b, stride_n, stride_g,
     C: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -210,14 +215,13 @@ def _dkv_kernel(
     b_dv = tl.zeros([BN, BD], dtype=tl.float32)
     for i_r in range(0, GROUP):
         i_h = i_g * GROUP + i_r
-        o_row = (i_b.to(tl.int64) * groups * GROUP + i_h) * nq
         b_dk, b_dv = _dkv_tiles(
-            b_dk, b_dv, b_k, b_v, d_q, d_do, p_lse + o_row, p_delta + o_row, p_start, i_b, i_h, o_n,
+            b_dk, b_dv, b_k, b_v, d_q, d_do, d_lse2, d_delta, p_start, i_b, i_h, o_n,
             nq, num_keys, query_start, offset, window, scale_log2, full_first, full_stop, 0, 0,
             C, S, BM, BD, IS_TEXT, HAS_DOCUMENTS, False,
         )  # fmt: skip
         b_dk, b_dv = _dkv_tiles(
-            b_dk, b_dv, b_k, b_v, d_q, d_do, p_lse + o_row, p_delta + o_row, p_start, i_b, i_h, o_n,
+            b_dk, b_dv, b_k, b_v, d_q, d_do, d_lse2, d_delta, p_start, i_b, i_h, o_n,
             nq, num_keys, query_start, offset, window, scale_log2, first, stop - full, full_first, full,
             C, S, BM, BD, IS_TEXT, HAS_DOCUMENTS, True,
         )  # fmt: skip
@@ -234,18 +238,18 @@ def launch_dq(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
     softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
-    delta: Tensor, dq: Tensor,
+    lse2: Tensor, delta: Tensor, dq: Tensor,
 ) -> None:  # fmt: skip
-    """Fill dq and delta; lse, d_lse and delta [B, Hq, nq] are contiguous."""
+    """Fill dq, delta and lse2 = lse * log2(e); lse and d_lse [B, Hq, nq] are contiguous."""
     batch, nq, heads, dim = q.shape
     nk, ns = k.shape[1], k_summary.shape[1]
     block_dim = padded_head_dim(dim)
     _dq_kernel[(triton.cdiv(nq, tile.queries), batch * heads)](
         *(descriptor(rows, tile.queries, block_dim) for rows in (q, out, d_out)),
         *(descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)),
-        document_start, lse, d_lse, delta, dq,
+        document_start, lse, d_lse, lse2, delta, dq,
         nq, nk, ns, query_start, key_start, chunk_start, window, softmax_scale, softmax_scale * LOG2E, heads,
-        document_start.stride(0) if document_start is not None else 0, *dq.stride()[:3],
+        document_start.stride(0) if document_start is not None else 0, delta.stride(1), *dq.stride()[:3],
         C=chunk_size, S=summary_tokens, GROUP=heads // k.shape[2], D=dim, BD=block_dim,
         BM=tile.queries, BN=tile.keys, HAS_DOCUMENTS=document_start is not None, HAS_DLSE=d_lse is not None,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -253,7 +257,7 @@ def launch_dq(
 
 
 def launch_dkv(
-    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse: Tensor, delta: Tensor,
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse2: Tensor, delta: Tensor,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
     is_text: bool, tile: Tile, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
@@ -274,7 +278,8 @@ def launch_dkv(
     _dkv_kernel[(triton.cdiv(num_keys, tile.keys), batch * groups, splits)](
         *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
         *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
-        document_start, lse, delta, *parts,
+        *(TensorDescriptor(rows, rows.shape, rows.stride(), [1, 1, tile.queries]) for rows in (lse2, delta)),
+        document_start, *parts,
         q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
         document_start.stride(0) if document_start is not None else 0, *parts[0].stride()[:4],
         C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
@@ -286,6 +291,13 @@ def launch_dkv(
             gradient.copy_(part.sum(0))
 
 
+def new_statistics(lse: Tensor) -> list[Tensor]:
+    """Two uninitialised tensors like lse, [B, Hq, nq], each head's row beginning at a multiple of 16 bytes."""
+    batch, heads, nq = lse.shape
+    padded = triton.cdiv(nq, 4) * 4
+    return [torch.empty((batch, heads, padded), dtype=lse.dtype, device=lse.device)[..., :nq] for _ in range(2)]
+
+
 def launch_backward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
@@ -293,10 +305,10 @@ def launch_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dk_summary: Tensor, dv_summary: Tensor,
 ) -> None:  # fmt: skip
     """Fill the five gradients; lse and d_lse [B, Hq, nq] are contiguous, dk and dv have equal strides."""
-    delta = torch.empty_like(lse)
+    lse2, delta = new_statistics(lse)
     launch_dq(
         q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-        chunk_start, softmax_scale, tiles.dq, out, lse, d_out, d_lse, delta, dq,
+        chunk_start, softmax_scale, tiles.dq, out, lse, d_out, d_lse, lse2, delta, dq,
     )  # fmt: skip
     shared = (chunk_size, summary_tokens, window, query_start)
     for is_text, offset, tile, keys, values, d_keys, d_values in (
@@ -304,6 +316,6 @@ def launch_backward(
         (False, chunk_start, tiles.dkv_summary, k_summary, v_summary, dk_summary, dv_summary),
     ):
         launch_dkv(
-            q, d_out, keys, values, document_start, lse, delta, *shared, offset, softmax_scale, is_text, tile,
+            q, d_out, keys, values, document_start, lse2, delta, *shared, offset, softmax_scale, is_text, tile,
             d_keys, d_values,
         )  # fmt: skip
