@@ -242,6 +242,8 @@ def launch_dq(
 ) -> None:  # fmt: skip
     """Fill dq, delta and lse2 = lse * log2(e); lse and d_lse [B, Hq, nq] are contiguous."""
     batch, nq, heads, dim = q.shape
+    if not nq:
+        return
     nk, ns = k.shape[1], k_summary.shape[1]
     block_dim = padded_head_dim(dim)
     _dq_kernel[(triton.cdiv(nq, tile.queries), batch * heads)](
@@ -266,7 +268,9 @@ def launch_dkv(
     offset: position of the first text key, or chunk of the first summary.
     """
     batch, num_keys, groups, dim = k.shape
-    if not num_keys:
+    if not num_keys or not q.shape[1]:
+        dk.zero_()
+        dv.zero_()
         return
     block_dim = padded_head_dim(dim)
     programs = triton.cdiv(num_keys, tile.keys) * batch * groups

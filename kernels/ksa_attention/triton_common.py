@@ -104,6 +104,11 @@ def row_starts(document_start: Tensor | None, batch: int) -> Tensor | None:
     return starts if starts.stride(1) == 1 else starts.contiguous()
 
 
+def finite_window(window_chunks: int, rows: int, chunk_size: int) -> int:
+    """The window, at most the chunks in `rows` positions: the same attention, without overflow for a vast window."""
+    return min(window_chunks, rows // chunk_size + 1)
+
+
 def check_rows(q: Tensor, keys: tuple[Tensor, ...], softmax_scale: float | None) -> float:
     """The softmax scale; refuses what the kernels cannot read, naming the value."""
     dim, heads, groups = q.shape[-1], q.shape[2], keys[0].shape[2]

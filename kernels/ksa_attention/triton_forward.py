@@ -125,6 +125,8 @@ def launch_forward(
 ) -> None:  # fmt: skip
     """Fill out [B, nq, Hq, D] (last dimension contiguous) and lse [B, Hq, nq] (contiguous)."""
     batch, nq, heads, dim = q.shape
+    if not nq:
+        return
     nk, ns = k.shape[1], k_summary.shape[1]
     block_dim = padded_head_dim(dim)
     d_q = descriptor(q, tile.queries, block_dim)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_backward import launch_backward
-from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_rows, row_starts
+from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_rows, finite_window, row_starts
 from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tiles_for
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
@@ -112,9 +112,10 @@ def attention(
         UsageError: a dtype, head dimension or number of heads that the kernels do not have.
     """
     scale = check_rows(q, (k, v), softmax_scale)
+    window = finite_window(geometry.window_chunks, text_rows, geometry.chunk_size)
     tiles = tiles or tiles_for(q.shape[-1], q.dtype)
     out, _ = _attention(
         q, k, v, row_starts(document_start, q.shape[0]), text_rows, geometry.chunk_size, geometry.summary_tokens,
-        geometry.window_chunks, scale, tiles.pack(),
+        window, scale, tiles.pack(),
     )  # fmt: skip
     return out

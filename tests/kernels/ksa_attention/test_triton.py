@@ -130,10 +130,12 @@ def text_case(
         (KSAGeometry(40, 1, 1), 130, {}),
         (KSAGeometry(1, 1, 7), 50, {}),
         (KSAGeometry(4, 1, 5), 1, {}),
+        (KSAGeometry(4, 1, 2**40), 40, {}),
+        (KSAGeometry(4, 1, 5), 0, {"query_start": 20}),
         (KSAGeometry(4, 1, 3), 90, {"dim": 96}),
         (KSAGeometry(4, 2, 6), 90, {"dtype": torch.float16, "heads": (4, 2), "cuts": [33]}),
     ],
-    ids=["plain", "gqa-batch-S2", "mqa-S3-dim24", "W0", "causal", "C40", "C1", "one-row", "dim96", "float16"],
+    ids=["plain", "gqa-batch-S2", "mqa-S3-dim24", "W0", "causal", "C40", "C1", "one-row", "vast-window", "no-query", "dim96", "float16"],
 )
 def test_text_attention(geometry, nq, options):
     text_case(geometry, nq, **options)
@@ -243,6 +245,21 @@ def test_custom_ops_obey_their_schemas():
 
 
 @needs_kernels
+def test_compiles_into_one_graph():
+    generator, geometry = torch.Generator().manual_seed(0), KSAGeometry(4, 1, 2)
+    leaves = [random_rows(generator, 1, 25, heads, 16, torch.float32) for heads in (2, 1, 1)]
+
+    def attend(q, k, v):
+        return triton_rows.attention(q, k, v, geometry, text_rows=20, tiles=TILES)
+
+    results = []
+    for run in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
+        out = run(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(eager, compiled) for eager, compiled in zip(*results, strict=True))
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     "dim, heads, dtype, scale, message",
     [
@@ -254,6 +271,6 @@ def test_custom_ops_obey_their_schemas():
     ],
 )
 def test_refuses_what_it_cannot_compute(dim, heads, dtype, scale, message):
-    q, k, none = (torch.zeros(1, rows, count, dim, dtype=dtype) for rows, count in zip((8, 8, 0), (*heads, heads[1])))
+    q, k, none = (torch.zeros(1, rows, count, dim, dtype=dtype) for rows, count in zip((8, 8, 0), (*heads, heads[1]), strict=True))
     with pytest.raises(UsageError, match=message):
         triton_text.text_attention(q, k, k, none, none, KSAGeometry(4, 1, 2), softmax_scale=scale)
