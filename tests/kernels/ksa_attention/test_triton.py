@@ -4,6 +4,7 @@ Triton chooses between compiler and interpreter when it is first imported. Where
 GPU for it, the file runs once more in a process that sets TRITON_INTERPRET.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -17,7 +18,14 @@ from compare import assert_close
 from triton.language import standard
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.kernels.ksa_attention import reference, triton_backward, triton_rows, triton_summary, triton_text
+from megatron_ksa.kernels.ksa_attention import (
+    dispatch,
+    reference,
+    triton_backward,
+    triton_rows,
+    triton_summary,
+    triton_text,
+)
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
 
@@ -135,7 +143,7 @@ def text_case(
         (KSAGeometry(4, 1, 3), 90, {"dim": 96}),
         (KSAGeometry(4, 2, 6), 90, {"dtype": torch.float16, "heads": (4, 2), "cuts": [33]}),
     ],
-    ids=["plain", "gqa-batch-S2", "mqa-S3-dim24", "W0", "causal", "C40", "C1", "one-row", "vast-window", "no-query", "dim96", "float16"],
+    ids="plain gqa-batch-S2 mqa-S3-dim24 W0 causal C40 C1 one-row vast-window no-query dim96 float16".split(),
 )
 def test_text_attention(geometry, nq, options):
     text_case(geometry, nq, **options)
@@ -271,6 +279,17 @@ def test_compiles_into_one_graph():
     ],
 )
 def test_refuses_what_it_cannot_compute(dim, heads, dtype, scale, message):
-    q, k, none = (torch.zeros(1, rows, count, dim, dtype=dtype) for rows, count in zip((8, 8, 0), (*heads, heads[1]), strict=True))
+    q, k = (torch.zeros(1, 8, count, dim, dtype=dtype) for count in heads)
+    none = k[:, :0]
     with pytest.raises(UsageError, match=message):
         triton_text.text_attention(q, k, k, none, none, KSAGeometry(4, 1, 2), softmax_scale=scale)
+
+
+def test_dispatch_takes_the_reference_off_the_gpu_and_says_so_once(caplog):
+    dispatch._announce.cache_clear()
+    rows = torch.randn(1, 10, 2, 16, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        results = [dispatch.text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2)) for _ in range(2)]
+    expected = reference.text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2))
+    assert all(torch.equal(out, wanted) for result in results for out, wanted in zip(result, expected, strict=True))
+    assert [record.message for record in caplog.records] == ["KSA attention runs in plain PyTorch (cpu, torch.float32)"]
