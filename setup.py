@@ -38,6 +38,7 @@ setup(
         "transformers",
         "tqdm",
         "safetensors",
+        "tensorboard",
     ],
     extras_require={
         "data": ["matplotlib", "scipy", "datasketch", "scikit-learn", "sentence-transformers"],
