@@ -39,9 +39,8 @@ class UpsamplingCounts:
 def plan_repeats(sizes: np.ndarray, threshold: int, share: float, random: np.random.Generator) -> np.ndarray:
     """How often each document is written: 1 for short ones, about r for long ones.
 
-    With L tokens in long documents and R in the rest, r L / (r L + R) = share. Every long document is written floor(r) times, and a
-    random part of them once more, so that the share is met to within one document. Nothing is dropped: a share below
-    the present one is an error.
+    With L tokens in long documents and R in the rest, r L / (r L + R) = share. Every long document is written floor(r)
+    times, and a random part of them once more. Nothing is dropped: a share below the present one is an error.
 
     Args:
         sizes: int [documents], tokens.

@@ -57,8 +57,7 @@ def indexed_documents(prefix: str, concatenate: bool) -> Sequence[np.ndarray]:
 
     check_indexed_dataset(prefix)
     dataset = IndexedDataset(prefix)
-    documents = [dataset[i] for i in range(len(dataset))]
-    return [np.concatenate(documents)] if concatenate else documents
+    return [np.concatenate([dataset[i] for i in range(len(dataset))])] if concatenate else dataset
 
 
 def read_text(path: Path, flag: str) -> str:

@@ -70,7 +70,8 @@ def sliding_window_perplexity(
 ) -> list[Perplexity]:
     """Perplexity at each context length, over the same tokens: the lengths differ in nothing but the context.
 
-    A window of L tokens scores its last `stride` targets, which see L - stride to L - 1 tokens before their own; windows end at the same places for all lengths.
+    A window of L tokens scores its last `stride` targets, which see L - stride + 1 to L tokens; windows end at the
+    same places for all lengths.
 
     Args:
         documents: integer [tokens] each.
@@ -82,7 +83,7 @@ def sliding_window_perplexity(
     """
     if min(lengths) < stride:
         raise UsageError(f"length {min(lengths)} is shorter than the stride {stride}")
-    ends = window_ends([len(document) for document in documents], max(lengths), stride, windows)
+    ends = window_ends([len(documents[i]) for i in range(len(documents))], max(lengths), stride, windows)
     results = []
     for length in lengths:
         means = []
