@@ -80,8 +80,41 @@ class KSACoreAttention(_CoreAttention):
         return torch.cat(by_shard, dim=1).flatten(0, 1)
 
 
+class KVCache:
+    """Rotated keys and the values of one layer's past tokens, for incremental decoding; grows by doubling."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._buffers: list[Tensor] = []
+
+    def append(self, *rows: Tensor) -> list[Tensor]:
+        """Keep new rows; return all rows so far.
+
+        Args:
+            rows: keys and values, [new rows, batch, K/V heads, head_dim] each.
+
+        Returns:
+            Views [rows, batch, K/V heads, head_dim] of each.
+        """
+        end = self.length + rows[0].shape[0]
+        if not self._buffers:
+            self._buffers = [new.new_empty(end, *new.shape[1:]) for new in rows]
+        elif end > self._buffers[0].shape[0]:
+            self._buffers = [torch.cat([old, torch.empty_like(old), torch.empty_like(new)])
+                             for old, new in zip(self._buffers, rows, strict=True)]  # fmt: skip
+        for buffer, new in zip(self._buffers, rows, strict=True):
+            buffer[self.length : end] = new
+        self.length = end
+        return [buffer[:end] for buffer in self._buffers]
+
+
 class CausalCoreAttention(_CoreAttention):
-    """Causal attention among text rows, within documents where they are given: the attention of full layers."""
+    """Causal attention among text rows, within documents where they are given: the attention of full layers.
+
+    With a `cache` (see `megatron_ksa.inference`) the rows given are the newest, and see those in the cache too.
+    """
+
+    cache: KVCache | None = None
 
     def forward(
         self,
@@ -94,6 +127,8 @@ class CausalCoreAttention(_CoreAttention):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attention output [n, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
+        if self.cache is not None:
+            return self._decode(query, *self.cache.append(key, value))
         q, k, v = (rows.transpose(0, 1) for rows in (query, key, value))
         if attention_mask is None:
             # [batch, heads, n, head_dim]
@@ -106,3 +141,17 @@ class CausalCoreAttention(_CoreAttention):
             q, k, v, none, none, self.geometry, document_start=attention_mask, softmax_scale=self.softmax_scale
         )
         return out.transpose(0, 1).flatten(2)
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The newest rows of the sequence against all rows: query [new, ...], key and value [rows, ...]."""
+        new, rows = query.shape[0], key.shape[0]
+        # [batch, heads, rows, head_dim]
+        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, key, value))
+        visible = None
+        if 1 < new < rows:
+            visible = torch.ones(new, rows, dtype=torch.bool, device=q.device).tril(rows - new)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=new == rows > 1, scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out.permute(2, 0, 1, 3).flatten(2)

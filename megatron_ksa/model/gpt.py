@@ -44,6 +44,8 @@ class KSAGPTModel(GPTModel):
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.layout = layout
         self.reset_documents = reset_documents
+        # Position of the first row given: more than 0 only in incremental decoding.
+        self.position_offset = 0
         if self.pre_process and layout.summary_tokens:
             self.summary_embedding = SummaryEmbedding(self.config, layout)
         self.rotary = None
@@ -108,7 +110,8 @@ class KSAGPTModel(GPTModel):
         angles = None
         if self.rotary is not None:
             document_start = self._document_start(position_ids, packed_seq_params)
-            angles = self.rotary(row_positions(self.layout, num_text, document_start, rows.device))
+            positions = row_positions(self.layout, num_text, document_start, rows.device)
+            angles = self.rotary(positions + self.position_offset)
         return decoder_input, angles, *rest
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:

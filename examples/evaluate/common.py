@@ -1,0 +1,75 @@
+"""What the evaluation tools share: the checkpoint flags, documents, and results that appear whole."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ksa.data_tools.indexed import check_indexed_dataset
+from megatron_ksa.errors import UsageError
+from megatron_ksa.platform import prepare_platform
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which model, and where results go."""
+    parser.add_argument("--checkpoint", required=True, type=Path, help="folder that pretrain_gpt.py --save wrote")
+    parser.add_argument("--iteration", type=int, help="iteration to load; the newest without it")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; bfloat16 on a GPU, float32 on a CPU without it")
+    parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
+
+
+def load(args: argparse.Namespace):
+    """The stored checkpoint and its model; Megatron is imported here, after the platform."""
+    if args.output.suffix != ".json" or not args.output.parent.is_dir():
+        raise UsageError(f"--output {args.output}: a .json file in a folder that exists")
+    defaults = prepare_platform([])
+    import torch
+
+    from megatron_ksa.checkpoint.load import find_checkpoint, load_model
+
+    stored = find_checkpoint(args.checkpoint, args.iteration)
+    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    return stored, load_model(stored, defaults, getattr(torch, dtype))
+
+
+def lengths(text: str) -> list[int]:
+    """'2k,4k,512' -> [2048, 4096, 512], sorted."""
+    try:
+        values = [int(part[:-1]) * 1024 if part.endswith("k") else int(part) for part in text.lower().split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths such as 2k,4k,8k") from None
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: lengths are positive")
+    return sorted(set(values))
+
+
+def indexed_documents(prefix: str, concatenate: bool) -> Sequence[np.ndarray]:
+    """Documents of an indexed dataset, or all of them as one.
+
+    Raises:
+        UsageError: a dataset that is missing or truncated.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    check_indexed_dataset(prefix)
+    dataset = IndexedDataset(prefix)
+    return [np.concatenate([dataset[i] for i in range(len(dataset))])] if concatenate else dataset
+
+
+def read_text(path: Path, flag: str) -> str:
+    """A UTF-8 text file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag} {path}: {error}") from None
+
+
+def write_json(path: Path, result: dict) -> None:
+    """Write results under a temporary name first."""
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,80 @@
+"""Needle tests of a trained model in RULER's eight forms: scores as JSON, and depth x length heat maps as PNG."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+try:
+    from megatron_ksa.data_tools.tokenizers import load_tokenizer
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
+    sys.exit(2)
+from common import add_model_arguments, lengths, load, read_text, write_json
+from tqdm import tqdm
+
+from megatron_ksa.errors import UsageError, usage_errors_exit
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--tokenizer-model", help="SentencePiece .model or folder with tokenizer.json; without it the "
+                        "language of token ids that examples/harpe_extend trains small models on")  # fmt: skip
+    parser.add_argument("--haystack", type=Path, help="text file of essays, with --tokenizer-model")
+    parser.add_argument("--forms", nargs="+", default=["all"], help="forms, such as single_1 multikey_2, or all")
+    parser.add_argument("--lengths", type=lengths, default="2k,4k,8k,16k,32k,64k,128k", help="context lengths, tokens")
+    parser.add_argument("--depths", type=int, default=5, help="depths of the needle, evenly from start to end")
+    parser.add_argument("--cases", type=int, default=4, help="cases of each form, length and depth")
+    parser.add_argument("--tokens-per-batch", type=int, default=65536, help="tokens of one forward pass")
+    parser.add_argument("--seed", type=int, default=0, help="of the cases")
+    return parser.parse_args()
+
+
+def make_language(args: argparse.Namespace):
+    """The language of the tests."""
+    if args.tokenizer_model is None:
+        from megatron_ksa.evaluation.token_language import TokenLanguage
+
+        return TokenLanguage()
+    if args.haystack is None:
+        raise UsageError("--tokenizer-model needs --haystack: a text file that essays are read from")
+    from megatron_ksa.evaluation.text_language import TextLanguage
+
+    return TextLanguage(load_tokenizer(args.tokenizer_model).encode, read_text(args.haystack, "--haystack"))
+
+
+def main() -> None:
+    """Run; bad input costs one line and exit code 2."""
+    with usage_errors_exit():
+        args = parse_arguments()
+        for flag in ("depths", "cases", "tokens_per_batch"):
+            if getattr(args, flag) < 1:
+                raise UsageError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
+        stored, model = load(args)
+        from megatron_ksa.evaluation.needle import FORMS, evaluate, plot_heat_map
+
+        forms = list(FORMS) if args.forms == ["all"] else args.forms
+        for form in forms:
+            if form not in FORMS:
+                raise UsageError(f"--forms {form}: one of {', '.join(FORMS)}, or all")
+        language = make_language(args)
+        depths = [i / max(args.depths - 1, 1) for i in range(args.depths)]
+        plan = [(form, length, depth) for length in args.lengths for form in forms for depth in depths]
+        scores = [
+            evaluate(model, language, *cell, cases=args.cases, tokens_per_batch=args.tokens_per_batch, seed=args.seed)
+            for cell in tqdm(plan, desc="needles", unit="cell")
+        ]
+        plot_heat_map(scores, args.output.with_suffix(".png"))
+        settings = {"checkpoint": str(stored.folder), "cases": args.cases, "seed": args.seed}
+        write_json(args.output, {"settings": settings, "results": [dataclasses.asdict(score) for score in scores]})
+        print(f"{'form':<12}" + "".join(f"{length:>9,}" for length in args.lengths))
+        for form in forms:
+            cells = [[s.values for s in scores if (s.form, s.length) == (form, length)] for length in args.lengths]
+            print(f"{form:<12}" + "".join(f"{sum(cell) / len(cell):>9.1%}" for cell in cells))
+        print(f"{args.output}, {args.output.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Tables of an experiment's results.json, written between the marks of a Markdown file."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+START, END = "<!-- results -->", "<!-- end of results -->"
+
+
+def _cell(values: list[float], scale: float, digits: int) -> str:
+    """Mean over seeds, and half their range."""
+    spread = (max(values) - min(values)) / 2 * scale
+    return f"{np.mean(values) * scale:.{digits}f} ± {spread:.{digits}f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def tables(results: dict) -> str:
+    """Needle and perplexity tables in Markdown; each cell is the mean over seeds ± half their range."""
+    runs = results["runs"]
+    arms = list(dict.fromkeys(run["arm"] for run in sorted(runs, key=lambda run: (run["arm"] != "before extension", run["arm"]))))
+    lengths = sorted({row["length"] for run in runs for row in run["perplexity"]})
+    forms = list(dict.fromkeys(row["form"] for run in runs for row in run["needles"]))
+
+    def needles(arm: str, length: int | None, form: str | None) -> str:
+        per_seed = [
+            np.mean([r["values"] for r in run["needles"] if length in (None, r["length"]) and form in (None, r["form"])])
+            for run in runs
+            if run["arm"] == arm
+        ]
+        return _cell(per_seed, 100, 1)
+
+    def perplexity(arm: str, length: int) -> str:
+        losses = [r["loss"] for run in runs if run["arm"] == arm for r in run["perplexity"] if r["length"] == length]
+        return _cell([math.exp(loss) for loss in losses], 1, 3)
+
+    head = ["arm", *(f"{length:,}" for length in lengths)]
+    by_length = [[arm, *(needles(arm, length, None) for length in lengths), needles(arm, None, None)] for arm in arms]
+    by_form = [[form, *(needles(arm, lengths[-1], form) for arm in arms)] for form in forms]
+    by_context = [[arm, *(perplexity(arm, length) for length in lengths)] for arm in arms]
+    settings = results["settings"]
+    seeds = len({run["seed"] for run in runs})
+    return "\n\n".join(
+        [
+            f"Measured on {results['device']}: {settings['layers']} layers of {settings['heads']} heads, {settings['pretrain_steps']} "
+            f"iterations at {settings['pretrain_length']} tokens, then {settings['extend_steps']} at {settings['target_length']}, "
+            f"{settings['batch_tokens']:,} tokens an iteration; {seeds} seed(s), mean ± half the range over seeds.",
+            "Needle tests, values found (%), mean of the eight forms, by context length (tokens):",
+            _table([*head, "mean"], by_length),
+            f"By form, at {lengths[-1]:,} tokens:",
+            _table(["form", *arms], by_form),
+            "Perplexity by context length (tokens), the same scored tokens at each:",
+            _table(head, by_context),
+        ]
+    )
+
+
+def write_report(results: Path, output: Path) -> str:
+    """Write the tables between the marks of `output`, or as the whole of a file without them; return them."""
+    text = tables(json.loads(results.read_text(encoding="utf-8")))
+    document = output.read_text(encoding="utf-8") if output.exists() else ""
+    if START in document and END in document:
+        before, after = document.split(START)[0], document.split(END)[1]
+        text = f"{before}{START}\n\n{text}\n\n{END}{after}"
+    output.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    return text
+
+
+def main() -> None:
+    """`report.py results.json README.md`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="results.json of experiment.py")
+    parser.add_argument("output", type=Path, help="Markdown file")
+    args = parser.parse_args()
+    if not args.results.is_file():
+        print(f"error: {args.results} does not exist; experiment.py writes it", file=sys.stderr)
+        raise SystemExit(2)
+    write_report(args.results, args.output)
+
+
+if __name__ == "__main__":
+    main()

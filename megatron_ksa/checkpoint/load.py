@@ -1,0 +1,139 @@
+"""A trained model from a Megatron distributed checkpoint, in one process, without the trainer and its flags."""
+
+import argparse
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args
+
+from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.config.options import destination
+from megatron_ksa.errors import UsageError
+from megatron_ksa.model.builder import KSAGPTModelBuilder, KSAGPTModelConfig
+from megatron_ksa.model.gpt import KSAGPTModel
+from megatron_ksa.training.arguments import ModelSettings
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# A process of its own runs unpartitioned, whatever layout the checkpoint was trained in.
+ALONE = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_virtual_stages_per_pipeline_rank": None,
+    "pipeline_model_parallel_layout": None,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "variable_seq_lengths": False,
+    "tp_comm_overlap": False,
+    "spec": None,
+}
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """One iteration of a checkpoint folder.
+
+    Attributes:
+        folder: the iteration's own folder.
+        args: Megatron's arguments as saved by the trainer.
+        settings: KSA and HARPE settings found among them.
+    """
+
+    folder: Path
+    iteration: int
+    args: argparse.Namespace
+    settings: ModelSettings
+
+
+def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpoint:
+    """The arguments of the newest, or the given, iteration under a `--save` folder.
+
+    Raises:
+        UsageError: no checkpoint there, or not one that this project's trainer wrote.
+    """
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        raise UsageError(f"{folder} is no checkpoint folder: it has no {TRACKER}")
+    if iteration is None:
+        text = tracker.read_text(encoding="utf-8").strip()
+        if not text.isdigit():
+            raise UsageError(f"{tracker} says {text!r}, an iteration number is needed")
+        iteration = int(text)
+    path = folder / f"iter_{iteration:07d}"
+    if not path.is_dir():
+        raise UsageError(f"{folder} has no iteration {iteration}: {path.name} is missing")
+    try:
+        args = dist_checkpointing.load_common_state_dict(str(path))["args"]
+    except (CheckpointingException, OSError, KeyError, RuntimeError, EOFError) as error:
+        raise UsageError(f"{path} holds no arguments of the trainer (--ckpt-format torch_dist): {error}") from None
+    ksa = KSAConfig(
+        **{
+            field.name: getattr(args, destination(field, "ksa"), field.default)
+            for field in KSAConfig.__dataclass_fields__.values()
+        }
+    )
+    return StoredCheckpoint(path, iteration, args, ModelSettings(ksa, getattr(args, "harpe_resolved_bases", None)))
+
+
+def single_process_groups() -> ProcessGroupCollection:
+    """Megatron's process groups for a world of one."""
+    if not torch.distributed.is_initialized():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def load_model(stored: StoredCheckpoint, defaults: dict[str, object], dtype: torch.dtype) -> KSAGPTModel:
+    """Build the model that the stored arguments describe and load its weights.
+
+    Args:
+        stored: from `find_checkpoint`.
+        defaults: what `prepare_platform` returned on this machine.
+        dtype: of the parameters, float32, bfloat16 or float16.
+
+    Returns:
+        The whole model in eval mode, on the GPU where there is one; its attention takes sequences of any length. A
+        model with a learned position table is refused.
+
+    Raises:
+        UsageError: a model that cannot be built here, or weights that are missing.
+    """
+    args = argparse.Namespace(**{**vars(stored.args), **ALONE, **defaults})
+    if args.position_embedding_type not in ("rope", "harpe", "none"):
+        raise UsageError(
+            f"{stored.folder}: --position-embedding-type {args.position_embedding_type} cannot be evaluated, only rope and harpe"
+        )
+    args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
+    args.use_cpu_initialization = True
+    args.transformer_impl, args.apply_rope_fusion = "local", False
+    groups = single_process_groups()
+    config = gpt_config_from_args(args, model_config_cls=KSAGPTModelConfig)
+    config.ksa, config.bases, config.text_length = stored.settings.ksa, stored.settings.bases, args.seq_length
+    model = KSAGPTModelBuilder(config).build_model(groups).to(dtype)
+    model.set_summary_coefficient(stored.settings.ksa.summary_coefficient(stored.iteration))
+    state = {"model": model.sharded_state_dict()}
+    try:
+        state = dist_checkpointing.load(state, str(stored.folder))
+    except (CheckpointingException, KeyError) as error:
+        raise UsageError(f"{stored.folder}: the weights do not fit the stored arguments: {error}") from None
+    model.load_state_dict(state["model"])
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

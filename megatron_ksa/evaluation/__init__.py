@@ -1,0 +1,1 @@
+"""Evaluation of long contexts: sliding-window perplexity and RULER's needle tests."""

@@ -1,0 +1,1 @@
+"""Incremental decoding with a cache of keys and values."""
