@@ -1,0 +1,77 @@
+"""Which rows of text K/V travel from which context-parallel rank to which, in one layer.
+
+Text query i sees the text of its chunk and of W chunks before it, so a segment that begins at text position p needs, beside
+its own rows, the halo [p - W * C, p). The halo may span several segments of several ranks; with W * C >= n it is
+everything before the segment, which is what full attention needs. Positions are text positions of the whole sequence.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ksa.layout.zigzag import ZigZag
+
+
+@dataclass(frozen=True)
+class HaloPlan:
+    """Rows that the ranks of a zig-zag split exchange.
+
+    Attributes:
+        split: the zig-zag split and this rank's place in it.
+        segment_rows: text rows of a segment, n / (2 * size).
+        halo_rows: W * C, text rows before its segment that a segment needs.
+    """
+
+    split: ZigZag
+    segment_rows: int
+    halo_rows: int
+
+    def segment(self, index: int) -> range:
+        """Text positions of a segment."""
+        return range(index * self.segment_rows, (index + 1) * self.segment_rows)
+
+    def halo(self, index: int) -> range:
+        """Text positions before segment `index` that its queries see."""
+        start = index * self.segment_rows
+        return range(max(0, start - self.halo_rows), start)
+
+    def needed(self, rank: int) -> list[range]:
+        """The halos of both segments of a rank in order, as one where they meet; no row occurs twice."""
+        first, second = (self.halo(index) for index in self.split.segments(rank))
+        if first and first.stop >= second.start:
+            return [range(min(first.start, second.start), second.stop)]
+        return [halo for halo in (first, second) if halo]
+
+    def pieces(self, source: int, destination: int) -> list[range]:
+        """What `destination` needs of the rows that `source` holds, by segment and in order."""
+        overlaps = [
+            _intersection(self.segment(segment), halo)
+            for segment in self.split.segments(source)
+            for halo in self.needed(destination)
+        ]
+        return [rows for rows in overlaps if rows]
+
+    def sources(self, rank: int) -> list[list[tuple[int, range]]]:
+        """For each of the needed halos of a rank, the pieces that make it up in order, with the rank that holds each."""
+        owner = {segment: source for source in range(self.split.size) for segment in self.split.segments(source)}
+        return [
+            [
+                (owner[segment], _intersection(self.segment(segment), halo))
+                for segment in range(halo.start // self.segment_rows, (halo.stop - 1) // self.segment_rows + 1)
+            ]
+            for halo in self.needed(rank)
+        ]
+
+    def held(self, rank: int, rows: range) -> slice:
+        """Where `rank` holds `rows` (within one segment of its own) among its text rows."""
+        segment = rows.start // self.segment_rows
+        shift = self.split.segments(rank).index(segment) * self.segment_rows - segment * self.segment_rows
+        return slice(rows.start + shift, rows.stop + shift)
+
+    def rows_sent(self, rank: int) -> int:
+        """Text rows that `rank` sends to others."""
+        others = (other for other in range(self.split.size) if other != rank)
+        return sum(len(piece) for other in others for piece in self.pieces(rank, other))
+
+
+def _intersection(a: range, b: range) -> range:
+    start = max(a.start, b.start)
+    return range(start, max(start, min(a.stop, b.stop)))
