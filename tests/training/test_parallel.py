@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,28 @@ TRAINING = (
 ).split()
 PACKED = "--reset-position-ids --reset-attention-mask"
 TOLERANCE = 1e-5
-
-
+# Flags of a layout -> its number of processes; "" is the single process that the others are compared with.
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+LAYOUTS = {
+    "": 1,
+    RECOMPUTE: 1,
+    "--use-distributed-optimizer": 2,
+    "--tensor-model-parallel-size 2": 2,
+    "--tensor-model-parallel-size 2 --sequence-parallel": 2,
+    "--pipeline-model-parallel-size 2": 2,
+    "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2": 2,
+    f"--pipeline-model-parallel-size 2 {RECOMPUTE}": 2,
+    "--context-parallel-size 2": 2,
+    f"--context-parallel-size 2 {RECOMPUTE}": 2,
+    "--context-parallel-size 2 --recompute-granularity selective": 2,
+    "--context-parallel-size 2 --cp-comm-type a2a": 2,
+    "--context-parallel-size 4": 4,
+    f"--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel {RECOMPUTE}": 4,
+    "--context-parallel-size 2 --tensor-model-parallel-size 2": 4,
+    "--context-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer": 4,
+    "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce "
+    "--overlap-param-gather": 4,
+}
 END_OF_DOCUMENT = 126
 
 
@@ -40,28 +61,37 @@ def write_documents(prefix: Path) -> None:
             writer.add_document(np.append(random.integers(0, END_OF_DOCUMENT, length), END_OF_DOCUMENT))
 
 
-def launch(record: Path, flags: str, processes: int) -> subprocess.CompletedProcess:
+def launch(runs: list[tuple[Path, str]], processes: int) -> subprocess.CompletedProcess:
+    """Train once for each (record, flags), one after the other in the same processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
-    script = [str(Path(__file__).with_name("recorded_pretrain.py")), str(record)]
-    prefix = record.with_name("documents")
-    if not prefix.with_suffix(".idx").exists():
-        write_documents(prefix)
-    command = [sys.executable, *launcher, *script, *MODEL, *TRAINING, "--data-path", str(prefix), *flags.split()]
+    folder = runs[0][0].parent
+    if not (folder / "documents.idx").exists():
+        write_documents(folder / "documents")
+    common = [*MODEL, *TRAINING, "--data-path", str(folder / "documents")]
+    description = [{"record": str(record), "flags": [*common, *flags.split()]} for record, flags in runs]
+    (folder / "runs.json").write_text(json.dumps(description))
+    script = [str(Path(__file__).with_name("recorded_pretrain.py")), str(folder / "runs.json")]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+        [sys.executable, *launcher, *script], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def steps(record: Path) -> dict[int, dict[str, float]]:
+    """Loss and gradient norm of every iteration of a run."""
+    return {int(iteration): values for iteration, values in json.loads(record.read_text()).items()}
 
 
 def train(folder: Path, flags: str, processes: int = 1) -> dict[int, dict[str, float]]:
     """Loss and gradient norm of every iteration of a run."""
     record = folder / "record.json"
     record.unlink(missing_ok=True)
-    done = launch(record, flags, processes)
+    done = launch([(record, flags)], processes)
     assert done.returncode == 0, done.stderr[-6000:]
-    return {int(iteration): values for iteration, values in json.loads(record.read_text()).items()}
+    return steps(record)
 
 
 def assert_same(actual: dict, expected: dict, iterations: range, tolerance: float) -> None:
@@ -80,37 +110,41 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(checkpoint, tmp_path_factory) -> dict[str, dict]:
-    """Five steps of a single process from the checkpoint, with and without packed documents."""
-    return {
-        documents: train(tmp_path_factory.mktemp("single"), f"--train-iters 5 --load {checkpoint} --finetune {documents}")
-        for documents in ("", PACKED)
-    }
+def trained(checkpoint, tmp_path_factory) -> Callable[[str, str], dict]:
+    """Five steps from the checkpoint in a layout: its flags and those of the documents -> the record.
+
+    All layouts of one number of processes are trained when the first of them is asked for.
+    """
+    folder = tmp_path_factory.mktemp("layouts")
+    outcome: dict[int, subprocess.CompletedProcess] = {}
+
+    def record(layout: str, documents: str) -> Path:
+        return folder / f"{[*LAYOUTS].index(layout)}{documents and 'packed'}.json"
+
+    def run(layout: str, documents: str) -> dict:
+        processes = LAYOUTS[layout]
+        if processes not in outcome:
+            start = f"--train-iters 5 --load {checkpoint} --finetune"
+            runs = [
+                (record(other, packed), f"{start} {other} {packed}")
+                for other, size in LAYOUTS.items() if size == processes for packed in ("", PACKED)
+            ]  # fmt: skip
+            outcome[processes] = launch(runs, processes)
+        assert record(layout, documents).exists(), outcome[processes].stderr[-6000:]
+        return steps(record(layout, documents))
+
+    return run
 
 
-@pytest.mark.parametrize(
-    ("layout", "documents"),
-    [
-        ("", ""),
-        ("--use-distributed-optimizer", PACKED),
-        ("--tensor-model-parallel-size 2", ""),
-        ("--tensor-model-parallel-size 2 --sequence-parallel", ""),
-        ("--tensor-model-parallel-size 2 --sequence-parallel", PACKED),
-        ("--pipeline-model-parallel-size 2", ""),
-        ("--pipeline-model-parallel-size 2", PACKED),
-        ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2", ""),
-        ("--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
-         "--recompute-num-layers 1", ""),
-    ],
-)  # fmt: skip
-def test_two_processes_train_as_one(layout, documents, checkpoint, single, tmp_path):
-    flags = f"--train-iters 5 --load {checkpoint} --finetune {layout} {documents}"
-    assert_same(train(tmp_path, flags, processes=2), single[documents], range(1, 6), TOLERANCE)
+@pytest.mark.parametrize("documents", ["", PACKED])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout])
+def test_processes_train_as_one(layout, documents, trained):
+    assert_same(trained(layout, documents), trained("", documents), range(1, 6), TOLERANCE)
 
 
-def test_documents_change_the_numbers(single):
+def test_documents_change_the_numbers(trained):
     """Otherwise the packed runs above compare nothing."""
-    assert single[""][1]["loss"] != pytest.approx(single[PACKED][1]["loss"], rel=TOLERANCE)
+    assert trained("", "")[1]["loss"] != pytest.approx(trained("", PACKED)[1]["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
@@ -130,7 +164,7 @@ def test_resume_equals_the_uninterrupted_run(optimizer, tmp_path):
     ],
 )
 def test_other_settings_than_the_checkpoint_are_refused(flags, message, checkpoint, tmp_path):
-    done = launch(tmp_path / "record.json", f"--train-iters 5 --load {checkpoint} {flags}", processes=1)
+    done = launch([(tmp_path / "record.json", f"--train-iters 5 --load {checkpoint} {flags}")], processes=1)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
     assert "exitcode  : 2" in done.stderr  # the launcher's own report of what its child returned
