@@ -1,4 +1,4 @@
-"""The trainer under every layout of two processes, and resumed: the numbers of the undisturbed single process."""
+"""The trainer in one, two and four processes, and resumed: the numbers of the undisturbed single process."""
 
 import json
 import os
@@ -28,28 +28,36 @@ TRAINING = (
 ).split()
 PACKED = "--reset-position-ids --reset-attention-mask"
 TOLERANCE = 1e-5
-# Flags of a layout -> its number of processes; "" is the single process that the others are compared with.
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-LAYOUTS = {
-    "": 1,
-    RECOMPUTE: 1,
-    "--use-distributed-optimizer": 2,
-    "--tensor-model-parallel-size 2": 2,
-    "--tensor-model-parallel-size 2 --sequence-parallel": 2,
-    "--pipeline-model-parallel-size 2": 2,
-    "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2": 2,
-    f"--pipeline-model-parallel-size 2 {RECOMPUTE}": 2,
-    "--context-parallel-size 2": 2,
-    f"--context-parallel-size 2 {RECOMPUTE}": 2,
-    "--context-parallel-size 2 --recompute-granularity selective": 2,
-    "--context-parallel-size 2 --cp-comm-type a2a": 2,
-    "--context-parallel-size 4": 4,
-    f"--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel {RECOMPUTE}": 4,
-    "--context-parallel-size 2 --tensor-model-parallel-size 2": 4,
-    "--context-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer": 4,
-    "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce "
-    "--overlap-param-gather": 4,
-}
+SELECTIVE = "--recompute-granularity selective"
+TP, SP, PP = "--tensor-model-parallel-size 2", "--sequence-parallel", "--pipeline-model-parallel-size 2"
+INTERLEAVED = f"{PP} --num-virtual-stages-per-pipeline-rank 2"
+CP, CP_4 = "--context-parallel-size 2", "--context-parallel-size 4"
+OPTIMIZER = "--use-distributed-optimizer"
+OVERLAP = f"{OPTIMIZER} --overlap-grad-reduce --overlap-param-gather"
+EITHER = ("", PACKED)
+# Processes, flags of a layout, and the documents to train it on; the first is what the others are compared with.
+LAYOUTS = [
+    (1, "", EITHER),
+    (1, RECOMPUTE, [PACKED]),
+    (2, OPTIMIZER, [PACKED]),
+    (2, TP, [""]),
+    (2, f"{TP} {SP}", EITHER),
+    (2, f"{TP} {SP} {RECOMPUTE}", [""]),
+    (2, PP, EITHER),
+    (2, f"{PP} {RECOMPUTE}", [""]),
+    (2, INTERLEAVED, EITHER),
+    (2, CP, EITHER),
+    (2, f"{CP} {RECOMPUTE}", [PACKED]),
+    (2, f"{CP} {SELECTIVE}", [""]),
+    (2, f"{CP} --cp-comm-type a2a", [PACKED]),
+    (4, CP_4, EITHER),
+    (4, f"{TP} {SP} {CP}", EITHER),
+    (4, f"{TP} {SP} {CP} {RECOMPUTE}", [""]),
+    (4, f"{PP} {CP} {OPTIMIZER}", [PACKED]),
+    (4, f"{TP} {PP} {OVERLAP}", EITHER),
+]
+CASES = [(size, layout, documents) for size, layout, either in LAYOUTS for documents in either]
 END_OF_DOCUMENT = 126
 
 
@@ -110,41 +118,37 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(checkpoint, tmp_path_factory) -> Callable[[str, str], dict]:
-    """Five steps from the checkpoint in a layout: its flags and those of the documents -> the record.
+def trained(checkpoint, tmp_path_factory) -> Callable[[int, str, str], dict]:
+    """Five steps from the checkpoint for a case of CASES -> the record.
 
-    All layouts of one number of processes are trained when the first of them is asked for.
+    All cases of one number of processes are trained when the first of them is asked for.
     """
     folder = tmp_path_factory.mktemp("layouts")
     outcome: dict[int, subprocess.CompletedProcess] = {}
+    records = {case: folder / f"{number}.json" for number, case in enumerate(CASES)}
 
-    def record(layout: str, documents: str) -> Path:
-        return folder / f"{[*LAYOUTS].index(layout)}{documents and 'packed'}.json"
-
-    def run(layout: str, documents: str) -> dict:
-        processes = LAYOUTS[layout]
+    def run(*case) -> dict:
+        processes = case[0]
         if processes not in outcome:
-            start = f"--train-iters 5 --load {checkpoint} --finetune"
             runs = [
-                (record(other, packed), f"{start} {other} {packed}")
-                for other, size in LAYOUTS.items() if size == processes for packed in ("", PACKED)
+                (record, f"--train-iters 5 --load {checkpoint} --finetune {layout} {documents}")
+                for (size, layout, documents), record in records.items() if size == processes
             ]  # fmt: skip
             outcome[processes] = launch(runs, processes)
-        assert record(layout, documents).exists(), outcome[processes].stderr[-6000:]
-        return steps(record(layout, documents))
+        assert records[case].exists(), outcome[processes].stderr[-6000:]
+        return steps(records[case])
 
     return run
 
 
-@pytest.mark.parametrize("documents", ["", PACKED])
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout])
-def test_processes_train_as_one(layout, documents, trained):
-    assert_same(trained(layout, documents), trained("", documents), range(1, 6), TOLERANCE)
+@pytest.mark.parametrize(("processes", "layout", "documents"), [case for case in CASES if case[1]])
+def test_every_layout_trains_as_one_process(processes, layout, documents, trained):
+    assert_same(trained(processes, layout, documents), trained(1, "", documents), range(1, 6), TOLERANCE)
 
 
 def test_documents_change_the_numbers(trained):
     """Otherwise the packed runs above compare nothing."""
-    assert trained("", "")[1]["loss"] != pytest.approx(trained("", PACKED)[1]["loss"], rel=TOLERANCE)
+    assert trained(1, "", "")[1]["loss"] != pytest.approx(trained(1, "", PACKED)[1]["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
