@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ksa.context_parallel.exchange import Exchange
-from megatron_ksa.context_parallel.plan import HaloPlan
+from megatron_ksa.context_parallel.plan import HaloPlan, sees_summaries
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_summary_attention, ksa_text_attention
 from megatron_ksa.layout.zigzag import ZigZag
 
@@ -37,11 +37,6 @@ class _Merge(torch.autograd.Function):
 def _share(lse_a: Tensor, lse_b: Tensor) -> Tensor:
     """w as [batch, rows, heads, 1], from [batch, heads, rows]; 1 where b has no key."""
     return torch.sigmoid(lse_a - lse_b).transpose(1, 2)[..., None]
-
-
-def sees_summaries(text_rows: int, geometry: KSAGeometry) -> bool:
-    """Whether the window leaves any chunk of a sequence of text_rows tokens to its summaries."""
-    return bool(geometry.summary_tokens) and text_rows // geometry.chunk_size > geometry.window_chunks + 1
 
 
 def _far_text(exchange: Exchange, k: Tensor, v: Tensor, received: Tensor) -> list[Tensor]:
@@ -91,11 +86,12 @@ def context_parallel_attention(
     Returns:
         [rows, batch, heads, head_dim].
     """
-    plan = HaloPlan(split, text_rows // 2, min(geometry.window_chunks * geometry.chunk_size, text_rows * split.size))
+    text_length = text_rows * split.size
+    plan = HaloPlan.of(geometry, text_length, split)
     (q_text, q_own), (k_text, k_own), (v_text, v_own) = (
         rows.split([text_rows, rows.shape[0] - text_rows]) for rows in (q, k, v)
     )
-    gather = bool(k_own.shape[0]) and sees_summaries(text_rows * split.size, geometry)
+    gather = bool(k_own.shape[0]) and sees_summaries(geometry, text_length)
     exchange = Exchange(plan, group, gather)
     in_flight = exchange.start((k_text, v_text), (k_own, v_own))
 

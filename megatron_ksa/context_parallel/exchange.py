@@ -79,10 +79,8 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange: Exchange, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor):
         me = exchange.plan.split.rank
-        ctx.exchange, ctx.shapes = exchange, (k.shape, k_summary.shape)
-        ctx.held = [
-            exchange.plan.held(me, piece) for piece in itertools.chain(*exchange._pieces(incoming=False))
-        ]
+        ctx.exchange, ctx.text_shape = exchange, k.shape
+        ctx.held = [exchange.plan.held(me, piece) for piece in itertools.chain(*exchange._pieces(incoming=False))]
         outgoing = [torch.stack([k[rows], v[rows]], dim=1) for rows in ctx.held]
         nothing = k.new_empty(0, 2, *k.shape[1:])
         outgoing = torch.cat([nothing, *outgoing])
@@ -98,12 +96,12 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        exchange, (text_shape, summary_shape) = ctx.exchange, ctx.shapes
+        exchange = ctx.exchange
         exchange._wait()
         _, returned, _, d_own = exchange._buffers
         exchange._buffers = ()
         # [2, rows, batch, K/V heads, head_dim]
-        d_text = returned.new_zeros(2, *text_shape)
+        d_text = returned.new_zeros(2, *ctx.text_shape)
         start = 0
         for rows in ctx.held:
             stop = start + rows.stop - rows.start

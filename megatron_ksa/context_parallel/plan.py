@@ -1,12 +1,13 @@
 """Which rows of text K/V travel from which context-parallel rank to which, in one layer.
 
-Text query i sees the text of its chunk and of W chunks before it, so a segment that begins at text position p needs, beside
-its own rows, the halo [p - W * C, p). The halo may span several segments of several ranks; with W * C >= n it is
-everything before the segment, which is what full attention needs. Positions are text positions of the whole sequence.
+Text query i sees the text of its chunk and of W chunks before it, so a segment that begins at position p needs, beside
+its own rows, the halo [p - W * C, p). The halo may span several segments of several ranks; with W * C >= n it is all
+that comes before the segment, which is what full attention needs. Positions are those of the whole sequence's text.
 """
 
 from dataclasses import dataclass
 
+from megatron_ksa.kernels.ksa_attention import KSAGeometry
 from megatron_ksa.layout.zigzag import ZigZag
 
 
@@ -23,6 +24,12 @@ class HaloPlan:
     split: ZigZag
     segment_rows: int
     halo_rows: int
+
+    @classmethod
+    def of(cls, geometry: KSAGeometry, text_length: int, split: ZigZag) -> "HaloPlan":
+        """The plan of a layer for a sequence of text_length tokens, a multiple of 2 * size chunks."""
+        halo_rows = min(geometry.window_chunks * geometry.chunk_size, text_length)
+        return cls(split, text_length // (2 * split.size), halo_rows)
 
     def segment(self, index: int) -> range:
         """Text positions of a segment."""
@@ -50,7 +57,7 @@ class HaloPlan:
         return [rows for rows in overlaps if rows]
 
     def sources(self, rank: int) -> list[list[tuple[int, range]]]:
-        """For each of the needed halos of a rank, the pieces that make it up in order, with the rank that holds each."""
+        """For each needed halo of a rank, the pieces that make it up in order, and the rank that holds each."""
         owner = {segment: source for source in range(self.split.size) for segment in self.split.segments(source)}
         return [
             [
@@ -70,6 +77,11 @@ class HaloPlan:
         """Text rows that `rank` sends to others."""
         others = (other for other in range(self.split.size) if other != rank)
         return sum(len(piece) for other in others for piece in self.pieces(rank, other))
+
+
+def sees_summaries(geometry: KSAGeometry, text_length: int) -> bool:
+    """Whether the window leaves any chunk of a sequence of text_length tokens to its summaries."""
+    return bool(geometry.summary_tokens) and text_length // geometry.chunk_size > geometry.window_chunks + 1
 
 
 def _intersection(a: range, b: range) -> range:

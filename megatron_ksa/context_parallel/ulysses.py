@@ -1,6 +1,6 @@
 """Context parallelism by an all-to-all over heads (DeepSpeed Ulysses, arXiv 2309.14509): `--cp-comm-type a2a`.
 
-Every rank gets all rows of a part of the heads, attends as if there were no context parallelism, and gives the rows back.
+Every rank gets all rows of a part of the heads, attends as if there were no context parallelism, and returns the rows.
 """
 
 from collections.abc import Callable

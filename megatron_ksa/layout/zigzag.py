@@ -1,7 +1,7 @@
 """Megatron's zig-zag split of a sequence over context-parallel ranks.
 
-A sequence is cut into 2 * size segments of equal length; rank r holds segments r and 2 * size - 1 - r, in this order, so
-that causal attention costs every rank the same. Text rows and summary rows are split alike.
+A sequence is cut into 2 * size segments of equal length; rank r holds segments r and 2 * size - 1 - r, in this order,
+so that causal attention costs every rank the same. Text rows and summary rows are split alike.
 """
 
 from dataclasses import dataclass
