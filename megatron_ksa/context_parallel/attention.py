@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ksa.context_parallel.exchange import Exchange
-from megatron_ksa.context_parallel.plan import HaloPlan, sees_summaries
+from megatron_ksa.context_parallel.plan import HaloPlan, route, sees_summaries
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_summary_attention, ksa_text_attention
 from megatron_ksa.layout.zigzag import ZigZag
 
@@ -42,7 +42,7 @@ def _share(lse_a: Tensor, lse_b: Tensor) -> Tensor:
 def _far_text(exchange: Exchange, k: Tensor, v: Tensor, received: Tensor) -> list[Tensor]:
     """The halo of each of this rank's segments, keys with values: [rows, 2, batch, K/V heads, head_dim]."""
     plan, me = exchange.plan, exchange.plan.split.rank
-    incoming = exchange.incoming()
+    incoming = route(plan).incoming
     # One split, and not a slice for each piece, since each slice's gradient would be as large as the whole.
     arrived = dict(zip(incoming, received.split([len(piece) for piece in incoming]), strict=True)) if incoming else {}
     needed = []

@@ -5,14 +5,13 @@ Two autograd functions make up an exchange. In the forward pass `start` sends an
 overlaps with the communication in both directions. Every rank issues the same collectives in the same order.
 """
 
-import itertools
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ksa.context_parallel.plan import HaloPlan
+from megatron_ksa.context_parallel.plan import HaloPlan, route
 
 
 @dataclass
@@ -48,25 +47,12 @@ class Exchange:
         """
         return _Finish.apply(self, *in_flight)
 
-    def _pieces(self, incoming: bool) -> list[list[range]]:
-        """What comes from each rank, or goes to it; nothing for this rank itself."""
-        me, size = self.plan.split.rank, self.plan.split.size
-        pairs = ((other, me) if incoming else (me, other) for other in range(size))
-        return [[] if a == b else self.plan.pieces(a, b) for a, b in pairs]
-
-    def incoming(self) -> list[range]:
-        """The pieces that arrive, in the order of the received rows."""
-        return list(itertools.chain(*self._pieces(incoming=True)))
-
-    def _split_sizes(self, incoming: bool) -> list[int]:
-        return [sum(map(len, pieces)) for pieces in self._pieces(incoming)]
-
-    def _all_to_all(self, rows: Tensor, backwards: bool) -> Tensor:
+    def _all_to_all(self, rows: Tensor, sizes: list[int], received_sizes: list[int]) -> Tensor:
         """Send rows, laid out by destination, and return the buffer of what will arrive, laid out by source."""
-        to, back = self._split_sizes(incoming=backwards), self._split_sizes(incoming=not backwards)
-        received = rows.new_empty(sum(back), *rows.shape[1:])
+        received = rows.new_empty(sum(received_sizes), *rows.shape[1:])
         if self.plan.halo_rows:
-            self._pending.append(dist.all_to_all_single(received, rows, back, to, group=self.group, async_op=True))
+            work = dist.all_to_all_single(received, rows, received_sizes, sizes, group=self.group, async_op=True)
+            self._pending.append(work)
         return received
 
     def _wait(self) -> None:
@@ -78,13 +64,11 @@ class Exchange:
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange: Exchange, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor):
-        me = exchange.plan.split.rank
         ctx.exchange, ctx.text_shape = exchange, k.shape
-        ctx.held = [exchange.plan.held(me, piece) for piece in itertools.chain(*exchange._pieces(incoming=False))]
-        outgoing = [torch.stack([k[rows], v[rows]], dim=1) for rows in ctx.held]
+        rows = route(exchange.plan)
         nothing = k.new_empty(0, 2, *k.shape[1:])
-        outgoing = torch.cat([nothing, *outgoing])
-        received = exchange._all_to_all(outgoing, backwards=False)
+        outgoing = torch.cat([nothing, *(torch.stack([k[part], v[part]], dim=1) for part in rows.outgoing)])
+        received = exchange._all_to_all(outgoing, rows.outgoing_sizes, rows.incoming_sizes)
         gathered, own = nothing, None
         if exchange.gather_summaries:
             own = torch.stack([k_summary, v_summary], dim=1)
@@ -103,7 +87,7 @@ class _Start(torch.autograd.Function):
         # [2, rows, batch, K/V heads, head_dim]
         d_text = returned.new_zeros(2, *ctx.text_shape)
         start = 0
-        for rows in ctx.held:
+        for rows in route(exchange.plan).outgoing:
             stop = start + rows.stop - rows.start
             d_text[:, rows] += returned[start:stop].transpose(0, 1)
             start = stop
@@ -123,7 +107,8 @@ class _Finish(torch.autograd.Function):
     def backward(ctx, d_received: Tensor, d_gathered: Tensor):
         exchange = ctx.exchange
         d_received, d_gathered = d_received.contiguous(), d_gathered.contiguous()
-        returned, d_own = exchange._all_to_all(d_received, backwards=True), None
+        rows, d_own = route(exchange.plan), None
+        returned = exchange._all_to_all(d_received, rows.incoming_sizes, rows.outgoing_sizes)
         if exchange.gather_summaries:
             d_own = d_gathered.new_empty(d_gathered.shape[0] // exchange.plan.split.size, *d_gathered.shape[1:])
             work = dist.reduce_scatter_tensor(d_own, d_gathered, group=exchange.group, async_op=True)

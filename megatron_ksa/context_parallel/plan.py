@@ -6,6 +6,7 @@ that comes before the segment, which is what full attention needs. Positions are
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_ksa.kernels.ksa_attention import KSAGeometry
 from megatron_ksa.layout.zigzag import ZigZag
@@ -77,6 +78,37 @@ class HaloPlan:
         """Text rows that `rank` sends to others."""
         others = (other for other in range(self.split.size) if other != rank)
         return sum(len(piece) for other in others for piece in self.pieces(rank, other))
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one rank sends and receives, the same for every layer with the same plan.
+
+    Attributes:
+        outgoing: rows to send among this rank's text rows, by destination.
+        outgoing_sizes: number of rows for each destination.
+        incoming: text positions that arrive, by source.
+        incoming_sizes: number of rows from each source.
+    """
+
+    outgoing: list[slice]
+    outgoing_sizes: list[int]
+    incoming: list[range]
+    incoming_sizes: list[int]
+
+
+@lru_cache
+def route(plan: HaloPlan) -> Route:
+    """The rows that this rank exchanges with each other one."""
+    me = plan.split.rank
+    to = [[] if other == me else plan.pieces(me, other) for other in range(plan.split.size)]
+    back = [[] if other == me else plan.pieces(other, me) for other in range(plan.split.size)]
+    return Route(
+        outgoing=[plan.held(me, piece) for pieces in to for piece in pieces],
+        outgoing_sizes=[sum(map(len, pieces)) for pieces in to],
+        incoming=[piece for pieces in back for piece in pieces],
+        incoming_sizes=[sum(map(len, pieces)) for pieces in back],
+    )
 
 
 def sees_summaries(geometry: KSAGeometry, text_length: int) -> bool:
