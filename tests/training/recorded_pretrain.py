@@ -31,13 +31,14 @@ def main() -> None:
     runs = json.loads(Path(sys.argv[1]).read_text())
     prepare_platform(runs[0]["flags"])
     import torch
-    from megatron.training import arguments, training
+    from megatron.training import arguments, checkpointing, training
 
-    # What a run replaces, to be put back before the next one.
-    log, flops, add_arguments = (
-        training.training_log, training.num_floating_point_operations, arguments.add_megatron_arguments
-    )  # fmt: skip
+    # What a run replaces in Megatron's modules is put back before the next one.
+    unchanged = [(module, dict(vars(module))) for module in (arguments, checkpointing, training)]
+    log = training.training_log
     for run in runs:
+        for module, names in unchanged:
+            vars(module).update(names)
         steps = {}
 
         def recorded(loss_dict, *args, record=Path(run["record"]), steps=steps, **kwargs):
@@ -48,7 +49,6 @@ def main() -> None:
             return log(loss_dict, *args, **kwargs)
 
         training.training_log = recorded
-        training.num_floating_point_operations, arguments.add_megatron_arguments = flops, add_arguments
         sys.argv = [sys.argv[0], *run["flags"]]
         pretrain_gpt.main()
         forget_run()
