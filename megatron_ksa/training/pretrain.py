@@ -6,6 +6,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
 
+from megatron_ksa.checkpoint.dense import install_dense_start
 from megatron_ksa.checkpoint.identity import install_identity_check
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.model.builder import KSAGPTModelConfig
@@ -32,6 +33,7 @@ def read_command_line() -> tuple[argparse.Namespace, ModelSettings]:
 def configure(args: argparse.Namespace, settings: ModelSettings) -> PretrainConfigContainer:
     """Megatron's configuration with this project's model; Megatron's own model where KSA and HARPE are off."""
     install_identity_check(settings)
+    install_dense_start(args, settings)
     if settings.is_megatron:
         return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     model = gpt_config_from_args(args, model_config_cls=KSAGPTModelConfig)
