@@ -23,6 +23,10 @@ RELEASE = "release"
 # A process of its own runs unpartitioned, whatever layout the checkpoint was trained in.
 ALONE = {
     "tensor_model_parallel_size": 1,
+    "tensor_parallel_num_weight_shards": None,
+    "gtp_weight_remat_size": 1,
+    "expert_tensor_parallel_num_weight_shards": None,
+    "expert_gtp_weight_remat_size": 1,
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
     "num_virtual_stages_per_pipeline_rank": None,
