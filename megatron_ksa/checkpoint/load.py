@@ -9,7 +9,9 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ksa.checkpoint.streaming import failure
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination
 from megatron_ksa.errors import UsageError
@@ -85,6 +87,8 @@ def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpo
         raise UsageError(f"{folder} has no checkpoint {path.name}: the folder is missing")
     try:
         args = dist_checkpointing.load_common_state_dict(str(path))["args"]
+    except CheckpointException as error:
+        raise UsageError(f"{path} cannot be read: {failure(error)}") from None
     except (CheckpointingException, OSError, KeyError, RuntimeError, EOFError) as error:
         raise UsageError(f"{path} holds no arguments of the trainer (--ckpt-format torch_dist): {error}") from None
     ksa = KSAConfig(

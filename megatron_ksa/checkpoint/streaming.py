@@ -159,6 +159,12 @@ class _LoadPlanner(DefaultLoadPlanner):
         return part
 
 
+def failure(error: CheckpointException) -> str:
+    """What went wrong, without the traceback that torch puts into its message."""
+    cause = next(iter(error.failures.values()))[0]
+    return f"{type(cause).__name__}: {cause}"
+
+
 class DistributedReader:
     """Tensors of one iteration's folder, by slot.
 
@@ -209,6 +215,6 @@ class DistributedReader:
         try:
             with _alone():
                 dcp.load({}, storage_reader=self._reader, planner=_LoadPlanner(slot, target), no_dist=True)
-        except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise UsageError(f"{self.folder}: {slot.key} cannot be read, a file is damaged: {error}") from None
+        except CheckpointException as error:
+            raise UsageError(f"{self.folder}: {slot.key} cannot be read: {failure(error)}") from None
         return target.reshape(slot.tensor_shape)

@@ -20,6 +20,8 @@ OWN_MODEL_TYPE = "megatron_ksa"
 OWN_FILES = ("configuration_megatron_ksa", "modeling_megatron_ksa")
 FAMILIES = ("llama", "qwen2", "qwen3", OWN_MODEL_TYPE)
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
+         "max_position_embeddings")  # fmt: skip
 # Settings that change the computation and that the model here does not have: key -> the values it can take.
 FIXED = {
     "hidden_act": ("silu",),
@@ -80,7 +82,10 @@ def read_config(folder: Path, seq_length: int | None = None) -> Architecture:
 
 def _architecture(config: dict, path: Path, seq_length: int | None) -> Architecture:
     own = config["model_type"] == OWN_MODEL_TYPE
-    num_layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    for key in SIZES:
+        if type(config[key]) is not int or config[key] < 1:
+            raise UsageError(f"{path}: {key} is {config[key]!r}, a positive integer is needed")
+    heads = config["num_attention_heads"]
     ksa, coefficient = KSAConfig(), 1.0
     if config.get("use_summary_attention"):
         ksa, coefficient = _read_ksa(config, path)
@@ -93,7 +98,7 @@ def _architecture(config: dict, path: Path, seq_length: int | None) -> Architect
     positions = config["max_position_embeddings"]
     step = ksa.chunk_size if ksa.enabled else 1
     return Architecture(
-        num_layers=num_layers,
+        num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"],
         num_heads=heads,

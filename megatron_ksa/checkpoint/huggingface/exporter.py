@@ -23,6 +23,8 @@ from megatron_ksa.errors import UsageError
 # What a tokenizer, and generation with it, need: copied from another Hugging Face folder.
 COMPANIONS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
               "chat_template*", "generation_config.json")  # fmt: skip
+# Where the model's tensors are; optimizer states have prefixes of their own.
+MODEL = ("embedding.", "summary_embedding.", "decoder.", "output_layer.", "mtp.")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -36,6 +38,24 @@ def _architecture(stored: StoredCheckpoint, reader: DistributedReader, vocab_siz
     if any(key.startswith(UNUSED) and "linear_qkv_summary" in key for key in reader.tensors):
         arch = dataclasses.replace(arch, spare_projections=True, summary_coefficient=0.0)
     return arch
+
+
+def _check_tensors(reader: DistributedReader, plan: list[Group]) -> None:
+    """The checkpoint holds exactly the model that its arguments describe.
+
+    Raises:
+        UsageError: the first tensor that is missing or left over.
+    """
+    slots = {slot.key: slot for group in plan for slot in group.megatron}
+    for key, slot in slots.items():
+        if not key.startswith(UNUSED):
+            reader.dtype(slot)
+    for key in sorted(reader.tensors.keys() - slots.keys()):
+        if key.startswith(MODEL):
+            raise UsageError(
+                f"{reader.folder} has the tensor {key} of shape {tuple(reader.tensors[key].size)} that its arguments do not "
+                f"describe"
+            )
 
 
 def _read(reader: DistributedReader, slot: Slot, dtype: torch.dtype) -> Tensor:
@@ -88,6 +108,7 @@ def export_checkpoint(
     reader = DistributedReader(stored.folder)
     arch = _architecture(stored, reader, vocab_size)
     plan = list(groups(arch))
+    _check_tensors(reader, plan)
     sizes = {
         name: torch.Size(shape).numel() * reader.dtype(group.megatron[0]).itemsize
         for group in plan

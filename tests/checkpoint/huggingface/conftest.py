@@ -6,24 +6,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from megatron.training import arguments  # noqa: E402
-
 from megatron_ksa.checkpoint.huggingface.exporter import export_checkpoint  # noqa: E402
 from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint  # noqa: E402
 from megatron_ksa.checkpoint.load import find_checkpoint  # noqa: E402
-from megatron_ksa.platform import trainer_defaults  # noqa: E402
-from megatron_ksa.training.arguments import install_arguments  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def flags():
-    """This project's flags on Megatron's parser, for the tests of a module."""
-    plain = arguments.add_megatron_arguments
-    install_arguments(trainer_defaults())
-    yield
-    arguments.add_megatron_arguments = plain
+def flags(megatron_flags):
+    """Every conversion needs the trainer's parser."""
 
 
 @pytest.fixture(scope="session")

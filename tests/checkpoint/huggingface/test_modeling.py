@@ -41,7 +41,7 @@ MODELS = {
         DENSE, interpolation=2, ksa=dataclasses.replace(KSA, chunk_size=3, summary_tokens=4, independent_projections=False)
     ),
 }  # fmt: skip
-TOKENS = torch.randint(64, (2, 60), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(1, 64, (2, 60), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module", params=MODELS)
