@@ -1,7 +1,7 @@
 """Safetensors shards of a Hugging Face checkpoint: read one tensor at a time, written one shard at a time."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -102,12 +102,17 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Map
         names = ["model.safetensors"]
     stream = iter(tensors)
     for name, members in zip(names, plan, strict=True):
-        shard = {key: _own(tensor) for key, tensor in (next(stream) for _ in members)}
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        _write_shard(folder / name, stream, len(members))
     if len(plan) > 1:
         weight_map = {key: name for name, members in zip(names, plan, strict=True) for key in members}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, stream: Iterator[tuple[str, Tensor]], count: int) -> None:
+    """Write the next tensors; a function of its own, so that they are gone before the next shard is gathered."""
+    shard = {key: _own(tensor) for key, tensor in (next(stream) for _ in range(count))}
+    save_file(shard, path, metadata={"format": "pt"})
 
 
 def _own(tensor: Tensor) -> Tensor:
