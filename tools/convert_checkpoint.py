@@ -2,8 +2,8 @@
 
 import  Llama 2 and 3, Qwen 2, 2.5 and 3, released KSA models and this project's exports become a checkpoint that
         pretrain_gpt.py loads at any parallel layout: --load OUTPUT --use-checkpoint-args.
-export  A checkpoint of pretrain_gpt.py --save, whatever its layout, becomes a folder for the transformers library. KSA and HARPE
-        models bring their modelling code: load them with trust_remote_code=True.
+export  A checkpoint of pretrain_gpt.py --save, whatever its layout, becomes a folder for the transformers library.
+        KSA and HARPE models bring their modelling code: load them with trust_remote_code=True.
 
 Memory is that of the largest shard and one layer. The output folder appears when it is complete.
 """
@@ -29,13 +29,13 @@ def parse_arguments() -> argparse.Namespace:
     to_megatron = commands.add_parser("import", help="Hugging Face -> Megatron")
     to_megatron.add_argument("--input", required=True, type=Path, help="folder with config.json and safetensors shards")
     to_megatron.add_argument("--output", required=True, type=Path, help="folder for pretrain_gpt.py --load")
-    to_megatron.add_argument("--seq-length", type=int, help="sequence length to store; by default the model's positions")
+    to_megatron.add_argument("--seq-length", type=int, help="sequence length to store (the model's positions)")
     to_huggingface = commands.add_parser("export", help="Megatron -> Hugging Face")
     to_huggingface.add_argument("--input", required=True, type=Path, help="folder that pretrain_gpt.py --save wrote")
     to_huggingface.add_argument("--output", required=True, type=Path, help="folder for from_pretrained")
     to_huggingface.add_argument("--iteration", type=int, help="iteration to export; the newest without it")
-    to_huggingface.add_argument("--like", type=Path, help="Hugging Face folder whose tokenizer and token ids are copied")
-    to_huggingface.add_argument("--vocab-size", type=int, help="tokens to keep; by default all, with Megatron's padding")
+    to_huggingface.add_argument("--like", type=Path, help="Hugging Face folder to copy tokenizer and token ids from")
+    to_huggingface.add_argument("--vocab-size", type=int, help="tokens to keep (all, with Megatron's padding)")
     to_huggingface.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest shard to write (5)")
     return parser.parse_args()
 

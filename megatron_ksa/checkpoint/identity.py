@@ -39,7 +39,9 @@ def check_identity(checkpoint_args: argparse.Namespace, settings: ModelSettings)
 
 
 def check_bases(checkpoint_args: argparse.Namespace, settings: ModelSettings) -> str | None:
-    """Compare the checkpoint's base set with the flags'; `--harpe-override-checkpoint-bases` says that another is meant.
+    """Compare the checkpoint's base set with that of the flags.
+
+    `--harpe-override-checkpoint-bases` says that another is meant.
 
     Returns:
         What to log where the sets differ and that is meant.
@@ -53,8 +55,8 @@ def check_bases(checkpoint_args: argparse.Namespace, settings: ModelSettings) ->
     difference = f"the checkpoint was written with {_describe(saved)}, the flags say {_describe(settings.bases)}"
     if not settings.override_bases:
         raise UsageError(
-            f"--harpe-bases: {difference}: give the checkpoint's bases, or --harpe-override-checkpoint-bases to train with "
-            f"others"
+            f"--harpe-bases: {difference}: give the checkpoint's bases, or --harpe-override-checkpoint-bases "
+            f"to train with others"
         )
     return f"--harpe-override-checkpoint-bases: {difference}: training goes on with those of the flags"
 

@@ -132,7 +132,8 @@ def load_model(stored: StoredCheckpoint, defaults: dict[str, object], dtype: tor
     args = argparse.Namespace(**{**vars(stored.args), **ALONE, **defaults})
     if args.position_embedding_type not in ("rope", "harpe", "none"):
         raise UsageError(
-            f"{stored.folder}: --position-embedding-type {args.position_embedding_type} cannot be evaluated, only rope and harpe"
+            f"{stored.folder}: --position-embedding-type {args.position_embedding_type} cannot be evaluated, "
+            f"only rope and harpe"
         )
     args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
     args.use_cpu_initialization = True

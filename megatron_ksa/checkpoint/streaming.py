@@ -1,8 +1,8 @@
 """Megatron distributed checkpoints (`--ckpt-format torch_dist`) written and read one tensor at a time, without a model.
 
 The format is PyTorch's distributed checkpoint; what is Megatron's own are the names, the `common_state` object with
-the trainer's arguments, and `metadata.json`. Planners that make a tensor only when it is written, and that ask for a part
-of one only when it is needed, keep memory at the size of what is in hand.
+the trainer's arguments, and `metadata.json`. Planners that make a tensor only when it is written, and that ask for a
+part of one only when it is needed, keep memory at the size of what is in hand.
 """
 
 import contextlib

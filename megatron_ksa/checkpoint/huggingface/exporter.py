@@ -53,8 +53,8 @@ def _check_tensors(reader: DistributedReader, plan: list[Group]) -> None:
     for key in sorted(reader.tensors.keys() - slots.keys()):
         if key.startswith(MODEL):
             raise UsageError(
-                f"{reader.folder} has the tensor {key} of shape {tuple(reader.tensors[key].size)} that its arguments do not "
-                f"describe"
+                f"{reader.folder} has the tensor {key} of shape {tuple(reader.tensors[key].size)} "
+                f"that its arguments do not describe"
             )
 
 

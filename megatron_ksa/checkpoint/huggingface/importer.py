@@ -31,7 +31,9 @@ def _check_tensors(reader: ShardReader, arch: Architecture, plan: list[Group]) -
         if name not in reader.shapes:
             raise UsageError(f"{reader.folder} lacks the tensor {name} of shape {shape} that its config.json describes")
         if reader.shapes[name] != shape:
-            raise UsageError(f"{reader.folder}: {name} has shape {reader.shapes[name]}, its config.json describes {shape}")
+            raise UsageError(
+                f"{reader.folder}: {name} has shape {reader.shapes[name]}, its config.json says {shape}"
+            )
     for name in sorted(reader.shapes.keys() - expected.keys()):
         if name.endswith(DERIVED):
             continue
@@ -39,7 +41,8 @@ def _check_tensors(reader: ShardReader, arch: Architecture, plan: list[Group]) -
             _check_tied(reader)
             continue
         raise UsageError(
-            f"{reader.folder} has the tensor {name} of shape {reader.shapes[name]} that its config.json does not describe"
+            f"{reader.folder} has the tensor {name} of shape {reader.shapes[name]} "
+            f"that its config.json does not describe"
         )
 
 
@@ -64,8 +67,8 @@ def _slot_dtypes(reader: ShardReader, plan: list[Group]) -> dict[Slot, torch.dty
                 known = by_key.setdefault(slot.key, reader.dtypes[name])
                 if reader.dtypes[name] != known:
                     raise UsageError(
-                        f"{reader.folder}: {name} is {reader.dtypes[name]}, others of its kind are {known}: save all layers "
-                        f"in one dtype"
+                        f"{reader.folder}: {name} is {reader.dtypes[name]}, others of its kind are {known}: "
+                        f"save all layers in one dtype"
                     )
             dtypes[slot] = by_key[slot.key]
     return dtypes

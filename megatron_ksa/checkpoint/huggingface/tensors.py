@@ -1,7 +1,7 @@
 """Which tensors of a Megatron checkpoint are which tensors of a Hugging Face checkpoint.
 
-Every correspondence is one of rows: the Hugging Face tensors of a group, one below the other, are the Megatron tensors of the
-group, one below the other, but for the order of `linear_qkv`'s rows.
+Every correspondence is one of rows: the Hugging Face tensors of a group, one below the other, are the Megatron tensors
+of the group, one below the other, but for the order of `linear_qkv`'s rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,8 @@ from megatron_ksa.checkpoint.huggingface.architecture import Architecture
 from megatron_ksa.checkpoint.streaming import Slot
 from megatron_ksa.config.ksa import KSALayer, LayerKind
 
-# Tensors that a released checkpoint has and the model does not use are kept in the Megatron checkpoint under this prefix,
-# which the trainer passes over: the way back then gives the released bytes.
+# Tensors that a released checkpoint has and the model does not use are kept in the Megatron checkpoint under this
+# prefix, which the trainer passes over: the way back then gives the released bytes.
 UNUSED = "huggingface."
 
 
@@ -124,7 +124,7 @@ def _layer_groups(arch: Architecture, index: int, layer: KSALayer) -> Iterator[G
 
 
 def empty_objects(arch: Architecture) -> Iterator[tuple[str, int, int]]:
-    """Key, index and count of the `_extra_state` objects, empty without FP8, that Megatron wants of every linear layer."""
+    """Key, index and count of the `_extra_state` objects that Megatron wants of every linear layer; empty here."""
     linear = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
     for index, layer in enumerate(arch.layers):
         if not arch.ksa.enabled:

@@ -103,7 +103,9 @@ def architecture_of(stored: StoredCheckpoint) -> Architecture:
     args, settings = stored.args, stored.settings
     for name, (value, flag) in NEEDED.items():
         if getattr(args, name, value) != value:
-            raise UsageError(f"{stored.folder}: only models with {flag} can be exported, {name} is {getattr(args, name)}")
+            raise UsageError(
+                f"{stored.folder}: only models with {flag} can be exported, {name} is {getattr(args, name)}"
+            )
     if args.position_embedding_type not in ("rope", "harpe"):
         raise UsageError(
             f"{stored.folder}: only models with --position-embedding-type rope or harpe can be exported, this one has "

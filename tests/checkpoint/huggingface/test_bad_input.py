@@ -42,9 +42,9 @@ def change_tensors(folder, change):
     ("change", "message"),
     [
         (lambda t: t.pop(Q), r"lacks the tensor model.layers.1.self_attn.q_proj.weight of shape \(64, 32\)"),
-        (lambda t: t.update({Q: t[Q][:32].clone()}), rf"{Q} has shape \(32, 32\), its config.json describes \(64, 32\)"),
-        (lambda t: t.update(extra=torch.zeros(2, 3)), r"has the tensor extra of shape \(2, 3\) that its config.json does not"),
-        (lambda t: t.update({Q: t[Q].bfloat16()}), r"q_proj.weight is torch.bfloat16, others of its kind are torch.float32"),
+        (lambda t: t.update({Q: t[Q][:32].clone()}), rf"{Q} has shape \(32, 32\), its config.json says \(64, 32\)"),
+        (lambda t: t.update(extra=torch.zeros(2, 3)), r"has the tensor extra of shape \(2, 3\) that its config.json"),
+        (lambda t: t.update({Q: t[Q].bfloat16()}), r"weight is torch.bfloat16, others of its kind are torch.float32"),
         (lambda t: t.update({Q: t[Q].to(torch.int8)}), r"q_proj.weight is I8, only F64, F32, BF16, F16 are known"),
     ],
 )
@@ -58,13 +58,13 @@ def test_tensors(change, message, source, tmp_path):
     [
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported, only llama, qwen2, qwen3, megatron_ksa"),
         ({"num_hidden_layers": 2}, "has the tensor model.layers.2"),
-        ({"intermediate_size": 64}, r"gate_proj.weight has shape \(48, 32\), its config.json describes \(64, 32\)"),
+        ({"intermediate_size": 64}, r"gate_proj.weight has shape \(48, 32\), its config.json says \(64, 32\)"),
         ({"hidden_size": "32"}, "hidden_size is '32', a positive integer is needed"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),
         ({"attention_bias": True}, "attention_bias is on"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "type 'yarn' is not supported"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' is not supported"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' is not"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 4.0,
                                  "original_max_position_embeddings": 8192}},
@@ -91,7 +91,7 @@ def test_missing_key(source, tmp_path):
     ("change", "message"),
     [
         ({"mix_coeff": 0.5}, "mix_coeff is 0.5"),
-        ({"use_summary_attention": False}, r"has the tensor model.layers.0.self_attn.k_proj_summary.weight of shape \(32, 64\)"),
+        ({"use_summary_attention": False}, r"has the tensor .*k_proj_summary.weight of shape \(32, 64\)"),
         ({"summary_chunk_position_ids_type": "other"}, "only 'origin' is supported"),
         ({"summary_token_begin": 7}, "summary_token_begin is 7, the summary tokens must be the last 1 of 261 tokens"),
     ],
@@ -139,7 +139,7 @@ def test_damaged_megatron_checkpoint(source, to_megatron, to_huggingface, tmp_pa
         ({"num_experts": 8}, "only models with no --num-experts can be exported"),
         ({"position_embedding_type": "learned_absolute"}, "this one has learned_absolute"),
         ({"ffn_hidden_size": 64}, r"linear_fc1.weight has shape \(3, 96, 32\), its arguments say \(3, 128, 32\)"),
-        ({"qk_layernorm": False}, r"has the tensor decoder.layers.self_attention.k_layernorm.weight of shape \(3, 16\) that"),
+        ({"qk_layernorm": False}, r"has the tensor .*k_layernorm.weight of shape \(3, 16\) that its arguments"),
         ({"qk_layernorm": False, "add_qkv_bias": True}, r"lacks the tensor .*linear_qkv.bias of shape \(3, 128\)"),
     ],
 )

@@ -1,6 +1,5 @@
 """transformers and this project give the same logits for the same checkpoint, in both directions."""
 
-import dataclasses
 import os
 import subprocess
 import sys

@@ -38,7 +38,8 @@ MODELS = {
         ksa=dataclasses.replace(KSA, summary_tokens=2, independent_qk_norm=True, independent_layernorm=True),
     ),
     "ksa, everything shared": dataclasses.replace(
-        DENSE, interpolation=2, ksa=dataclasses.replace(KSA, chunk_size=3, summary_tokens=4, independent_projections=False)
+        DENSE, interpolation=2,
+        ksa=dataclasses.replace(KSA, chunk_size=3, summary_tokens=4, independent_projections=False),
     ),
 }  # fmt: skip
 TOKENS = torch.randint(1, 64, (2, 60), generator=torch.Generator().manual_seed(0))

@@ -48,7 +48,7 @@ def test_released_ksa_layout(to_megatron, to_huggingface, tmp_path):
 
 
 def test_annealed_checkpoint_keeps_its_spare_projections(to_megatron, to_huggingface, tmp_path):
-    """The released 4B checkpoint has mix_coeff 0: the model is built without summary projections, the way back has them."""
+    """The released 4B checkpoint has mix_coeff 0: the model has no summary projections, the way back has them."""
     source = tmp_path / "annealed"
     shutil.copytree(GOLDEN, source)
     config = json.loads((source / "config.json").read_text())
@@ -84,7 +84,8 @@ def test_derived_and_repeated_tensors_are_passed_over(to_megatron, to_huggingfac
 KSA = KSAConfig(enabled=True, layer_pattern="kklf", independent_layernorm=True, independent_qk_norm=True)
 ARCHITECTURE = Architecture(
     num_layers=4, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_query_groups=2, head_dim=8, vocab_size=64,
-    padded_vocab_size=64, max_positions=256, seq_length=64, norm_epsilon=1e-6, rotary_base=10000, tied=False, qk_norm=True,
+    padded_vocab_size=64, max_positions=256, seq_length=64, norm_epsilon=1e-6, rotary_base=10000, tied=False,
+    qk_norm=True,
 )  # fmt: skip
 
 

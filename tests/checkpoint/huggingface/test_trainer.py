@@ -1,4 +1,4 @@
-"""`pretrain_gpt.py` takes an imported checkpoint, with the architecture from its arguments, and what it saves exports."""
+"""`pretrain_gpt.py` takes an imported checkpoint, its architecture too, and what it saves can be exported."""
 
 import json
 import os
@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 from models import GOLDEN, LENGTH, VOCABULARY, save_family
 from test_logits import assert_near, megatron_logits, transformers_logits
 
 from megatron_ksa.checkpoint.load import find_checkpoint
-from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 
 RECORDED = Path(__file__).parents[2] / "training" / "recorded_pretrain.py"
 # One sequence over and over: every sample of the dataset is the same LENGTH + 1 tokens.
 PATTERN = np.random.default_rng(0).integers(3, VOCABULARY, LENGTH)
 TRAINING = (
-    f"--use-checkpoint-args --seq-length {LENGTH} --micro-batch-size 1 --global-batch-size 2 --train-iters 1 --split 100,0,0 "
-    f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY - 1} --lr 1e-9 --save-interval 1 --eval-iters 0 --ckpt-format torch_dist"
+    f"--use-checkpoint-args --seq-length {LENGTH} --micro-batch-size 1 --global-batch-size 2 --train-iters 1 "
+    f"--split 100,0,0 --tokenizer-type NullTokenizer --vocab-size {VOCABULARY - 1} --lr 1e-9 --save-interval 1 "
+    f"--eval-iters 0 --ckpt-format torch_dist"
 ).split()
 
 
@@ -29,8 +30,9 @@ def pretrain(folder: Path, flags: list[object], processes: int = 1) -> subproces
     prefix = folder / "documents"
     with IndexedDatasetWriter(str(prefix), VOCABULARY) as writer:
         writer.add_document(np.tile(PATTERN, 20))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, RECORDED,
-               folder / "record.json", *TRAINING, "--data-path", prefix, "--save", folder / "saved", *flags]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    script = [RECORDED, folder / "record.json", *TRAINING, "--data-path", prefix, "--save", folder / "saved"]
+    command = [*launcher, *script, *flags]
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

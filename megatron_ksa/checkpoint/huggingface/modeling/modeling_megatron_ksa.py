@@ -1,7 +1,7 @@
-"""Decoder with Kwai Summary Attention (KSA, arXiv 2604.24432) and HARPE (arXiv 2412.07171) for the transformers library.
+"""Decoder with Kwai Summary Attention (KSA, arXiv 2604.24432) and HARPE (arXiv 2412.07171), for transformers.
 
-Rows of a forward pass are laid out `[text | summaries]`: the new text tokens, then S summary rows for each chunk of C text
-tokens that they complete. Text queries see the text of the running chunk and of the W chunks before it, and the
+Rows of a forward pass are laid out `[text | summaries]`: the new text tokens, then S summary rows for each chunk of C
+text tokens that they complete. Text queries see the text of the running chunk and of the W chunks before it, and the
 summaries of older chunks; summary queries read their own chunk. Summary rows leave before the final norm.
 """
 
@@ -20,7 +20,10 @@ QUERY_BLOCK = 1024
 
 
 class _LayerCache:
-    """Rotated keys and values of one layer, [batch, rows, K/V heads, head_dim] each: text from token `first` on, summaries."""
+    """Rotated keys and values of one layer: text from token `first` on, and summaries.
+
+    Each is a pair of [batch, rows, K/V heads, head_dim], or None before the first rows.
+    """
 
     def __init__(self):
         self.first = 0
@@ -29,7 +32,7 @@ class _LayerCache:
 
     def append(self, name, rows):
         old = getattr(self, name)
-        rows = rows if old is None else tuple(torch.cat(pair, dim=1) for pair in zip(old, rows))
+        rows = rows if old is None else tuple(torch.cat(pair, dim=1) for pair in zip(old, rows, strict=True))
         setattr(self, name, rows)
         return rows
 
@@ -40,7 +43,10 @@ class _LayerCache:
 
 
 class KSACache:
-    """What decoding keeps: the text of each layer's window, and every summary. Made by the model's first forward pass."""
+    """What decoding keeps: the text of each layer's window, and every summary.
+
+    The model's first forward pass makes it.
+    """
 
     is_compileable = False
 
@@ -94,12 +100,15 @@ def _angles(config, positions):
     if config.rotary_interpolation is not None:
         positions = positions * (1 / config.rotary_interpolation)
     angles = positions[None, :, None, None] * _inverse_frequencies(config, positions.device)
-    return torch.stack([angles] * 2, dim=-1).flatten(-2) if config.rotary_interleaved else torch.cat([angles] * 2, dim=-1)
+    if config.rotary_interleaved:
+        return torch.stack([angles] * 2, dim=-1).flatten(-2)
+    return torch.cat([angles] * 2, dim=-1)
 
 
 def _rotate(heads, angles, interleaved):
-    """Rotate the leading channels of heads [batch, rows, heads, head_dim]; a query head has the angles of its KV group."""
-    angles = angles.repeat_interleave(heads.shape[2] // angles.shape[2], dim=2) if angles.shape[2] > 1 else angles
+    """Rotate the leading channels of heads [batch, rows, heads, head_dim]; a query head has its KV group's angles."""
+    if angles.shape[2] > 1:
+        angles = angles.repeat_interleave(heads.shape[2] // angles.shape[2], dim=2)
     turned, kept = heads[..., : angles.shape[-1]], heads[..., angles.shape[-1] :]
     if interleaved:
         half = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
@@ -111,7 +120,7 @@ def _rotate(heads, angles, interleaved):
 
 
 def _attend(query, key, value, visible):
-    """Softmax attention: query [batch, q, heads, dim], key and value [batch, k, K/V heads, dim], visible bool [q, k]."""
+    """Softmax attention: query [batch, q, heads, dim], key and value [batch, k, K/V heads, dim], visible [q, k]."""
     repeats = query.shape[2] // key.shape[2]
     key, value = (rows.repeat_interleave(repeats, dim=2) for rows in (key, value))
     out = F.scaled_dot_product_attention(*(rows.transpose(1, 2) for rows in (query, key, value)), attn_mask=visible)
@@ -119,7 +128,7 @@ def _attend(query, key, value, visible):
 
 
 class _Rows:
-    """Which rows a forward pass has: text tokens start .. end - 1, and the summaries of the chunks that they complete."""
+    """Rows of a forward pass: text tokens start .. end - 1, and the summaries of the chunks that they complete."""
 
     def __init__(self, config, start, length, device):
         self.start, self.end = start, start + length
@@ -176,7 +185,7 @@ class MegatronKSAAttention(nn.Module):
         own = self._project(rows, "_summary", norm)
         if a == 1:
             return own
-        return tuple(a * o + (1 - a) * s for o, s in zip(own, self._project(rows, "", "")))
+        return tuple(a * o + (1 - a) * s for o, s in zip(own, self._project(rows, "", ""), strict=True))
 
     def forward(self, hidden, angles, rows, cache):
         """hidden [batch, rows, hidden]; a full layer gets and returns text rows only."""
@@ -222,7 +231,8 @@ class MegatronKSAAttention(nn.Module):
         older = max(end // chunk - self.window, 0) * per_chunk
         far = i // chunk - torch.arange(older, device=device) // per_chunk > self.window
         keys, values = (
-            torch.cat([t[:, begin - first : end + 1 - first], s[:, :older]], dim=1) for t, s in zip(text, summaries)
+            torch.cat([t[:, begin - first : end + 1 - first], s[:, :older]], dim=1)
+            for t, s in zip(text, summaries, strict=True)
         )
         return _attend(query, keys, values, torch.cat([near, far], dim=1))
 
@@ -236,7 +246,7 @@ class MegatronKSAAttention(nn.Module):
 
         keys, values = (
             torch.cat([by_chunk(t[:, begin : begin + chunks * rows.chunk]), by_chunk(s)], dim=1)
-            for t, s in zip(text, summaries)
+            for t, s in zip(text, summaries, strict=True)
         )
         own = torch.ones(rows.per_chunk, rows.per_chunk, dtype=torch.bool, device=query.device).tril()
         visible = torch.cat([own.new_ones(rows.per_chunk, rows.chunk), own], dim=1)
@@ -311,7 +321,7 @@ class MegatronKSAModel(MegatronKSAPreTrainedModel):
             tokens = tokens.repeat(rows.last_chunk - rows.first_chunk).expand(len(input_ids), -1)
             hidden = torch.cat([hidden, self.embed_tokens(tokens)], dim=1)
         angles = _angles(self.config, rows.positions)
-        for layer, layer_cache in zip(self.layers, cache.layers):
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             hidden = layer(hidden, angles, rows, layer_cache)
         cache.seen = rows.end
         return self.norm(rows.split(hidden)[0])
@@ -346,7 +356,9 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **kwargs
+    ):
         """The tokens that the cache has not seen."""
         if past_key_values is not None:
             input_ids = input_ids[:, past_key_values.get_seq_length() :]
