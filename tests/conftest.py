@@ -1,6 +1,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 # tests/compare.py and tests/trainer.py are shared by every folder of tests.
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -8,3 +10,17 @@ from megatron_ksa.platform.cpu import activate_cpu_platform  # noqa: E402
 
 # Megatron's random-state tracker and recompute ask for CUDA; the trainer activates this platform in the same way.
 activate_cpu_platform()
+
+
+@pytest.fixture(scope="module")
+def megatron_flags():
+    """This project's flags on Megatron's parser, for the tests of a module."""
+    from megatron.training import arguments
+
+    from megatron_ksa.platform import trainer_defaults
+    from megatron_ksa.training.arguments import install_arguments
+
+    plain = arguments.add_megatron_arguments
+    install_arguments(trainer_defaults())
+    yield
+    arguments.add_megatron_arguments = plain

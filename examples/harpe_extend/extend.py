@@ -133,7 +133,7 @@ def run_stage(
         print(f"{save}: {done} iterations are done")
         return
     times = args.length // length
-    source = ["--load", save] if done else ["--load", load, "--finetune"]
+    source = ["--load", save] if done else ["--load", load, "--finetune", "--harpe-override-checkpoint-bases"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.nproc_per_node]
     command = [
         sys.executable, *(launcher if args.nproc_per_node > 1 else []), "pretrain_gpt.py", *model, *positions,

@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 from megatron.training import checkpointing
+from megatron.training.utils import print_rank_0
 
+from megatron_ksa.checkpoint.load import TRACKER, find_checkpoint
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination, flag
 from megatron_ksa.errors import UsageError
@@ -30,13 +33,32 @@ def check_identity(checkpoint_args: argparse.Namespace, settings: ModelSettings)
                 f"{flag(field, 'ksa')}: the checkpoint was written with {saved}, the flags say {identity[field.name]}: "
                 f"give the checkpoint's value"
             )
+    difference = check_bases(checkpoint_args, settings)
+    if difference:
+        print_rank_0(difference)
+
+
+def check_bases(checkpoint_args: argparse.Namespace, settings: ModelSettings) -> str | None:
+    """Compare the checkpoint's base set with that of the flags.
+
+    `--harpe-override-checkpoint-bases` says that another is meant.
+
+    Returns:
+        What to log where the sets differ and that is meant.
+
+    Raises:
+        UsageError: the sets differ and nobody said so.
+    """
     saved = getattr(checkpoint_args, "harpe_resolved_bases", None)
-    if saved != settings.bases:
-        described = [_describe(bases) for bases in (saved, settings.bases)]
+    if saved == settings.bases:
+        return None
+    difference = f"the checkpoint was written with {_describe(saved)}, the flags say {_describe(settings.bases)}"
+    if not settings.override_bases:
         raise UsageError(
-            f"--harpe-bases: the checkpoint was written with {described[0]}, the flags say {described[1]}: "
-            f"give the checkpoint's bases"
+            f"--harpe-bases: {difference}: give the checkpoint's bases, or --harpe-override-checkpoint-bases "
+            f"to train with others"
         )
+    return f"--harpe-override-checkpoint-bases: {difference}: training goes on with those of the flags"
 
 
 def _describe(bases: tuple[float, ...] | None) -> str:
@@ -52,3 +74,18 @@ def install_identity_check(settings: ModelSettings) -> None:
         check_checkpoint_args(checkpoint_args, skip_args)
 
     checkpointing.check_checkpoint_args = check
+
+
+def check_finetune(args: argparse.Namespace, settings: ModelSettings) -> None:
+    """Check the bases of the checkpoint that `--finetune` starts from.
+
+    Megatron compares nothing then, and other KSA settings are meant; other bases are not, unless the flag says so.
+
+    Raises:
+        UsageError: as `check_bases`.
+    """
+    if not (args.finetune and args.load and (Path(args.load) / TRACKER).is_file() and args.ckpt_format == "torch_dist"):
+        return
+    difference = check_bases(find_checkpoint(Path(args.load), args.ckpt_step).args, settings)
+    if difference and args.rank == 0:
+        print(difference, flush=True)

@@ -9,19 +9,26 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.argument_utils import gpt_config_from_args
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ksa.checkpoint.streaming import failure
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination
 from megatron_ksa.errors import UsageError
-from megatron_ksa.model.builder import KSAGPTModelBuilder, KSAGPTModelConfig
+from megatron_ksa.model.builder import KSAGPTModelBuilder, model_config_from_args
 from megatron_ksa.model.gpt import KSAGPTModel
 from megatron_ksa.training.arguments import ModelSettings
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# What Megatron's tracker says where there is no iteration: weights to start from, without optimizer.
+RELEASE = "release"
 # A process of its own runs unpartitioned, whatever layout the checkpoint was trained in.
 ALONE = {
     "tensor_model_parallel_size": 1,
+    "tensor_parallel_num_weight_shards": None,
+    "gtp_weight_remat_size": 1,
+    "expert_tensor_parallel_num_weight_shards": None,
+    "expert_gtp_weight_remat_size": 1,
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
     "num_virtual_stages_per_pipeline_rank": None,
@@ -70,16 +77,21 @@ def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpo
         raise UsageError(f"{folder} is no checkpoint folder: it has no {TRACKER}")
     if iteration is None:
         text = tracker.read_text(encoding="utf-8").strip()
-        if not text.isdigit():
-            raise UsageError(f"{tracker} says {text!r}, an iteration number is needed")
-        iteration = int(text)
-    path = folder / f"iter_{iteration:07d}"
+        if text != RELEASE and not text.isdigit():
+            raise UsageError(f"{tracker} says {text!r}, an iteration number or {RELEASE!r} is needed")
+        name = text if text == RELEASE else f"iter_{int(text):07d}"
+    else:
+        name = f"iter_{iteration:07d}"
+    path = folder / name
     if not path.is_dir():
-        raise UsageError(f"{folder} has no iteration {iteration}: {path.name} is missing")
+        raise UsageError(f"{folder} has no checkpoint {path.name}: the folder is missing")
     try:
         args = dist_checkpointing.load_common_state_dict(str(path))["args"]
+    except CheckpointException as error:
+        raise UsageError(f"{path} cannot be read: {failure(error)}") from None
     except (CheckpointingException, OSError, KeyError, RuntimeError, EOFError) as error:
         raise UsageError(f"{path} holds no arguments of the trainer (--ckpt-format torch_dist): {error}") from None
+    iteration = 0 if name == RELEASE else int(name.removeprefix("iter_"))
     return StoredCheckpoint(path, iteration, args, stored_settings(args))
 
 
@@ -125,14 +137,14 @@ def load_model(stored: StoredCheckpoint, defaults: dict[str, object], dtype: tor
     args = argparse.Namespace(**{**vars(stored.args), **ALONE, **defaults})
     if args.position_embedding_type not in ("rope", "harpe", "none"):
         raise UsageError(
-            f"{stored.folder}: --position-embedding-type {args.position_embedding_type} cannot be evaluated, only rope and harpe"
+            f"{stored.folder}: --position-embedding-type {args.position_embedding_type} cannot be evaluated, "
+            f"only rope and harpe"
         )
     args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
     args.use_cpu_initialization = True
     args.transformer_impl, args.apply_rope_fusion = "local", False
     groups = single_process_groups()
-    config = gpt_config_from_args(args, model_config_cls=KSAGPTModelConfig)
-    config.ksa, config.bases, config.text_length = stored.settings.ksa, stored.settings.bases, args.seq_length
+    config = model_config_from_args(args, stored.settings.ksa, stored.settings.bases)
     model = KSAGPTModelBuilder(config).build_model(groups).to(dtype)
     model.set_summary_coefficient(stored.settings.ksa.summary_coefficient(stored.iteration))
     state = {"model": model.sharded_state_dict()}

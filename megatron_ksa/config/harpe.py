@@ -31,6 +31,10 @@ class HarpeConfig:
     base_min: float = option(1e6, "Smallest base of the uniform set.")
     base_max: float = option(5e6, "Largest base of the uniform set.")
     order: str = option("ascending", "Order of the uniform set over the KV groups.", choices=("ascending", "descending"))
+    override_checkpoint: bool = option(
+        False, "Load a checkpoint that was written with other bases, or without HARPE; the log says so.",
+        flag="--harpe-override-checkpoint-bases",
+    )  # fmt: skip
 
     def resolve(self, num_query_groups: int) -> tuple[float, ...]:
         """The base of each KV group.

@@ -1,31 +1,35 @@
 """A language of token ids with long-range structure, for small models trained from scratch: needle tests and training text.
 
-Ids: 0 ends a document, 1 to 7 are marks, 16 hexadecimal digits follow, then words. A document's text repeats phrases:
-the chance of a phrase that it has not used yet falls with its length, so that more context always predicts better.
-Between phrases stand needles `KEY k IS v END`, and later questions about them, `ASK k ARE v END`.
+Ids: 0 ends a document, 1 to 7 are marks, 256 bytes follow, then words. In a phrase every second word or so follows from
+the word before the last, so that a small model soon learns to look at the tokens before, which copying builds on. A
+document's text repeats phrases: the chance of a phrase that it has not used yet falls with its length, so that more
+context always predicts better. Between phrases stand needles `KEY k IS v END`, and later questions about them,
+`ASK k IS v END`.
 """
 
 import numpy as np
 
 from megatron_ksa.evaluation.needle import FORMS, Form, Tokens
 
-END_OF_DOCUMENT, KEY, IS, END, ASK, ARE, AND, DOT = range(8)
-DIGITS = 8
-WORDS = 24
-NUM_WORDS = 232
+END_OF_DOCUMENT, KEY, IS, END, ASK, AND, DOT = range(7)
+BYTES = 8
+WORDS = BYTES + 256
+NUM_WORDS = 248
 VOCABULARY = WORDS + NUM_WORDS
 PHRASE = 8
 # A phrase is new with probability NOVELTY / (NOVELTY + phrases so far).
-NOVELTY = 32
+NOVELTY = 8
+# The word that follows two places after each word, where it follows from it at all.
+SUCCESSOR = WORDS + np.random.default_rng(0).permutation(NUM_WORDS)
+FOLLOWS = 0.5
 
 
 class TokenLanguage:
     """Needle tests and documents in token ids; items are strings of ids with spaces."""
 
     def item(self, kind: str, random: np.random.Generator) -> str:
-        """Two words, four decimal digits, or eight hexadecimal digits."""
-        low, high, size = {"words": (WORDS, VOCABULARY, 2), "numbers": (DIGITS, DIGITS + 10, 4),
-                           "uuids": (DIGITS, DIGITS + 16, 8)}[kind]  # fmt: skip
+        """Two words, or a number of two bytes, or an identifier of four."""
+        low, high, size = {"words": (WORDS, VOCABULARY, 2), "numbers": (BYTES, WORDS, 2), "uuids": (BYTES, WORDS, 4)}[kind]
         return " ".join(map(str, random.integers(low, high, size)))
 
     def needle(self, key: str, value: str, form: Form) -> Tokens:
@@ -40,17 +44,24 @@ class TokenLanguage:
             if phrases and (haystack == "noise" or random.random() >= NOVELTY / (NOVELTY + index)):
                 phrases.append(phrases[0 if haystack == "noise" else random.integers(len(phrases))])
             else:
-                phrases.append([*random.integers(WORDS, VOCABULARY, PHRASE).tolist(), DOT])
+                phrases.append(self._phrase(random))
         return phrases
+
+    def _phrase(self, random: np.random.Generator) -> Tokens:
+        words = random.integers(WORDS, VOCABULARY, PHRASE)
+        for place in np.flatnonzero(random.random(PHRASE) < FOLLOWS):
+            if place >= 2:
+                words[place] = SUCCESSOR[words[place - 2] - WORDS]
+        return [*words.tolist(), DOT]
 
     def opening(self, form: Form) -> Tokens:
         """Nothing: the model has no instructions."""
         return []
 
     def question(self, keys: list[str], form: Form) -> Tokens:
-        """ASK k1 AND k2 ARE."""
+        """ASK k1 AND k2 IS."""
         ids = [token for key in keys for token in (AND, *_ids(key))]
-        return [ASK, *ids[1:], ARE]
+        return [ASK, *ids[1:], IS]
 
     def answer(self, values: list[str]) -> list[Tokens]:
         """v1 AND v2 END, a piece a value."""

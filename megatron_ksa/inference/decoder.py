@@ -1,46 +1,59 @@
-"""Incremental decoding of dense models, HARPE and grouped queries included: logits equal those of the full forward."""
+"""Incremental decoding, with KSA, HARPE and grouped queries: logits equal those of the full forward."""
 
+import dataclasses
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.model.core_attention import CausalCoreAttention, KVCache
+from megatron_ksa.inference.ksa_cache import KSACache
+from megatron_ksa.layout.rows import RowLayout
+from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention, KVCache
 from megatron_ksa.model.gpt import KSAGPTModel
 
 
 class Decoder:
     """Context manager in which a model goes on with a sequence whose keys and values it keeps.
 
-    Keys are rotated by their KV group's base before they are cached, so that a step rotates new rows only.
+    Keys are rotated by their KV group's base before they are cached, so that a step rotates new rows only. A full layer
+    keeps every token, a KSA layer the text of its window and every summary.
 
     Args:
-        model: a whole dense model in eval mode; it serves this sequence alone until the context ends.
+        model: a whole model in eval mode; it serves this sequence alone until the context ends.
 
     Raises:
-        UsageError: a model with summary rows, or one that is in use by another decoder.
+        UsageError: a model that is in use by another decoder.
     """
 
     def __init__(self, model: KSAGPTModel) -> None:
-        if model.layout.summary_tokens:
-            raise UsageError("incremental decoding of KSA models is not there yet: use the full forward")
         self.model = model
-        self._cores = [module for module in model.modules() if isinstance(module, CausalCoreAttention)]
+        self.length = 0
+        self._layout = model.layout
+        self._cores = [m for m in model.modules() if isinstance(m, CausalCoreAttention | KSACoreAttention)]
+        # Which rows of a step are text depends on where in its chunk the step starts.
+        self._laid_out = [m for m in model.modules() if isinstance(getattr(m, "layout", None), RowLayout)]
 
     def __enter__(self) -> "Decoder":
         if any(core.cache is not None for core in self._cores):
             raise UsageError("the model serves another decoder: end that one first")
         for core in self._cores:
-            core.cache = KVCache()
+            core.cache = KSACache() if isinstance(core, KSACoreAttention) else KVCache()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.model.position_offset = 0
+        self._move_to(0)
         for core in self._cores:
             core.cache = None
+
+    def _move_to(self, token: int) -> None:
+        """Tell the model the number of the next token."""
+        self.length = self.model.position_offset = token
+        layout = dataclasses.replace(self._layout, offset=token % self._layout.chunk_size)
+        for module in self._laid_out:
+            module.layout = layout
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -52,10 +65,11 @@ class Decoder:
         Returns:
             [batch, new, vocabulary].
         """
-        start = self._cores[0].cache.length
-        self.model.position_offset = start
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.model(tokens, positions)
+        end = self.length + tokens.shape[1]
+        positions = torch.arange(self.length, end, device=tokens.device).expand_as(tokens)
+        logits = self.model(tokens, positions)
+        self._move_to(end)
+        return logits
 
 
 def greedy(model: KSAGPTModel, prompt: Tensor, new_tokens: int, stop: int | None = None) -> Tensor:

@@ -13,14 +13,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Numbers of text and summary rows for chunks of chunk_size text tokens with summary_tokens summaries each."""
+    """Numbers of text and summary rows for chunks of chunk_size text tokens with summary_tokens summaries each.
+
+    `offset` is the number of tokens of the running chunk that came before the first row, 0 to chunk_size - 1: more than
+    0 only in incremental decoding.
+    """
 
     chunk_size: int
     summary_tokens: int
+    offset: int = 0
+
+    def chunks(self, text_rows: int) -> int:
+        """Chunks that text_rows text rows complete."""
+        return (self.offset + text_rows) // self.chunk_size
 
     def summary_rows(self, text_rows: int) -> int:
         """Summary rows of text_rows text rows; a ragged last chunk has none."""
-        return text_rows // self.chunk_size * self.summary_tokens
+        return self.chunks(text_rows) * self.summary_tokens
 
     def total_rows(self, text_rows: int) -> int:
         """Text and summary rows together."""
@@ -28,8 +37,8 @@ class RowLayout:
 
     def text_rows(self, total_rows: int) -> int:
         """The inverse of `total_rows`."""
-        chunks, ragged = divmod(total_rows, self.chunk_size + self.summary_tokens)
-        return chunks * self.chunk_size + ragged
+        chunks, ragged = divmod(self.offset + total_rows, self.chunk_size + self.summary_tokens)
+        return chunks * self.chunk_size + ragged - self.offset
 
     def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
         """Views of the text rows and of the summary rows of `rows` along `dim`."""
@@ -37,8 +46,8 @@ class RowLayout:
         return rows.narrow(dim, 0, text), rows.narrow(dim, text, rows.shape[dim] - text)
 
     def grow(self, text: Tensor, summary_embedding: Tensor) -> Tensor:
-        """Append the summary rows: [n, batch, hidden] and [S, hidden] -> [n + n // C * S, batch, hidden]."""
-        chunks = text.shape[0] // self.chunk_size
+        """Append the summary rows: [n, batch, hidden] and [S, hidden] -> [total_rows(n), batch, hidden]."""
+        chunks = self.chunks(text.shape[0])
         summaries = summary_embedding.to(text.dtype).repeat(chunks, 1)[:, None].expand(-1, text.shape[1], -1)
         return torch.cat([text, summaries])
 
@@ -84,10 +93,10 @@ def summary_positions(layout: RowLayout, num_text: int, document_start: Tensor |
         document_start: int [batch, n] as from `document_starts`, or None.
 
     Returns:
-        int64 [batch or 1, n // C * S].
+        int64 [batch or 1, n // C * S], counted from the first text row.
     """
     chunk_size, summary_tokens = layout.chunk_size, layout.summary_tokens
-    first = torch.arange(num_text // chunk_size, device=device)[:, None] * chunk_size  # [chunks, 1]
+    first = torch.arange(layout.chunks(num_text), device=device)[:, None] * chunk_size - layout.offset  # [chunks, 1]
     s = torch.arange(summary_tokens, device=device)
     index = torch.maximum(first + (s + 1) * chunk_size // summary_tokens - 1, first)[None]  # [1, chunks, S]
     if document_start is not None:

@@ -1,5 +1,6 @@
 """Builds `KSAGPTModel` from Megatron's model configuration."""
 
+import argparse
 from dataclasses import dataclass, field
 from typing import ClassVar, override
 
@@ -10,6 +11,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.utils import print_rank_0
 from megatron.training.vocab_utils import calculate_padded_vocab_size
@@ -36,6 +38,22 @@ class KSAGPTModelConfig(GPTModelConfig):
     bases: tuple[float, ...] | None = None
     text_length: int = 0
     reset_documents: bool = False
+
+
+def dense_config_from_args(args: argparse.Namespace, config: type[GPTModelConfig] = GPTModelConfig) -> GPTModelConfig:
+    """Megatron's `gpt_config_from_args` with `--rope-scaling-factor`, which Megatron 0.19.2 leaves at its default."""
+    model = gpt_config_from_args(args, model_config_cls=config)
+    model.rope_scaling_factor = args.rope_scaling_factor
+    return model
+
+
+def model_config_from_args(
+    args: argparse.Namespace, ksa: KSAConfig, bases: tuple[float, ...] | None
+) -> KSAGPTModelConfig:
+    """The configuration of this project's model from Megatron's arguments and its own settings."""
+    model = dense_config_from_args(args, KSAGPTModelConfig)
+    model.ksa, model.bases, model.text_length = ksa, bases, args.seq_length
+    return model
 
 
 class KSAGPTModelBuilder(GPTModelBuilder):

@@ -6,6 +6,7 @@ pipeline stages and activation recompute to every layer, and text-by-text masks 
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.layout.zigzag import ZigZag
 
 TEXT_ONLY = RowLayout(1, 0)
+
+if TYPE_CHECKING:
+    from megatron_ksa.inference.ksa_cache import KSACache
 
 
 class _CoreAttention(MegatronModule):
@@ -73,7 +77,12 @@ class _CoreAttention(MegatronModule):
 
 
 class KSACoreAttention(_CoreAttention):
-    """KSA among rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432, visibility rules)."""
+    """KSA among rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432, visibility rules).
+
+    With a `cache` (see `megatron_ksa.inference`) the rows given are the newest, and see those in the cache too.
+    """
+
+    cache: "KSACache | None" = None
 
     def __init__(self, *args, layout: RowLayout, window_chunks: int, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -100,6 +109,8 @@ class KSACoreAttention(_CoreAttention):
             [rows, batch, heads * head_dim]. With sequence parallelism rows are in the order of the ranks' shards, each
             laid out `[text | summaries]`, so that the output projection's reduce-scatter gives each rank its shard.
         """
+        if self.cache is not None:
+            return self.cache.attend(query, key, value, self.layout, self.geometry, self.softmax_scale)
 
         def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return ksa_attention(
@@ -119,14 +130,22 @@ class KSACoreAttention(_CoreAttention):
 
 
 class KVCache:
-    """Rotated keys and the values of one layer's past tokens, for incremental decoding; grows by doubling."""
+    """Rotated keys and the values of one layer's rows, for incremental decoding.
+
+    The buffers grow by doubling; rows that are no longer seen can be dropped, which makes room for new ones.
+
+    Attributes:
+        first: number of the oldest row that is kept.
+        length: rows so far, dropped ones included.
+    """
 
     def __init__(self) -> None:
-        self.length = 0
+        self.first = self.length = 0
+        self._begin = 0  # place of row `first` in the buffers
         self._buffers: list[Tensor] = []
 
     def append(self, *rows: Tensor) -> list[Tensor]:
-        """Keep new rows; return all rows so far.
+        """Keep new rows; return all rows kept, from `first` on.
 
         Args:
             rows: keys and values, [new rows, batch, K/V heads, head_dim] each.
@@ -134,16 +153,22 @@ class KVCache:
         Returns:
             Views [rows, batch, K/V heads, head_dim] of each.
         """
-        end = self.length + rows[0].shape[0]
-        if not self._buffers:
-            self._buffers = [new.new_empty(end, *new.shape[1:]) for new in rows]
-        elif end > self._buffers[0].shape[0]:
-            self._buffers = [torch.cat([old, torch.empty_like(old), torch.empty_like(new)])
-                             for old, new in zip(self._buffers, rows, strict=True)]  # fmt: skip
-        for buffer, new in zip(self._buffers, rows, strict=True):
-            buffer[self.length : end] = new
-        self.length = end
-        return [buffer[:end] for buffer in self._buffers]
+        new, kept = rows[0].shape[0], self.length - self.first
+        if not self._buffers or self._begin + kept + new > self._buffers[0].shape[0]:
+            grown = [row.new_empty(2 * kept + new, *row.shape[1:]) for row in rows]
+            for buffer, old in zip(grown, self._buffers, strict=bool(self._buffers)):
+                buffer[:kept] = old[self._begin : self._begin + kept]
+            self._begin, self._buffers = 0, grown
+        end = self._begin + kept + new
+        for buffer, row in zip(self._buffers, rows, strict=True):
+            buffer[end - new : end] = row
+        self.length += new
+        return [buffer[self._begin : end] for buffer in self._buffers]
+
+    def drop_before(self, row: int) -> None:
+        """Forget the rows before number `row`."""
+        dropped = max(row - self.first, 0)
+        self.first, self._begin = self.first + dropped, self._begin + dropped
 
 
 class CausalCoreAttention(_CoreAttention):

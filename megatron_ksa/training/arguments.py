@@ -23,10 +23,12 @@ class ModelSettings:
     Attributes:
         ksa: KSA settings.
         bases: HARPE bases, one for each KV group, or None without `--position-embedding-type harpe`.
+        override_bases: a checkpoint may have been written with other bases.
     """
 
     ksa: KSAConfig
     bases: tuple[float, ...] | None
+    override_bases: bool = False
 
     @property
     def is_megatron(self) -> bool:
@@ -82,7 +84,7 @@ def settings_from_args(args: argparse.Namespace) -> ModelSettings:
     if args.position_embedding_type == "harpe":
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         bases = harpe.resolve(groups)
-    settings = ModelSettings(ksa, bases)
+    settings = ModelSettings(ksa, bases, harpe.override_checkpoint)
     if not settings.is_megatron:
         _check(args, settings)
     return settings

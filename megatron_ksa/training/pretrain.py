@@ -1,15 +1,19 @@
 """Command line to configuration: everything that happens before Megatron's `pretrain` takes over."""
 
 import argparse
+import contextlib
+import io
 
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training import checkpointing
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
 
 from megatron_ksa.checkpoint.dense import install_dense_start
-from megatron_ksa.checkpoint.identity import install_identity_check
+from megatron_ksa.checkpoint.identity import check_finetune, install_identity_check
+from megatron_ksa.checkpoint.stored_args import install_checkpoint_args
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
-from megatron_ksa.model.builder import KSAGPTModelConfig
+from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
 from megatron_ksa.training.arguments import ModelSettings, adapt_trainer, settings_from_args
 from megatron_ksa.training.datasets import dataset_prefixes
 from megatron_ksa.training.flops import install_flops
@@ -21,8 +25,13 @@ def read_command_line() -> tuple[argparse.Namespace, ModelSettings]:
     Raises:
         UsageError: a mistake in the flags, or data files that are missing or truncated.
     """
+    install_checkpoint_args()
     parsed = parse_args()
+    if parsed.use_checkpoint_args and parsed.load:
+        with contextlib.redirect_stdout(io.StringIO()):
+            checkpointing.load_args_from_checkpoint(parsed)
     settings = settings_from_args(parsed)
+    check_finetune(parsed, settings)
     for prefix in dataset_prefixes(parsed):
         check_indexed_dataset(prefix)
     args = parse_and_validate_args()
@@ -35,11 +44,8 @@ def configure(args: argparse.Namespace, settings: ModelSettings) -> PretrainConf
     install_identity_check(settings)
     install_dense_start(args, settings)
     if settings.is_megatron:
-        return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    model = gpt_config_from_args(args, model_config_cls=KSAGPTModelConfig)
-    model.ksa = settings.ksa
-    model.bases = settings.bases
-    model.text_length = args.seq_length
+        return pretrain_cfg_container_from_args(args, dense_config_from_args(args))
+    model = model_config_from_args(args, settings.ksa, settings.bases)
     model.reset_documents = args.reset_position_ids
     install_flops(settings)
     return pretrain_cfg_container_from_args(args, model)

@@ -1,15 +1,23 @@
 """Decoding with a cache gives the full forward's logits."""
 
+import dataclasses
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from compare import assert_close
 from single_process import build_model, random_tokens, transformer_config
 
+from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint
+from megatron_ksa.checkpoint.load import find_checkpoint, load_model
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.evaluation.needle import Case, score_cases
 from megatron_ksa.inference.decoder import Decoder, greedy
+from megatron_ksa.platform import trainer_defaults
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "ksa_hf_tiny"
 DENSE = KSAConfig()
 
 
@@ -41,9 +49,65 @@ def test_teacher_forcing_scores_what_greedy_decoding_writes():
     assert scores[:2] == [(True, 1.0), (False, 0.5)]
 
 
+KSA = KSAConfig(enabled=True, chunk_size=4, window_chunks="[2, 1, 0, 2]", layer_pattern="kklf")
+KSA_MODELS = {
+    "hybrid": KSA,
+    "two summaries, all of their own": dataclasses.replace(
+        KSA, summary_tokens=2, independent_qk_norm=True, independent_layernorm=True
+    ),
+    "more summaries than text": dataclasses.replace(KSA, chunk_size=3, summary_tokens=4, layer_pattern="k"),
+}
+
+
+@pytest.mark.parametrize("ksa", KSA_MODELS.values(), ids=KSA_MODELS)
+@pytest.mark.parametrize("steps", [[1] * 41, [30] + [1] * 11, [3, 1, 9, 2, 26]])
+def test_decoding_equals_the_full_forward_with_summaries(ksa, steps):
+    """Steps within a chunk, that complete one, and over several; windows that are left behind; a ragged end."""
+    model = build_model(ksa, bases=(1e4, 5e5)).eval()
+    tokens = random_tokens(2, 41)
+    with torch.no_grad():
+        expected = model(tokens, None)
+    with Decoder(model) as decoder:
+        parts = [decoder.step(part) for part in tokens.split(steps, dim=1)]
+    assert_close("logits", torch.cat(parts, dim=1), expected)
+    with torch.no_grad():
+        assert torch.equal(model(tokens, None), expected)
+
+
+def test_annealed_models_decode():
+    model = build_model(KSA).eval()
+    model.set_summary_coefficient(0.3)
+    tokens = random_tokens(1, 30)
+    with torch.no_grad():
+        expected = model(tokens, None)
+    with Decoder(model) as decoder:
+        assert_close("logits", torch.cat([decoder.step(t) for t in tokens.split(1, dim=1)], dim=1), expected)
+
+
+def test_released_implementation_decodes_to_the_same_logits(megatron_flags, tmp_path):
+    """The released implementation's full forward, token by token here."""
+    import_checkpoint(GOLDEN, tmp_path)
+    model = load_model(find_checkpoint(tmp_path), trainer_defaults(), torch.float32)
+    tokens, expected = (torch.tensor(np.load(GOLDEN / f"{name}.npy")) for name in ("input_ids", "logits"))
+    with Decoder(model) as decoder:
+        logits = torch.cat([decoder.step(token) for token in tokens.split(1, dim=1)], dim=1)
+    assert (logits - expected).abs().max() < 1e-4
+
+
+def test_what_a_ksa_layer_keeps():
+    """W + 1 chunks of text at most, and S rows for each complete chunk."""
+    model = build_model(KSA).eval()
+    with Decoder(model) as decoder:
+        for token in random_tokens(1, 41).split(1, dim=1):
+            decoder.step(token)
+            for layer, window in zip(model.decoder.layers[:2], (2, 1), strict=True):
+                cache = layer.self_attention.core_attention.cache
+                assert cache.text.length == decoder.length
+                assert cache.text.length - cache.text.first < (window + 1) * 4
+                assert cache.summaries.length == decoder.length // 4
+
+
 def test_refused():
-    with pytest.raises(UsageError, match="KSA"):
-        Decoder(build_model(KSAConfig(enabled=True)))
     model = build_model(DENSE).eval()
     with Decoder(model), pytest.raises(UsageError, match="another decoder"), Decoder(model):
         pass

@@ -10,10 +10,23 @@ from megatron_ksa.layout.rows import (
 )
 
 
-@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 200))
-def test_text_rows_inverts_total_rows(chunk_size, summary_tokens, n):
-    layout = RowLayout(chunk_size, summary_tokens)
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 200), st.integers(0, 8))
+def test_text_rows_inverts_total_rows(chunk_size, summary_tokens, n, offset):
+    layout = RowLayout(chunk_size, summary_tokens, offset % chunk_size)
     assert layout.text_rows(layout.total_rows(n)) == n
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.lists(st.integers(1, 30), min_size=1))
+def test_steps_have_the_rows_and_positions_of_the_whole(chunk_size, summary_tokens, steps):
+    """Incremental decoding: each step's layout starts where the one before ended."""
+    text, summaries, start = [], [], 0
+    for step in steps:
+        layout = RowLayout(chunk_size, summary_tokens, start % chunk_size)
+        parts = layout.split(row_positions(layout, step, None, "cpu") + start)
+        for whole, part in zip((text, summaries), parts, strict=True):
+            whole.extend(part[:, 0].tolist())
+        start += step
+    assert text + summaries == row_positions(RowLayout(chunk_size, summary_tokens), start, None, "cpu")[:, 0].tolist()
 
 
 def test_grow_and_shrink():

@@ -1,0 +1,1 @@
+"""Files that go with an exported KSA or HARPE model; they import torch and transformers only."""

@@ -1,0 +1,121 @@
+"""Safetensors shards of a Hugging Face checkpoint: read one tensor at a time, written one shard at a time."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_ksa.errors import UsageError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class ShardReader:
+    """Tensors of a checkpoint folder by name; a tensor is read from its shard when it is asked for.
+
+    Attributes:
+        shapes: shape of every tensor in the folder.
+        dtypes: dtype of every tensor.
+
+    Raises:
+        UsageError: no safetensors files, a truncated or missing shard, a tensor twice, or a dtype that is no float.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._shard: dict[str, Path] = {}
+        for shard in self._shards():
+            self._read_header(shard)
+
+    def _shards(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise UsageError(f"{index} cannot be read: {error!r}") from None
+            missing = sorted(name for name in names if not (self.folder / name).is_file())
+            if missing:
+                raise UsageError(f"{self.folder} lacks the shard {missing[0]} that {INDEX} names")
+            return [self.folder / name for name in sorted(names)]
+        shards = sorted(self.folder.glob("*.safetensors"))
+        if not shards:
+            pickled = sorted(self.folder.glob("*.bin"))
+            why = f", only {pickled[0].name}: pickled weights are not read, save them as safetensors" if pickled else ""
+            raise UsageError(f"{self.folder} holds no .safetensors file{why}")
+        return shards
+
+    def _read_header(self, shard: Path) -> None:
+        try:
+            with safe_open(shard, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name in self._shard:
+                        raise UsageError(f"{name} is in {self._shard[name].name} and in {shard.name}")
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in DTYPES:
+                        raise UsageError(f"{shard}: {name} is {part.get_dtype()}, only {', '.join(DTYPES)} are known")
+                    self._shard[name] = shard
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = DTYPES[part.get_dtype()]
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{shard} is not a whole safetensors file: {error}") from None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, which must be among `shapes`."""
+        with safe_open(self._shard[name], "pt") as file:
+            return file.get_tensor(name)
+
+
+def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Divide tensors, in their order, into shards of at most max_bytes, or of one tensor where that is larger.
+
+    Args:
+        sizes: bytes of each tensor.
+    """
+    shards: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int], max_bytes: int) -> None:
+    """Write shards, and their index where there are several, under the names that the transformers library looks for.
+
+    Args:
+        tensors: names and tensors in the order of `sizes`; only those of the running shard are kept.
+    """
+    plan = plan_shards(sizes, max_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
+    if len(plan) == 1:
+        names = ["model.safetensors"]
+    stream = iter(tensors)
+    for name, members in zip(names, plan, strict=True):
+        _write_shard(folder / name, stream, len(members))
+    if len(plan) > 1:
+        weight_map = {key: name for name, members in zip(names, plan, strict=True) for key in members}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, stream: Iterator[tuple[str, Tensor]], count: int) -> None:
+    """Write the next tensors; a function of its own, so that they are gone before the next shard is gathered."""
+    shard = {key: _own(tensor) for key, tensor in (next(stream) for _ in range(count))}
+    save_file(shard, path, metadata={"format": "pt"})
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own: a part of a larger one would keep that alive, and the format refuses it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

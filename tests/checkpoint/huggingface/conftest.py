@@ -1,0 +1,53 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from megatron_ksa.checkpoint.huggingface.exporter import export_checkpoint  # noqa: E402
+from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint  # noqa: E402
+from megatron_ksa.checkpoint.load import find_checkpoint  # noqa: E402
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def flags(megatron_flags):
+    """Every conversion needs the trainer's parser."""
+
+
+@pytest.fixture(scope="session")
+def to_megatron():
+    """Import `source` into the new folder `output`."""
+
+    def convert(source: Path, output: Path, **settings) -> Path:
+        output.mkdir(parents=True)
+        import_checkpoint(source, output, **settings)
+        return output
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def to_huggingface():
+    """Export `source` into the new folder `output`."""
+
+    def convert(source: Path, output: Path, **settings) -> Path:
+        output.mkdir(parents=True)
+        export_checkpoint(find_checkpoint(source), output, **settings)
+        return output
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Run tools/convert_checkpoint.py."""
+
+    def run(*words) -> subprocess.CompletedProcess:
+        line = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, words)]
+        return subprocess.run(line, capture_output=True, text=True, check=False)
+
+    return run

@@ -1,0 +1,92 @@
+"""Convert checkpoints between the Hugging Face layout (safetensors) and Megatron's distributed format.
+
+import  Llama 2 and 3, Qwen 2, 2.5 and 3, released KSA models and this project's exports become a checkpoint that
+        pretrain_gpt.py loads at any parallel layout: --load OUTPUT --use-checkpoint-args.
+export  A checkpoint of pretrain_gpt.py --save, whatever its layout, becomes a folder for the transformers library.
+        KSA and HARPE models bring their modelling code: load them with trust_remote_code=True.
+
+Memory is that of the largest shard and one layer. The output folder appears when it is complete.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+try:
+    from megatron_ksa.errors import UsageError, usage_errors_exit
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
+    sys.exit(2)
+from megatron_ksa.platform import prepare_platform
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_megatron = commands.add_parser("import", help="Hugging Face -> Megatron")
+    to_megatron.add_argument("--input", required=True, type=Path, help="folder with config.json and safetensors shards")
+    to_megatron.add_argument("--output", required=True, type=Path, help="folder for pretrain_gpt.py --load")
+    to_megatron.add_argument("--seq-length", type=int, help="sequence length to store (the model's positions)")
+    to_huggingface = commands.add_parser("export", help="Megatron -> Hugging Face")
+    to_huggingface.add_argument("--input", required=True, type=Path, help="folder that pretrain_gpt.py --save wrote")
+    to_huggingface.add_argument("--output", required=True, type=Path, help="folder for from_pretrained")
+    to_huggingface.add_argument("--iteration", type=int, help="iteration to export; the newest without it")
+    to_huggingface.add_argument("--like", type=Path, help="Hugging Face folder to copy tokenizer and token ids from")
+    to_huggingface.add_argument("--vocab-size", type=int, help="tokens to keep (all, with Megatron's padding)")
+    to_huggingface.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest shard to write (5)")
+    return parser.parse_args()
+
+
+def run_import(args: argparse.Namespace, output: Path) -> str:
+    """Import into the empty folder `output`; return what to say at the end."""
+    from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint
+    from megatron_ksa.checkpoint.huggingface.training_flags import training_flags
+
+    arch = import_checkpoint(args.input, output, args.seq_length)
+    flags = shlex.join(training_flags(arch))
+    return f"load with: --load {args.output} --use-checkpoint-args, which stands for\n{flags}"
+
+
+def run_export(args: argparse.Namespace, output: Path) -> str:
+    """Export into the empty folder `output`; return what to say at the end."""
+    from megatron_ksa.checkpoint.huggingface.config_json import OWN_MODEL_TYPE, family
+    from megatron_ksa.checkpoint.huggingface.exporter import export_checkpoint
+    from megatron_ksa.checkpoint.load import find_checkpoint
+
+    if args.shard_gigabytes <= 0:
+        raise UsageError(f"--shard-gigabytes {args.shard_gigabytes}: more than 0")
+    stored = find_checkpoint(args.input, args.iteration)
+    arch = export_checkpoint(
+        stored, output, like=args.like, vocab_size=args.vocab_size, max_shard_bytes=int(args.shard_gigabytes * 1e9)
+    )
+    kind = family(arch)
+    return f"a {kind} model" + (": load it with trust_remote_code=True" if kind == OWN_MODEL_TYPE else "")
+
+
+def main() -> None:
+    """Run; bad input costs one line and exit code 2."""
+    with usage_errors_exit():
+        args = parse_arguments()
+        if args.output.exists():
+            raise UsageError(f"--output {args.output} exists: choose another or remove it")
+        if not args.input.is_dir():
+            raise UsageError(f"--input {args.input} is no folder")
+        defaults = prepare_platform([])
+        from megatron_ksa.training.arguments import install_arguments
+
+        install_arguments(defaults)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside its place and renamed, so that an interrupted run leaves no checkpoint.
+        with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}-") as folder:
+            made = Path(folder) / "checkpoint"
+            made.mkdir()
+            message = (run_import if args.command == "import" else run_export)(args, made)
+            made.rename(args.output)
+        print(f"{args.output}: {message}")
+
+
+if __name__ == "__main__":
+    main()
