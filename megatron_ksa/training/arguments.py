@@ -151,8 +151,8 @@ def _check_context_parallel(args: argparse.Namespace, feature: str) -> None:
         )
     if groups % size and size % groups:
         raise UsageError(
-            f"--cp-comm-type a2a needs the {groups} K/V heads of a tensor-parallel rank to be a multiple or a divisor of "
-            f"--context-parallel-size {size}: use {groups}, or p2p"
+            f"--cp-comm-type a2a needs the {groups} K/V heads of a tensor-parallel rank to be a multiple or a divisor "
+            f"of --context-parallel-size {size}: use {groups}, or p2p"
         )
 
 

@@ -1,6 +1,6 @@
 """The trainer from a dense checkpoint to a KSA model and back, in several layouts.
 
-With a window over the whole sequence no text row depends on a summary, so the KSA model's first loss is the dense model's.
+With a window over the whole sequence no text row depends on a summary: the KSA model's first loss is the dense model's.
 """
 
 import pytest
@@ -45,7 +45,7 @@ def test_other_layouts_read_the_dense_checkpoint(runs, tmp_path):
     folder, _ = runs
     layouts = {
         "tensor": "--tensor-model-parallel-size 2 --sequence-parallel",
-        "pipeline": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --use-distributed-optimizer",
+        "pipeline": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
         "context": "--context-parallel-size 2 --ksa-independent-layernorm --ksa-independent-qk-norm",
     }
     start = f"{WHOLE_WINDOW} --load {folder}/dense"

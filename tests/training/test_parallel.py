@@ -27,16 +27,24 @@ LAYOUTS = [
     (2, f"{TP} {SP} {RECOMPUTE}", [""]),
     (2, PP, EITHER),
     (2, f"{PP} {RECOMPUTE}", [""]),
-    (2, INTERLEAVED, EITHER),
+    (2, INTERLEAVED, [PACKED]),
     (2, CP, EITHER),
     (2, f"{CP} {RECOMPUTE}", [PACKED]),
     (2, f"{CP} {SELECTIVE}", [""]),
     (2, f"{CP} --cp-comm-type a2a", [PACKED]),
     (4, CP_4, EITHER),
-    (4, f"{TP} {SP} {CP}", EITHER),
+    (4, f"{TP} {SP} {CP}", [PACKED]),
     (4, f"{TP} {SP} {CP} {RECOMPUTE}", [""]),
     (4, f"{PP} {CP} {OPTIMIZER}", [PACKED]),
-    (4, f"{TP} {PP} {OVERLAP}", EITHER),
+    (4, f"{TP} {PP} {OVERLAP}", [PACKED]),
+]
+# Processes, and the layouts before and after a checkpoint.
+ANY_LAYOUT = f"{OPTIMIZER} --ckpt-fully-parallel-save --dist-ckpt-optim-fully-reshardable"
+RESUMES = [
+    (2, "", ""),
+    (2, OPTIMIZER, OPTIMIZER),
+    (4, f"{TP} {SP} {CP}", f"{PP} {CP}"),
+    (4, f"{CP_4} {ANY_LAYOUT}", f"{TP} {PP} {ANY_LAYOUT}"),
 ]
 CASES = [(size, layout, documents) for size, layout, either in LAYOUTS for documents in either]
 
@@ -50,53 +58,56 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(checkpoint, tmp_path_factory) -> Callable[[int, str, str], dict]:
-    """Five steps from the checkpoint for a case of CASES -> the record.
+def trained(checkpoint, tmp_path_factory) -> Callable[[tuple], dict]:
+    """The record of a run: five steps from the checkpoint for a case of CASES, six steps that save half-way and the
+    last three of them again for (*resume, "whole") and (*resume, "resumed"), resume of RESUMES.
 
-    All cases of one number of processes are trained when the first of them is asked for.
+    All runs of one number of processes are made when the first of them is asked for.
     """
     folder = tmp_path_factory.mktemp("layouts")
     outcome: dict[int, subprocess.CompletedProcess] = {}
-    records = {case: folder / f"{number}.json" for number, case in enumerate(CASES)}
+    runs = {case: f"--train-iters 5 --load {checkpoint} --finetune {case[1]} {case[2]}" for case in CASES}
+    for number, (size, before, after) in enumerate(RESUMES):
+        saved = folder / f"checkpoint{number}"
+        runs[size, before, after, "whole"] = f"--train-iters 6 --save {saved} --save-interval 3 {before}"
+        runs[size, before, after, "resumed"] = f"--train-iters 6 --load {saved} --ckpt-step 3 {after}"
+    records = {run: folder / f"{number}.json" for number, run in enumerate(runs)}
 
-    def run(*case) -> dict:
-        processes = case[0]
+    def record(run: tuple) -> dict:
+        processes = run[0]
         if processes not in outcome:
-            runs = [
-                (record, f"--train-iters 5 --load {checkpoint} --finetune {layout} {documents}")
-                for (size, layout, documents), record in records.items() if size == processes
-            ]  # fmt: skip
-            outcome[processes] = launch(runs, processes)
-        assert records[case].exists(), outcome[processes].stderr[-6000:]
-        return steps(records[case])
+            same_size = [(records[other], flags) for other, flags in runs.items() if other[0] == processes]
+            outcome[processes] = launch(same_size, processes)
+        assert records[run].exists(), outcome[processes].stderr[-6000:]
+        return steps(records[run])
 
-    return run
+    return record
 
 
-@pytest.mark.parametrize(("processes", "layout", "documents"), [case for case in CASES if case[1]])
-def test_every_layout_trains_as_one_process(processes, layout, documents, trained):
-    assert_same(trained(processes, layout, documents), trained(1, "", documents), range(1, 6), TOLERANCE)
+@pytest.mark.parametrize("case", [case for case in CASES if case[1]], ids=str)
+def test_every_layout_trains_as_one_process(case, trained):
+    assert_same(trained(case), trained((1, "", case[2])), range(1, 6), TOLERANCE)
 
 
 def test_documents_change_the_numbers(trained):
     """Otherwise the packed runs above compare nothing."""
-    assert trained(1, "", "")[1]["loss"] != pytest.approx(trained(1, "", PACKED)[1]["loss"], rel=TOLERANCE)
+    assert trained((1, "", ""))[1]["loss"] != pytest.approx(trained((1, "", PACKED))[1]["loss"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
-def test_resume_equals_the_uninterrupted_run(optimizer, tmp_path):
-    save = f"--save {tmp_path}/checkpoint --save-interval 3 {optimizer}"
-    whole = train(tmp_path, f"--train-iters 6 {save}", processes=2)
-    (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("3")
-    resumed = train(tmp_path, f"--train-iters 6 --load {tmp_path}/checkpoint {optimizer}", processes=2)
-    assert_same(resumed, whole, range(4, 7), 1e-7)
+@pytest.mark.parametrize("resume", RESUMES, ids=str)
+def test_resume_equals_the_uninterrupted_run(resume, trained):
+    tolerance = 1e-7 if resume[1] == resume[2] else TOLERANCE
+    assert_same(trained((*resume, "resumed")), trained((*resume, "whole")), range(4, 7), tolerance)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--ksa-window-chunks 3", "--ksa-window-chunks: the checkpoint was written with 2, the flags say 3"),
-        ("--harpe-base-max 2e5", "--harpe-bases: the checkpoint was written with 10000,100000, the flags say 10000,200000"),
+        (
+            "--harpe-base-max 2e5",
+            "--harpe-bases: the checkpoint was written with 10000,100000, the flags say 10000,200000",
+        ),
     ],
 )
 def test_other_settings_than_the_checkpoint_are_refused(flags, message, checkpoint, tmp_path):
