@@ -36,7 +36,7 @@ class Tiles:
 # bf16 and fp16, by padded head dimension; measured on an H100 by kernels/benchmarks/ksa_attention.py --sweep.
 HALF = {
     64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3)),
+    128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
 # float32 products run on the plain arithmetic units: small tiles.

@@ -91,14 +91,19 @@ def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpo
         raise UsageError(f"{path} cannot be read: {failure(error)}") from None
     except (CheckpointingException, OSError, KeyError, RuntimeError, EOFError) as error:
         raise UsageError(f"{path} holds no arguments of the trainer (--ckpt-format torch_dist): {error}") from None
+    iteration = 0 if name == RELEASE else int(name.removeprefix("iter_"))
+    return StoredCheckpoint(path, iteration, args, stored_settings(args))
+
+
+def stored_settings(args: argparse.Namespace) -> ModelSettings:
+    """KSA and HARPE settings among the trainer's arguments as saved in a checkpoint; those of Megatron's have none."""
     ksa = KSAConfig(
         **{
             field.name: getattr(args, destination(field, "ksa"), field.default)
             for field in KSAConfig.__dataclass_fields__.values()
         }
     )
-    iteration = 0 if name == RELEASE else int(name.removeprefix("iter_"))
-    return StoredCheckpoint(path, iteration, args, ModelSettings(ksa, getattr(args, "harpe_resolved_bases", None)))
+    return ModelSettings(ksa, getattr(args, "harpe_resolved_bases", None))
 
 
 def single_process_groups() -> ProcessGroupCollection:

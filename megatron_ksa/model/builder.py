@@ -13,9 +13,11 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.utils import print_rank_0
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.context_parallel import traffic
 from megatron_ksa.model.gpt import KSAGPTModel
 from megatron_ksa.model.layer_specs import ksa_block_spec, row_layout
 
@@ -80,6 +82,8 @@ class KSAGPTModelBuilder(GPTModelBuilder):
             vocab_size = calculate_padded_vocab_size(
                 vocab_size, config.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size
             )
+        if transformer.context_parallel_size > 1 and not vp_stage:
+            print_rank_0(_context_parallel_report(config))
         return KSAGPTModel(
             config=transformer,
             transformer_layer_spec=ksa_block_spec(transformer, config.ksa, config.text_length, vp_stage),
@@ -103,3 +107,12 @@ class KSAGPTModelBuilder(GPTModelBuilder):
             seq_len_interpolation_factor=config.seq_len_interpolation_factor,
             reset_documents=config.reset_documents,
         )
+
+
+def _context_parallel_report(config: KSAGPTModelConfig) -> str:
+    """What each kind of layer sends, and how much less than full attention that is."""
+    transformer = config.transformer
+    heads = traffic.HeadShape.of(transformer)
+    comm = transformer.cp_comm_type or "p2p"
+    size = transformer.context_parallel_size
+    return traffic.report(config.ksa, transformer.num_layers, config.text_length, size, comm, heads)

@@ -5,6 +5,7 @@ Both take Megatron's `attention_mask` argument as `document_start` (int32 [batch
 pipeline stages and activation recompute to every layer, and text-by-text masks are never needed here.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,15 +17,20 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ksa.context_parallel.attention import context_parallel_attention
+from megatron_ksa.context_parallel.ulysses import all_to_all_attention
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_attention, ksa_text_attention
 from megatron_ksa.layout.rows import RowLayout
+from megatron_ksa.layout.zigzag import ZigZag
+
+TEXT_ONLY = RowLayout(1, 0)
 
 if TYPE_CHECKING:
     from megatron_ksa.inference.ksa_cache import KSACache
 
 
 class _CoreAttention(MegatronModule):
-    """What both share: Megatron's constructor, and rows in the order the output projection expects."""
+    """What both share: Megatron's constructor, and attention over the ranks of the context-parallel group."""
 
     def __init__(
         self,
@@ -36,14 +42,38 @@ class _CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
-        *,
-        layout: RowLayout,
-        window_chunks: int,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
-        self.layout = layout
-        self.geometry = KSAGeometry(layout.chunk_size, layout.summary_tokens, window_chunks)
+        self.cp_comm_type = cp_comm_type
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.split = ZigZag(self.cp_group.rank(), self.cp_group.size()) if self.cp_group is not None else ZigZag()
+
+    def _attend(
+        self,
+        whole: Callable[[Tensor, Tensor, Tensor], Tensor],
+        rows: tuple[Tensor, Tensor, Tensor],
+        layout: RowLayout,
+        geometry: KSAGeometry,
+        document_start: Tensor | None,
+    ) -> Tensor:
+        """Attention of this rank's rows, by `whole` (the attention of a whole sequence) where that is at hand.
+
+        Args:
+            rows: query, key and value, [rows, batch, heads, head_dim] each.
+
+        Returns:
+            [rows, batch, heads, head_dim].
+        """
+        if self.cp_group is None:
+            return whole(*rows)
+        parallel = {"split": self.split, "group": self.cp_group}
+        if self.cp_comm_type == "a2a":
+            return all_to_all_attention(whole, *rows, layout=layout, **parallel)
+        return context_parallel_attention(
+            *rows, geometry, text_rows=layout.text_rows(rows[0].shape[0]), document_start=document_start,
+            softmax_scale=self.softmax_scale, **parallel,
+        )  # fmt: skip
 
 
 class KSACoreAttention(_CoreAttention):
@@ -53,6 +83,11 @@ class KSACoreAttention(_CoreAttention):
     """
 
     cache: "KSACache | None" = None
+
+    def __init__(self, *args, layout: RowLayout, window_chunks: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.layout = layout
+        self.geometry = KSAGeometry(layout.chunk_size, layout.summary_tokens, window_chunks)
 
     def forward(
         self,
@@ -64,11 +99,11 @@ class KSACoreAttention(_CoreAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attention output of all rows.
+        """Attention output of all rows of this context-parallel rank.
 
         Args:
             query: [rows, batch, heads, head_dim], text rows then summary rows; key and value with K/V heads.
-            attention_mask: `document_start`, int32 [batch, n], or None.
+            attention_mask: `document_start`, int32 [batch, n] of the whole sequence, or None.
 
         Returns:
             [rows, batch, heads * head_dim]. With sequence parallelism rows are in the order of the ranks' shards, each
@@ -76,15 +111,17 @@ class KSACoreAttention(_CoreAttention):
         """
         if self.cache is not None:
             return self.cache.attend(query, key, value, self.layout, self.geometry, self.softmax_scale)
-        text_rows = self.layout.text_rows(query.shape[0])
-        out = ksa_attention(
-            *(rows.transpose(0, 1) for rows in (query, key, value)),
-            self.geometry,
-            text_rows=text_rows,
-            document_start=attention_mask,
-            softmax_scale=self.softmax_scale,
-        )
-        out = out.transpose(0, 1).flatten(2)
+
+        def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ksa_attention(
+                *(rows.transpose(0, 1) for rows in (q, k, v)),
+                self.geometry,
+                text_rows=self.layout.text_rows(q.shape[0]),
+                document_start=attention_mask,
+                softmax_scale=self.softmax_scale,
+            ).transpose(0, 1)
+
+        out = self._attend(whole, (query, key, value), self.layout, self.geometry, attention_mask).flatten(2)
         shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         if shards == 1:
             return out
@@ -152,21 +189,27 @@ class CausalCoreAttention(_CoreAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attention output [n, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
+        """Attention output [text rows, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
         if self.cache is not None:
-            return self._decode(query, *self.cache.append(key, value))
-        q, k, v = (rows.transpose(0, 1) for rows in (query, key, value))
-        if attention_mask is None:
+            return self._decode(query, *self.cache.append(key, value)).flatten(2)
+        # A window over everything, in chunks of one token.
+        geometry = KSAGeometry(1, 1, query.shape[0] * self.split.size)
+
+        def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (rows.transpose(0, 1) for rows in (q, k, v))
+            if attention_mask is not None:
+                none = k[:, :0]
+                out, _ = ksa_text_attention(
+                    q, k, v, none, none, geometry, document_start=attention_mask, softmax_scale=self.softmax_scale
+                )
+                return out.transpose(0, 1)
             # [batch, heads, n, head_dim]
             q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
             grouped = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
-            return out.permute(2, 0, 1, 3).flatten(2)
-        none = k[:, :0]
-        out, _ = ksa_text_attention(
-            q, k, v, none, none, self.geometry, document_start=attention_mask, softmax_scale=self.softmax_scale
-        )
-        return out.transpose(0, 1).flatten(2)
+            return out.permute(2, 0, 1, 3)
+
+        return self._attend(whole, (query, key, value), TEXT_ONLY, geometry, attention_mask).flatten(2)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The newest rows of the sequence against all rows: query [new, ...], key and value [rows, ...]."""
@@ -180,4 +223,4 @@ class CausalCoreAttention(_CoreAttention):
             q, k, v, attn_mask=visible, is_causal=new == rows > 1, scale=self.softmax_scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return out.permute(2, 0, 1, 3)

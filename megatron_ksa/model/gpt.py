@@ -1,6 +1,9 @@
 """GPT with summary rows and explicit rotary positions, on Megatron's GPTModel."""
 
+from collections.abc import Callable
+
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -8,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ksa.layout.rows import RowLayout, document_starts, document_starts_from_cu_seqlens, row_positions
+from megatron_ksa.layout.zigzag import ZigZag
 from megatron_ksa.model.attention import KSASelfAttention
 from megatron_ksa.model.layers import SummaryEmbedding
 from megatron_ksa.rotary.embedding import PositionedRotaryEmbedding
@@ -43,7 +47,11 @@ class KSAGPTModel(GPTModel):
         # 'none' keeps GPTModel from building angles for positions 0 to s - 1; they are made below instead.
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.layout = layout
+        cp_group = self.pg_collection.cp
+        self.split = ZigZag(cp_group.rank(), cp_group.size())
         self.reset_documents = reset_documents
+        # Set while a checkpoint of a dense model is read (see `megatron_ksa.checkpoint.dense`).
+        self.adapt_keys: Callable[[ShardedStateDict], ShardedStateDict] | None = None
         # Position of the first row given: more than 0 only in incremental decoding.
         self.position_offset = 0
         if self.pre_process and layout.summary_tokens:
@@ -67,6 +75,11 @@ class KSAGPTModel(GPTModel):
             if isinstance(module, KSASelfAttention):
                 module.summary_coefficient = a
 
+    def sharded_state_dict(self, *args, **kwargs) -> ShardedStateDict:
+        """GPTModel's; arguments as there."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        return state if self.adapt_keys is None else self.adapt_keys(state)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -80,6 +93,7 @@ class KSAGPTModel(GPTModel):
 
         `attention_mask` is ignored: the core attention decides visibility. With `reset_documents`, position_ids
         (int [batch, n], needed on every pipeline stage) or packed_seq_params.cu_seqlens_q tell where documents start.
+        Under context parallelism all of them but cu_seqlens_q are this rank's zig-zag part, [batch, n / cp].
         """
         document_start = self._document_start(position_ids, packed_seq_params)
         return super().forward(input_ids, position_ids, document_start, *args, **kwargs)
@@ -87,7 +101,14 @@ class KSAGPTModel(GPTModel):
     def _document_start(self, position_ids: Tensor | None, packed: PackedSeqParams | None) -> Tensor | None:
         if packed is not None:
             return document_starts_from_cu_seqlens(packed.cu_seqlens_q)
-        return document_starts(position_ids) if self.reset_documents else None
+        if not self.reset_documents:
+            return None
+        if self.split.size > 1:
+            own = position_ids.to(torch.int32).contiguous()
+            parts = [torch.empty_like(own) for _ in range(self.split.size)]
+            torch.distributed.all_gather(parts, own, group=self.pg_collection.cp)
+            position_ids = self.split.restore(torch.cat(parts, dim=1), dim=1)
+        return document_starts(position_ids)
 
     def _preprocess(
         self,
@@ -110,7 +131,8 @@ class KSAGPTModel(GPTModel):
         angles = None
         if self.rotary is not None:
             document_start = self._document_start(position_ids, packed_seq_params)
-            positions = row_positions(self.layout, num_text, document_start, rows.device)
+            positions = row_positions(self.layout, num_text * self.split.size, document_start, rows.device)
+            positions = torch.cat([self.split.take(part) for part in self.layout.split(positions)])
             angles = self.rotary(positions + self.position_offset)
         return decoder_input, angles, *rest
 

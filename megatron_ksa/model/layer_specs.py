@@ -54,9 +54,8 @@ def _layer_spec(
         linear_qkv=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear(), **heads
     )  # fmt: skip
     if layer.kind == LayerKind.FULL:
-        core = partial(CausalCoreAttention, layout=layout, window_chunks=layer.window_chunks)
         module, params = base.submodules.self_attention.module, {}
-        attention = type(base.submodules.self_attention.submodules)(core_attention=core, **attention)
+        attention = type(base.submodules.self_attention.submodules)(core_attention=CausalCoreAttention, **attention)
     else:
         core = partial(KSACoreAttention, layout=layout, window_chunks=layer.window_chunks)
         module, params = KSASelfAttention, {"layout": layout}

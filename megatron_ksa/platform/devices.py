@@ -41,6 +41,21 @@ def _same(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return tensor
 
 
+def _gives_gradients(kwargs: dict[str, Any] | None) -> bool:
+    """Whether `torch.autograd.backward` got a gradient for every tensor, as activation recompute calls it."""
+    gradients = (kwargs or {}).get("grad_tensors")
+    return isinstance(gradients, tuple | list) and all(isinstance(grad, Tensor) for grad in gradients)
+
+
+def _run_backward(
+    tensors: tuple, grad_tensors: tuple, retain_graph: bool | None, create_graph: bool, inputs: tuple | None
+) -> None:
+    torch.autograd.Variable._execution_engine.run_backward(
+        tensors, tuple(grad_tensors), bool(retain_graph or create_graph), create_graph, inputs or (),
+        allow_unreachable=True, accumulate_grad=True,
+    )  # fmt: skip
+
+
 _METHODS: dict[Callable, Callable] = {
     Tensor.to: _to,
     Tensor.cuda: _cuda,
@@ -58,6 +73,10 @@ class CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.autograd.backward and _gives_gradients(kwargs):
+            # torch leaves the mode while this function runs, but backward passes ask for `cuda` as well.
+            with self:
+                return _run_backward(*args, **kwargs)
         method = _METHODS.get(func)
         if method is not None:
             return method(*args, **(kwargs or {}))

@@ -1,6 +1,7 @@
 """Megatron's command line with this project's flags, and the checks that need both."""
 
 import argparse
+import dataclasses
 import sys
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.errors import UsageError
 
 ROTARY_TYPES = ("rope", "harpe")
+CP_COMM_TYPES = ("p2p", "a2a")
 
 
 @dataclass(frozen=True)
@@ -110,28 +112,48 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
     if args.reset_position_ids != args.reset_attention_mask:
         missing = "--reset-attention-mask" if args.reset_position_ids else "--reset-position-ids"
         raise UsageError(f"{feature} resets documents with both flags or neither: {missing} is missing")
-    if args.context_parallel_size > 1 and settings.ksa.enabled:
-        _check_length(args, settings)
     if args.context_parallel_size > 1:
-        raise UsageError(
-            f"{feature} does not go with --context-parallel-size {args.context_parallel_size} yet: use 1"
-        )
+        _check_context_parallel(args, feature)
     if settings.ksa.enabled:
         if args.position_embedding_type not in (*ROTARY_TYPES, "none"):
             raise UsageError(
                 f"--ksa needs explicit rotary positions, --position-embedding-type is {args.position_embedding_type}: "
                 f"use rope, harpe or none"
             )
-        _check_length(args, settings)
         settings.ksa.layers(args.num_layers, args.seq_length)
-
-
-def _check_length(args: argparse.Namespace, settings: ModelSettings) -> None:
-    settings.ksa.check_sequence(
+    rows = settings.ksa if settings.ksa.enabled else dataclasses.replace(settings.ksa, chunk_size=1)
+    rows.check_sequence(
         args.seq_length,
         context_parallel=args.context_parallel_size,
         sequence_parallel=args.tensor_model_parallel_size if args.sequence_parallel else 1,
     )
+
+
+def _check_context_parallel(args: argparse.Namespace, feature: str) -> None:
+    """Refuse the kinds of context parallelism that exist for Transformer Engine's attention only."""
+    size, tp = args.context_parallel_size, args.tensor_model_parallel_size
+    if args.hybrid_context_parallel:
+        raise UsageError(f"{feature} does not go with --hybrid-context-parallel: drop it")
+    for kind in args.cp_comm_type:
+        if kind not in CP_COMM_TYPES:
+            raise UsageError(
+                f"{feature} does not go with --cp-comm-type {kind}: use p2p (halos and gathered summaries) or a2a"
+            )
+    if "a2a" not in args.cp_comm_type:
+        return
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    heads, groups = args.num_attention_heads // tp, max(groups // tp, 1)
+    if heads % size:
+        largest = max(divisor for divisor in range(1, heads + 1) if heads % divisor == 0 and divisor <= size)
+        raise UsageError(
+            f"--cp-comm-type a2a divides the {heads} attention heads of a tensor-parallel rank among "
+            f"--context-parallel-size {size} ranks: use {largest}, or p2p"
+        )
+    if groups % size and size % groups:
+        raise UsageError(
+            f"--cp-comm-type a2a needs the {groups} K/V heads of a tensor-parallel rank to be a multiple or a divisor of "
+            f"--context-parallel-size {size}: use {groups}, or p2p"
+        )
 
 
 def adapt_trainer(args: argparse.Namespace, settings: ModelSettings) -> None:

@@ -50,6 +50,17 @@ def test_a_token_changes_no_earlier_logit_and_no_other_document(case):
     assert not torch.equal(before[0, place], after[0, place])
 
 
+def test_full_layers_see_their_whole_document():
+    """Where documents were reset, full layers took over the window of KSA layers; in dense models, 128 tokens."""
+    ksa = dataclasses.replace(HYBRID, window_chunks="1", layer_pattern="f")
+    tokens = random_tokens(1, 40)
+    with torch.no_grad():
+        packed_logits, whole = (
+            build_model(ksa, reset_documents=reset).eval()(tokens, positions([40])) for reset in (True, False)
+        )
+    assert_close("logits", packed_logits, whole)
+
+
 def test_documents_give_the_logits_they_have_alone():
     """With chunk boundaries at document boundaries, a packed document is a sequence of its own."""
     model = build_model(HYBRID, reset_documents=True).eval()

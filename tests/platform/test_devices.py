@@ -70,6 +70,23 @@ def test_gradients_flow_through_moves():
     assert x.grad.tolist() == [2.0, 2.0, 2.0]
 
 
+def test_backward_passes_ask_for_cuda():
+    """torch.autograd.backward left the mode, so recomputed layers with sequence parallelism found no CUDA device."""
+
+    class OnCuda(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient + torch.zeros(3, device="cuda")
+
+    x = torch.ones(3, requires_grad=True)
+    torch.autograd.backward((OnCuda.apply(x),), (torch.full((3,), 2.0),))
+    assert x.grad.tolist() == [2.0, 2.0, 2.0]
+
+
 def test_backward_works_in_other_threads():
     """Autograd may run a backward pass, and checkpointing a forward pass, outside the mode's thread."""
     x, result = torch.ones(3, requires_grad=True), []

@@ -1,6 +1,7 @@
 """`pretrain_gpt.py` that also writes every iteration's loss and gradient norm, at full precision, as JSON.
 
-Usage: recorded_pretrain.py RECORD.json FLAGS...; the last rank, which has the loss, writes the record.
+Usage: recorded_pretrain.py RUNS.json, a list of {"record": path, "flags": [...]}. The runs go one after the other in
+one set of processes, each as in processes of its own; the last rank, which has the loss, writes the records.
 """
 
 import json
@@ -14,23 +15,43 @@ import pretrain_gpt  # noqa: E402
 from megatron_ksa.platform import prepare_platform  # noqa: E402
 
 
+def forget_run() -> None:
+    """Drop what a run leaves in Megatron's globals, but for the processes' connection."""
+    from megatron.core import parallel_state, rerun_state_machine
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    parallel_state.destroy_model_parallel()
+    rerun_state_machine.destroy_rerun_state_machine()
+    destroy_num_microbatches_calculator()
+    destroy_global_vars()
+
+
 def main() -> None:
-    record = Path(sys.argv.pop(1))
-    prepare_platform(sys.argv[1:])
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    prepare_platform(runs[0]["flags"])
     import torch
-    from megatron.training import training
+    from megatron.training import arguments, checkpointing, training
 
-    log, steps = training.training_log, {}
+    # What a run replaces in Megatron's modules is put back before the next one.
+    unchanged = [(module, dict(vars(module))) for module in (arguments, checkpointing, training)]
+    log = training.training_log
+    for run in runs:
+        for module, names in unchanged:
+            vars(module).update(names)
+        steps = {}
 
-    def recorded(loss_dict, *args, **kwargs):
-        iteration, grad_norm = args[2], args[6]
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            steps[iteration] = {"loss": loss_dict["lm loss"].item(), "grad_norm": float(grad_norm)}
-            record.write_text(json.dumps(steps))
-        return log(loss_dict, *args, **kwargs)
+        def recorded(loss_dict, *args, record=Path(run["record"]), steps=steps, **kwargs):
+            iteration, grad_norm = args[2], args[6]
+            if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+                steps[iteration] = {"loss": loss_dict["lm loss"].item(), "grad_norm": float(grad_norm)}
+                record.write_text(json.dumps(steps))
+            return log(loss_dict, *args, **kwargs)
 
-    training.training_log = recorded
-    pretrain_gpt.main()
+        training.training_log = recorded
+        sys.argv = [sys.argv[0], *run["flags"]]
+        pretrain_gpt.main()
+        forget_run()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,10 @@ def parse(monkeypatch, flags):
         ("--position-embedding-type harpe --harpe-bases 1e4,-1", "-1: a base is a positive number"),
         ("--position-embedding-type harpe --harpe-bases 1e4,nan", "nan: a base is a positive number"),
         ("--position-embedding-type harpe --flash-decode", "does not go with --flash-decode"),
+        ("--ksa --position-embedding-type rope --context-parallel-size 2 --cp-comm-type all_gather", "use p2p.*or a2a"),
+        ("--ksa --position-embedding-type rope --context-parallel-size 3 --seq-length 96 --cp-comm-type a2a",
+         "4 attention heads .*--context-parallel-size 3 ranks: use 2, or p2p"),
+        ("--position-embedding-type harpe --context-parallel-size 2 --seq-length 66", "--seq-length 66.*use 64 or 68"),
         ("--position-embedding-type harpe --use-rope-scaling", "does not go with --use-rope-scaling"),
     ],
 )

@@ -1,0 +1,123 @@
+"""KSA attention of one context-parallel rank: its own segments first, then halos and summaries of the other ranks.
+
+Each segment's text queries attend twice, to their own segment while the exchange is under way and then to what it
+brought; the two results are merged by their log-sum-exps (exactly the softmax over both).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ksa.context_parallel.exchange import Exchange
+from megatron_ksa.context_parallel.plan import HaloPlan, route, sees_summaries
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_summary_attention, ksa_text_attention
+from megatron_ksa.layout.zigzag import ZigZag
+
+
+class _Merge(torch.autograd.Function):
+    """Softmax over two disjoint sets of keys from the softmax over each: out = w * a + (1 - w) * b,
+    w = sigmoid(lse_a - lse_b). Nothing but the inputs is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, lse_a, b, lse_b)
+        return torch.lerp(b.to(lse_b.dtype), a.to(lse_a.dtype), _share(lse_a, lse_b)).to(a.dtype)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        a, lse_a, b, lse_b = ctx.saved_tensors
+        w = _share(lse_a, lse_b)
+        d_rows = d_out.to(w.dtype)
+        d_w = (d_rows * (a.to(w.dtype) - b.to(w.dtype))).sum(-1, keepdim=True)
+        d_lse = (d_w * w * (1 - w)).squeeze(-1).transpose(1, 2)
+        return (d_rows * w).to(a.dtype), d_lse, (d_rows * (1 - w)).to(b.dtype), -d_lse
+
+
+def _share(lse_a: Tensor, lse_b: Tensor) -> Tensor:
+    """w as [batch, rows, heads, 1], from [batch, heads, rows]; 1 where b has no key."""
+    return torch.sigmoid(lse_a - lse_b).transpose(1, 2)[..., None]
+
+
+def _far_text(exchange: Exchange, k: Tensor, v: Tensor, received: Tensor) -> list[Tensor]:
+    """The halo of each of this rank's segments, keys with values: [rows, 2, batch, K/V heads, head_dim]."""
+    plan, me = exchange.plan, exchange.plan.split.rank
+    incoming = route(plan).incoming
+    # One split, and not a slice for each piece, since each slice's gradient would be as large as the whole.
+    arrived = dict(zip(incoming, received.split([len(piece) for piece in incoming]), strict=True)) if incoming else {}
+    needed = []
+    for pieces in plan.sources(me):
+        rows = [
+            torch.stack([k[plan.held(me, piece)], v[plan.held(me, piece)]], dim=1) if source == me else arrived[piece]
+            for source, piece in pieces
+        ]
+        needed.append((pieces[0][1].start, torch.cat(rows)))
+    halos = []
+    for halo in map(plan.halo, plan.split.segments()):
+        # The last interval that begins at or before the halo holds all of it.
+        start, rows = max(((s, r) for s, r in needed if s <= halo.start), key=lambda n: n[0], default=(0, received))
+        halos.append(rows[halo.start - start : halo.stop - start] if halo else received[:0])
+    return halos
+
+
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: KSAGeometry,
+    *,
+    text_rows: int,
+    split: ZigZag,
+    group: dist.ProcessGroup,
+    document_start: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """KSA attention of this rank's rows, laid out `[text | summaries]`, each of both segments.
+
+    Args:
+        q: [rows, batch, heads, head_dim]; text rows then summary rows, or text rows only (full attention, with a window
+            over the whole sequence).
+        k, v: [rows, batch, K/V heads, head_dim].
+        text_rows: text rows of this rank, both segments multiples of the chunk size.
+        split: this rank's place in the zig-zag split.
+        group: the context-parallel process group.
+        document_start: int32 [batch, n] of the whole sequence, or None.
+
+    Returns:
+        [rows, batch, heads, head_dim].
+    """
+    text_length = text_rows * split.size
+    plan = HaloPlan.of(geometry, text_length, split)
+    (q_text, q_own), (k_text, k_own), (v_text, v_own) = (
+        rows.split([text_rows, rows.shape[0] - text_rows]) for rows in (q, k, v)
+    )
+    gather = bool(k_own.shape[0]) and sees_summaries(geometry, text_length)
+    exchange = Exchange(plan, group, gather)
+    in_flight = exchange.start((k_text, v_text), (k_own, v_own))
+
+    options = {"document_start": document_start, "softmax_scale": softmax_scale}
+    by_segment = [
+        [rows.transpose(0, 1) for rows in tensor.chunk(2)] for tensor in (q_text, k_text, v_text, q_own, k_own, v_own)
+    ]
+    near, summaries = [], []
+    for segment, qs, ks, vs, *own in zip(split.segments(), *by_segment, strict=True):
+        start, none = segment * plan.segment_rows, ks[:, :0]
+        near.append(
+            ksa_text_attention(qs, ks, vs, none, none, geometry, query_start=start, key_start=start, **options)
+        )
+        if q_own.shape[0]:
+            summaries.append(ksa_summary_attention(own[0], ks, vs, *own[1:], geometry, key_start=start, **options))
+
+    received, gathered = exchange.finish(in_flight)
+    k_all, v_all = (rows.transpose(0, 1) for rows in split.restore(gathered).unbind(1))
+    text = []
+    for segment, qs, (out, lse), halo in zip(
+        split.segments(), by_segment[0], near, _far_text(exchange, k_text, v_text, received), strict=True
+    ):
+        k_far, v_far = (rows.transpose(0, 1) for rows in halo.unbind(1))
+        far_out, far_lse = ksa_text_attention(
+            qs, k_far, v_far, k_all, v_all, geometry, query_start=segment * plan.segment_rows,
+            key_start=plan.halo(segment).start, **options,
+        )  # fmt: skip
+        text.append(_Merge.apply(out, lse, far_out, far_lse))
+    return torch.cat([*text, *summaries], dim=1).transpose(0, 1)

@@ -1,0 +1,102 @@
+"""What context parallelism sends: K/V rows and bytes per rank and layer, beside the all-gather of full attention.
+
+Counts are of one sequence and one forward pass; the backward pass sends as much (gradients of what was received), and
+recomputed layers send the forward part once more.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
+from megatron_ksa.context_parallel.plan import HaloPlan, sees_summaries
+from megatron_ksa.kernels.ksa_attention import KSAGeometry
+from megatron_ksa.layout.zigzag import ZigZag
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Heads of one tensor-parallel rank: query heads, K/V heads, head_dim, and bytes of an element."""
+
+    query: int
+    kv: int
+    dim: int
+    element_bytes: int
+
+    @classmethod
+    def of(cls, config: TransformerConfig) -> "HeadShape":
+        """The heads of a model; fewer K/V heads than tensor-parallel ranks are one a rank."""
+        tp = config.tensor_model_parallel_size
+        groups = config.num_query_groups or config.num_attention_heads
+        itemsize = config.params_dtype.itemsize
+        return cls(config.num_attention_heads // tp, max(groups // tp, 1), config.kv_channels, itemsize)
+
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes of one row of keys and values."""
+        return 2 * self.kv * self.dim * self.element_bytes
+
+
+def rows_sent(geometry: KSAGeometry, text_length: int, split: ZigZag) -> int:
+    """K/V rows that this rank sends in one layer: halos, and its share of the all-gather of summaries.
+
+    Never more than n * S / C + 2 * W * C.
+    """
+    text = HaloPlan.of(geometry, text_length, split).rows_sent(split.rank)
+    if not sees_summaries(geometry, text_length):
+        return text
+    summaries = text_length // geometry.chunk_size * geometry.summary_tokens
+    return text + summaries // split.size * (split.size - 1)
+
+
+def all_gather_rows(text_length: int, size: int) -> int:
+    """K/V rows that a rank sends where full attention gathers keys and values."""
+    return text_length // size * (size - 1)
+
+
+def all_to_all_bytes(rows: int, heads: HeadShape, size: int) -> int:
+    """Bytes that a rank sends of its `rows`: query, key and value to the owners of the heads, and the output back."""
+    row_heads = 2 * heads.query + 2 * max(heads.kv, size)
+    return rows * row_heads * heads.dim * heads.element_bytes // size * (size - 1)
+
+
+def bytes_sent(layer: KSALayer, ksa: KSAConfig, text_length: int, size: int, comm: str, heads: HeadShape) -> int:
+    """Bytes that the busiest rank sends in one layer; `comm` is the layer's `--cp-comm-type`."""
+    full = layer.kind == LayerKind.FULL
+    if comm == "a2a":
+        summaries = 0 if full else text_length // ksa.chunk_size * ksa.summary_tokens
+        return all_to_all_bytes((text_length + summaries) // size, heads, size)
+    geometry = KSAGeometry(ksa.chunk_size, ksa.summary_tokens, layer.window_chunks)
+    if full:
+        geometry = KSAGeometry(1, 0, text_length)
+    return max(rows_sent(geometry, text_length, ZigZag(rank, size)) for rank in range(size)) * heads.kv_row_bytes
+
+
+def report(
+    ksa: KSAConfig, num_layers: int, text_length: int, size: int, comm: str | Sequence[str], heads: HeadShape
+) -> str:
+    """A table with a line for each kind of layer: bytes sent, and how often full attention's all-gather is that.
+
+    Args:
+        size: context-parallel size.
+        comm: `--cp-comm-type` of all layers, or one a layer.
+    """
+    plan = ksa if ksa.enabled else dataclasses.replace(ksa, layer_pattern="f")
+    comms = [comm] * num_layers if isinstance(comm, str) else comm
+    kinds = Counter(zip(plan.layers(num_layers, text_length), comms, strict=True))
+    gathered = all_gather_rows(text_length, size) * heads.kv_row_bytes
+    lines = [
+        f"context parallelism over {size} ranks: MB that a rank sends at most in a layer's forward pass of one "
+        f"sequence; the all-gather of full attention sends {gathered / 1e6:,.3f} MB"
+    ]
+    for (layer, kind), count in kinds.items():
+        sent = bytes_sent(layer, ksa, text_length, size, kind, heads)
+        window = "" if layer.kind == LayerKind.FULL else f", window {layer.window_chunks} chunks"
+        lines.append(
+            f"  {count} x {layer.kind.name.lower().replace('_', '-')}{window}, {kind}: {sent / 1e6:,.3f} MB, "
+            f"1/{gathered / max(sent, 1):.1f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""The trainer on a tiny model of every layer kind, in processes of its own; its losses and gradient norms."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
+
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --seq-length 64 --max-position-embeddings 64 --normalization RMSNorm --qk-layernorm --swiglu "
+    "--disable-bias-linear --hidden-dropout 0 --untie-embeddings-and-output-weights "
+    "--ksa --ksa-layer-pattern klkf --ksa-window-chunks 2 "
+    "--position-embedding-type harpe --harpe-base-min 1e4 --harpe-base-max 1e5"
+).split()
+# 64 x 2 words are no padding at tensor-parallel sizes 1 and 2: a different padding is a different softmax.
+TRAINING = (
+    "--micro-batch-size 1 --global-batch-size 4 --split 100,0,0 --tokenizer-type NullTokenizer --vocab-size 127 "
+    "--make-vocab-size-divisible-by 64 --lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --log-interval 1 "
+    "--eval-iters 0 --ckpt-format torch_dist"
+).split()
+END_OF_DOCUMENT = 126
+
+
+def write_documents(prefix: Path) -> None:
+    """A dataset of documents of 2 to 60 tokens: several in a sequence."""
+    random = np.random.default_rng(0)
+    with IndexedDatasetWriter(str(prefix), 127) as writer:
+        for length in random.integers(1, 60, 200):
+            writer.add_document(np.append(random.integers(0, END_OF_DOCUMENT, length), END_OF_DOCUMENT))
+
+
+def launch(runs: list[tuple[Path, str]], processes: int) -> subprocess.CompletedProcess:
+    """Train once for each (record, flags), one after the other in the same processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    folder = runs[0][0].parent
+    if not (folder / "documents.idx").exists():
+        write_documents(folder / "documents")
+    common = [*MODEL, *TRAINING, "--data-path", str(folder / "documents")]
+    description = [{"record": str(record), "flags": [*common, *flags.split()]} for record, flags in runs]
+    (folder / "runs.json").write_text(json.dumps(description))
+    script = [str(Path(__file__).with_name("recorded_pretrain.py")), str(folder / "runs.json")]
+    return subprocess.run(
+        [sys.executable, *launcher, *script], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def steps(record: Path) -> dict[int, dict[str, float]]:
+    """Loss and gradient norm of every iteration of a run."""
+    return {int(iteration): values for iteration, values in json.loads(record.read_text()).items()}
+
+
+def train(folder: Path, flags: str, processes: int = 1) -> dict[int, dict[str, float]]:
+    """Loss and gradient norm of every iteration of a run."""
+    record = folder / "record.json"
+    record.unlink(missing_ok=True)
+    done = launch([(record, flags)], processes)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return steps(record)
+
+
+def assert_same(actual: dict, expected: dict, iterations: range, tolerance: float) -> None:
+    assert sorted(actual) == list(iterations)
+    for iteration in iterations:
+        for name, value in expected[iteration].items():
+            assert actual[iteration][name] == pytest.approx(value, rel=tolerance), (iteration, name)
