@@ -22,12 +22,12 @@ def take_stored_args(args: argparse.Namespace, stored: argparse.Namespace) -> No
     """Set the model's arguments to the checkpoint's where Megatron does not: norms, rope scaling, KSA and HARPE.
 
     The annealing schedule stays that of the flags: it belongs to the run. With `--harpe-override-checkpoint-bases` the
-    bases do too.
+    bases do too. A dense checkpoint says nothing about KSA: with `--ksa --finetune` a KSA model starts from it.
     """
     for name in LEFT_OUT:
         if hasattr(stored, name):
             setattr(args, name, getattr(stored, name))
-    for field in dataclasses.fields(KSAConfig):
+    for field in dataclasses.fields(KSAConfig) if getattr(stored, "ksa", False) else ():
         name = destination(field, "ksa")
         if field.name in KSAConfig().identity() and hasattr(stored, name):
             setattr(args, name, getattr(stored, name))
@@ -45,7 +45,8 @@ def install_checkpoint_args() -> None:
         found = load_args(args, load_arg, checkpointing_context)
         if isinstance(found, tuple):
             take_stored_args(*found)
-            if args.harpe_override_checkpoint_bases:
+            # Megatron would quietly go back to the checkpoint's: whether other bases are meant is checked later.
+            if args.harpe_override_checkpoint_bases or position_embedding_type == "harpe":
                 args.position_embedding_type = position_embedding_type
         return found
 

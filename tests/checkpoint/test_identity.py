@@ -5,7 +5,7 @@ import argparse
 import pytest
 from huggingface.models import save_family
 
-from megatron_ksa.checkpoint import identity
+from megatron_ksa.checkpoint import identity, stored_args
 from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint
 from megatron_ksa.checkpoint.stored_args import take_stored_args
 from megatron_ksa.config.ksa import KSAConfig
@@ -63,3 +63,27 @@ def test_stored_arguments(override):
     take_stored_args(args, stored)
     assert (args.ksa, args.ksa_chunk_size, args.ksa_anneal_start, args.qk_layernorm) == (True, 4, None, True)
     assert args.harpe_bases == ("1,2" if override else "10000.0,123456.7")
+
+
+def test_a_dense_checkpoint_leaves_ksa_to_the_flags():
+    args = argparse.Namespace(ksa=True, ksa_chunk_size=4, harpe_bases=None, harpe_override_checkpoint_bases=False)
+    take_stored_args(args, argparse.Namespace(ksa=False, ksa_chunk_size=8, harpe_resolved_bases=None))
+    assert args.ksa and args.ksa_chunk_size == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "override", "taken"),
+    [("learned_absolute", False, "rope"), ("harpe", False, "harpe"), ("harpe", True, "harpe"), ("rope", True, "rope")],
+)
+def test_harpe_is_not_dropped_quietly(given, override, taken, monkeypatch):
+    """Megatron takes the position type from the checkpoint, whatever the flags say; check_bases then decides."""
+
+    def from_checkpoint(args, load_arg, context):
+        args.position_embedding_type = "rope"
+        return args, argparse.Namespace()
+
+    monkeypatch.setattr(stored_args.checkpointing, "load_args_from_checkpoint", from_checkpoint)
+    stored_args.install_checkpoint_args()
+    args = argparse.Namespace(position_embedding_type=given, harpe_override_checkpoint_bases=override)
+    stored_args.checkpointing.load_args_from_checkpoint(args)
+    assert args.position_embedding_type == taken

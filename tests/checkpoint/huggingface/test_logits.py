@@ -51,9 +51,11 @@ def test_import_at_tensor_parallel_1(family, imported):
     assert_near(megatron_logits(megatron), transformers_logits(huggingface))
 
 
-def test_import_at_tensor_parallel_2(imported, tmp_path):
+def test_import_at_tensor_parallel_2(imported, to_megatron, to_huggingface, tmp_path):
     torch.save(TOKENS, tmp_path / "tokens.pt")
-    folders = [str(megatron) for _, megatron in imported.values()]
+    ksa = to_megatron(GOLDEN, tmp_path / "ksa")
+    pairs = [*imported.values(), (to_huggingface(ksa, tmp_path / "exported"), ksa)]
+    folders = [str(megatron) for _, megatron in pairs]
     worker = str(Path(__file__).with_name("tensor_parallel_logits.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker,
                str(tmp_path / "tokens.pt"), str(tmp_path / "logits.pt"), *folders]  # fmt: skip
@@ -62,7 +64,7 @@ def test_import_at_tensor_parallel_2(imported, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "logits.pt")
-    for huggingface, megatron in imported.values():
+    for huggingface, megatron in pairs:
         assert_near(found[str(megatron)], transformers_logits(huggingface))
 
 

@@ -23,21 +23,7 @@ TRAINING = (
     f"--split 100,0,0 --tokenizer-type NullTokenizer --vocab-size {VOCABULARY - 1} --lr 1e-9 --save-interval 1 "
     f"--eval-iters 0 --ckpt-format torch_dist"
 ).split()
-
-
-def pretrain(folder: Path, flags: list[object], processes: int = 1) -> subprocess.CompletedProcess:
-    """One iteration, recorded in folder/record.json; saves to folder/saved."""
-    prefix = folder / "documents"
-    with IndexedDatasetWriter(str(prefix), VOCABULARY) as writer:
-        writer.add_document(np.tile(PATTERN, 20))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    flags = [*TRAINING, "--data-path", prefix, "--save", folder / "saved", *flags]
-    runs = [{"record": str(folder / "record.json"), "flags": list(map(str, flags))}]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    command = [*launcher, RECORDED, folder / "runs.json"]
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+LAYOUTS = {"llama3": "--tensor-model-parallel-size 2", "ksa": "--pipeline-model-parallel-size 2"}
 
 
 def first_loss(folder: Path) -> float:
@@ -47,26 +33,47 @@ def first_loss(folder: Path) -> float:
     return torch.nn.functional.cross_entropy(logits[0], tokens[1:]).item()
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [("llama3", "--pipeline-model-parallel-size 1"), ("ksa", "--tensor-model-parallel-size 2 --sequence-parallel")],
-)
-def test_training_starts_from_the_imported_model(family, layout, to_megatron, to_huggingface, tmp_path):
-    """The trainer's first loss is the exported model's, and what it saves exports again, from any layout.
+@pytest.fixture(scope="module")
+def trained(to_megatron, tmp_path_factory) -> Path:
+    """A folder for each family: the imported checkpoint, one iteration from it in two processes, and its record."""
+    root = tmp_path_factory.mktemp("trained")
+    save_family("llama3", root / "llama3" / "hf")
+    with IndexedDatasetWriter(str(root / "documents"), VOCABULARY) as writer:
+        writer.add_document(np.tile(PATTERN, 20))
+    runs = []
+    for family, source in (("llama3", root / "llama3" / "hf"), ("ksa", GOLDEN)):
+        folder = root / family
+        imported = to_megatron(source, folder / "megatron", seq_length=LENGTH)
+        flags = [*TRAINING, "--data-path", root / "documents", "--load", imported, "--save", folder / "saved"]
+        flags = [str(word) for word in [*flags, *LAYOUTS[family].split()]]
+        runs.append({"record": str(folder / "record.json"), "flags": flags})
+    (root / "runs.json").write_text(json.dumps(runs))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(RECORDED), str(root / "runs.json")], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_training_starts_from_the_imported_model(family, trained, to_huggingface):
+    """The trainer's first loss is the exported model's.
 
     Megatron alone drops the factor of Llama 3's rope scaling, and takes neither Q/K norm nor KSA from a checkpoint.
     """
-    if family == "ksa":
-        source = GOLDEN
-    else:
-        source = tmp_path / "hf"
-        save_family(family, source)
-    megatron = to_megatron(source, tmp_path / "megatron", seq_length=LENGTH)
-    expected = first_loss(to_huggingface(megatron, tmp_path / "exported"))
-    done = pretrain(tmp_path, ["--load", megatron, *layout.split()], processes=1 + (family == "ksa"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "record.json").read_text())["1"]["loss"] == pytest.approx(expected, rel=1e-5)
-    saved = tmp_path / "saved"
-    assert find_checkpoint(saved).args.tensor_model_parallel_size == 1 + (family == "ksa")
+    folder = trained / family
+    expected = first_loss(to_huggingface(folder / "megatron", folder / "exported"))
+    assert json.loads((folder / "record.json").read_text())["1"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_what_it_saves_is_exported(family, trained, to_huggingface):
+    """From whatever parallel layout it was saved in."""
+    saved = trained / family / "saved"
+    args = find_checkpoint(saved).args
+    assert args.tensor_model_parallel_size * args.pipeline_model_parallel_size == 2
     tokens = torch.tensor(PATTERN)[None]
-    assert_near(transformers_logits(to_huggingface(saved, tmp_path / "again"), tokens), megatron_logits(saved, tokens))
+    exported = to_huggingface(saved, trained / family / "again")
+    assert_near(transformers_logits(exported, tokens), megatron_logits(saved, tokens))
