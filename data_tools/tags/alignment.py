@@ -16,7 +16,7 @@ from scipy.sparse import csr_array, hstack
 from megatron_ksa.data_tools.tags.objective import Coverage
 
 SMOOTHING = 0.01
-ALIGN_WEIGHT = 1.0
+ALIGN_WEIGHT = 0.7
 
 
 def leaf_distribution(shares: csr_array, rows: np.ndarray | None = None) -> np.ndarray:
