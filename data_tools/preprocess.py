@@ -1,18 +1,24 @@
 """Documents to an indexed dataset: worker processes tokenise, one process writes, in the order of the input."""
 
 import json
+import multiprocessing
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from itertools import batched
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
-from megatron_ksa.data_tools.parallel import map_in_order
 from megatron_ksa.data_tools.readers import RawDocument, read_documents
 from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
+
+DOCUMENTS_PER_TASK = 64
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def _start_worker(tokenizer_model: str) -> None:
     _tokenizer = load_tokenizer(tokenizer_model)
 
 
-def _tokenise(json_key: str, documents: tuple[RawDocument, ...]) -> list[np.ndarray | str]:
+def _tokenise(documents: tuple[RawDocument, ...], json_key: str) -> list[np.ndarray | str]:
     """For each document its ids, int32 [tokens], or why it is bad."""
     results: list[np.ndarray | str] = []
     for document in documents:
@@ -96,6 +102,35 @@ def _tokenise(json_key: str, documents: tuple[RawDocument, ...]) -> list[np.ndar
         except UnicodeEncodeError as error:
             results.append(f"invalid UTF-8 ({error.reason})")
     return results
+
+
+def _tokenised(
+    documents: Iterable[RawDocument], settings: PreprocessSettings
+) -> Iterator[tuple[RawDocument, np.ndarray | str]]:
+    """Documents with their ids, in order; a bounded number is in flight."""
+    tasks = batched(documents, DOCUMENTS_PER_TASK)
+    if settings.workers == 1:
+        _start_worker(settings.tokenizer_model)
+        for task in tasks:
+            yield from zip(task, _tokenise(task, settings.json_key), strict=True)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        settings.workers, mp_context=context, initializer=_start_worker, initargs=(settings.tokenizer_model,)
+    ) as pool:
+        pending: deque[tuple[tuple[RawDocument, ...], Future]] = deque()
+        try:
+            for task in tasks:
+                pending.append((task, pool.submit(_tokenise, task, settings.json_key)))
+                if len(pending) >= 4 * settings.workers:
+                    task, future = pending.popleft()
+                    yield from zip(task, future.result(), strict=True)
+            for task, future in pending:
+                yield from zip(task, future.result(), strict=True)
+        except BrokenProcessPool:
+            raise UsageError(f"--workers {settings.workers}: a worker died, out of memory perhaps; use fewer") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def preprocess(settings: PreprocessSettings) -> PreprocessCounts:
@@ -111,13 +146,7 @@ def preprocess(settings: PreprocessSettings) -> PreprocessCounts:
         IndexedDatasetWriter(settings.output_prefix, tokenizer.vocab_size, overwrite=settings.overwrite) as writer,
         tqdm(total=total, unit="B", unit_scale=True, desc="tokenise") as progress,
     ):
-        for document, tokens in map_in_order(
-            partial(_tokenise, settings.json_key),
-            read_documents(settings.files),
-            workers=settings.workers,
-            start=_start_worker,
-            start_arguments=(settings.tokenizer_model,),
-        ):
+        for document, tokens in _tokenised(read_documents(settings.files), settings):
             progress.update(document.bytes_read)
             if isinstance(tokens, str):
                 if not settings.skip_bad_lines:

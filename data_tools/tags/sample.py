@@ -1,7 +1,6 @@
 """The sampling step: a pool grounded on a tree, a budget and perhaps a target, to the chosen instances (SPEC-TAGS 4 to 7)."""
 
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_array, diags_array
@@ -10,8 +9,9 @@ from megatron_ksa.data_tools.tags import baselines
 from megatron_ksa.data_tools.tags.alignment import ALIGN_WEIGHT, align, divergence, leaf_distribution
 from megatron_ksa.data_tools.tags.budget import Budget, parse_budget
 from megatron_ksa.data_tools.tags.greedy import Selection, greedy
-from megatron_ksa.data_tools.tags.objective import PHI, Coverage, strengths, tag_shares, tree_information
+from megatron_ksa.data_tools.tags.objective import PHI, Coverage, strengths, tree_information
 from megatron_ksa.data_tools.tags.partition import random_parts, two_round_greedy
+from megatron_ksa.data_tools.tags.pool import Pool
 from megatron_ksa.errors import UsageError
 
 METHODS = ("tags", "random", "top-quality", "cluster-balanced", "label-graph")
@@ -56,45 +56,6 @@ class SampleSettings:
             raise UsageError(f"--depth-weight {self.depth_weight}: a finite number above 0")
         if self.parts < 1:
             raise UsageError(f"--parts {self.parts}: at least 1")
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Instances grounded on a tree.
-
-    Args:
-        indptr: int64 [instances + 1], bounds of each instance's tags in `leaves`.
-        leaves: int32 [tags], leaf nodes.
-        quality, difficulty: float [instances], NaN where there is no score.
-        parent: int32 [nodes], -1 at the root.
-        depth: int [nodes], 0 at the root.
-        tokens: int64 [instances], or None where they are not known.
-        leaf_vectors: float [leaf nodes in rising order, dimensions], for the label graph only.
-    """
-
-    indptr: np.ndarray
-    leaves: np.ndarray
-    quality: np.ndarray
-    difficulty: np.ndarray
-    parent: np.ndarray
-    depth: np.ndarray
-    tokens: np.ndarray | None = None
-    leaf_vectors: np.ndarray | None = None
-
-    @property
-    def instances(self) -> int:
-        """Rows of the pool."""
-        return len(self.indptr) - 1
-
-    @cached_property
-    def leaf_nodes(self) -> np.ndarray:
-        """int64 [leaf nodes], rising."""
-        return np.setdiff1d(np.arange(len(self.parent)), self.parent)
-
-    @cached_property
-    def shares(self) -> csr_array:
-        """float64 [instances, nodes], as `objective.tag_shares` gives them."""
-        return tag_shares(self.indptr, self.leaves, len(self.parent))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
-from megatron_ksa.data_tools.tags import sample
 from megatron_ksa.data_tools.tags.objective import Coverage, tag_shares, tree_information
+from megatron_ksa.data_tools.tags.pool import Pool as TreePool
 
 
 @dataclass
@@ -61,7 +61,7 @@ def random_pool(seed: int, instances: int = 12, nodes: int = 15, phi: str = "pow
 
 def topic_pool(
     instances: int = 4000, topics: int = 8, leaves: int = 10, tilt: float = 1.0, target_tilt: float = 1.0, seed: int = 0
-) -> tuple[sample.Pool, np.ndarray]:
+) -> tuple[TreePool, np.ndarray]:
     """Instances of one topic each, five tags of it, topics as frequent as rank^-tilt; and a target with other frequencies.
 
     The tree is root, topics, leaves. The target, float64 [nodes], is uniform over the leaves of a topic.
@@ -78,7 +78,7 @@ def topic_pool(
     target[1 + topics :] = np.repeat(wanted / wanted.sum() / leaves, leaves)
     quality, difficulty = generator.integers(1, 11, (2, instances)).astype(float)
     tokens = generator.integers(5, 200, instances)
-    pool = sample.Pool(
+    pool = TreePool(
         np.arange(0, 5 * instances + 1, 5), tags.ravel().astype(np.int32), quality, difficulty, parent, depth, tokens
     )
     return pool, target
