@@ -4,18 +4,21 @@ A template is asked once for every sequence of roles, with place-holders for the
 where names of special tokens mean those tokens; contents are text, so an instance that writes `<|im_end|>` ends no turn.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cache, partial
+from itertools import batched, groupby
 from os.path import commonprefix
 
 import numpy as np
 
-from megatron_ksa.data_tools.tokenizers import ChatTemplateError, Tokenizer
+from megatron_ksa.data_tools.tokenizers import ChatTemplateError, Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
 
 TEMPLATES = ("plain", "chatml", "tokenizer")
 RESPONSE_ROLE = "assistant"
 PLAIN_SEPARATOR = "\n\n"
+RECORDS_PER_TASK = 64
 
 
 @dataclass(frozen=True)
@@ -117,3 +120,31 @@ class DocumentEncoder:
 
     def _is_markup(self, segment: Segment) -> bool:
         return segment.message is None and self.template != "plain"
+
+
+@cache
+def _encoder(tokenizer_model: str, template: str) -> DocumentEncoder:
+    return DocumentEncoder(load_tokenizer(tokenizer_model), template)
+
+
+def _encode_some(tokenizer_model: str, template: str, records: tuple[dict, ...]) -> list[tuple[np.ndarray, np.ndarray] | str]:
+    encoder, results = _encoder(tokenizer_model, template), []
+    for record in records:
+        try:
+            results.append(encoder.encode(record))
+        except ChatTemplateError as error:
+            results.append(str(error))
+    return results
+
+
+def encode_records(
+    records: Iterable[dict], tokenizer_model: str, template: str, run: Callable = map
+) -> Iterator[tuple[np.ndarray, np.ndarray] | str]:
+    """What `DocumentEncoder.encode` gives for each record, in order, or why the template refuses it.
+
+    Args:
+        run: `map`, or one that works elsewhere: results of a function of tasks, in order (`engine.Engine.map`).
+    """
+    _encoder(tokenizer_model, template)  # a tokenizer that does not load is reported here and not by a worker
+    for results in run(partial(_encode_some, tokenizer_model, template), batched(records, RECORDS_PER_TASK)):
+        yield from results

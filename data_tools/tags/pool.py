@@ -1,7 +1,7 @@
 """The pool as the sampler sees it: instances grounded on the tree, read from a work folder (data_tools/tags/README.md)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -55,6 +55,13 @@ class Pool:
         """float64 [instances, nodes], as `objective.tag_shares` gives them."""
         return tag_shares(self.indptr, self.leaves, len(self.parent))
 
+    def take(self, rows: np.ndarray) -> "Pool":
+        """The pool of the given rows, int64 [rows]."""
+        shares = self.shares[rows]
+        some = {name: getattr(self, name) for name in ("quality", "difficulty", "tokens", "record")}
+        some = {name: None if values is None else values[rows] for name, values in some.items()}
+        return replace(self, indptr=shares.indptr.astype(np.int64), leaves=shares.indices.astype(np.int32), **some)
+
 
 def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) -> Pool:
     """The pool of a work folder.
@@ -77,7 +84,7 @@ def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) ->
     )  # fmt: skip
     if vectors:
         embeddings = np.load(tree / "embeddings.npy", mmap_mode="r")
-        return Pool(**{**vars(pool), "leaf_vectors": embeddings[nodes["tag"][pool.leaf_nodes]]})
+        return replace(pool, leaf_vectors=embeddings[nodes["tag"][pool.leaf_nodes]])
     return pool
 
 
