@@ -1,5 +1,6 @@
 """The sample step: from `grounding.npz` and `tree.npz` of a work folder to `selection.jsonl` and `selection.json`."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_ksa.data_tools.tags.chat_template import encode_records
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jsonl
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.sample import Sample, SampleSettings, sample
+from megatron_ksa.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,17 @@ def _write(work: Path, found: Sample, record: np.ndarray) -> None:
 def read_selection(work: Path) -> np.ndarray:
     """int64 [chosen], rows of `grounding.npz` in order of choice."""
     return np.array([row["row"] for row in read_jsonl(work / "selection.jsonl")], np.int64)
+
+
+def read_summary(path: Path) -> dict:
+    """A step's summary.
+
+    Raises:
+        UsageError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; delete it and run its step again") from None
