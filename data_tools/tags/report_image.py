@@ -1,5 +1,6 @@
 """The report's picture: the tree coloured by coverage, and the shares of the largest branches, as PNG."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -66,5 +67,7 @@ def draw_report(path: Path, pool: Pool, statistics: NodeStatistics, title: str) 
     bars.spines[["top", "right"]].set_visible(False)
     partial = path.with_name(path.name + ".partial")
     # Without the library's version in it, the same data are the same bytes.
-    figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box; the page has the name
+        figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
     partial.replace(path)
