@@ -55,7 +55,7 @@ function draw() {
   for (let v = 0; v < total;) {
     const x = (left[v] - view.x) * scale, w = nodes.pool_share[v] * scale;
     // Nothing below a node is wider than it, so what is out of sight is skipped whole.
-    if (w < 0.4 || x > width || x + w < 0) { v = end[v]; continue; }
+    if (w < 0.5 || x > width || x + w < 0) { v = end[v]; continue; }
     const y = (nodes.depth[v] - view.top) * row;
     if (y + row > 0) {
       const t = colour.value(v), rgb = t === null ? null : ramp(t), x0 = Math.max(x, 0), shown = Math.min(x + w, width) - x0;
@@ -67,6 +67,12 @@ function draw() {
         let name = nodes.name[v].slice(0, 80);
         while (name && context.measureText(name).width > shown - 10) name = name.slice(0, Math.floor(name.length * 0.85) - 1);
         if (name) context.fillText(name.length < nodes.name[v].length ? name + "…" : name, x0 + 5, y + row / 2, shown - 8);
+      }
+      // Children finer than a pixel are shown as one block in the colour of their mean.
+      if (children[v].length && nodes.pool_share[children[v][0]] * scale < 0.7) {
+        context.fillStyle = rgb ? `rgb(${rgb})` : empty;
+        context.globalAlpha *= 0.55;
+        context.fillRect(x0, y + row, Math.max(shown - (w > 3 ? 1 : 0), 0.5), row - 1);
       }
       drawn++;
     }
@@ -128,11 +134,11 @@ const COLUMNS = [
   ["selected", (v) => nodes.selected[v], (v) => number.format(nodes.selected[v])],
   ["tags covered", (v) => nodes.coverage[v], (v) => percent(nodes.coverage[v])],
   ["quality pool", (v) => nodes.pool_quality[v], (v) => score(nodes.pool_quality[v])],
-  ["selected", (v) => nodes.selected_quality[v], (v) => score(nodes.selected_quality[v])],
+  ["quality selected", (v) => nodes.selected_quality[v], (v) => score(nodes.selected_quality[v])],
   ["share pool", (v) => nodes.pool_share[v], (v) => percent(nodes.pool_share[v])],
-  ["selected", (v) => nodes.selected_share[v], (v) => percent(nodes.selected_share[v])],
+  ["share selected", (v) => nodes.selected_share[v], (v) => percent(nodes.selected_share[v])],
 ];
-if (nodes.target_share) COLUMNS.push(["target", (v) => nodes.target_share[v], (v) => percent(nodes.target_share[v])]);
+if (nodes.target_share) COLUMNS.push(["share target", (v) => nodes.target_share[v], (v) => percent(nodes.target_share[v])]);
 let sorted = { column: 1, falling: true };
 const SHOWN_BRANCHES = 300;
 
@@ -149,9 +155,10 @@ function showBranches() {
     const cell = make("th", title + (i === sorted.column ? (sorted.falling ? " ▾" : " ▴") : ""), head);
     cell.onclick = () => { sorted = { column: i, falling: i === sorted.column ? !sorted.falling : i > 0 }; showBranches(); };
   });
-  const title = make("th", "pool, selected" + (nodes.target_share ? ", target" : ""), head);
+  const title = make("th", undefined, head);
   title.className = "shares";
   const names = ["pool", "selected", "target"].filter((name) => nodes[name + "_share"]);
+  names.forEach((name, i) => { make("span", (i ? ", " : "") + name, title).style.color = `var(--${name})`; });
   const widest = list.reduce((most, v) => names.reduce((m, name) => Math.max(m, nodes[name + "_share"][v]), most), 1e-12);
   for (const v of list.slice(0, SHOWN_BRANCHES)) {
     const row = make("tr", undefined, body);
