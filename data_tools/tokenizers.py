@@ -56,7 +56,7 @@ class SentencePieceTokenizer:
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """A SentencePiece model has no chat template."""
-        raise UsageError(f"--tokenizer-model {self._path}: a SentencePiece model has no chat template; use another --template")
+        raise UsageError(f"--template: {self._path}, a SentencePiece model, has no chat template; choose another")
 
 
 class HuggingFaceTokenizer:
@@ -89,7 +89,7 @@ class HuggingFaceTokenizer:
         from jinja2 import TemplateError
 
         if self._tokenizer.chat_template is None:
-            raise UsageError(f"--tokenizer-model {self._folder}: the tokenizer has no chat template; use another --template")
+            raise UsageError(f"--template: the tokenizer {self._folder} has no chat template; choose another")
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False)
         except (TemplateError, TypeError, ValueError) as error:

@@ -2,9 +2,9 @@
 
     python -m megatron_ksa.data_tools.benchmarks.tags_sampler --out results.json
 
-`large` is one selection from a pool of the given size. `dense` takes a pool that a dense sampler can hold and times some of its steps:
-the exact gain of every instance, phi(x + row) - phi(x) summed over all labels, in float32 with every core, and the first-order gain
-that MIG uses, the rows times phi'(x). Both then have a selection under both objectives.
+`large` is one selection from a pool of the given size. `dense` takes a pool that a dense sampler can hold and times
+some of its steps: the exact gain of every instance, phi(x + row) - phi(x) summed over all labels, in float32 with every
+core, and the first-order gain that MIG uses, the rows times phi'(x). Both then have a selection under both objectives.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TOPIC_TAGS = 100
 
 
 def synthetic_pool(instances: int, tags: int, seed: int = 0) -> Pool:
-    """Instances of one topic each, topics as frequent as rank^-0.8, scores from 1 to 10, and a tree of branching 10 over the tags."""
+    """Instances of one topic each, topics as frequent as rank^-0.8, scores 1 to 10, and a tree of branching 10."""
     generator = np.random.default_rng(seed)
     levels = [tags]
     while levels[-1] > 1:
@@ -42,7 +42,9 @@ def synthetic_pool(instances: int, tags: int, seed: int = 0) -> Pool:
     topic = generator.choice(topics, instances, p=frequency / frequency.sum())
     tag = topic[:, None] * TOPIC_TAGS + generator.integers(TOPIC_TAGS, size=(instances, TAGS_PER_INSTANCE))
     # Labels of a topic are near each other, so that the label graph has edges.
-    vectors = generator.normal(size=(topics, 16)).repeat(TOPIC_TAGS, axis=0)[:tags] + 0.3 * generator.normal(size=(tags, 16))
+    vectors = generator.normal(size=(topics, 16)).repeat(TOPIC_TAGS, axis=0)[:tags] + 0.3 * generator.normal(
+        size=(tags, 16)
+    )
     quality, difficulty = generator.integers(1, 11, (2, instances)).astype(np.float64)
     return Pool(
         np.arange(0, TAGS_PER_INSTANCE * instances + 1, TAGS_PER_INSTANCE),
@@ -129,12 +131,20 @@ def main() -> None:
     """Run both parts and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--large", type=int, nargs=3, default=[1_000_000, 100_000, 50_000], metavar=("INSTANCES", "TAGS", "CHOOSE"))
-    parser.add_argument("--dense", type=int, nargs=3, default=[50_000, 4_000, 2_500], metavar=("INSTANCES", "TAGS", "CHOOSE"))
+    parser.add_argument(
+        "--large", type=int, nargs=3, default=[1_000_000, 100_000, 50_000], metavar=("INSTANCES", "TAGS", "CHOOSE")
+    )
+    parser.add_argument(
+        "--dense", type=int, nargs=3, default=[50_000, 4_000, 2_500], metavar=("INSTANCES", "TAGS", "CHOOSE")
+    )
     parser.add_argument("--steps", type=int, default=20, help="steps of the dense sampler to time")
     args = parser.parse_args()
     # The large pool first: the peak of memory is that of the whole process.
-    result = {"cpus": len(os.sched_getaffinity(0)), "large": large(*args.large), "dense": dense(*args.dense, args.steps)}
+    result = {
+        "cpus": len(os.sched_getaffinity(0)),
+        "large": large(*args.large),
+        "dense": dense(*args.dense, args.steps),
+    }
     write_json(args.out, result)
     print(args.out.read_text(encoding="utf-8"))
 

@@ -1,4 +1,4 @@
-"""Other ways to choose, for comparison: random, top quality, cluster-balanced, and MIG's label graph (arXiv 2504.13835)."""
+"""Methods to compare with: random, top quality, cluster-balanced, and MIG's label graph (arXiv 2504.13835)."""
 
 import numpy as np
 from scipy.sparse import csr_array, diags_array
@@ -73,7 +73,8 @@ def tree_clusters(shares: csr_array, parent: np.ndarray, depth: np.ndarray, budg
 def label_graph(vectors: np.ndarray, similarity: float = LABEL_SIMILARITY) -> csr_array:
     """Share of a label's information that reaches each label: float64 [labels, labels], rows sum to 1.
 
-    Labels are joined where their cosine is at least `similarity`, with the cosine as the edge's weight and 1 for a label itself.
+    Labels are joined where their cosine is at least `similarity`, with the cosine as the edge's weight and 1 for a
+    label itself.
 
     Args:
         vectors: float [labels, dimensions].
@@ -88,12 +89,15 @@ def label_graph(vectors: np.ndarray, similarity: float = LABEL_SIMILARITY) -> cs
         rows.append(row + first)
         columns.append(column)
         cosines.append(near[row, column].astype(np.float64))
-    graph = csr_array((np.concatenate(cosines), (np.concatenate(rows), np.concatenate(columns))), shape=(len(unit),) * 2)
+    graph = csr_array(
+        (np.concatenate(cosines), (np.concatenate(rows), np.concatenate(columns))), shape=(len(unit),) * 2
+    )
     return csr_array(diags_array(1 / graph.sum(axis=1)) @ graph)
 
 
 def label_information(shares: csr_array, strength: np.ndarray, leaves: np.ndarray, graph: csr_array) -> Coverage:
-    """MIG's information as a `Coverage` over labels: sum_k phi((A^T sum_{i in S} s_i t_i)_k), with t_i the labels of i as 0 or 1.
+    """MIG's information as a `Coverage` over labels: sum_k phi((A^T sum_{i in S} s_i t_i)_k), with t_i the labels of i
+    as 0 or 1.
 
     Args:
         shares: float64 [instances, nodes].

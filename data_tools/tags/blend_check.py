@@ -27,7 +27,9 @@ def check_blend(folder: Path, datasets: list[dict], end_of_document: int, vocab_
         check_indexed_dataset(prefix)
         lengths = sequence_lengths(prefix)
         if (len(lengths), int(lengths.sum())) != (dataset["instances"], dataset["tokens"]):
-            raise UsageError(f"{prefix}: read back {len(lengths)} documents, {lengths.sum()} tokens; written were others")
+            raise UsageError(
+                f"{prefix}: read back {len(lengths)} documents, {lengths.sum()} tokens; written were others"
+            )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's word on every optional package that is absent
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder

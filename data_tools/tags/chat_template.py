@@ -1,7 +1,8 @@
 """Messages to tokens, with a mask of the responses: a chat template, ChatML, or plain joining.
 
-A template is asked once for every sequence of roles, with place-holders for the contents. What it writes around them is markup,
-where names of special tokens mean those tokens; contents are text, so an instance that writes `<|im_end|>` ends no turn.
+A template is asked once for every sequence of roles, with place-holders for the contents. What it writes around them is
+markup, where names of special tokens mean those tokens; contents are text, so an instance that writes `<|im_end|>` ends
+no turn.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ RECORDS_PER_TASK = 64
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a document: the content of message `message`, or markup where that is None, and whether the loss counts it."""
+    """A piece of a document: the content of a message, or markup where `message` is None, and whether it counts."""
 
     text: str
     message: int | None
@@ -83,7 +84,11 @@ class DocumentEncoder:
                 end = commonprefix([end, rest])
                 segments.append(Segment(end, None, True))
                 rest = rest.removeprefix(end)
-        return [segment for segment in (*segments, Segment(rest, None, False)) if segment.text or segment.message is not None]
+        return [
+            segment
+            for segment in (*segments, Segment(rest, None, False))
+            if segment.text or segment.message is not None
+        ]
 
     def encode(self, record: dict) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [tokens] with the end of the document, and uint8 [tokens], 1 where the loss counts the token.
@@ -127,7 +132,9 @@ def _encoder(tokenizer_model: str, template: str) -> DocumentEncoder:
     return DocumentEncoder(load_tokenizer(tokenizer_model), template)
 
 
-def _encode_some(tokenizer_model: str, template: str, records: tuple[dict, ...]) -> list[tuple[np.ndarray, np.ndarray] | str]:
+def _encode_some(
+    tokenizer_model: str, template: str, records: tuple[dict, ...]
+) -> list[tuple[np.ndarray, np.ndarray] | str]:
     encoder, results = _encoder(tokenizer_model, template), []
     for record in records:
         try:

@@ -87,8 +87,8 @@ def _top(bound: np.ndarray, rows: np.ndarray, size: int) -> tuple[np.ndarray, fl
 def _lazy(progress: _Progress, base: int) -> Selection:
     """Stale gains bound fresh ones from above, so only rows whose bound reaches the best fresh gain are computed anew.
 
-    The queue is a window of the largest bounds, small enough to search as an array, renewed when the best fresh gain no longer
-    beats what is outside of it.
+    The queue is a window of the largest bounds, small enough to search as an array, renewed when the best fresh gain no
+    longer beats what is outside of it.
     """
     bound = progress.refresh(np.arange(progress.coverage.instances))
     open_ = np.ones(len(bound), bool)
@@ -104,9 +104,7 @@ def _lazy(progress: _Progress, base: int) -> Selection:
         size = base if taken else 4 * size
 
 
-def _spend_window(
-    progress: _Progress, window: np.ndarray, bound: np.ndarray, open_: np.ndarray, outside: float
-) -> int:
+def _spend_window(progress: _Progress, window: np.ndarray, bound: np.ndarray, open_: np.ndarray, outside: float) -> int:
     """Choose from the window while its best beats the bound `outside`; returns how many were chosen."""
     local, cost, taken = bound[window], progress.cost[window], 0
     dearest = cost.max()
@@ -117,7 +115,11 @@ def _spend_window(
         slack = SLACK * (1.0 + progress.value)
         stale = np.ones(len(window), bool)
         best = -1
-        due = np.argpartition(-local, FIRST_REFRESH)[:FIRST_REFRESH] if len(local) > FIRST_REFRESH else np.arange(len(local))
+        due = (
+            np.argpartition(-local, FIRST_REFRESH)[:FIRST_REFRESH]
+            if len(local) > FIRST_REFRESH
+            else np.arange(len(local))
+        )
         due = due[local[due] > 0]
         while len(due):
             local[due] = progress.refresh(window[due])
@@ -135,13 +137,19 @@ def _spend_window(
 
 
 def greedy(
-    coverage: Coverage, budget: float, cost: np.ndarray | None = None, *, lazy: bool = True, show_progress: bool = False,
+    coverage: Coverage,
+    budget: float,
+    cost: np.ndarray | None = None,
+    *,
+    lazy: bool = True,
+    show_progress: bool = False,
     window: int = WINDOW,
 ) -> Selection:
     """Choose by largest gain, or gain for a unit of cost, until nothing more fits; ties go to the lower index.
 
-    With unit costs the value is at least (1 - 1/e) of the optimum (Nemhauser et al. 1978). With costs the better of this and the
-    best single instance is returned, at least (1 - 1/e)/2 of the optimum (Khuller et al. 1999, Leskovec et al. 2007).
+    With unit costs the value is at least (1 - 1/e) of the optimum (Nemhauser et al. 1978). With costs the better of
+    this and the best single instance is returned, at least (1 - 1/e)/2 of the optimum (Khuller et al. 1999, Leskovec et
+    al. 2007).
 
     Args:
         budget: instances, or tokens where `cost` is given.

@@ -1,7 +1,7 @@
 """Tree information as a sum of concave functions of masses (SPEC-TAGS 4 and 5).
 
-I(S) = sum_v w(depth v) * phi(sum_{i in S} a[i, v]) with a[i, v] = s_i/|T_i| * #{t in T_i : v on the path root..t}. Every term is
-concave and rising in a sum of nonnegative masses, so I is monotone and submodular.
+I(S) = sum_v w(depth v) * phi(sum_{i in S} a[i, v]) with a[i, v] = s_i/|T_i| * #{t in T_i : v on the path root..t}.
+Every term is concave and rising in a sum of nonnegative masses, so I is monotone and submodular.
 """
 
 from dataclasses import dataclass
@@ -124,14 +124,21 @@ def ground(shares: csr_array, strength: np.ndarray, parent: np.ndarray) -> csr_a
         strength: float64 [instances], s_i.
         parent: int [nodes], -1 at the root.
     """
-    mass = csr_array((shares.data * np.repeat(strength, np.diff(shares.indptr)), shares.indices, shares.indptr), shares.shape)
+    mass = csr_array(
+        (shares.data * np.repeat(strength, np.diff(shares.indptr)), shares.indices, shares.indptr), shares.shape
+    )
     mass = mass @ ancestors(parent)
     mass.sort_indices()
     return mass
 
 
 def tree_information(
-    shares: csr_array, strength: np.ndarray, parent: np.ndarray, depth: np.ndarray, *, depth_weight: float = 1.0,
+    shares: csr_array,
+    strength: np.ndarray,
+    parent: np.ndarray,
+    depth: np.ndarray,
+    *,
+    depth_weight: float = 1.0,
     phi: str = "power",
 ) -> Coverage:
     """I(S) with w(depth) = depth_weight ** depth.

@@ -15,13 +15,18 @@ def random_parts(instances: int, parts: int, seed: int) -> list[np.ndarray]:
 
 
 def two_round_greedy(
-    load: Callable[[np.ndarray], tuple[Coverage, np.ndarray | None]], parts: list[np.ndarray], budget: float,
-    *, show_progress: bool = False, run_parts: Callable = map,
+    load: Callable[[np.ndarray], tuple[Coverage, np.ndarray | None]],
+    parts: list[np.ndarray],
+    budget: float,
+    *,
+    show_progress: bool = False,
+    run_parts: Callable = map,
 ) -> Selection:
     """Greedy in each part, then greedy over the union of their choices; the best of all these selections is returned.
 
-    Only one part, or the union (at most parts * budget instances), is in memory at a time. With unit costs and random parts the
-    expected value is at least (1 - 1/e)/2 of the optimum (Barbosa et al., The Power of Randomization, ICML 2015, RandGreeDi).
+    Only one part, or the union (at most parts * budget instances), is in memory at a time. With unit costs and random
+    parts the expected value is at least (1 - 1/e)/2 of the optimum (Barbosa et al., The Power of Randomization, ICML
+    2015, RandGreeDi).
 
     Args:
         load: the coverage of the given instances, int64 [members], and their costs or None.

@@ -1,4 +1,4 @@
-"""The pool as the sampler sees it: instances grounded on the tree, read from a work folder (data_tools/tags/README.md)."""
+"""The pool as the sampler sees it: instances grounded on the tree, read from a work folder (see README.md here)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -77,7 +77,9 @@ def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) ->
     grounding, nodes = read_arrays(work / "grounding.npz"), read_arrays(tree / "tree.npz")
     leaves, parent = grounding["leaves"], nodes["parent"]
     if len(leaves) and (leaves.max() >= len(parent) or (nodes["tag"][leaves] < 0).any()):
-        raise UsageError(f"{work / 'grounding.npz'} belongs to another tree than {tree / 'tree.npz'}: run the tree step again")
+        raise UsageError(
+            f"{work / 'grounding.npz'} belongs to another tree than {tree / 'tree.npz'}: run the tree step again"
+        )
     pool = Pool(
         grounding["indptr"], leaves, grounding["quality"], grounding["difficulty"], parent, nodes["depth"],
         record=grounding["record"], names=nodes["name"],

@@ -1,4 +1,4 @@
-"""The report step: one HTML page, a picture and a summary of what was selected from what, in `report/` of a work folder."""
+"""The report step: a page, a picture and a summary of what was selected from what, in `report/` of a work folder."""
 
 from collections import Counter
 from pathlib import Path
@@ -83,7 +83,9 @@ def _facts(summary: dict, statistics: NodeStatistics) -> list[tuple[str, str]]:
         facts.append(("KL from target", f"{summary['divergence']:.4f} nats"))
     if "without_alignment" in summary:
         without = summary["without_alignment"]
-        facts.append(("without alignment", f"{without['divergence']:.4f} nats, information {without['information']:,.1f}"))
+        facts.append(
+            ("without alignment", f"{without['divergence']:.4f} nats, information {without['information']:,.1f}")
+        )
     return facts
 
 
@@ -124,7 +126,9 @@ def report_step(work: Path, *, target: Path | None = None) -> dict:
         "samples": _samples(work, pool, chosen, place),
         "facts": _facts(selection, statistics),
         "tables": _tables(counts, blend),
-        "note": f"{shown:,} nodes" if shown == len(pool.parent) else f"the {shown:,} largest of {len(pool.parent):,} nodes",
+        "note": f"{shown:,} nodes"
+        if shown == len(pool.parent)
+        else f"the {shown:,} largest of {len(pool.parent):,} nodes",
     }
     summary = {
         "selection": selection,

@@ -15,8 +15,10 @@ class NodeStatistics:
 
     Args:
         pool, selected: int64 [nodes], instances with a tag there.
-        pool_share, selected_share, target_share: float64 [nodes], share of all tag mass; the target's is None without a target.
-        coverage: float64 [nodes], share of the pool's tag mass whose tag some chosen instance carries; NaN where the pool has none.
+        pool_share, selected_share, target_share: float64 [nodes], share of all tag mass; the target's is None without a
+            target.
+        coverage: float64 [nodes], share of the pool's tag mass whose tag some chosen instance carries; NaN where the
+            pool has none.
         pool_quality, selected_quality: float64 [nodes], mean score, NaN where there is none.
     """
 
@@ -63,7 +65,8 @@ def node_statistics(pool: Pool, chosen: np.ndarray, target: csr_array | None = N
     covered = np.where(selection.sum(axis=0) > 0, mass, 0.0) @ above
     return NodeStatistics(
         counts, selected, _subtree_shares(pool.shares, above), _subtree_shares(selection, above),
-        None if target is None else _subtree_shares(target, above), _ratio(covered, mass @ above), quality, selected_quality,
+        None if target is None else _subtree_shares(target, above),
+        _ratio(covered, mass @ above), quality, selected_quality,
     )  # fmt: skip
 
 

@@ -15,7 +15,10 @@ NAME_LENGTH = 28
 
 
 def rectangles(pool: Pool, statistics: NodeStatistics) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes wide enough to be seen, int64 [shown] in pre-order, and their left edges, float64 [shown], with the root from 0 to 1."""
+    """Nodes wide enough to be seen, int64 [shown] in pre-order, and their left edges, float64 [shown].
+
+    The root reaches from 0 to 1.
+    """
     wide = statistics.pool_share >= NARROWEST
     order = preorder(pool.parent, wide, statistics.pool_share)
     left, cursor = np.zeros(len(pool.parent)), np.zeros(len(pool.parent))
@@ -59,7 +62,13 @@ def draw_report(path: Path, pool: Pool, statistics: NodeStatistics, title: str) 
         shown.append(("target", statistics.target_share, "#c4560b"))
     height = 0.8 / len(shown)
     for i, (name, share, colour) in enumerate(shown):
-        bars.barh(np.arange(len(branches)) + (i - (len(shown) - 1) / 2) * height, 100 * share[branches], height, label=name, color=colour)
+        bars.barh(
+            np.arange(len(branches)) + (i - (len(shown) - 1) / 2) * height,
+            100 * share[branches],
+            height,
+            label=name,
+            color=colour,
+        )
     bars.set_yticks(range(len(branches)), [_short(str(pool.names[node])) for node in branches])
     bars.invert_yaxis()
     bars.set_xlabel("share of tags, %")

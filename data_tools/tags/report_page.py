@@ -1,7 +1,8 @@
 """The report as one HTML file that needs no network and runs no code but its own.
 
-Everything that comes from the pool (tags, names, texts) is in a block of JSON in which `<`, `>` and `&` are escaped, and the script
-sets it as text only. A content security policy with the script's hash forbids every other script and every request.
+Everything that comes from the pool (tags, names, texts) is in a block of JSON in which `<`, `>` and `&` are escaped,
+and the script sets it as text only. A content security policy with the script's hash forbids every other script and
+every request.
 """
 
 import base64
@@ -36,7 +37,8 @@ def node_columns(pool: Pool, statistics: NodeStatistics) -> tuple[dict[str, list
     """Columns of the page's nodes, in pre-order, at most `MAX_NODES` of them.
 
     Returns:
-        The columns, and int64 [nodes] the place of each tree node among them; of nodes left out, that of the nearest kept one above.
+        The columns, and int64 [nodes] the place of each tree node among them; of nodes left out, that of the nearest
+        kept one above.
     """
     kept = largest_nodes(statistics.pool, pool.depth, MAX_NODES)
     order = preorder(pool.parent, kept, statistics.pool_share)
@@ -68,7 +70,8 @@ def render(data: dict) -> str:
     """The page.
 
     Args:
-        data: "nodes" (`node_columns`), "samples", "facts" ([name, value] as text), "tables" ({"columns", "rows"}) and "note".
+        data: "nodes" (`node_columns`), "samples", "facts" ([name, value] as text), "tables" ({"columns", "rows"}) and
+            "note".
     """
     folder = files("megatron_ksa.data_tools.tags") / "page"
     script = (folder / "page.js").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The sampling step: a pool grounded on a tree, a budget and perhaps a target, to the chosen instances (SPEC-TAGS 4 to 7)."""
+"""Sampling: a pool grounded on a tree, a budget and perhaps a target, to the chosen instances (SPEC-TAGS 4 to 7)."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -84,7 +84,9 @@ class _Problem:
         self.target = None if target is None else target / target.sum()
         self.cost = pool.tokens if self.budget.in_tokens else None
         if self.cost is not None and self.cost.min() < 1:
-            raise UsageError(f"--budget {settings.budget}: instance {int(self.cost.argmin())} of the pool has no tokens")
+            raise UsageError(
+                f"--budget {settings.budget}: instance {int(self.cost.argmin())} of the pool has no tokens"
+            )
         self.strength = strengths(
             pool.quality, pool.difficulty,
             quality_weight=settings.quality_weight, difficulty_weight=settings.difficulty_weight,
@@ -169,12 +171,15 @@ def sample(
         target: float64 [nodes], leaf shares of the target set (of any sum), or None.
 
     Raises:
-        UsageError: a budget that the pool cannot meet, a target without a tag of the tree, a method that lacks its input.
+        UsageError: a budget that the pool cannot meet, a target without a tag of the tree, a method that lacks its
+            input.
     """
     if not pool.instances:
         raise UsageError("the pool has no instances: nothing to choose from")
     if target is not None and not target.sum() > 0:
-        raise UsageError("--target: none of its tags is on the tree; tag it as the pool was tagged, or leave --target out")
+        raise UsageError(
+            "--target: none of its tags is on the tree; tag it as the pool was tagged, or leave --target out"
+        )
     problem = _Problem(pool, settings, target, show_progress)
     selection, summary = problem.tags() if settings.method == "tags" else (problem.baseline(), {})
     chosen = selection.chosen
@@ -189,7 +194,5 @@ def sample(
         summary |= {"pool_tokens": int(pool.tokens.sum()), "tokens": int(pool.tokens[chosen].sum())}
     if target is not None:
         summary["divergence"] = problem.divergence(chosen)
-        summary["target_mass_absent_from_pool"] = float(
-            problem.target[pool.shares.sum(axis=0) == 0].sum()
-        )
+        summary["target_mass_absent_from_pool"] = float(problem.target[pool.shares.sum(axis=0) == 0].sum())
     return Sample(chosen, selection.gains, problem.budget, summary)

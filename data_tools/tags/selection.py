@@ -32,8 +32,13 @@ def count_tokens(work: Path, pool: Pool, settings: TokenSettings, run: Callable 
 
 
 def sample_step(
-    work: Path, settings: SampleSettings, *, target: Path | None = None, tokens: TokenSettings | None = None,
-    run: Callable = map, show_progress: bool = True,
+    work: Path,
+    settings: SampleSettings,
+    *,
+    target: Path | None = None,
+    tokens: TokenSettings | None = None,
+    run: Callable = map,
+    show_progress: bool = True,
 ) -> Sample:
     """Choose from the pool of a work folder and write the selection.
 
@@ -62,7 +67,10 @@ def sample_step(
 def _write(work: Path, found: Sample, record: np.ndarray) -> None:
     order = np.argsort(found.chosen)
     chosen = found.chosen[order]
-    ids = {row: found_record["id"] for row, found_record in zip(chosen.tolist(), read_records(work, record[chosen]), strict=True)}
+    ids = {
+        row: found_record["id"]
+        for row, found_record in zip(chosen.tolist(), read_records(work, record[chosen]), strict=True)
+    }
     write_jsonl(work / "selection.jsonl", (
         {"row": row, "id": ids[row], "gain": None if np.isnan(gain) else gain}
         for row, gain in zip(found.chosen.tolist(), found.gains.tolist(), strict=True)
@@ -84,6 +92,8 @@ def read_summary(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)") from None
+        raise UsageError(
+            f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)"
+        ) from None
     except ValueError as error:
         raise UsageError(f"{path}: {error}; delete it and run its step again") from None

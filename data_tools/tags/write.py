@@ -1,7 +1,8 @@
-"""The write step: the selection as Megatron indexed datasets, one for each top branch of the tree or each source, and a blend file.
+"""The write step: the selection as Megatron indexed datasets, one for each top branch of the tree or each source, and a
+blend file.
 
-`blend/blend.txt` is what `--data-args-path` takes: "weight prefix weight prefix ...". With the loss on responses every dataset has
-its mask beside it (`indexed.loss_mask_prefix`), which `--response-loss-only` reads.
+`blend/blend.txt` is what `--data-args-path` takes: "weight prefix weight prefix ...". With the loss on responses every
+dataset has its mask beside it (`indexed.loss_mask_prefix`), which `--response-loss-only` reads.
 """
 
 import re
@@ -44,7 +45,8 @@ class WriteSettings:
         template: one of `chat_template.TEMPLATES`.
         loss_on: one of `LOSSES`; `responses` writes masks.
         group_by: one of `GROUPS`, what makes a dataset.
-        weights: one of `WEIGHTS`: a dataset counts by its tokens, like every other, or by the target's share of its branch.
+        weights: one of `WEIGHTS`: a dataset counts by its tokens, like every other, or by the target's share of its
+            branch.
         min_instances: smaller groups are joined into one named `rest`, as are those beyond the largest hundred.
     """
 
@@ -118,10 +120,17 @@ def _groups_of(work: Path, pool: Pool, settings: WriteSettings) -> tuple[list[Gr
 
 
 def _write_datasets(
-    work: Path, folder: Path, pool: Pool, settings: WriteSettings, groups: list[Group], branch: np.ndarray, vocab_size: int,
-    run: Callable, show_progress: bool,
+    work: Path,
+    folder: Path,
+    pool: Pool,
+    settings: WriteSettings,
+    groups: list[Group],
+    branch: np.ndarray,
+    vocab_size: int,
+    run: Callable,
+    show_progress: bool,
 ) -> int:
-    """Write every instance into its group's dataset; returns how many the template refuses, listed in `unwritten.jsonl`."""
+    """Write every instance into its group's dataset; returns how many the template refuses (`unwritten.jsonl`)."""
     refused = 0
     every = {group.prefix: group for group in groups}
     with ExitStack() as stack:
@@ -166,7 +175,8 @@ def _weights(groups: list[Group], kind: str, target: np.ndarray | None) -> list[
     left_out = [group.name for group, weight in zip(groups, weights, strict=True) if weight <= 0]
     if left_out:
         raise UsageError(
-            f"--weights target: the target has nothing under {', '.join(left_out)}: raise --align-weight, or use --weights tokens"
+            f"--weights target: the target has nothing under {', '.join(left_out)}: raise --align-weight, "
+            "or use --weights tokens"
         )
     return weights
 
@@ -203,20 +213,21 @@ def write_step(
     groups, branch = _groups_of(work, pool, settings)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    refused = _write_datasets(
-        work, partial, pool, settings, groups, branch, tokenizer.vocab_size, run, show_progress
+    refused = _write_datasets(work, partial, pool, settings, groups, branch, tokenizer.vocab_size, run, show_progress)
+    written = sorted(
+        {group.prefix: group for group in groups if group.instances}.values(), key=lambda group: group.prefix
     )
-    written = sorted({group.prefix: group for group in groups if group.instances}.values(), key=lambda group: group.prefix)
     if not written:
         raise UsageError(f"--template {settings.template} refuses every instance: see {partial / 'unwritten.jsonl'}")
     weights = _weights(written, settings.weights, mass)
+    flags = [tokenizer.training_flags] + ["--response-loss-only"] * (settings.loss_on == "responses")
     summary = {
         "settings": asdict(settings),
         "instances": sum(group.instances for group in written),
         "tokens": sum(group.tokens for group in written),
         "tokens_in_loss": sum(group.tokens_in_loss for group in written),
         "refused_by_template": refused,
-        "training_flags": tokenizer.training_flags + (" --response-loss-only" if settings.loss_on == "responses" else ""),
+        "training_flags": " ".join(flags),
         "datasets": [
             {
                 "name": group.name, "prefix": group.prefix, "weight": weight, "instances": group.instances,
@@ -228,7 +239,9 @@ def write_step(
     check_blend(partial, summary["datasets"], tokenizer.end_of_document, tokenizer.vocab_size)
     write_json(partial / "blend.json", summary)
     with whole_file(partial / "blend.txt") as stream:
-        stream.writelines(f"{weight:.8g} {final / group.prefix}\n" for group, weight in zip(written, weights, strict=True))
+        stream.writelines(
+            f"{weight:.8g} {final / group.prefix}\n" for group, weight in zip(written, weights, strict=True)
+        )
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return summary

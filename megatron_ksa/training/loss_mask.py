@@ -1,7 +1,7 @@
 """Loss on responses only: a GPT dataset with a companion that tells, token by token, what counts in the loss.
 
-The companion of PREFIX is the indexed dataset PREFIX_loss_mask with documents of the same lengths, uint8, 1 where the token counts as
-a label. Megatron reads PREFIX alone as it reads any dataset.
+The companion of PREFIX is the indexed dataset PREFIX_loss_mask with documents of the same lengths, uint8, 1 where the
+token counts as a label. Megatron reads PREFIX alone as it reads any dataset.
 """
 
 import copy
@@ -33,7 +33,9 @@ def masked_prefixes(prefixes: list[str]) -> list[str]:
         mask = loss_mask_prefix(prefix)
         check_indexed_dataset(mask)
         if not np.array_equal(sequence_lengths(mask), sequence_lengths(prefix)):
-            raise UsageError(f"--response-loss-only: {mask} was not written with {prefix}: their documents differ in length")
+            raise UsageError(
+                f"--response-loss-only: {mask} was not written with {prefix}: their documents differ in length"
+            )
     return found
 
 

@@ -24,8 +24,9 @@ END_OF_DOCUMENT = 126
 RECORDER = Path(__file__).with_name("recorded_pretrain.py")
 FLAGS = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --swiglu "
-    "--position-embedding-type rope --micro-batch-size 4 --global-batch-size 8 --split 100,0,0 --tokenizer-type NullTokenizer "
-    "--vocab-size 127 --lr 1e-2 --lr-decay-style constant --log-interval 1 --eval-iters 0 --train-iters 20"
+    "--position-embedding-type rope --micro-batch-size 4 --global-batch-size 8 --split 100,0,0 "
+    "--tokenizer-type NullTokenizer --vocab-size 127 "
+    "--lr 1e-2 --lr-decay-style constant --log-interval 1 --eval-iters 0 --train-iters 20"
 ).split()
 
 
@@ -50,7 +51,8 @@ def write_documents(prefix: Path, response=None, *, mask: bool = True) -> None:
 def build(kind: type[GPTDataset], prefixes: list[Path], split: str = "90,10,0"):
     tokenizer = SimpleNamespace(eod=END_OF_DOCUMENT, vocab_size=127, unique_identifiers={"class": "test"})
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=16, blend=([str(prefix) for prefix in prefixes], None), split=split, tokenizer=tokenizer,
+        random_seed=1, sequence_length=16, blend=([str(prefix) for prefix in prefixes], None), split=split,
+        tokenizer=tokenizer,
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
         path_to_cache=str(prefixes[0].parent / "cache"),
     )  # fmt: skip
@@ -94,7 +96,9 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
 def train(folder: Path, flags: str) -> dict[str, dict]:
     record = folder / "record.json"
     command = [sys.executable, str(RECORDER), str(record), *FLAGS, "--data-path", str(folder / "a"), *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(record.read_text())
 

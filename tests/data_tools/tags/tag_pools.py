@@ -62,7 +62,8 @@ def random_pool(seed: int, instances: int = 12, nodes: int = 15, phi: str = "pow
 def topic_pool(
     instances: int = 4000, topics: int = 8, leaves: int = 10, tilt: float = 1.0, target_tilt: float = 1.0, seed: int = 0
 ) -> tuple[TreePool, np.ndarray]:
-    """Instances of one topic each, five tags of it, topics as frequent as rank^-tilt; and a target with other frequencies.
+    """Instances of one topic each, five tags of it, topics as frequent as rank^-tilt; and a target with other
+    frequencies.
 
     The tree is root, topics, leaves. The target, float64 [nodes], is uniform over the leaves of a topic.
     """

@@ -23,9 +23,7 @@ def tagged_pool(seed: int, instances: int):
 
 
 def aligned_coverage(pool, budget, target, norm=3.0, weight=0.7):
-    return align(
-        pool.coverage(), pool.shares, target, pool.leaf_count, budget=budget, norm=norm, align_weight=weight
-    )
+    return align(pool.coverage(), pool.shares, target, pool.leaf_count, budget=budget, norm=norm, align_weight=weight)
 
 
 def test_value_of_a_spent_budget_is_information_minus_divergence():

@@ -70,7 +70,11 @@ def test_statistics_are_those_of_a_count_by_hand():
         having = [i for i in range(40) if np.isin(tags[i], inside).any()]
         assert found.pool[node] == len(having)
         assert found.selected[node] == len(set(having) & set(chosen))
-        for share, rows in ((found.pool_share, range(40)), (found.selected_share, chosen), (found.target_share, range(30, 40))):
+        for share, rows in (
+            (found.pool_share, range(40)),
+            (found.selected_share, chosen),
+            (found.target_share, range(30, 40)),
+        ):
             assert share[node] == pytest.approx(mass(rows, inside) / mass(rows, range(25)))
         everything = mass(range(40), inside)
         expected = mass(range(40), np.intersect1d(inside, covered)) / everything if everything else np.nan
@@ -118,7 +122,7 @@ def test_summary_counts_everything_left_out(work):
     assert summary["left_out"] == {
         "rejected.jsonl": {HOSTILE: 3}, "duplicates.jsonl": {"near-duplicates": 1}, "blend/unwritten.jsonl": {},
     }  # fmt: skip
-    assert [branch["name"] for branch in summary["branches"]] [:1] == [HOSTILE]
+    assert [branch["name"] for branch in summary["branches"]][:1] == [HOSTILE]
     assert {branch["name"] for branch in summary["branches"]} == {HOSTILE, *TOPICS[1:]}
     assert sum(branch["selected_share"] for branch in summary["branches"]) == pytest.approx(1)
     assert summary["selection"]["instances"] == 40 and len(summary["blend"]["datasets"]) == 4
@@ -144,7 +148,9 @@ def test_same_bytes_again(work):
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright to look at the report in a browser")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="pip install playwright to look at the report in a browser"
+    )
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip(f"no browser to look at the report with: install one of {', '.join(BROWSERS)}")
@@ -210,7 +216,7 @@ def test_browser_colours_by_coverage(work, open_page):
     """A branch with nothing chosen is dark, one with everything chosen is light, to the pixel."""
     page = open_page(work / "report" / "index.html")
     columns = node_columns(load_pool(work), _everything_or_nothing(work))[0]
-    pixel = "(at) => [...document.getElementById('icicle').getContext('2d').getImageData(at[0], at[1], 1, 1).data].slice(0, 3)"
+    pixel = "(at) => [...canvas.getContext('2d').getImageData(at[0], at[1], 1, 1).data].slice(0, 3)"
     values = columns["coverage"]
     page.evaluate("(values) => { nodes.coverage = values; draw(); }", values)
     width, height = page.evaluate("[canvas.width, canvas.height]")
@@ -229,15 +235,24 @@ def test_browser_shows_fifty_thousand_nodes(tmp_path, open_page):
     generator = np.random.default_rng(0)
     sizes = np.array([1, 10, 100, 1000, 60_000])
     first = np.concatenate([[0], np.cumsum(sizes)])
-    parent = np.concatenate([[-1], *(first[d - 1] + np.sort(generator.integers(sizes[d - 1], size=sizes[d])) for d in range(1, 5))])
+    parent = np.concatenate(
+        [[-1], *(first[d - 1] + np.sort(generator.integers(sizes[d - 1], size=sizes[d])) for d in range(1, 5))]
+    )
     depth = np.repeat(np.arange(5), sizes)
     tag = np.where(depth == 4, np.arange(first[-1]) - first[4], -1)
     names = np.array([f"tag {v}" for v in range(first[-1])])
-    write_arrays(tmp_path / "tree.npz", parent=parent.astype(np.int32), depth=depth.astype(np.int16), name=names, tag=tag.astype(np.int32))
+    write_arrays(
+        tmp_path / "tree.npz",
+        parent=parent.astype(np.int32),
+        depth=depth.astype(np.int16),
+        name=names,
+        tag=tag.astype(np.int32),
+    )
     leaves = np.sort(first[4] + generator.choice(60_000, 40_000 * 4)).reshape(40_000, 4)
     scores = generator.integers(1, 11, 40_000).astype(float)
     write_arrays(
-        tmp_path / "grounding.npz", record=np.arange(40_000), indptr=np.arange(0, 160_001, 4), leaves=leaves.ravel().astype(np.int32),
+        tmp_path / "grounding.npz", record=np.arange(40_000),
+        indptr=np.arange(0, 160_001, 4), leaves=leaves.ravel().astype(np.int32),
         quality=scores, difficulty=scores, length=np.full(40_000, 9),
     )  # fmt: skip
     write_jsonl(tmp_path / "records.jsonl", ({"id": str(i), "source": "s", "text": f"text {i}"} for i in range(40_000)))

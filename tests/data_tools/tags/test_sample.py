@@ -25,7 +25,8 @@ def with_vectors(pool):
 @pytest.mark.parametrize(
     ("text", "amount", "in_tokens"),
     [
-        ("50", 50, False), ("5%", 10, False), ("0.05", 10, False), ("1.0", 200, False), ("1", 1, False), ("0.1%", 1, False),
+        ("50", 50, False), ("5%", 10, False), ("0.05", 10, False), ("1.0", 200, False), ("1", 1, False),
+        ("0.1%", 1, False),
         ("500t", 500, True), ("1.5kt", 1500, True), ("0.001Mt", 1000, True), ("2e3t", 2000, True),
     ],
 )  # fmt: skip
@@ -71,7 +72,7 @@ def test_every_method_spends_its_budget_once_the_same_for_the_same_seed(method, 
 def test_methods_do_what_their_names_say():
     pool = with_vectors(topic_pool(instances=1000)[0])
     found = {method: sample(pool, SampleSettings("80", method=method)) for method in METHODS}
-    topic = (pool.parent[pool.leaves[::5]])
+    topic = pool.parent[pool.leaves[::5]]
     assert np.bincount(topic[found["cluster-balanced"].chosen])[1:].tolist() == [10] * 8
     assert pool.quality[found["top-quality"].chosen].min() >= np.sort(pool.quality)[-80]
     information = {method: sample_.summary["information"] for method, sample_ in found.items()}
@@ -101,8 +102,8 @@ def test_label_graph_is_migs_objective():
 
 def test_quality_difficulty_and_depth_weights():
     np.testing.assert_allclose(strengths(np.array([1.0, 4.0, np.nan]), np.array([2.0, 2.0, 2.0])), [0.4, 1.6, 1.0])
-    np.testing.assert_allclose(strengths(np.array([1.0, 4.0]), np.array([3.0, 9.0]), quality_weight=0.5, difficulty_weight=0),
-                               [2 / 3, 4 / 3])  # fmt: skip
+    roots = strengths(np.array([1.0, 4.0]), np.array([3.0, 9.0]), quality_weight=0.5, difficulty_weight=0)
+    np.testing.assert_allclose(roots, [2 / 3, 4 / 3])
     np.testing.assert_array_equal(strengths(np.full(3, np.nan), np.full(3, np.nan)), np.ones(3))
     pool, _ = topic_pool(instances=1000)
     settings = SampleSettings("50")
@@ -126,7 +127,8 @@ def test_parts_come_close_to_one_greedy():
     [
         ({"method": "best"}, "--method best: not one of tags, random"), ({"phi": "exp"}, "--phi exp"),
         ({"align_weight": -1.0}, "--align-weight -1.0"), ({"align_weight": float("nan")}, "--align-weight nan"),
-        ({"depth_weight": 0.0}, "--depth-weight"), ({"quality_weight": float("inf")}, "--quality-weight"), ({"parts": 0}, "--parts"),
+        ({"depth_weight": 0.0}, "--depth-weight"), ({"quality_weight": float("inf")}, "--quality-weight"),
+        ({"parts": 0}, "--parts"),
     ],
 )  # fmt: skip
 def test_bad_settings(changes, message):

@@ -23,7 +23,9 @@ def test_selection_names_the_chosen_records(work, method):
     assert [row["row"] for row in rows] == found.chosen.tolist() == read_selection(work).tolist()
     assert [row["id"] for row in rows] == [f"r{2 * row}" for row in found.chosen]
     assert all((row["gain"] is None) == (method not in ("tags", "label-graph")) for row in rows)
-    assert json.loads((work / "selection.json").read_text())["information"] == pytest.approx(found.summary["information"])
+    assert json.loads((work / "selection.json").read_text())["information"] == pytest.approx(
+        found.summary["information"]
+    )
 
 
 def test_tokens_are_those_of_the_template(work):
@@ -37,8 +39,7 @@ def test_rows_stay_rows_where_a_template_refuses_instances(work):
     """Rows of the selection once named positions among the instances that were left."""
     tokenizer = json.loads((work / "tokenizer" / "tokenizer_config.json").read_text())
     tokenizer["chat_template"] = (
-        "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}"
-        "{% endif %}{{ messages[0]['content'] }}"
+        "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}{{ messages[0]['content'] }}"
     )
     (work / "strict").mkdir()
     for path in (work / "tokenizer").iterdir():

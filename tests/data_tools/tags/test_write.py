@@ -1,4 +1,4 @@
-"""The write step: every chosen instance is written or listed, Megatron and its trainer read the blend, reruns give the same bytes."""
+"""The write step: every chosen instance is written or listed, Megatron reads the blend, reruns give the same bytes."""
 
 import hashlib
 import json
@@ -51,7 +51,9 @@ def test_documents_are_the_chosen_instances_by_branch(work):
     summary = write(work, loss_on="responses")
     prefixes, weights = blend_of(work)
     encoder = DocumentEncoder(load_tokenizer(str(work / "tokenizer")), "chatml")
-    expected = {tuple(encoder.encode(record(2 * row))[0]): encoder.encode(record(2 * row))[1] for row in read_selection(work)}
+    expected = {
+        tuple(encoder.encode(record(2 * row))[0]): encoder.encode(record(2 * row))[1] for row in read_selection(work)
+    }
     assert [dataset["name"] for dataset in summary["datasets"]] == sorted(
         TOPICS, key=lambda name: -next(d["instances"] for d in summary["datasets"] if d["name"] == name)
     )
@@ -94,14 +96,18 @@ def test_same_bytes_again_and_for_tasks_run_elsewhere(work):
 def test_groups_and_weights(work, changes, names, weights):
     summary = write(work, **changes)
     assert {dataset["name"] for dataset in summary["datasets"]} == names
-    assert [dataset["weight"] for dataset in summary["datasets"]] == (weights or [d["tokens"] for d in summary["datasets"]])
+    assert [dataset["weight"] for dataset in summary["datasets"]] == (
+        weights or [d["tokens"] for d in summary["datasets"]]
+    )
     assert not list((work / "blend").glob("*loss_mask*"))
 
 
 def test_weights_of_the_target(work, tmp_path):
     target = make_work_folder(tmp_path / "target", instances=400, seed=3)
     settings = WriteSettings(str(work / "tokenizer"), weights="target")
-    weights = {d["name"]: d["weight"] for d in write_step(work, settings, target=target, show_progress=False)["datasets"]}
+    weights = {
+        d["name"]: d["weight"] for d in write_step(work, settings, target=target, show_progress=False)["datasets"]
+    }
     assert sum(weights.values()) == pytest.approx(400)
     assert max(weights, key=weights.get) == TOPICS[0]
 
@@ -116,7 +122,12 @@ def test_groups_beyond_the_limit_are_one():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("Größe & <b>Maß</b>", "groe-b-ma-b"), ("../../etc/passwd", "etc-passwd"), ("中文", "unnamed"), ("a" * 90, "a" * 40)],
+    [
+        ("Größe & <b>Maß</b>", "groe-b-ma-b"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("中文", "unnamed"),
+        ("a" * 90, "a" * 40),
+    ],
 )
 def test_names_are_safe_in_paths(name, expected):
     assert slug(name) == expected
@@ -165,7 +176,8 @@ def test_megatrons_reading_is_checked(work):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_on": "prompts"}, "--loss-on prompts"), ({"group_by": "size"}, "--group-by size"), ({"weights": "x"}, "--weights x"),
+        ({"loss_on": "prompts"}, "--loss-on prompts"), ({"group_by": "size"}, "--group-by size"),
+        ({"weights": "x"}, "--weights x"),
         ({"weights": "target", "group_by": "source"}, "--group-by branch"), ({"weights": "target"}, "needs --target"),
         ({"min_instances": 0}, "--min-instances 0"), ({"template": "best"}, "--template best"),
         ({"tokenizer_model": "nowhere"}, "no such file"), ({"template": "tokenizer"}, "no chat template"),

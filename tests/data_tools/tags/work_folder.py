@@ -25,11 +25,17 @@ def make_work_folder(folder: Path, instances: int = 200, seed: int = 0) -> Path:
     tag = np.where(np.arange(len(pool.parent)) < inner, -1, np.arange(len(pool.parent)) - inner).astype(np.int32)
     names = ["root", *TOPICS, *(f"{TOPICS[i // 5]} {i % 5}" for i in range(5 * len(TOPICS)))]
     write_arrays(
-        folder / "tree.npz", parent=pool.parent, depth=pool.depth.astype(np.int16), name=np.array(names), tag=tag, count=count
+        folder / "tree.npz",
+        parent=pool.parent,
+        depth=pool.depth.astype(np.int16),
+        name=np.array(names),
+        tag=tag,
+        count=count,
     )
     write_arrays(
-        folder / "grounding.npz", record=np.arange(0, 2 * instances, 2), quality=pool.quality, difficulty=pool.difficulty,
-        indptr=np.concatenate([[0], np.cumsum([len(tags) for tags in leaves])]), leaves=np.concatenate(leaves).astype(np.int32),
+        folder / "grounding.npz", record=np.arange(0, 2 * instances, 2),
+        indptr=np.concatenate([[0], np.cumsum([len(tags) for tags in leaves])]),
+        leaves=np.concatenate(leaves).astype(np.int32), quality=pool.quality, difficulty=pool.difficulty,
         length=np.full(instances, 50),
     )  # fmt: skip
     vectors = np.random.default_rng(seed).normal(size=(5 * len(TOPICS), 8)).astype(np.float32)
@@ -46,5 +52,8 @@ def record(line: int) -> dict:
     scores = {"quality": None, "difficulty": None, "tags": None}
     if line % 10 == 0:
         return {**common, "text": f"Plain text {line}. " * 3, **scores}
-    messages = [{"role": "user", "content": f"Question {line}?"}, {"role": "assistant", "content": f"Answer {line}! " * (1 + line % 5)}]
+    messages = [
+        {"role": "user", "content": f"Question {line}?"},
+        {"role": "assistant", "content": f"Answer {line}! " * (1 + line % 5)},
+    ]
     return {**common, "messages": messages, **scores}
