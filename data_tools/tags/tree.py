@@ -25,6 +25,8 @@ from megatron_ksa.errors import UsageError
 TREE = "tree.npz"
 ROOT_NAME = "root"
 BLOCK = 2048
+REFINE_ROUNDS = 5
+ROWS_AT_ONCE = 4096
 FIELDS = ("parent", "depth", "name", "tag", "count")
 
 
@@ -133,8 +135,28 @@ def _shares(sizes: list[int], clusters: int) -> list[int]:
     return np.maximum(np.diff(edges), 1).tolist()
 
 
+def refine(vectors: np.ndarray, sums: np.ndarray, labels: np.ndarray, rounds: int = REFINE_ROUNDS) -> np.ndarray:
+    """Move nodes to the cluster with the nearest mean, a few times: spherical k-means from the labels given.
+
+    Args:
+        vectors: unit, float32 [nodes, dimensions], `sums` scaled.
+        sums: float32 [nodes, dimensions], sum of the vectors of each node's tags.
+        labels: int64 [nodes], from 0 without gaps.
+    """
+    for _ in range(rounds):
+        means = unit(_membership(labels) @ sums)
+        moved = np.empty_like(labels)
+        for first in range(0, len(vectors), ROWS_AT_ONCE):
+            moved[first : first + ROWS_AT_ONCE] = (vectors[first : first + ROWS_AT_ONCE] @ means.T).argmax(axis=1)
+        moved = np.unique(moved, return_inverse=True)[1]
+        if np.array_equal(moved, labels):
+            break
+        labels = moved
+    return labels
+
+
 def cluster(vectors: np.ndarray, clusters: int, progress: tqdm | None = None) -> np.ndarray:
-    """Join nodes into about as many clusters: int64 [nodes], numbered from 0 without gaps.
+    """Join nodes into about as many clusters with Ward's method: int64 [nodes], numbered from 0 without gaps.
 
     Args:
         vectors: unit, float32 [nodes, dimensions].
@@ -168,7 +190,7 @@ def _levels(vectors: np.ndarray, settings: TreeSettings) -> list[np.ndarray]:
         wanted = round(nodes / settings.branching) if settings.branching else round(np.sqrt(nodes))
         wanted = max(wanted, min(settings.top, nodes // 2))
         with tqdm(total=nodes, desc=f"tree level {len(result) + 1}", unit=" nodes") as progress:
-            labels = cluster(unit(sums), wanted, progress)
+            labels = refine(unit(sums), sums, cluster(unit(sums), wanted, progress))
         found = int(labels.max()) + 1
         if found >= nodes:
             break
