@@ -64,7 +64,7 @@ def json_object(payload: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise BadDocument("invalid JSON", str(error)) from None
     if not isinstance(record, dict):
-        raise BadDocument(f"a JSON {type(record).__name__} where an object is needed")
+        raise BadDocument("not an object", f"a JSON {type(record).__name__} where an object is needed")
     return record
 
 

@@ -26,7 +26,7 @@ from megatron_ksa.errors import UsageError
 VOCABULARY, MERGES, EMBEDDINGS, EMBEDDER = "vocabulary.jsonl", "tag_merges.jsonl", "embeddings.npy", "embedder"
 MODEL_MERGE_COSINE = 0.92
 TAGS_PER_TASK = 4096
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE = 512
 _DIGITS = re.compile(r"\d+")
 
 
@@ -204,7 +204,7 @@ class _Merger:
         """[instances, kept tags] with 1 where an instance carries a kept tag, itself or merged."""
         column = np.searchsorted(self.kept, self.into)
         entries = (np.ones(table.nnz, np.int32), column[table.indices], table.indptr)
-        result = csr_array(entries, shape=(table.shape[0], len(self.kept)))
+        result = csr_array(entries, shape=(table.shape[0], len(self.kept)), copy=True)  # what follows works in place
         result.sum_duplicates()
         result.data[:] = 1
         return result

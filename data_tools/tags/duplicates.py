@@ -25,6 +25,7 @@ from megatron_ksa.errors import UsageError
 DUPLICATES = "duplicates.jsonl"
 PERMUTATIONS = 128
 SEED = 1
+SCHEME = "affine32"
 SHINGLE_WORDS = 5
 RECORDS_PER_TASK = 256
 # False proposals cost a comparison, false silence a duplicate.
@@ -77,7 +78,7 @@ def letter_shingles(text: str) -> set[str]:
 
 def signatures(sets: list[list[bytes]]) -> np.ndarray:
     """MinHash signatures: uint32 [sets, 128]."""
-    found = MinHash.bulk(sets, num_perm=PERMUTATIONS, seed=SEED)
+    found = MinHash.bulk(sets, num_perm=PERMUTATIONS, seed=SEED, scheme=SCHEME)
     return np.stack([each.hashvalues for each in found])
 
 
@@ -98,7 +99,7 @@ class Index:
 
     @staticmethod
     def _minhash(signature: np.ndarray) -> MinHash:
-        return MinHash(num_perm=PERMUTATIONS, seed=SEED, hashvalues=signature, permutations=_PERMUTATIONS)
+        return MinHash(PERMUTATIONS, SEED, hashvalues=signature, permutations=_PERMUTATIONS, scheme=SCHEME)
 
     def candidates(self, signature: np.ndarray) -> list[tuple[int, float]]:
         """What may be similar, in order of insertion keys, with the similarity that the signatures estimate."""
@@ -111,7 +112,7 @@ class Index:
         self._kept[key] = signature
 
 
-_PERMUTATIONS = MinHash(num_perm=PERMUTATIONS, seed=SEED).permutations
+_PERMUTATIONS = MinHash(PERMUTATIONS, SEED, scheme=SCHEME).permutations
 
 
 def find_duplicates(folder: Path, settings: DuplicateSettings, engine: Engine, total: int) -> dict:

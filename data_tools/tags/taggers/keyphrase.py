@@ -18,6 +18,7 @@ from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl
 from megatron_ksa.data_tools.tags.records import MAX_TAG_CHARACTERS, record_text
 from megatron_ksa.data_tools.tags.taggers import Answer, Failure
+from megatron_ksa.errors import UsageError
 
 SAMPLE = 200_000
 CHARACTERS = 4_000
@@ -82,17 +83,23 @@ class KeyphraseTagger:
     Args:
         count: tags of a record, at most.
         engine: where records are tagged.
-        spread: records among which a phrase must occur to be a tag (1 where the pool has fewer than 10).
+        spread: records among which a phrase must occur to be a tag (1 where there are fewer than 10).
+        pool: `records.jsonl` to learn phrases from; the records that are tagged where it is None. A target is tagged with
+            its pool's phrases, or it would have few tags in common with it.
     """
 
-    def __init__(self, count: int, engine: Engine, spread: int = 2) -> None:
-        self.count, self.engine, self.spread = count, engine, spread
+    def __init__(self, count: int, engine: Engine, spread: int = 2, pool: Path | None = None) -> None:
+        if count < 1:
+            raise UsageError(f"--tags-per-record {count}: at least 1")
+        self.count, self.engine, self.spread, self.pool = count, engine, spread, pool
 
     def settings(self) -> dict:
         """Everything that decides the answers."""
         return {"tagger": "keyphrase", "tags": self.count, "spread": self.spread, "sample": SAMPLE, "characters": CHARACTERS}
 
-    def _fit(self, records: Path, total: int) -> TfidfVectorizer:
+    def _fit(self, records: Path) -> TfidfVectorizer:
+        with open(records, "rb") as stream:
+            total = sum(1 for _ in stream)
         step = -(-total // SAMPLE)
         rows = tqdm(read_jsonl(records), total=total, desc="find phrases", unit=" records")
         texts = (record_text(record) for number, record in enumerate(rows) if number % step == 0)
@@ -103,7 +110,7 @@ class KeyphraseTagger:
     def answers(self, records: Path, total: int) -> Iterator[Answer | Failure]:
         """One answer for each line of `records`, in order."""
         try:
-            vectorizer = self._fit(records, total)
+            vectorizer = self._fit(self.pool or records)
         except ValueError as error:
             # scikit-learn's word for texts without a phrase, or without one that is shared.
             yield from (Failure("no keyphrase", str(error)) for _ in range(total))
