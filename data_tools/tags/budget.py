@@ -20,6 +20,12 @@ class Budget:
     in_tokens: bool
 
 
+def counts_tokens(text: str) -> bool:
+    """Whether a budget of this form is in tokens."""
+    form = _FORM.fullmatch(text.strip())
+    return form is not None and form["unit"] in _TOKENS
+
+
 def parse_budget(text: str, instances: int, tokens: np.ndarray | None) -> Budget:
     """The budget that `text` means for a pool.
 

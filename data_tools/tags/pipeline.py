@@ -1,4 +1,4 @@
-"""The steps from raw data to a grounded tree, each skipped when its last run stands (`manifest.py`)."""
+"""The steps from raw data to a blend and its report, each skipped when its last run stands (`manifest.py`)."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -7,13 +7,18 @@ from pathlib import Path
 from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.readers import input_files
 from megatron_ksa.data_tools.tags import canonicalise, duplicates, ground, read, tag, tree
+from megatron_ksa.data_tools.tags.budget import counts_tokens
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.manifest import Manifest
 from megatron_ksa.data_tools.tags.records import RecordSettings
+from megatron_ksa.data_tools.tags.report import report_step
+from megatron_ksa.data_tools.tags.sample import SampleSettings
+from megatron_ksa.data_tools.tags.selection import TokenSettings, sample_step
 from megatron_ksa.data_tools.tags.taggers import Tagger
 from megatron_ksa.data_tools.tags.taggers.endpoint import EndpointSettings, EndpointTagger
 from megatron_ksa.data_tools.tags.taggers.in_data import InDataTagger
 from megatron_ksa.data_tools.tags.taggers.keyphrase import KeyphraseTagger
+from megatron_ksa.data_tools.tags.write import WriteSettings, write_step
 from megatron_ksa.errors import UsageError
 
 TAGGERS = ("keyphrase", "llm", "data")
@@ -143,6 +148,51 @@ class Pipeline:
             "ground", asdict(settings), inputs, [ground.GROUNDING, ground.PLACED, ground.UNPLACED],
             lambda: ground.ground(self.folder, tree_folder, settings, self.engine),
         )  # fmt: skip
+
+    def sample(self, settings: SampleSettings, tokens: TokenSettings, target: Path | None = None) -> None:
+        """The selection; tokens are counted only for a budget in tokens."""
+        counted = tokens if counts_tokens(settings.budget) and tokens.tokenizer_model else None
+        inputs = self._own(read.RECORDS, ground.GROUNDING, tree.TREE, canonicalise.EMBEDDINGS)
+        if target is not None:
+            inputs["target"] = target / ground.GROUNDING
+        if counted is not None:
+            inputs["tokenizer"] = Path(counted.tokenizer_model)
+
+        def action() -> dict:
+            summary = sample_step(self.folder, settings, target=target, tokens=counted, run=self.engine.map).summary
+            names = ("pool_instances", "instances", "pool_tokens", "tokens", "refused_by_template")
+            return {name: summary[name] for name in names if name in summary}
+
+        own = {**asdict(settings), "template": counted.template if counted else None}
+        self.run("sample", own, inputs, ["selection.jsonl", "selection.json"], action)
+
+    def write(self, settings: WriteSettings, target: Path | None = None) -> None:
+        """The blend that training reads."""
+        inputs = self._own(read.RECORDS, ground.GROUNDING, tree.TREE, "selection.jsonl")
+        inputs["tokenizer"] = Path(settings.tokenizer_model)
+        if target is not None and settings.weights == "target":
+            inputs["target"] = target / ground.GROUNDING
+
+        def action() -> dict:
+            summary = write_step(self.folder, settings, target=target, run=self.engine.map)
+            names = ("instances", "tokens", "tokens_in_loss", "refused_by_template")
+            return {"datasets": len(summary["datasets"]), **{name: summary[name] for name in names}}
+
+        self.run("write", {**asdict(settings), "folder": str(self.folder.absolute())}, inputs, ["blend"], action)
+
+    def report(self, target: Path | None = None) -> None:
+        """The report on whatever was done."""
+        left_out = (read.REJECTED, tag.FAILED, duplicates.DUPLICATES, ground.UNPLACED, "blend")
+        names = (read.RECORDS, ground.GROUNDING, tree.TREE, "selection.jsonl", "selection.json", *left_out)
+        inputs = self._own(*names)
+        if target is not None:
+            inputs["target"] = target / ground.GROUNDING
+
+        def action() -> dict:
+            summary = report_step(self.folder, target=target)
+            return {"nodes": summary["nodes"], "nodes_shown": summary["nodes_shown"]}
+
+        self.run("report", {}, inputs, ["report"], action)
 
     def ground_on(self, settings: TreeStepSettings, tree_folder: Path) -> None:
         """Duplicates, then the folder's instances on a tree that was built before."""

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from scipy.sparse import csr_array, diags_array
 
+from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags import baselines
 from megatron_ksa.data_tools.tags.alignment import ALIGN_WEIGHT, align, divergence, leaf_distribution
 from megatron_ksa.data_tools.tags.budget import Budget, parse_budget
@@ -33,16 +34,23 @@ class SampleSettings:
         seed: decides random choices; the same seed chooses the same.
     """
 
-    budget: str
-    method: str = "tags"
-    align_weight: float = ALIGN_WEIGHT
-    phi: str = "power"
-    depth_weight: float = 1.0
-    quality_weight: float = 1.0
-    difficulty_weight: float = 1.0
-    parts: int = 1
-    label_similarity: float = baselines.LABEL_SIMILARITY
-    seed: int = 0
+    budget: str = option("5%", "How much to choose: instances (5000), a share of them (5%), or tokens (20Mt).", flag="--budget")
+    method: str = option(
+        "tags", "tags: tree information, aligned to the target if there is one. The others are to compare with.",
+        choices=METHODS, flag="--method",
+    )  # fmt: skip
+    align_weight: float = option(
+        ALIGN_WEIGHT, "Weight of the divergence from the target, nats against the whole information.", flag="--align-weight"
+    )
+    phi: str = option("power", "How mass on a node counts: x^0.8 or log(1 + x).", choices=PHI, flag="--phi")
+    depth_weight: float = option(1.0, "A level counts this many times the one above it.", flag="--depth-weight")
+    quality_weight: float = option(1.0, "Exponent of the quality score.", flag="--quality-weight")
+    difficulty_weight: float = option(1.0, "Exponent of the difficulty score.", flag="--difficulty-weight")
+    parts: int = option(1, "Choose in this many random parts, then from their choices: less memory.", flag="--parts")
+    label_similarity: float = option(
+        baselines.LABEL_SIMILARITY, "Cosine from which labels are joined (label-graph).", flag="--label-similarity"
+    )
+    seed: int = option(0, "Decides random choices.", flag="--seed")
 
     def __post_init__(self) -> None:
         for flag, value, choices in (("--method", self.method, METHODS), ("--phi", self.phi, PHI)):

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megatron_ksa.data_tools.tags.chat_template import encode_records
+from megatron_ksa.config.options import option
+from megatron_ksa.data_tools.tags.chat_template import TEMPLATES, encode_records
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jsonl
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.sample import Sample, SampleSettings, sample
@@ -17,10 +18,10 @@ from megatron_ksa.errors import UsageError
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """How tokens are counted, for a budget in tokens: a tokenizer as `load_tokenizer` takes it, and a template."""
+    """How tokens are counted, for a budget in tokens; as the write step will write them."""
 
-    tokenizer_model: str
-    template: str = "plain"
+    tokenizer_model: str = option(None, "SentencePiece .model, or a folder with tokenizer.json.", flag="--tokenizer-model")
+    template: str = option("plain", "As the write step's.", choices=TEMPLATES, flag="--template")
 
 
 def count_tokens(work: Path, pool: Pool, settings: TokenSettings, run: Callable = map) -> np.ndarray:

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
 from megatron_ksa.data_tools.tags.baselines import main_branch
 from megatron_ksa.data_tools.tags.blend_check import check_blend
-from megatron_ksa.data_tools.tags.chat_template import encode_records
+from megatron_ksa.data_tools.tags.chat_template import TEMPLATES, encode_records
 from megatron_ksa.data_tools.tags.files import json_line, whole_file, write_json
 from megatron_ksa.data_tools.tags.objective import ancestors
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
@@ -50,14 +51,24 @@ class WriteSettings:
         min_instances: smaller groups are joined into one named `rest`, as are those beyond the largest hundred.
     """
 
-    tokenizer_model: str
-    template: str = "plain"
-    loss_on: str = "all"
-    group_by: str = "branch"
-    weights: str = "tokens"
-    min_instances: int = 1
+    tokenizer_model: str | None = option(
+        None, "SentencePiece .model, or a folder with tokenizer.json.", flag="--tokenizer-model"
+    )
+    template: str = option(
+        "plain", "How messages are joined: by empty lines, as ChatML, or by the tokenizer's own chat template.",
+        choices=TEMPLATES, flag="--template",
+    )  # fmt: skip
+    loss_on: str = option("all", "Tokens that the loss counts; responses writes masks.", choices=LOSSES, flag="--loss-on")
+    group_by: str = option("branch", "What makes a dataset: a top branch or a source.", choices=GROUPS, flag="--group-by")
+    weights: str = option(
+        "tokens", "Weight of a dataset in the blend: its tokens, the same for all, or the target's share of its branch.",
+        choices=WEIGHTS, flag="--weights",
+    )  # fmt: skip
+    min_instances: int = option(1, "Smaller datasets are joined into one named rest.", flag="--min-instances")
 
     def __post_init__(self) -> None:
+        if self.tokenizer_model is None:
+            raise UsageError("--tokenizer-model is needed: tools/train_tokenizer.py makes one")
         for name, choices in (("loss_on", LOSSES), ("group_by", GROUPS), ("weights", WEIGHTS)):
             if getattr(self, name) not in choices:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: not one of {', '.join(choices)}")
