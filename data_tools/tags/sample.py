@@ -34,13 +34,17 @@ class SampleSettings:
         seed: decides random choices; the same seed chooses the same.
     """
 
-    budget: str = option("5%", "How much to choose: instances (5000), a share of them (5%), or tokens (20Mt).", flag="--budget")
+    budget: str = option(
+        "5%", "How much to choose: instances (5000), a share of them (5%), or tokens (20Mt).", flag="--budget"
+    )
     method: str = option(
         "tags", "tags: tree information, aligned to the target if there is one. The others are to compare with.",
         choices=METHODS, flag="--method",
     )  # fmt: skip
     align_weight: float = option(
-        ALIGN_WEIGHT, "Weight of the divergence from the target, nats against the whole information.", flag="--align-weight"
+        ALIGN_WEIGHT,
+        "Weight of the divergence from the target, nats against the whole information.",
+        flag="--align-weight",
     )
     phi: str = option("power", "How mass on a node counts: x^0.8 or log(1 + x).", choices=PHI, flag="--phi")
     depth_weight: float = option(1.0, "A level counts this many times the one above it.", flag="--depth-weight")

@@ -20,7 +20,9 @@ from megatron_ksa.errors import UsageError
 class TokenSettings:
     """How tokens are counted, for a budget in tokens; as the write step will write them."""
 
-    tokenizer_model: str = option(None, "SentencePiece .model, or a folder with tokenizer.json.", flag="--tokenizer-model")
+    tokenizer_model: str = option(
+        None, "SentencePiece .model, or a folder with tokenizer.json.", flag="--tokenizer-model"
+    )
     template: str = option("plain", "As the write step's.", choices=TEMPLATES, flag="--template")
 
 

@@ -22,11 +22,11 @@ from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_pref
 from megatron_ksa.data_tools.tags.baselines import main_branch
 from megatron_ksa.data_tools.tags.blend_check import check_blend
 from megatron_ksa.data_tools.tags.chat_template import TEMPLATES, encode_records
-from megatron_ksa.data_tools.tags.files import json_line, whole_file, write_json
+from megatron_ksa.data_tools.tags.files import json_line, read_jsonl, whole_file, write_json
 from megatron_ksa.data_tools.tags.objective import ancestors
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.selection import read_selection
-from megatron_ksa.data_tools.tokenizers import load_tokenizer
+from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
 
 GROUPS = ("branch", "source")
@@ -58,8 +58,12 @@ class WriteSettings:
         "plain", "How messages are joined: by empty lines, as ChatML, or by the tokenizer's own chat template.",
         choices=TEMPLATES, flag="--template",
     )  # fmt: skip
-    loss_on: str = option("all", "Tokens that the loss counts; responses writes masks.", choices=LOSSES, flag="--loss-on")
-    group_by: str = option("branch", "What makes a dataset: a top branch or a source.", choices=GROUPS, flag="--group-by")
+    loss_on: str = option(
+        "all", "Tokens that the loss counts; responses writes masks.", choices=LOSSES, flag="--loss-on"
+    )
+    group_by: str = option(
+        "branch", "What makes a dataset: a top branch or a source.", choices=GROUPS, flag="--group-by"
+    )
     weights: str = option(
         "tokens", "Weight of a dataset in the blend: its tokens, the same for all, or the target's share of its branch.",
         choices=WEIGHTS, flag="--weights",
@@ -73,7 +77,7 @@ class WriteSettings:
             if getattr(self, name) not in choices:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: not one of {', '.join(choices)}")
         if self.weights == "target" and self.group_by != "branch":
-            raise UsageError(f"--weights target goes with --group-by branch, not with {self.group_by}")
+            raise UsageError(f"--weights target goes with --group-by branch")
         if self.min_instances < 1:
             raise UsageError(f"--min-instances {self.min_instances}: at least 1")
 
@@ -192,6 +196,53 @@ def _weights(groups: list[Group], kind: str, target: np.ndarray | None) -> list[
     return weights
 
 
+def _write_blend(
+    work: Path,
+    folder: Path,
+    final: Path,
+    pool: Pool,
+    settings: WriteSettings,
+    groups: list[Group],
+    branch: np.ndarray,
+    tokenizer: Tokenizer,
+    mass: np.ndarray | None,
+    run: Callable,
+    show_progress: bool,
+) -> dict:
+    """Fill `folder`, which will be called `final`, and return the summary."""
+    refused = _write_datasets(work, folder, pool, settings, groups, branch, tokenizer.vocab_size, run, show_progress)
+    written = sorted(
+        {group.prefix: group for group in groups if group.instances}.values(), key=lambda group: group.prefix
+    )
+    if not written:
+        reason = next(read_jsonl(folder / "unwritten.jsonl"))["reason"]
+        raise UsageError(f"--template {settings.template} refuses every instance, the first because {reason}")
+    weights = _weights(written, settings.weights, mass)
+    flags = [tokenizer.training_flags] + ["--response-loss-only"] * (settings.loss_on == "responses")
+    summary = {
+        "settings": asdict(settings),
+        "instances": sum(group.instances for group in written),
+        "tokens": sum(group.tokens for group in written),
+        "tokens_in_loss": sum(group.tokens_in_loss for group in written),
+        "refused_by_template": refused,
+        "training_flags": " ".join(flags),
+        "datasets": [
+            {
+                "name": group.name, "prefix": group.prefix, "weight": weight, "instances": group.instances,
+                "tokens": group.tokens, "tokens_in_loss": group.tokens_in_loss,
+            }
+            for group, weight in zip(written, weights, strict=True)
+        ],
+    }  # fmt: skip
+    check_blend(folder, summary["datasets"], tokenizer.end_of_document, tokenizer.vocab_size)
+    write_json(folder / "blend.json", summary)
+    with whole_file(folder / "blend.txt") as stream:
+        stream.writelines(
+            f"{weight:.8g} {final / group.prefix}\n" for group, weight in zip(written, weights, strict=True)
+        )
+    return summary
+
+
 def write_step(
     work: Path, settings: WriteSettings, *, target: Path | None = None, run: Callable = map, show_progress: bool = True
 ) -> dict:
@@ -224,35 +275,13 @@ def write_step(
     groups, branch = _groups_of(work, pool, settings)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    refused = _write_datasets(work, partial, pool, settings, groups, branch, tokenizer.vocab_size, run, show_progress)
-    written = sorted(
-        {group.prefix: group for group in groups if group.instances}.values(), key=lambda group: group.prefix
-    )
-    if not written:
-        raise UsageError(f"--template {settings.template} refuses every instance: see {partial / 'unwritten.jsonl'}")
-    weights = _weights(written, settings.weights, mass)
-    flags = [tokenizer.training_flags] + ["--response-loss-only"] * (settings.loss_on == "responses")
-    summary = {
-        "settings": asdict(settings),
-        "instances": sum(group.instances for group in written),
-        "tokens": sum(group.tokens for group in written),
-        "tokens_in_loss": sum(group.tokens_in_loss for group in written),
-        "refused_by_template": refused,
-        "training_flags": " ".join(flags),
-        "datasets": [
-            {
-                "name": group.name, "prefix": group.prefix, "weight": weight, "instances": group.instances,
-                "tokens": group.tokens, "tokens_in_loss": group.tokens_in_loss,
-            }
-            for group, weight in zip(written, weights, strict=True)
-        ],
-    }  # fmt: skip
-    check_blend(partial, summary["datasets"], tokenizer.end_of_document, tokenizer.vocab_size)
-    write_json(partial / "blend.json", summary)
-    with whole_file(partial / "blend.txt") as stream:
-        stream.writelines(
-            f"{weight:.8g} {final / group.prefix}\n" for group, weight in zip(written, weights, strict=True)
+    try:
+        summary = _write_blend(
+            work, partial, final, pool, settings, groups, branch, tokenizer, mass, run, show_progress
         )
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return summary

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,6 +151,21 @@ def test_instances_that_a_template_refuses_are_listed(work):
         assert all(refused in row["reason"] for row in unwritten)
 
 
+def test_template_that_refuses_every_instance_says_why(work, tmp_path):
+    for path in (work / "tokenizer").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('no') }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    rows = [row for row in read_selection(work).tolist() if row % 5]
+    chosen = [json.loads(line) for line in (work / "selection.jsonl").read_text(encoding="utf-8").splitlines()]
+    write_jsonl(work / "selection.jsonl", (row for row in chosen if row["row"] in rows))
+    with pytest.raises(UsageError, match="refuses every instance, the first because no"):
+        write(work, tokenizer_model=str(tmp_path), template="tokenizer")
+    write_jsonl(work / "selection.jsonl", chosen)
+    assert not (work / "blend.partial").exists()
+
+
 def write_module_encoder_reset() -> None:
     """The tokenizer of a path is loaded once in a process; these tests change what lies there."""
     from megatron_ksa.data_tools.tags import chat_template
@@ -154,13 +173,38 @@ def write_module_encoder_reset() -> None:
     chat_template._encoder.cache_clear()
 
 
-def test_kill_before_the_rename_leaves_the_old_blend(work, monkeypatch):
+def test_killed_run_leaves_the_old_blend_and_a_rerun_gives_the_same_bytes(work):
+    write(work)
+    old = digests(work / "blend")
+    settings = WriteSettings(str(work / "tokenizer"), "plain", "responses")
+
+    def killed(function, tasks):
+        yield function(next(iter(tasks)))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=write_step, args=(work, settings), kwargs={"run": killed, "show_progress": False}
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert (work / "blend.partial").exists() and digests(work / "blend") == old
+    write_step(work, settings, show_progress=False)
+    after_kill = digests(work / "blend")
+    shutil.rmtree(work / "blend")
+    write_step(work, settings, show_progress=False)
+    assert digests(work / "blend") == after_kill != old
+    assert not (work / "blend.partial").exists()
+
+
+def test_interrupt_before_the_rename_leaves_the_old_blend(work, monkeypatch):
     write(work)
     before = digests(work / "blend")
     monkeypatch.setattr(write_module, "check_blend", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write(work, template="plain")
     assert digests(work / "blend") == before
+    assert not (work / "blend.partial").exists()
 
 
 def test_megatrons_reading_is_checked(work):
@@ -180,6 +224,7 @@ def test_megatrons_reading_is_checked(work):
         ({"weights": "x"}, "--weights x"),
         ({"weights": "target", "group_by": "source"}, "--group-by branch"), ({"weights": "target"}, "needs --target"),
         ({"min_instances": 0}, "--min-instances 0"), ({"template": "best"}, "--template best"),
+        ({"tokenizer_model": None}, "--tokenizer-model is needed"),
         ({"tokenizer_model": "nowhere"}, "no such file"), ({"template": "tokenizer"}, "no chat template"),
     ],
 )  # fmt: skip
