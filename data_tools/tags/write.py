@@ -65,7 +65,7 @@ class WriteSettings:
         "branch", "What makes a dataset: a top branch or a source.", choices=GROUPS, flag="--group-by"
     )
     weights: str = option(
-        "tokens", "Weight of a dataset in the blend: its tokens, the same for all, or the target's share of its branch.",
+        "tokens", "Weight of a dataset: its tokens, the same for all, or the target's share of its branch.",
         choices=WEIGHTS, flag="--weights",
     )  # fmt: skip
     min_instances: int = option(1, "Smaller datasets are joined into one named rest.", flag="--min-instances")
@@ -77,7 +77,7 @@ class WriteSettings:
             if getattr(self, name) not in choices:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: not one of {', '.join(choices)}")
         if self.weights == "target" and self.group_by != "branch":
-            raise UsageError(f"--weights target goes with --group-by branch")
+            raise UsageError("--weights target goes with --group-by branch")
         if self.min_instances < 1:
             raise UsageError(f"--min-instances {self.min_instances}: at least 1")
 
