@@ -56,6 +56,18 @@ def check_indexed_dataset(prefix: str) -> None:
         )
 
 
+def loss_mask_prefix(prefix: str) -> str:
+    """Name of the dataset that tells which tokens of `prefix` count in the loss."""
+    return f"{prefix}_loss_mask"
+
+
+def sequence_lengths(prefix: str) -> np.ndarray:
+    """int32 [sequences], tokens of each sequence of a dataset that `check_indexed_dataset` passed."""
+    with open(f"{prefix}.idx", "rb") as stream:
+        sequences = _HEADER.unpack(stream.read(_HEADER.size))[3]
+        return np.fromfile(stream, np.dtype("<i4"), sequences)
+
+
 class IndexedDatasetWriter:
     """Context manager that writes a dataset under temporary names and gives it its own only when it is whole.
 
@@ -63,12 +75,15 @@ class IndexedDatasetWriter:
         prefix: the dataset's path without `.bin` and `.idx`.
         vocab_size: decides the token type, as Megatron does: uint16 where ids fit, int32 otherwise.
         overwrite: replace a dataset of this name.
+        dtype: the token type, where it shall be another one.
 
     Raises:
         UsageError: the dataset exists and `overwrite` is not given.
     """
 
-    def __init__(self, prefix: str, vocab_size: int, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, prefix: str, vocab_size: int, *, overwrite: bool = False, dtype: type[np.integer] | None = None
+    ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron's word on every optional package that is absent
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -77,7 +92,7 @@ class IndexedDatasetWriter:
             raise UsageError(f"{self.index} exists: pass --overwrite to replace it or choose another --output-prefix")
         self.index.parent.mkdir(parents=True, exist_ok=True)
         self.partial_index, self.partial_data = Path(f"{prefix}.idx.partial"), Path(f"{prefix}.bin.partial")
-        self.dtype = DType.optimal_dtype(vocab_size)
+        self.dtype = dtype or DType.optimal_dtype(vocab_size)
         self._builder = IndexedDatasetBuilder(str(self.partial_data), dtype=self.dtype)
 
     def __enter__(self) -> "IndexedDatasetWriter":

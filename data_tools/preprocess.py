@@ -1,6 +1,5 @@
 """Documents to an indexed dataset: worker processes tokenise, one process writes, in the order of the input."""
 
-import json
 import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
-from megatron_ksa.data_tools.readers import RawDocument, read_documents
+from megatron_ksa.data_tools.readers import BadDocument, RawDocument, decoded, json_object, read_documents
 from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
 
@@ -56,26 +55,15 @@ class PreprocessCounts:
     bad: int = 0
 
 
-class BadDocument(Exception):
-    """A document that cannot be read; the message tells why."""
-
-
 def document_text(document: RawDocument, json_key: str) -> str:
     """The text of a raw document.
 
     Raises:
         BadDocument: invalid UTF-8 or JSON, not an object, or no text under the key.
     """
-    try:
-        if not document.is_json:
-            return document.payload.decode("utf-8")
-        record = json.loads(document.payload)
-    except UnicodeDecodeError as error:
-        raise BadDocument(f"invalid UTF-8 ({error.reason} at byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BadDocument(f"invalid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise BadDocument(f"a JSON {type(record).__name__} where an object is needed")
+    if not document.is_json:
+        return decoded(document.payload)
+    record = json_object(document.payload)
     if not isinstance(record.get(json_key), str):
         raise BadDocument(f"no text under {json_key!r} (--json-key); its fields: {', '.join(map(repr, record)) or 'none'}")
     return record[json_key]

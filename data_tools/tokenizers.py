@@ -22,6 +22,21 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, without special tokens."""
 
+    def encode_content(self, text: str) -> list[int]:
+        """Token ids of what a person wrote: names of special tokens in it are text."""
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """The tokenizer's own chat template applied to messages {"role", "content"}.
+
+        Raises:
+            UsageError: the tokenizer has no template.
+            ChatTemplateError: the template refuses these messages.
+        """
+
+
+class ChatTemplateError(Exception):
+    """A chat template refuses some messages; the message tells why."""
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model file; documents end with its `</s>`."""
@@ -36,7 +51,12 @@ class SentencePieceTokenizer:
         self.vocab_size = self._model.get_piece_size()
         self.end_of_document = self._model.eos_id()
         self.training_flags = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {path}"
-        self.encode = self._model.encode
+        self.encode = self.encode_content = self._model.encode
+        self._path = path
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """A SentencePiece model has no chat template."""
+        raise UsageError(f"--template: {self._path}, a SentencePiece model, has no chat template; choose another")
 
 
 class HuggingFaceTokenizer:
@@ -54,10 +74,26 @@ class HuggingFaceTokenizer:
         self.vocab_size = len(self._tokenizer)
         self.end_of_document = self._tokenizer.eos_token_id
         self.training_flags = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
+        self._folder = folder
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def encode_content(self, text: str) -> list[int]:
+        """Token ids of what a person wrote: names of special tokens in it are text."""
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False, split_special_tokens=True)
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """The tokenizer's own chat template applied to the messages."""
+        from jinja2 import TemplateError
+
+        if self._tokenizer.chat_template is None:
+            raise UsageError(f"--template: the tokenizer {self._folder} has no chat template; choose another")
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ChatTemplateError(str(error)) from None
 
 
 def load_tokenizer(model: str) -> Tokenizer:

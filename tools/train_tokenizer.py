@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 try:
-    from megatron_ksa.data_tools.preprocess import BadDocument, document_text
+    from megatron_ksa.data_tools.preprocess import document_text
 except ModuleNotFoundError as error:
     print(f"error: {error.name} is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
     sys.exit(2)
-from megatron_ksa.data_tools.readers import input_files, read_documents
+from megatron_ksa.data_tools.readers import BadDocument, input_files, read_documents
 from megatron_ksa.data_tools.tokenizers import load_tokenizer, train_sentencepiece, write_byte_level
 from megatron_ksa.errors import UsageError, usage_errors_exit
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron.training import arguments as megatron_arguments
 
+from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.harpe import HarpeConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
@@ -51,6 +52,7 @@ def install_arguments(defaults: dict[str, object]) -> None:
         parser = add_megatron_arguments(parser)
         add_config_arguments(parser, KSAConfig, "ksa", "KSA")
         add_config_arguments(parser, HarpeConfig, "harpe", "HARPE")
+        add_config_arguments(parser, DataConfig, "data", "training data")
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]

@@ -10,6 +10,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.training.loss_mask import ResponseLossDataset
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -55,6 +56,13 @@ def dataset_prefixes(args: argparse.Namespace) -> list[str]:
     return [prefix for named in blends if named is not None for prefix in named[0]]
 
 
+def dataset_class(args: argparse.Namespace) -> type[GPTDataset]:
+    """The kind of dataset that the data flags ask for."""
+    if args.mock_data:
+        return MockGPTDataset
+    return ResponseLossDataset if args.response_loss_only else GPTDataset
+
+
 class DatasetProvider:
     """Builds the train, validation and test datasets on the ranks that read them; called by `pretrain`."""
 
@@ -69,8 +77,7 @@ class DatasetProvider:
 
     def __call__(self, num_samples: list[int | None], vp_stage: int | None = None) -> tuple:
         """Datasets with the given numbers of train, validation and test samples."""
-        dataset = MockGPTDataset if self.args.mock_data else GPTDataset
         builder = BlendedMegatronDatasetBuilder(
-            dataset, num_samples, lambda: self._reads_data(vp_stage), dataset_config(self.args)
+            dataset_class(self.args), num_samples, lambda: self._reads_data(vp_stage), dataset_config(self.args)
         )
         return builder.build()

@@ -17,6 +17,7 @@ from megatron_ksa.model.builder import dense_config_from_args, model_config_from
 from megatron_ksa.training.arguments import ModelSettings, adapt_trainer, settings_from_args
 from megatron_ksa.training.datasets import dataset_prefixes
 from megatron_ksa.training.flops import install_flops
+from megatron_ksa.training.loss_mask import masked_prefixes
 
 
 def read_command_line() -> tuple[argparse.Namespace, ModelSettings]:
@@ -32,8 +33,11 @@ def read_command_line() -> tuple[argparse.Namespace, ModelSettings]:
             checkpointing.load_args_from_checkpoint(parsed)
     settings = settings_from_args(parsed)
     check_finetune(parsed, settings)
-    for prefix in dataset_prefixes(parsed):
+    prefixes = dataset_prefixes(parsed)
+    for prefix in prefixes:
         check_indexed_dataset(prefix)
+    if parsed.response_loss_only:
+        masked_prefixes(prefixes)
     args = parse_and_validate_args()
     adapt_trainer(args, settings)
     return args, settings

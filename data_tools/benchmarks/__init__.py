@@ -1,0 +1,1 @@
+"""Benchmarks of the data tools, each a module with a command line."""

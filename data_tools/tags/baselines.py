@@ -1,0 +1,112 @@
+"""Methods to compare with: random, top quality, cluster-balanced, and MIG's label graph (arXiv 2504.13835)."""
+
+import numpy as np
+from scipy.sparse import csr_array, diags_array
+
+from megatron_ksa.data_tools.tags.objective import Coverage, ancestors
+
+LABEL_SIMILARITY = 0.9
+LABELS_AT_ONCE = 1024
+
+
+def spend(order: np.ndarray, budget: float, cost: np.ndarray | None) -> np.ndarray:
+    """Walk an order and take every instance that still fits the budget: int64 [chosen].
+
+    Args:
+        order: int64 [instances].
+        budget: instances, or tokens where `cost` (int [instances]) is given.
+    """
+    if cost is None:
+        return order[: int(budget)]
+    spent, taken = np.cumsum(cost[order]), []
+    first = int(np.searchsorted(spent, budget, side="right"))
+    left = budget - (spent[first - 1] if first else 0)
+    for row in order[first:]:
+        if cost[row] <= left:
+            taken.append(row)
+            left -= cost[row]
+    return np.concatenate([order[:first], np.array(taken, np.int64)])
+
+
+def random_order(instances: int, seed: int) -> np.ndarray:
+    """int64 [instances], any order with the same chance."""
+    return np.random.default_rng(seed).permutation(instances)
+
+
+def top_quality(quality: np.ndarray) -> np.ndarray:
+    """int64 [instances], the best first; ties go to the lower index, instances without a score (NaN) come last."""
+    return np.argsort(-np.where(np.isnan(quality), -np.inf, quality), kind="stable")
+
+
+def main_branch(shares: csr_array, parent: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """The node among `nodes` that holds most of an instance's tags: int64 [instances], -1 without tags there.
+
+    Args:
+        shares: float64 [instances, all nodes], as `objective.tag_shares` gives them.
+        nodes: int64 [nodes], none above another; ties go to the first.
+    """
+    held = csr_array(shares @ ancestors(parent)[:, nodes])
+    # Sums of thirds must tie as the fractions do.
+    held.data = held.data.round(9)
+    held.eliminate_zeros()
+    return np.where(np.diff(held.indptr) > 0, nodes[held.argmax(axis=1)], -1)
+
+
+def cluster_balanced(cluster: np.ndarray, seed: int) -> np.ndarray:
+    """int64 [instances]: one random instance of each cluster, then a second one of each, and so on."""
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(cluster))
+    by_cluster = shuffled[np.argsort(cluster[shuffled], kind="stable")]
+    sizes = np.unique(cluster, return_counts=True)[1]
+    place = np.empty(len(cluster), np.int64)
+    place[by_cluster] = np.arange(len(cluster)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.lexsort((generator.random(len(cluster)), place))
+
+
+def tree_clusters(shares: csr_array, parent: np.ndarray, depth: np.ndarray, budget: float) -> np.ndarray:
+    """Cluster of every instance: its main branch on the level with the number of nodes nearest to sqrt(budget)."""
+    levels = np.bincount(depth)
+    level = int(np.abs(levels[1:] - np.sqrt(budget)).argmin()) + 1 if len(levels) > 1 else 0
+    return main_branch(shares, parent, np.flatnonzero(depth == level))
+
+
+def label_graph(vectors: np.ndarray, similarity: float = LABEL_SIMILARITY) -> csr_array:
+    """Share of a label's information that reaches each label: float64 [labels, labels], rows sum to 1.
+
+    Labels are joined where their cosine is at least `similarity`, with the cosine as the edge's weight and 1 for a
+    label itself.
+
+    Args:
+        vectors: float [labels, dimensions].
+    """
+    unit = vectors.astype(np.float32)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    rows, columns, cosines = [], [], []
+    for first in range(0, len(unit), LABELS_AT_ONCE):
+        near = unit[first : first + LABELS_AT_ONCE] @ unit.T
+        near[np.arange(len(near)), first + np.arange(len(near))] = 1.0
+        row, column = np.nonzero(near >= similarity)
+        rows.append(row + first)
+        columns.append(column)
+        cosines.append(near[row, column].astype(np.float64))
+    graph = csr_array(
+        (np.concatenate(cosines), (np.concatenate(rows), np.concatenate(columns))), shape=(len(unit),) * 2
+    )
+    return csr_array(diags_array(1 / graph.sum(axis=1)) @ graph)
+
+
+def label_information(shares: csr_array, strength: np.ndarray, leaves: np.ndarray, graph: csr_array) -> Coverage:
+    """MIG's information as a `Coverage` over labels: sum_k phi((A^T sum_{i in S} s_i t_i)_k), with t_i the labels of i
+    as 0 or 1.
+
+    Args:
+        shares: float64 [instances, nodes].
+        strength: float64 [instances], s_i.
+        leaves: int64 [labels], the leaf node of each label.
+        graph: float64 [labels, labels], A, as `label_graph` gives it.
+    """
+    labels = csr_array(shares[:, leaves])
+    labels.data = np.repeat(strength, np.diff(labels.indptr))
+    mass = csr_array(labels @ graph)
+    mass.sort_indices()
+    return Coverage(mass, np.ones(len(leaves)), np.zeros(len(leaves)))

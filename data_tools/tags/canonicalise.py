@@ -1,0 +1,266 @@
+"""The canonicalising step: spellings of a concept become one tag, and every merge is listed.
+
+Tags are folded (Unicode NFKC, case, white space, hyphens), then merged into a more frequent one by spelling (shared letter triples), by
+meaning (cosine) and, where rare, into the nearest that is not. A tag merges into one that stays: no chains.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import batched
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import csr_array
+from tqdm import tqdm
+
+from megatron_ksa.config.options import option
+from megatron_ksa.data_tools.tags.duplicates import DUPLICATES, Index, letter_shingles, signatures, tagged_records
+from megatron_ksa.data_tools.tags.embed import LatentEmbedder, SentenceEmbedder
+from megatron_ksa.data_tools.tags.engine import Engine
+from megatron_ksa.data_tools.tags.files import read_jsonl, whole_file, write_jsonl
+from megatron_ksa.data_tools.tags.records import record_text
+from megatron_ksa.errors import UsageError
+
+VOCABULARY, MERGES, EMBEDDINGS, EMBEDDER = "vocabulary.jsonl", "tag_merges.jsonl", "embeddings.npy", "embedder"
+MODEL_MERGE_COSINE = 0.92
+TAGS_PER_TASK = 4096
+ROWS_AT_ONCE = 512
+_DIGITS = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class CanonicalSettings:
+    """Which tags become one.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    embedding_model: str | None = option(
+        None, "sentence-transformers model, name or path; TF-IDF and SVD over the pool without one.", flag="--embedding-model"
+    )
+    merge_spelling: float = option(
+        0.8, "Jaccard similarity of letter triples from which spellings are one tag; 0 merges none.", flag="--merge-spelling"
+    )
+    merge_cosine: float | None = option(
+        None, f"Cosine from which tags mean the same; {MODEL_MERGE_COSINE} with --embedding-model. Off by default without one: "
+        "tags used in the same instances look alike to TF-IDF.", flag="--merge-cosine",
+    )  # fmt: skip
+    rare: int = option(2, "Tags of fewer instances fold into the nearest kept tag.", flag="--rare-tags")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.merge_spelling <= 1:
+            raise UsageError(f"--merge-spelling {self.merge_spelling}: from 0 to 1")
+        if self.merge_cosine is not None and not 0 < self.merge_cosine <= 1:
+            raise UsageError(f"--merge-cosine {self.merge_cosine}: above 0, at most 1")
+        if self.rare < 1:
+            raise UsageError(f"--rare-tags {self.rare}: at least 1")
+
+
+def fold(tag: str) -> str:
+    """A tag without differences of case, Unicode form, white space, hyphens and underscores."""
+    text = unicodedata.normalize("NFKC", tag).casefold()
+    text = re.sub(r"[\s_\-‐-―]+", " ", text).strip(" .,;:!?\"'()[]")
+    return unicodedata.normalize("NFKC", text) or tag
+
+
+class TagTable:
+    """Folded tags of instances as a sparse matrix, with the spellings of each.
+
+    Args:
+        rows: tags of each instance, in order.
+    """
+
+    def __init__(self, rows: Iterable[list[str]]) -> None:
+        self.names: list[str] = []
+        self.spellings: dict[str, int] = {}
+        known: dict[str, int] = {}
+        indptr, columns = [0], []
+        for tags in rows:
+            held = set()
+            for tag in tags:
+                if tag not in self.spellings:
+                    self.spellings[tag] = known.setdefault(fold(tag), len(known))
+                    if len(known) > len(self.names):
+                        self.names.append(fold(tag))
+                held.add(self.spellings[tag])
+            columns.extend(sorted(held))
+            indptr.append(len(columns))
+        entries = (np.ones(len(columns), np.int32), np.array(columns, np.int64), np.array(indptr, np.int64))
+        # int32 [instances, tags], 1 where an instance carries a tag.
+        self.carried = csr_array(entries, shape=(len(indptr) - 1, len(self.names)))
+        self.counts = self.carried.sum(axis=0)
+
+
+def kept_instances(folder: Path) -> Iterator[tuple[int, dict, dict]]:
+    """`tagged_records` without the duplicates."""
+    left_out = {row["id"] for row in read_jsonl(folder / DUPLICATES)}
+    return (item for item in tagged_records(folder) if item[1]["id"] not in left_out)
+
+
+def by_frequency(names: list[str], counts: np.ndarray) -> np.ndarray:
+    """int64 [tags], the most frequent first; ties in the order of the alphabet."""
+    return np.array(sorted(range(len(names)), key=lambda tag: (-counts[tag], names[tag])), np.int64)
+
+
+def _letter_signatures(names: tuple[str, ...]) -> np.ndarray:
+    return signatures([[shingle.encode("utf-8") for shingle in letter_shingles(name)] for name in names])
+
+
+def merge_spellings(names: list[str], order: np.ndarray, similarity: float, engine: Engine) -> dict[int, tuple[int, float]]:
+    """Tags that are a spelling of a more frequent one, with it and their similarity; other numbers are other tags.
+
+    Args:
+        order: int64 [tags], as `by_frequency` gives it.
+    """
+    merged: dict[int, tuple[int, float]] = {}
+    if similarity == 0:
+        return merged
+    index, place = Index(similarity), 0
+    ordered = [names[tag] for tag in order]
+    with tqdm(total=len(names), desc="merge spellings", unit=" tags") as progress:
+        for batch in engine.map(_letter_signatures, batched(ordered, TAGS_PER_TASK)):
+            for signature in batch:
+                name = ordered[place]
+                mine, best = letter_shingles(name), (0.0, 0)
+                for other, _ in index.candidates(signature):
+                    theirs = letter_shingles(ordered[other])
+                    jaccard = len(mine & theirs) / len(mine | theirs)
+                    if jaccard > best[0] and _DIGITS.findall(name) == _DIGITS.findall(ordered[other]):
+                        best = (jaccard, other)
+                if best[0] >= similarity:
+                    merged[int(order[place])] = (int(order[best[1]]), best[0])
+                else:
+                    index.insert(place, signature)
+                place += 1
+            progress.update(len(batch))
+    return merged
+
+
+def merge_meanings(vectors: np.ndarray, order: np.ndarray, cosine: float) -> dict[int, tuple[int, float]]:
+    """Tags that mean what a more frequent one does: its index and the cosine. Every pair is compared.
+
+    Args:
+        vectors: unit, float32 [tags, dimensions].
+        order: int64 [tags], the most frequent first.
+    """
+    merged: dict[int, tuple[int, float]] = {}
+    ordered = vectors[order]
+    stays = np.ones(len(order), bool)
+    for first in tqdm(range(0, len(order), ROWS_AT_ONCE), desc="merge meanings", unit=" blocks"):
+        rows = ordered[first : first + ROWS_AT_ONCE]
+        near = rows @ ordered[: first + len(rows)].T
+        row, column = np.nonzero(near >= cosine)
+        before = column < row + first
+        row, column = row[before], column[before]
+        bounds = np.searchsorted(row, np.arange(len(rows) + 1))
+        for tag in np.flatnonzero(np.diff(bounds)):
+            others = column[bounds[tag] : bounds[tag + 1]]
+            others = others[stays[others]]
+            if len(others):
+                best = int(others[near[tag, others].argmax()])
+                stays[first + tag] = False
+                merged[int(order[first + tag])] = (int(order[best]), float(near[tag, best]))
+    return merged
+
+
+def nearest(vectors: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row of `among` with the largest cosine for each vector: int64 [vectors], and the cosine, float32 [vectors].
+
+    Args:
+        vectors, among: unit, float32 [., dimensions]; `among` has a row or more.
+    """
+    found, cosine = np.empty(len(vectors), np.int64), np.empty(len(vectors), np.float32)
+    for first in tqdm(range(0, len(vectors), ROWS_AT_ONCE), desc="find nearest", unit=" blocks", disable=not len(vectors)):
+        near = vectors[first : first + ROWS_AT_ONCE] @ among.T
+        found[first : first + len(near)] = near.argmax(axis=1)
+        cosine[first : first + len(near)] = near.max(axis=1)
+    return found, cosine
+
+
+class _Merger:
+    """Where every tag went: `into` int64 [tags], itself for those that stay, and the audit rows."""
+
+    def __init__(self, names: list[str], counts: np.ndarray) -> None:
+        self.names, self.counts = names, counts.astype(np.int64)
+        self.into = np.arange(len(names))
+        self.rows: list[dict] = []
+
+    @property
+    def kept(self) -> np.ndarray:
+        return np.flatnonzero(self.into == np.arange(len(self.into)))
+
+    def merge(self, merged: dict[int, tuple[int, float]], reason: str) -> None:
+        for tag, (other, similarity) in sorted(merged.items()):
+            self.into[tag] = other
+            row = {"tag": self.names[tag], "into": self.names[other], "reason": reason, "similarity": round(similarity, 4)}
+            self.rows.append(row)
+        # What had merged into a tag that now goes moves with it.
+        self.into = self.into[self.into]
+
+    def carried(self, table: csr_array) -> csr_array:
+        """[instances, kept tags] with 1 where an instance carries a kept tag, itself or merged."""
+        column = np.searchsorted(self.kept, self.into)
+        entries = (np.ones(table.nnz, np.int32), column[table.indices], table.indptr)
+        result = csr_array(entries, shape=(table.shape[0], len(self.kept)), copy=True)  # what follows works in place
+        result.sum_duplicates()
+        result.data[:] = 1
+        return result
+
+
+def canonicalise(folder: Path, settings: CanonicalSettings, engine: Engine) -> dict:
+    """Write vocabulary, merges, embeddings and embedder; returns counts.
+
+    Raises:
+        UsageError: no tag in the pool, or an embedding model that cannot be had.
+    """
+    table = TagTable(row["tags"] for _, _, row in kept_instances(folder))
+    if not table.names:
+        raise UsageError(f"{folder}: no instance has a tag; run the tag step again with another --tagger")
+    merger = _Merger(table.names, table.counts)
+    for spelling, tag in table.spellings.items():
+        if spelling != table.names[tag]:
+            merger.rows.append({"tag": spelling, "into": table.names[tag], "reason": "folding", "similarity": 1.0})
+    order = by_frequency(table.names, table.counts)
+    merger.merge(merge_spellings(table.names, order, settings.merge_spelling, engine), "spelling")
+
+    def texts() -> Iterator[str]:
+        return (record_text(record) for _, record, _ in kept_instances(folder))
+
+    instances = table.carried.shape[0]
+    if settings.embedding_model is None:
+        embedder, cosine = LatentEmbedder.fit(texts, instances, engine), settings.merge_cosine
+    else:
+        embedder, cosine = SentenceEmbedder(settings.embedding_model), settings.merge_cosine or MODEL_MERGE_COSINE
+    kept, carried = merger.kept, merger.carried(table.carried)
+    vectors = embedder.embed([table.names[tag] for tag in kept], csr_array(carried.T), texts)
+    counts = carried.sum(axis=0)
+    stays = np.ones(len(kept), bool)
+    if cosine is not None:
+        found = merge_meanings(vectors, by_frequency([table.names[tag] for tag in kept], counts), cosine)
+        merger.merge({int(kept[tag]): (int(kept[other]), near) for tag, (other, near) in found.items()}, "meaning")
+        stays[list(found)] = False
+        counts = np.zeros(len(kept), np.int64)
+        counts[stays] = merger.carried(table.carried).sum(axis=0)
+    frequent, rare = np.flatnonzero(stays & (counts >= settings.rare)), np.flatnonzero(stays & (counts < settings.rare))
+    if len(frequent):
+        other, near = nearest(vectors[rare], vectors[frequent])
+        goes = zip(kept[rare], kept[frequent[other]], near, strict=True)
+        merger.merge({int(tag): (int(into), float(cosine)) for tag, into, cosine in goes}, "rare")
+        stays[rare] = False
+    return _write(folder, table, merger, vectors[stays], embedder)
+
+
+def _write(folder: Path, table: TagTable, merger: _Merger, vectors: np.ndarray, embedder) -> dict:
+    kept, counts = merger.kept, merger.carried(table.carried).sum(axis=0)
+    embedder.save(folder / EMBEDDER)
+    with whole_file(folder / EMBEDDINGS, "wb") as stream:
+        np.save(stream, vectors)
+    rows = ({"tag": table.names[tag], "count": int(count)} for tag, count in zip(kept, counts, strict=True))
+    write_jsonl(folder / VOCABULARY, rows)
+    write_jsonl(folder / MERGES, merger.rows)
+    reasons = [row["reason"] for row in merger.rows]
+    merges = {reason: reasons.count(reason) for reason in ("folding", "spelling", "meaning", "rare")}
+    return {"instances": table.carried.shape[0], "spellings": len(table.spellings), "tags": len(kept), "merges": merges}

@@ -1,0 +1,164 @@
+"""Vectors of tags: a sentence-transformers model where one is named, otherwise TF-IDF and SVD over the pool (scikit-learn).
+
+A sentence model sees the tag's words. Without one, a tag's words say too little, so a tag is where it is used: the mean of
+its instances' vectors, each the first 128 singular directions of TF-IDF, together with the vector of its own words.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import batched
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from scipy.sparse import csr_array
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from tqdm import tqdm
+
+from megatron_ksa.data_tools.tags.engine import Engine
+from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_json
+from megatron_ksa.errors import UsageError
+
+DIMENSIONS = 128
+WORDS = 30_000
+SAMPLE = 50_000
+CHARACTERS = 4_000
+TEXTS_PER_TASK = 512
+
+
+class Embedder(Protocol):
+    """What turns tags into vectors, of the pool and of new data alike."""
+
+    def embed(self, tags: list[str], carried: csr_array, texts: Callable[[], Iterable[str]]) -> np.ndarray:
+        """Unit vectors, float32 [tags, dimensions].
+
+        Args:
+            carried: [tags, instances], above 0 where an instance carries the tag.
+            texts: iterates over the instances' texts.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_embedder` needs."""
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1, float32; rows of zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+
+
+class SentenceEmbedder:
+    """Vectors of the tags' words from a sentence-transformers model.
+
+    Args:
+        model: name or path.
+
+    Raises:
+        UsageError: the package or the model is not there.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ModuleNotFoundError:
+            raise UsageError("--embedding-model needs a package: pip install sentence-transformers") from None
+        try:
+            self._model = SentenceTransformer(model)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--embedding-model {model}: {error}") from None
+        self.name = model
+
+    def embed(self, tags: list[str], carried: csr_array, texts: Callable[[], Iterable[str]]) -> np.ndarray:
+        """Unit vectors, float32 [tags, dimensions]; the words alone decide."""
+        return unit(np.asarray(self._model.encode(tags, batch_size=256, show_progress_bar=True), np.float32))
+
+    def save(self, folder: Path) -> None:
+        """Write the model's name."""
+        write_json(folder / "embedder.json", {"kind": "sentence", "model": self.name})
+
+
+class LatentEmbedder:
+    """TF-IDF and SVD, fitted on up to 50,000 of the pool's texts, spread evenly.
+
+    Args:
+        vectorizer: fitted.
+        components: float32 [dimensions, words].
+        engine: where texts are embedded.
+    """
+
+    def __init__(self, vectorizer: TfidfVectorizer, components: np.ndarray, engine: Engine) -> None:
+        self._vectorizer, self._components, self._engine = vectorizer, components, engine
+
+    @classmethod
+    def fit(cls, texts: Callable[[], Iterable[str]], total: int, engine: Engine) -> "LatentEmbedder":
+        """Learn from the texts, `total` of them.
+
+        Raises:
+            UsageError: texts without words.
+        """
+        step = -(-total // SAMPLE)
+        rows = tqdm(texts(), total=total, desc="learn words", unit=" records")
+        sample = (text[:CHARACTERS] for number, text in enumerate(rows) if number % step == 0)
+        vectorizer = _vectorizer(min_df=2 if total >= 50 else 1)
+        try:
+            matrix = vectorizer.fit_transform(sample)
+        except ValueError as error:
+            raise UsageError(f"the pool's texts cannot be embedded: {error}") from None
+        dimensions = max(1, min(DIMENSIONS, min(matrix.shape) - 1))
+        svd = TruncatedSVD(dimensions, algorithm="randomized", n_iter=4, random_state=0)
+        svd.fit(matrix)
+        return cls(vectorizer, svd.components_.astype(np.float32), engine)
+
+    def _vectors(self, texts: Iterable[str], total: int, what: str) -> Iterator[np.ndarray]:
+        """Unit vectors of batches of texts, float32 [batch, dimensions]."""
+        embed = partial(_embed_texts, vectorizer=self._vectorizer, components=self._components)
+        with tqdm(total=total, desc=what, unit=" texts") as progress:
+            for vectors in self._engine.map(embed, batched(texts, TEXTS_PER_TASK)):
+                progress.update(len(vectors))
+                yield vectors
+
+    def embed(self, tags: list[str], carried: csr_array, texts: Callable[[], Iterable[str]]) -> np.ndarray:
+        """Unit vectors, float32 [tags, dimensions]: mean of the instances', and the tag's own, in equal parts."""
+        total = np.zeros((len(tags), len(self._components)), np.float32)
+        by_instance, first = csr_array(carried.T), 0
+        for vectors in self._vectors(texts(), by_instance.shape[0], "embed instances"):
+            total += by_instance[first : first + len(vectors)].T.astype(np.float32) @ vectors
+            first += len(vectors)
+        own = np.concatenate(list(self._vectors(tags, len(tags), "embed tags")))
+        return unit(unit(total) + own)
+
+    def save(self, folder: Path) -> None:
+        """Write words, weights and directions."""
+        words = self._vectorizer.get_feature_names_out()
+        write_json(folder / "embedder.json", {"kind": "latent", "words": list(words)})
+        write_arrays(folder / "embedder.npz", idf=self._vectorizer.idf_, components=self._components)
+
+
+def _vectorizer(**settings) -> TfidfVectorizer:
+    return TfidfVectorizer(stop_words="english", sublinear_tf=True, max_features=WORDS, dtype=np.float32, **settings)
+
+
+def _embed_texts(texts: tuple[str, ...], vectorizer: TfidfVectorizer, components: np.ndarray) -> np.ndarray:
+    return unit(vectorizer.transform(text[:CHARACTERS] for text in texts) @ components.T)
+
+
+def load_embedder(folder: Path, engine: Engine) -> Embedder:
+    """The embedder that was saved in a folder.
+
+    Raises:
+        UsageError: none there.
+    """
+    path = folder / "embedder.json"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist: run the tree step of that folder first")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["kind"] == "sentence":
+        return SentenceEmbedder(saved["model"])
+    arrays = read_arrays(folder / "embedder.npz")
+    vectorizer = _vectorizer(vocabulary={word: column for column, word in enumerate(saved["words"])})
+    vectorizer.idf_ = arrays["idf"]
+    return LatentEmbedder(vectorizer, arrays["components"], engine)
+
+

@@ -1,0 +1,96 @@
+"""Where the steps that handle each record by itself run: in this process, in worker processes, or on Ray; in order either way."""
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from megatron_ksa.errors import UsageError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+ENGINES = ("local", "ray")
+TASKS_IN_FLIGHT = 4
+
+
+class Engine:
+    """Runs a function over tasks and gives the results in the order of the tasks, with few tasks in memory at a time.
+
+    Args:
+        kind: `local` or `ray`. Ray uses the cluster that `RAY_ADDRESS` names, or starts one on this machine.
+        workers: local processes; 1 works in this one. Ray takes as many tasks at a time.
+
+    Raises:
+        UsageError: an engine that is unknown or not installed.
+    """
+
+    def __init__(self, kind: str = "local", workers: int = 1) -> None:
+        if kind not in ENGINES:
+            raise UsageError(f"--engine {kind}: not one of {', '.join(ENGINES)}")
+        if workers < 1:
+            raise UsageError(f"--workers {workers}: at least 1")
+        self.kind, self.workers = kind, workers
+        if kind == "ray":
+            try:
+                import ray
+            except ModuleNotFoundError:
+                raise UsageError("--engine ray needs a package: pip install ray") from None
+            if not ray.is_initialized():
+                ray.init(log_to_driver=False, include_dashboard=False)
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results of a function that can be pickled, in order of the tasks."""
+        if self.kind == "ray":
+            return self._on_ray(function, tasks)
+        if self.workers == 1:
+            return map(function, tasks)
+        return self._in_processes(function, tasks)
+
+    def _in_processes(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=(function,)) as pool:
+            pending: deque = deque()
+            try:
+                for task in tasks:
+                    pending.append(pool.submit(_run, task))
+                    if len(pending) >= TASKS_IN_FLIGHT * self.workers:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            except BrokenProcessPool:
+                raise UsageError(f"--workers {self.workers}: a worker died, out of memory perhaps; use fewer") from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _on_ray(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        import ray
+
+        shared = ray.put(function)
+        call = ray.remote(_call)
+        limit = TASKS_IN_FLIGHT * max(self.workers, int(ray.cluster_resources().get("CPU", 1)))
+        pending: deque = deque()
+        for task in tasks:
+            pending.append(call.remote(shared, task))
+            if len(pending) >= limit:
+                yield ray.get(pending.popleft())
+        while pending:
+            yield ray.get(pending.popleft())
+
+
+_function: Callable | None = None
+
+
+def _start_worker(function: Callable) -> None:
+    global _function
+    _function = function
+
+
+def _run(task: Task) -> Result:
+    return _function(task)
+
+
+def _call(function: Callable[[Task], Result], task: Task) -> Result:
+    return function(task)

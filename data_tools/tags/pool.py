@@ -1,0 +1,102 @@
+"""The pool as the sampler sees it: instances grounded on the tree, read from a work folder (see README.md here)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl
+from megatron_ksa.data_tools.tags.objective import tag_shares
+from megatron_ksa.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Instances grounded on a tree.
+
+    Args:
+        indptr: int64 [instances + 1], bounds of each instance's tags in `leaves`.
+        leaves: int32 [tags], leaf nodes.
+        quality, difficulty: float [instances], NaN where there is no score.
+        parent: int32 [nodes], -1 at the root.
+        depth: int [nodes], 0 at the root.
+        tokens: int64 [instances], or None where they are not known.
+        leaf_vectors: float [leaf nodes in rising order, dimensions], for the label graph only.
+        record: int64 [instances], lines of `records.jsonl`, rising.
+        names: str [nodes].
+    """
+
+    indptr: np.ndarray
+    leaves: np.ndarray
+    quality: np.ndarray
+    difficulty: np.ndarray
+    parent: np.ndarray
+    depth: np.ndarray
+    tokens: np.ndarray | None = None
+    leaf_vectors: np.ndarray | None = None
+    record: np.ndarray | None = None
+    names: np.ndarray | None = None
+
+    @property
+    def instances(self) -> int:
+        """Rows of the pool."""
+        return len(self.indptr) - 1
+
+    @cached_property
+    def leaf_nodes(self) -> np.ndarray:
+        """int64 [leaf nodes], rising."""
+        return np.setdiff1d(np.arange(len(self.parent)), self.parent)
+
+    @cached_property
+    def shares(self) -> csr_array:
+        """float64 [instances, nodes], as `objective.tag_shares` gives them."""
+        return tag_shares(self.indptr, self.leaves, len(self.parent))
+
+    def take(self, rows: np.ndarray) -> "Pool":
+        """The pool of the given rows, int64 [rows]."""
+        shares = self.shares[rows]
+        some = {name: getattr(self, name) for name in ("quality", "difficulty", "tokens", "record")}
+        some = {name: None if values is None else values[rows] for name, values in some.items()}
+        return replace(self, indptr=shares.indptr.astype(np.int64), leaves=shares.indices.astype(np.int32), **some)
+
+
+def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) -> Pool:
+    """The pool of a work folder.
+
+    Args:
+        tree: the folder whose tree it is grounded on; its own by default.
+        vectors: read the embeddings of the leaves too.
+
+    Raises:
+        UsageError: a file is missing, or the grounding belongs to another tree.
+    """
+    tree = tree or work
+    grounding, nodes = read_arrays(work / "grounding.npz"), read_arrays(tree / "tree.npz")
+    leaves, parent = grounding["leaves"], nodes["parent"]
+    if len(leaves) and (leaves.max() >= len(parent) or (nodes["tag"][leaves] < 0).any()):
+        raise UsageError(
+            f"{work / 'grounding.npz'} belongs to another tree than {tree / 'tree.npz'}: run the tree step again"
+        )
+    pool = Pool(
+        grounding["indptr"], leaves, grounding["quality"], grounding["difficulty"], parent, nodes["depth"],
+        record=grounding["record"], names=nodes["name"],
+    )  # fmt: skip
+    if vectors:
+        embeddings = np.load(tree / "embeddings.npy", mmap_mode="r")
+        return replace(pool, leaf_vectors=embeddings[nodes["tag"][pool.leaf_nodes]])
+    return pool
+
+
+def read_records(work: Path, lines: np.ndarray) -> Iterator[dict]:
+    """Records at the given lines of `records.jsonl`, int64 [lines], rising."""
+    wanted = iter(lines)
+    line = next(wanted, None)
+    for number, record in enumerate(read_jsonl(work / "records.jsonl")):
+        if line is None:
+            return
+        if number == line:
+            yield record
+            line = next(wanted, None)

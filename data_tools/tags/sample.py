@@ -1,0 +1,210 @@
+"""Sampling: a pool grounded on a tree, a budget and perhaps a target, to the chosen instances (SPEC-TAGS 4 to 7)."""
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from scipy.sparse import csr_array, diags_array
+
+from megatron_ksa.config.options import option
+from megatron_ksa.data_tools.tags import baselines
+from megatron_ksa.data_tools.tags.alignment import ALIGN_WEIGHT, align, divergence, leaf_distribution
+from megatron_ksa.data_tools.tags.budget import Budget, parse_budget
+from megatron_ksa.data_tools.tags.greedy import Selection, greedy
+from megatron_ksa.data_tools.tags.objective import PHI, Coverage, strengths, tree_information
+from megatron_ksa.data_tools.tags.partition import random_parts, two_round_greedy
+from megatron_ksa.data_tools.tags.pool import Pool
+from megatron_ksa.errors import UsageError
+
+METHODS = ("tags", "random", "top-quality", "cluster-balanced", "label-graph")
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What one selection does.
+
+    Args:
+        budget: as `budget.parse_budget` reads it.
+        method: one of `METHODS`.
+        align_weight: lambda, nats of divergence against the whole information; used where there is a target.
+        phi: one of `objective.PHI`.
+        depth_weight: a level counts this many times the one above it.
+        quality_weight, difficulty_weight: exponents of the scores in s_i.
+        parts: greedy in this many random parts, then over the union; 1 is greedy over the whole pool.
+        label_similarity: cosine from which labels are joined, for the label graph.
+        seed: decides random choices; the same seed chooses the same.
+    """
+
+    budget: str = option(
+        "5%", "How much to choose: instances (5000), a share of them (5%), or tokens (20Mt).", flag="--budget"
+    )
+    method: str = option(
+        "tags", "tags: tree information, aligned to the target if there is one. The others are to compare with.",
+        choices=METHODS, flag="--method",
+    )  # fmt: skip
+    align_weight: float = option(
+        ALIGN_WEIGHT,
+        "Weight of the divergence from the target, nats against the whole information.",
+        flag="--align-weight",
+    )
+    phi: str = option("power", "How mass on a node counts: x^0.8 or log(1 + x).", choices=PHI, flag="--phi")
+    depth_weight: float = option(1.0, "A level counts this many times the one above it.", flag="--depth-weight")
+    quality_weight: float = option(1.0, "Exponent of the quality score.", flag="--quality-weight")
+    difficulty_weight: float = option(1.0, "Exponent of the difficulty score.", flag="--difficulty-weight")
+    parts: int = option(1, "Choose in this many random parts, then from their choices: less memory.", flag="--parts")
+    label_similarity: float = option(
+        baselines.LABEL_SIMILARITY, "Cosine from which labels are joined (label-graph).", flag="--label-similarity"
+    )
+    seed: int = option(0, "Decides random choices.", flag="--seed")
+
+    def __post_init__(self) -> None:
+        for flag, value, choices in (("--method", self.method, METHODS), ("--phi", self.phi, PHI)):
+            if value not in choices:
+                raise UsageError(f"{flag} {value}: not one of {', '.join(choices)}")
+        for name in ("align_weight", "quality_weight", "difficulty_weight"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= 0):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: a finite number, at least 0")
+        if not (np.isfinite(self.depth_weight) and self.depth_weight > 0):
+            raise UsageError(f"--depth-weight {self.depth_weight}: a finite number above 0")
+        if self.parts < 1:
+            raise UsageError(f"--parts {self.parts}: at least 1")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was chosen and what it is worth.
+
+    Args:
+        chosen: int64 [chosen], in order of choice.
+        gains: float64 [chosen], gain of the method's own objective at each choice; NaN for methods without one.
+        budget: the budget that was met.
+        summary: values for people: information, divergence, tokens, settings.
+    """
+
+    chosen: np.ndarray
+    gains: np.ndarray
+    budget: Budget
+    summary: dict = field(default_factory=dict)
+
+
+class _Problem:
+    """One pool and its settings: the objective on any rows of it."""
+
+    def __init__(self, pool: Pool, settings: SampleSettings, target: np.ndarray | None, show_progress: bool) -> None:
+        self.pool, self.settings, self.show_progress = pool, settings, show_progress
+        self.budget = parse_budget(settings.budget, pool.instances, pool.tokens)
+        self.target = None if target is None else target / target.sum()
+        self.cost = pool.tokens if self.budget.in_tokens else None
+        if self.cost is not None and self.cost.min() < 1:
+            raise UsageError(
+                f"--budget {settings.budget}: instance {int(self.cost.argmin())} of the pool has no tokens"
+            )
+        self.strength = strengths(
+            pool.quality, pool.difficulty,
+            quality_weight=settings.quality_weight, difficulty_weight=settings.difficulty_weight,
+        )  # fmt: skip
+        # What the selection's leaf distribution counts: instances, or tokens where they are what the budget counts.
+        self.weighted_shares = pool.shares if self.cost is None else csr_array(diags_array(self.cost) @ pool.shares)
+
+    def information(self, rows: np.ndarray) -> Coverage:
+        """I on the given instances, int64 [rows]."""
+        return tree_information(
+            self.pool.shares[rows], self.strength[rows], self.pool.parent, self.pool.depth,
+            depth_weight=self.settings.depth_weight, phi=self.settings.phi,
+        )  # fmt: skip
+
+    def maximise(self, objective) -> Selection:
+        """Greedy on `objective`, a function of rows that gives their `Coverage`."""
+
+        def load(rows: np.ndarray) -> tuple[Coverage, np.ndarray | None]:
+            return objective(rows), None if self.cost is None else self.cost[rows]
+
+        if self.settings.parts > 1:
+            parts = random_parts(self.pool.instances, self.settings.parts, self.settings.seed)
+            return two_round_greedy(load, parts, self.budget.amount, show_progress=self.show_progress)
+        coverage, cost = load(np.arange(self.pool.instances))
+        return greedy(coverage, self.budget.amount, cost, show_progress=self.show_progress)
+
+    def value(self, chosen: np.ndarray) -> float:
+        """I(S)."""
+        return self.information(chosen).value(np.arange(len(chosen)))
+
+    def divergence(self, chosen: np.ndarray) -> float:
+        """KL(q || p_S), nats."""
+        return divergence(self.target, leaf_distribution(self.weighted_shares, chosen), len(self.pool.leaf_nodes))
+
+    def tags(self) -> tuple[Selection, dict]:
+        """The selection by tree information, aligned where there is a target, and what alignment changed."""
+        plain = self.maximise(self.information)
+        norm = plain.gains.sum()
+        if self.target is None or self.settings.align_weight == 0 or norm <= 0:
+            return plain, {}
+
+        def aligned(rows: np.ndarray) -> Coverage:
+            return align(
+                self.information(rows), self.weighted_shares[rows], self.target, len(self.pool.leaf_nodes),
+                budget=self.budget.amount, norm=norm, align_weight=self.settings.align_weight,
+            )  # fmt: skip
+
+        without = {"information": float(norm), "divergence": self.divergence(plain.chosen)}
+        return self.maximise(aligned), {"without_alignment": without}
+
+    def baseline(self) -> Selection:
+        """The selection by one of the methods to compare with."""
+        pool, settings = self.pool, self.settings
+        if settings.method == "label-graph":
+            if pool.leaf_vectors is None:
+                raise UsageError("--method label-graph: the tree has no embeddings of its tags; run the embed step")
+            graph = baselines.label_graph(pool.leaf_vectors, settings.label_similarity)
+            return self.maximise(
+                lambda rows: baselines.label_information(pool.shares[rows], self.strength[rows], pool.leaf_nodes, graph)
+            )
+        if settings.method == "random":
+            order = baselines.random_order(pool.instances, settings.seed)
+        elif settings.method == "top-quality":
+            order = baselines.top_quality(pool.quality)
+        else:
+            clusters = baselines.tree_clusters(pool.shares, pool.parent, pool.depth, pool.instances * self.share())
+            order = baselines.cluster_balanced(clusters, settings.seed)
+        chosen = baselines.spend(order, self.budget.amount, self.cost)
+        return Selection(chosen, np.full(len(chosen), np.nan), 0)
+
+    def share(self) -> float:
+        """The budget as a share of the pool's instances or tokens."""
+        return self.budget.amount / (self.pool.instances if self.cost is None else self.cost.sum())
+
+
+def sample(
+    pool: Pool, settings: SampleSettings, target: np.ndarray | None = None, *, show_progress: bool = False
+) -> Sample:
+    """Choose instances of the pool.
+
+    Args:
+        target: float64 [nodes], leaf shares of the target set (of any sum), or None.
+
+    Raises:
+        UsageError: a budget that the pool cannot meet, a target without a tag of the tree, a method that lacks its
+            input.
+    """
+    if not pool.instances:
+        raise UsageError("the pool has no instances: nothing to choose from")
+    if target is not None and not target.sum() > 0:
+        raise UsageError(
+            "--target: none of its tags is on the tree; tag it as the pool was tagged, or leave --target out"
+        )
+    problem = _Problem(pool, settings, target, show_progress)
+    selection, summary = problem.tags() if settings.method == "tags" else (problem.baseline(), {})
+    chosen = selection.chosen
+    summary |= {
+        "settings": asdict(settings),
+        "pool_instances": pool.instances,
+        "instances": len(chosen),
+        "information": problem.value(chosen),
+        "gains_computed": selection.evaluations,
+    }
+    if pool.tokens is not None:
+        summary |= {"pool_tokens": int(pool.tokens.sum()), "tokens": int(pool.tokens[chosen].sum())}
+    if target is not None:
+        summary["divergence"] = problem.divergence(chosen)
+        summary["target_mass_absent_from_pool"] = float(problem.target[pool.shares.sum(axis=0) == 0].sum())
+    return Sample(chosen, selection.gains, problem.budget, summary)

@@ -1,0 +1,302 @@
+"""The tree step: canonical tags are clustered bottom-up, level by level, into one tree with named inner nodes.
+
+Each level joins nodes with Ward's method on their mean vectors, within blocks of at most 2,048 neighbours that k-means splits
+off. Ward makes compact clusters of even size without a start to choose, but over n nodes it takes n^2 distances: 160 GB for
+200,000. Within blocks it takes 2,048^2 at a time, for any branching, where k-means alone with as many centres as a
+level has parents would take n^2/branching distances in each round.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, ward
+from scipy.sparse import csr_array
+from sklearn.cluster import MiniBatchKMeans
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from megatron_ksa.config.options import option
+from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS, VOCABULARY
+from megatron_ksa.data_tools.tags.embed import unit
+from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays
+from megatron_ksa.errors import UsageError
+
+TREE = "tree.npz"
+ROOT_NAME = "root"
+BLOCK = 2048
+REFINE_ROUNDS = 5
+ROWS_AT_ONCE = 4096
+FIELDS = ("parent", "depth", "name", "tag", "count")
+
+
+@dataclass(frozen=True)
+class TreeSettings:
+    """Shape of the tree.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    branching: int = option(
+        0, "Children of an inner node, on average; 0 gives each level the square root of the nodes below it.", flag="--branching"
+    )
+    top: int = option(24, "Top branches, at most: the level that has no more of them hangs from the root.", flag="--top-branches")
+    levels: int = option(10, "Levels below the root, at most.", flag="--levels")
+
+    def __post_init__(self) -> None:
+        if self.branching == 1 or self.branching < 0:
+            raise UsageError(f"--branching {self.branching}: at least 2, or 0 for the square root")
+        if self.top < 2:
+            raise UsageError(f"--top-branches {self.top}: at least 2")
+        if self.levels < 1:
+            raise UsageError(f"--levels {self.levels}: at least 1")
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One tree over the canonical tags; nodes in order of depth, so that node 0 is the root.
+
+    Args:
+        parent: int32 [nodes], -1 at the root.
+        depth: int16 [nodes].
+        name: str [nodes].
+        tag: int32 [nodes], index of a leaf's canonical tag, -1 for inner nodes.
+        count: int64 [nodes], instances' tags at or below.
+    """
+
+    parent: np.ndarray
+    depth: np.ndarray
+    name: np.ndarray
+    tag: np.ndarray
+    count: np.ndarray
+
+    @property
+    def leaf_of_tag(self) -> np.ndarray:
+        """int64 [tags], the leaf of each canonical tag."""
+        leaves = np.flatnonzero(self.tag >= 0)
+        result = np.empty(len(leaves), np.int64)
+        result[self.tag[leaves]] = leaves
+        return result
+
+    def branch_at(self, depth: int) -> np.ndarray:
+        """int64 [nodes], each node's ancestor at a depth, itself where it is not deeper."""
+        branch = np.arange(len(self.parent))
+        while True:
+            deeper = self.depth[branch] > depth
+            if not deeper.any():
+                return branch
+            branch = np.where(deeper, self.parent[branch], branch)
+
+    def save(self, path: Path) -> None:
+        """Write `tree.npz`."""
+        write_arrays(path, **{field: getattr(self, field) for field in FIELDS})
+
+
+def load_tree(path: Path) -> Tree:
+    """The tree that `save` wrote.
+
+    Raises:
+        UsageError: the file is missing or holds another thing.
+    """
+    arrays = read_arrays(path)
+    missing = [field for field in FIELDS if field not in arrays]
+    if missing:
+        raise UsageError(f"{path}: no array {', '.join(missing)}; it is no tree of this tool")
+    return Tree(**{field: arrays[field] for field in FIELDS})
+
+
+def blocks(vectors: np.ndarray, size: int = BLOCK) -> list[np.ndarray]:
+    """Neighbours in blocks of at most `size`: int64 [members] a block.
+
+    Args:
+        vectors: float32 [nodes, dimensions].
+    """
+    done, open_ = [], [np.arange(len(vectors))]
+    while open_:
+        members = open_.pop()
+        if len(members) <= size:
+            done.append(members)
+            continue
+        parts = min(64, -(-2 * len(members) // size))
+        kmeans = MiniBatchKMeans(parts, batch_size=4096, n_init=1, max_iter=20, random_state=0)
+        labels = kmeans.fit_predict(vectors[members])
+        found = [members[labels == label] for label in range(parts)]
+        if max(map(len, found)) == len(members):
+            # Vectors that are all equal: any division is as good.
+            found = np.array_split(members, -(-len(members) // size))
+        open_.extend(part for part in found if len(part))
+    return done
+
+
+def _shares(sizes: list[int], clusters: int) -> list[int]:
+    """Clusters for each block, at least 1, in proportion to its size, of sum `clusters` where that is possible."""
+    edges = np.round(np.cumsum([0, *sizes]) * clusters / sum(sizes)).astype(int)
+    return np.maximum(np.diff(edges), 1).tolist()
+
+
+def refine(vectors: np.ndarray, sums: np.ndarray, labels: np.ndarray, rounds: int = REFINE_ROUNDS) -> np.ndarray:
+    """Move nodes to the cluster with the nearest mean, a few times: spherical k-means from the labels given.
+
+    Args:
+        vectors: unit, float32 [nodes, dimensions], `sums` scaled.
+        sums: float32 [nodes, dimensions], sum of the vectors of each node's tags.
+        labels: int64 [nodes], from 0 without gaps.
+    """
+    for _ in range(rounds):
+        means = unit(_membership(labels) @ sums)
+        moved = np.empty_like(labels)
+        for first in range(0, len(vectors), ROWS_AT_ONCE):
+            moved[first : first + ROWS_AT_ONCE] = (vectors[first : first + ROWS_AT_ONCE] @ means.T).argmax(axis=1)
+        moved = np.unique(moved, return_inverse=True)[1]
+        if np.array_equal(moved, labels):
+            break
+        labels = moved
+    return labels
+
+
+def cluster(vectors: np.ndarray, clusters: int, progress: tqdm | None = None) -> np.ndarray:
+    """Join nodes into about as many clusters with Ward's method: int64 [nodes], numbered from 0 without gaps.
+
+    Args:
+        vectors: unit, float32 [nodes, dimensions].
+    """
+    labels, used = np.empty(len(vectors), np.int64), 0
+    parts = blocks(vectors)
+    for members, share in zip(parts, _shares([len(part) for part in parts], clusters), strict=True):
+        if len(members) > 1 and share < len(members):
+            found = fcluster(ward(vectors[members].astype(np.float64)), share, criterion="maxclust")
+        else:
+            found = np.arange(len(members)) if share >= len(members) else np.zeros(len(members))
+        found = np.unique(found, return_inverse=True)[1]
+        labels[members] = found + used
+        used += found.max() + 1
+        if progress is not None:
+            progress.update(len(members))
+    return labels
+
+
+def _membership(labels: np.ndarray) -> csr_array:
+    """[clusters, nodes], 1 where a node belongs to a cluster."""
+    shape = (int(labels.max()) + 1, len(labels))
+    return csr_array((np.ones(len(labels), np.float32), (labels, np.arange(len(labels)))), shape=shape)
+
+
+def _levels(vectors: np.ndarray, settings: TreeSettings) -> list[np.ndarray]:
+    """Cluster of each node, level by level from the tags up; the last level's nodes hang from the root."""
+    result: list[np.ndarray] = []
+    sums, nodes = vectors.astype(np.float32), len(vectors)
+    while nodes > settings.top and len(result) + 1 < settings.levels:
+        wanted = round(nodes / settings.branching) if settings.branching else round(np.sqrt(nodes))
+        wanted = max(wanted, min(settings.top, nodes // 2))
+        with tqdm(total=nodes, desc=f"tree level {len(result) + 1}", unit=" nodes") as progress:
+            labels = refine(unit(sums), sums, cluster(unit(sums), wanted, progress))
+        found = int(labels.max()) + 1
+        if found >= nodes:
+            break
+        # Sums of the tags' vectors: a parent's mean is that of its tags, however they are spread over its children.
+        sums, nodes = _membership(labels) @ sums, found
+        result.append(labels)
+    return result
+
+
+def _medoids(vectors: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """int64 [groups], the tag nearest to each group's mean; ties go to the first.
+
+    Args:
+        vectors: unit, float32 [tags, dimensions].
+        group: int64 [tags].
+    """
+    means = unit(_membership(group) @ vectors)
+    near = np.einsum("td,td->t", vectors, means[group])
+    order = np.lexsort((np.arange(len(group)), -near, group))
+    return order[np.unique(group[order], return_index=True)[1]]
+
+
+def build_tree(names: list[str], counts: np.ndarray, vectors: np.ndarray, settings: TreeSettings) -> Tree:
+    """The tree over canonical tags.
+
+    Args:
+        names: the tags.
+        counts: int64 [tags], instances that carry each.
+        vectors: unit, float32 [tags, dimensions].
+    """
+    tags = len(names)
+    # k-means adds up by thread, in any order: with one thread the same tags give the same tree.
+    with threadpool_limits(1):
+        levels = _levels(vectors, settings)
+    parent, name, ancestor = [], [np.array(names, object)], np.arange(tags)
+    offset = 0
+    for labels in levels:
+        parent.append(labels + offset + len(labels))
+        offset += len(labels)
+        ancestor = labels[ancestor]
+        name.append(name[0][_medoids(vectors, ancestor)])
+    last = int(levels[-1].max()) + 1 if levels else tags
+    parent += [np.full(last, offset + last), [-1]]
+    name.append(np.array([ROOT_NAME], object))
+    parents = _without_only_children(np.concatenate(parent).astype(np.int64), tags)
+    return _ordered(parents, np.concatenate(name), counts)
+
+
+def _without_only_children(parent: np.ndarray, tags: int) -> np.ndarray:
+    """Parents with each inner node of one child replaced by the child; a node left out gets -2. The root stays.
+
+    Args:
+        parent: int64 [nodes], children before parents, the first `tags` of them leaves.
+    """
+    parent, root = parent.copy(), len(parent) - 1
+    children = np.bincount(parent[:-1], minlength=len(parent))
+    for node in range(root - 1, -1, -1):
+        # From the top down: a node's parent is final when the node is reached.
+        above = parent[node]
+        if above != root and children[above] == 1:
+            parent[node] = parent[above]
+            parent[above] = -2
+    return parent
+
+
+def _ordered(parent: np.ndarray, name: np.ndarray, counts: np.ndarray) -> Tree:
+    """The tree with the root first, by depth, siblings together."""
+    tags = len(counts)
+    depth = np.zeros(len(parent), np.int64)
+    total = np.zeros(len(parent), np.int64)
+    total[:tags] = counts
+    for node in range(len(parent) - 2, -1, -1):
+        if parent[node] >= 0:
+            depth[node] = depth[parent[node]] + 1
+    for node in range(len(parent) - 1):
+        if parent[node] >= 0:
+            total[parent[node]] += total[node]
+    place = np.full(len(parent), -1)
+    order: list[np.ndarray] = []
+    placed = 0
+    for level in range(int(depth.max()) + 1):
+        nodes = np.flatnonzero((depth == level) & (parent != -2))
+        above = place[parent[nodes]] if level else np.zeros(len(nodes), np.int64)
+        nodes = nodes[np.lexsort((nodes, above))]
+        place[nodes] = placed + np.arange(len(nodes))
+        placed += len(nodes)
+        order.append(nodes)
+    nodes = np.concatenate(order)
+    return Tree(
+        parent=np.where(parent[nodes] >= 0, place[parent[nodes]], -1).astype(np.int32),
+        depth=depth[nodes].astype(np.int16),
+        name=name[nodes].astype(np.str_),
+        tag=np.where(nodes < tags, nodes, -1).astype(np.int32),
+        count=total[nodes],
+    )
+
+
+def tree(folder: Path, settings: TreeSettings) -> dict:
+    """Write `tree.npz` over the folder's vocabulary; returns counts."""
+    names, counts = read_vocabulary(folder)
+    built = build_tree(names, counts, np.load(folder / EMBEDDINGS), settings)
+    built.save(folder / TREE)
+    return {"nodes": len(built.parent), "leaves": len(names), "levels": np.bincount(built.depth).tolist()}
+
+
+def read_vocabulary(folder: Path) -> tuple[list[str], np.ndarray]:
+    """Canonical tags, and the instances that carry each, int64 [tags]."""
+    rows = list(read_jsonl(folder / VOCABULARY))
+    return [row["tag"] for row in rows], np.array([row["count"] for row in rows], np.int64)

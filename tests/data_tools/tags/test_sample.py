@@ -1,0 +1,154 @@
+"""The sampling step: budgets, weights, methods, and input that cannot work."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_ksa.data_tools.tags.budget import parse_budget
+from megatron_ksa.data_tools.tags.objective import strengths
+from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings, sample
+from megatron_ksa.errors import UsageError
+from tag_pools import topic_pool
+
+TOKENS = np.full(200, 10)
+
+
+def with_vectors(pool):
+    """The pool with an embedding for each leaf, near to those of its topic."""
+    generator = np.random.default_rng(0)
+    topics = generator.normal(size=(len(pool.parent), 8))
+    vectors = topics[pool.parent[pool.leaf_nodes]] + 0.1 * generator.normal(size=(len(pool.leaf_nodes), 8))
+    return replace(pool, leaf_vectors=vectors)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "in_tokens"),
+    [
+        ("50", 50, False), ("5%", 10, False), ("0.05", 10, False), ("1.0", 200, False), ("1", 1, False),
+        ("0.1%", 1, False),
+        ("500t", 500, True), ("1.5kt", 1500, True), ("0.001Mt", 1000, True), ("2e3t", 2000, True),
+    ],
+)  # fmt: skip
+def test_budget_forms(text, amount, in_tokens):
+    budget = parse_budget(text, 200, TOKENS)
+    assert (budget.amount, budget.in_tokens) == (amount, in_tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("many", "an integer"), ("-5", "an integer"), ("", "an integer"), ("nan", "an integer"), ("0", "at least one"),
+        ("0%", "at least one"), ("201", "has 200 instances"), ("120%", "at most 1"), ("1.5", "at most 1"),
+        ("3kt", "has 2,000 tokens"), ("9t", "shortest instance has 10"), ("0t", "shortest"),
+    ],
+)  # fmt: skip
+def test_budget_that_cannot_be_met(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_budget(text, 200, TOKENS)
+
+
+def test_token_budget_needs_token_counts():
+    with pytest.raises(UsageError, match="--tokenizer-model"):
+        parse_budget("5kt", 200, None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", ["100", "9kt"])
+def test_every_method_spends_its_budget_once_the_same_for_the_same_seed(method, budget):
+    pool = with_vectors(topic_pool(instances=1000)[0])
+    found = sample(pool, SampleSettings(budget, method=method))
+    assert len(set(found.chosen.tolist())) == len(found.chosen)
+    if found.budget.in_tokens:
+        assert 9000 - pool.tokens.max() < pool.tokens[found.chosen].sum() <= 9000
+    else:
+        assert len(found.chosen) == 100
+    assert found.summary["tokens"] == pool.tokens[found.chosen].sum()
+    np.testing.assert_array_equal(sample(pool, SampleSettings(budget, method=method)).chosen, found.chosen)
+    other = sample(pool, SampleSettings(budget, method=method, seed=1))
+    assert (set(other.chosen) != set(found.chosen)) == (method in ("random", "cluster-balanced"))
+
+
+def test_methods_do_what_their_names_say():
+    pool = with_vectors(topic_pool(instances=1000)[0])
+    found = {method: sample(pool, SampleSettings("80", method=method)) for method in METHODS}
+    topic = pool.parent[pool.leaves[::5]]
+    assert np.bincount(topic[found["cluster-balanced"].chosen])[1:].tolist() == [10] * 8
+    assert pool.quality[found["top-quality"].chosen].min() >= np.sort(pool.quality)[-80]
+    information = {method: sample_.summary["information"] for method, sample_ in found.items()}
+    assert information["tags"] == max(information.values())
+    assert information["random"] < 0.9 * information["tags"]
+
+
+def test_label_graph_is_migs_objective():
+    """Against the formula with dense matrices: phi of the propagated sum of s_i v_i, greedy by the largest value."""
+    pool = with_vectors(topic_pool(instances=60, topics=3, leaves=5)[0])
+    found = sample(pool, SampleSettings("10", method="label-graph", label_similarity=0.8))
+    unit = pool.leaf_vectors / np.linalg.norm(pool.leaf_vectors, axis=1, keepdims=True)
+    graph = np.where(unit @ unit.T >= 0.8, unit @ unit.T, 0)
+    graph /= graph.sum(axis=1, keepdims=True)
+    assert np.count_nonzero(graph) > len(graph)
+    labels = np.zeros((60, len(graph)))
+    labels[np.arange(60).repeat(5), pool.leaves - pool.leaf_nodes[0]] = 1
+    spread = strengths(pool.quality, pool.difficulty)[:, None] * labels @ graph
+    chosen = []
+    for _ in range(10):
+        values = [
+            -1 if i in chosen else ((spread[[*chosen, i]].sum(0) + 1e-6) ** 0.8 - 1e-6**0.8).sum() for i in range(60)
+        ]
+        chosen.append(int(np.argmax(values)))
+    np.testing.assert_array_equal(found.chosen, chosen)
+
+
+def test_quality_difficulty_and_depth_weights():
+    np.testing.assert_allclose(strengths(np.array([1.0, 4.0, np.nan]), np.array([2.0, 2.0, 2.0])), [0.4, 1.6, 1.0])
+    roots = strengths(np.array([1.0, 4.0]), np.array([3.0, 9.0]), quality_weight=0.5, difficulty_weight=0)
+    np.testing.assert_allclose(roots, [2 / 3, 4 / 3])
+    np.testing.assert_array_equal(strengths(np.full(3, np.nan), np.full(3, np.nan)), np.ones(3))
+    pool, _ = topic_pool(instances=1000)
+    settings = SampleSettings("50")
+    mean = {w: pool.quality[sample(pool, replace(settings, quality_weight=w)).chosen].mean() for w in (0.0, 1.0, 3.0)}
+    assert mean[0.0] < mean[1.0] < mean[3.0]
+    leaves = {
+        w: len(set(pool.leaves.reshape(-1, 5)[sample(pool, replace(settings, depth_weight=w)).chosen].ravel()))
+        for w in (0.01, 100.0)
+    }
+    assert leaves[0.01] < leaves[100.0]
+
+
+def test_parts_come_close_to_one_greedy():
+    pool, target = topic_pool(instances=2000)
+    whole, parted = (sample(pool, SampleSettings("60", parts=parts), target).summary for parts in (1, 4))
+    assert parted["information"] > 0.95 * whole["information"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "best"}, "--method best: not one of tags, random"), ({"phi": "exp"}, "--phi exp"),
+        ({"align_weight": -1.0}, "--align-weight -1.0"), ({"align_weight": float("nan")}, "--align-weight nan"),
+        ({"depth_weight": 0.0}, "--depth-weight"), ({"quality_weight": float("inf")}, "--quality-weight"),
+        ({"parts": 0}, "--parts"),
+    ],
+)  # fmt: skip
+def test_bad_settings(changes, message):
+    with pytest.raises(UsageError, match=message):
+        SampleSettings("10", **changes)
+
+
+def test_bad_pools_and_targets():
+    pool, target = topic_pool(instances=20)
+    with pytest.raises(UsageError, match="none of its tags is on the tree"):
+        sample(pool, SampleSettings("5"), 0 * target)
+    with pytest.raises(UsageError, match="no instances"):
+        sample(replace(pool, indptr=np.array([0])), SampleSettings("5"))
+    with pytest.raises(UsageError, match="no embeddings"):
+        sample(pool, SampleSettings("5", method="label-graph"))
+    with pytest.raises(UsageError, match="instance 3 of the pool has no tokens"):
+        sample(replace(pool, tokens=np.where(np.arange(20) == 3, 0, 50)), SampleSettings("100t"))
+
+
+def test_pool_without_any_tag_is_spent_in_order():
+    pool, target = topic_pool(instances=20)
+    untagged = replace(pool, indptr=np.zeros(21, np.int64), leaves=np.array([], np.int32))
+    np.testing.assert_array_equal(sample(untagged, SampleSettings("5"), target).chosen, np.arange(5))

@@ -1,0 +1,72 @@
+"""The sample step on files: rows, ids and summary, for budgets of both kinds and a target."""
+
+import json
+
+import pytest
+
+from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays
+from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings
+from megatron_ksa.data_tools.tags.selection import TokenSettings, read_selection, sample_step
+from megatron_ksa.errors import UsageError
+from work_folder import make_work_folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return make_work_folder(tmp_path_factory.mktemp("work"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selection_names_the_chosen_records(work, method):
+    found = sample_step(work, SampleSettings("30", method=method), show_progress=False)
+    rows = list(read_jsonl(work / "selection.jsonl"))
+    assert [row["row"] for row in rows] == found.chosen.tolist() == read_selection(work).tolist()
+    assert [row["id"] for row in rows] == [f"r{2 * row}" for row in found.chosen]
+    assert all((row["gain"] is None) == (method not in ("tags", "label-graph")) for row in rows)
+    assert json.loads((work / "selection.json").read_text())["information"] == pytest.approx(
+        found.summary["information"]
+    )
+
+
+def test_tokens_are_those_of_the_template(work):
+    tokens = TokenSettings(str(work / "tokenizer"), "chatml")
+    found = sample_step(work, SampleSettings("1500t"), tokens=tokens, show_progress=False)
+    assert 1300 < found.summary["tokens"] <= 1500
+    assert found.summary["refused_by_template"] == 0
+
+
+def test_rows_stay_rows_where_a_template_refuses_instances(work):
+    """Rows of the selection once named positions among the instances that were left."""
+    tokenizer = json.loads((work / "tokenizer" / "tokenizer_config.json").read_text())
+    tokenizer["chat_template"] = (
+        "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}{{ messages[0]['content'] }}"
+    )
+    (work / "strict").mkdir()
+    for path in (work / "tokenizer").iterdir():
+        (work / "strict" / path.name).write_bytes(path.read_bytes())
+    (work / "strict" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    tokens = TokenSettings(str(work / "strict"), "tokenizer")
+    found = sample_step(work, SampleSettings("900t"), tokens=tokens, show_progress=False)
+    assert found.summary["refused_by_template"] == 160
+    assert all(row % 5 == 0 for row in found.chosen) and found.chosen.max() > 40
+    assert [row["id"] for row in read_jsonl(work / "selection.jsonl")] == [f"r{2 * row}" for row in found.chosen]
+
+
+def test_target_moves_the_selection(work, tmp_path):
+    target = make_work_folder(tmp_path / "target", instances=20)
+    arrays = read_arrays(target / "grounding.npz")
+    arrays["leaves"][:] = 7
+    write_arrays(target / "grounding.npz", **arrays)
+    (target / "tree.npz").unlink()
+    aligned = sample_step(work, SampleSettings("20", align_weight=5.0), target=target, show_progress=False).summary
+    assert aligned["divergence"] < aligned["without_alignment"]["divergence"] / 2
+    arrays["leaves"][:] = 1000
+    write_arrays(target / "grounding.npz", **arrays)
+    with pytest.raises(UsageError, match="belongs to another tree"):
+        sample_step(work, SampleSettings("20"), target=target)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(UsageError, match="grounding.npz does not exist"):
+        sample_step(tmp_path, SampleSettings("5"))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,244 @@
+"""The write step: every chosen instance is written or listed, Megatron reads the blend, reruns give the same bytes."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_ksa.data_tools.indexed import check_indexed_dataset
+from megatron_ksa.data_tools.tags import blend_check
+from megatron_ksa.data_tools.tags import write as write_module
+from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder
+from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
+from megatron_ksa.data_tools.tags.sample import SampleSettings
+from megatron_ksa.data_tools.tags.selection import read_selection, sample_step
+from megatron_ksa.data_tools.tags.write import WriteSettings, make_groups, slug, write_step
+from megatron_ksa.data_tools.tokenizers import load_tokenizer
+from megatron_ksa.errors import UsageError
+from work_folder import TOPICS, make_work_folder, record
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = make_work_folder(tmp_path_factory.mktemp("work"))
+    sample_step(folder, SampleSettings("60"), show_progress=False)
+    return folder
+
+
+def write(work, **changes):
+    settings = WriteSettings(**{"tokenizer_model": str(work / "tokenizer"), "template": "chatml", **changes})
+    return write_step(work, settings, show_progress=False)
+
+
+def blend_of(work) -> tuple[list[str], list[float]]:
+    """The blend file as Megatron parses it."""
+    args = SimpleNamespace(
+        data_path=None, data_args_path=str(work / "blend" / "blend.txt"), train_data_path=None, valid_data_path=None,
+        test_data_path=None, per_split_data_args_path=None,
+    )  # fmt: skip
+    return get_blend_and_blend_per_split(args)[0]
+
+
+def digests(folder) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_documents_are_the_chosen_instances_by_branch(work):
+    summary = write(work, loss_on="responses")
+    prefixes, weights = blend_of(work)
+    encoder = DocumentEncoder(load_tokenizer(str(work / "tokenizer")), "chatml")
+    expected = {
+        tuple(encoder.encode(record(2 * row))[0]): encoder.encode(record(2 * row))[1] for row in read_selection(work)
+    }
+    assert [dataset["name"] for dataset in summary["datasets"]] == sorted(
+        TOPICS, key=lambda name: -next(d["instances"] for d in summary["datasets"] if d["name"] == name)
+    )
+    seen = 0
+    for prefix, weight, dataset in zip(prefixes, weights, summary["datasets"], strict=True):
+        check_indexed_dataset(prefix)
+        tokens, masks = IndexedDataset(prefix), IndexedDataset(f"{prefix}_loss_mask")
+        assert len(tokens) == dataset["instances"] and weight == dataset["tokens"] == sum(map(len, tokens))
+        assert dataset["tokens_in_loss"] == sum(mask.sum() for mask in masks)
+        for document, mask in zip(tokens, masks, strict=True):
+            np.testing.assert_array_equal(mask, expected[tuple(document)])
+        seen += len(tokens)
+    assert seen == summary["instances"] == 60
+    assert "--response-loss-only" in summary["training_flags"]
+    assert prefixes[0].endswith("_document") and all(prefix.isascii() for prefix in prefixes)
+    assert not (work / "blend.partial").exists()
+
+
+def test_same_bytes_again_and_for_tasks_run_elsewhere(work):
+    write(work, loss_on="responses")
+    first = digests(work / "blend")
+
+    def backwards(function, tasks):
+        tasks = list(tasks)
+        return reversed([function(task) for task in reversed(tasks)])
+
+    settings = WriteSettings(str(work / "tokenizer"), "chatml", "responses")
+    write_step(work, settings, run=backwards, show_progress=False)
+    assert digests(work / "blend") == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "weights"),
+    [
+        ({"group_by": "source"}, {"source 0", "source 1", "source 2"}, None),
+        ({"weights": "equal"}, set(TOPICS), [1, 1, 1, 1]),
+        ({"min_instances": 1000}, {"rest"}, None),
+    ],
+)
+def test_groups_and_weights(work, changes, names, weights):
+    summary = write(work, **changes)
+    assert {dataset["name"] for dataset in summary["datasets"]} == names
+    assert [dataset["weight"] for dataset in summary["datasets"]] == (
+        weights or [d["tokens"] for d in summary["datasets"]]
+    )
+    assert not list((work / "blend").glob("*loss_mask*"))
+
+
+def test_weights_of_the_target(work, tmp_path):
+    target = make_work_folder(tmp_path / "target", instances=400, seed=3)
+    settings = WriteSettings(str(work / "tokenizer"), weights="target")
+    weights = {
+        d["name"]: d["weight"] for d in write_step(work, settings, target=target, show_progress=False)["datasets"]
+    }
+    assert sum(weights.values()) == pytest.approx(400)
+    assert max(weights, key=weights.get) == TOPICS[0]
+
+
+def test_groups_beyond_the_limit_are_one():
+    keys = [key for key in range(150) for _ in range(150 - key)]
+    groups = make_groups(keys, {key: f"Group {key}" for key in keys}, 1)
+    assert len({group.prefix for group in groups}) == 100
+    assert groups[0].prefix == "00-group-0_document" and groups[-1].prefix == "99-rest_document"
+    assert len({id(group) for group in groups}) == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Größe & <b>Maß</b>", "groe-b-ma-b"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("中文", "unnamed"),
+        ("a" * 90, "a" * 40),
+    ],
+)
+def test_names_are_safe_in_paths(name, expected):
+    assert slug(name) == expected
+
+
+def test_instances_that_a_template_refuses_are_listed(work):
+    config = json.loads((work / "tokenizer" / "tokenizer_config.json").read_text())
+    (work / "strict").mkdir()
+    for path in (work / "tokenizer").iterdir():
+        (work / "strict" / path.name).write_bytes(path.read_bytes())
+    for template, refused in (("{{ raise_exception('no chat') }}", "no chat"), ("no content", "once and in order")):
+        (work / "strict" / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+        write_module_encoder_reset()
+        summary = write(work, tokenizer_model=str(work / "strict"), template="tokenizer")
+        unwritten = list(read_jsonl(work / "blend" / "unwritten.jsonl"))
+        assert summary["refused_by_template"] == len(unwritten) == 60 - summary["instances"] > 0
+        assert all(refused in row["reason"] for row in unwritten)
+
+
+def test_template_that_refuses_every_instance_says_why(work, tmp_path):
+    for path in (work / "tokenizer").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('no') }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    rows = [row for row in read_selection(work).tolist() if row % 5]
+    chosen = [json.loads(line) for line in (work / "selection.jsonl").read_text(encoding="utf-8").splitlines()]
+    write_jsonl(work / "selection.jsonl", (row for row in chosen if row["row"] in rows))
+    with pytest.raises(UsageError, match="refuses every instance, the first because no"):
+        write(work, tokenizer_model=str(tmp_path), template="tokenizer")
+    write_jsonl(work / "selection.jsonl", chosen)
+    assert not (work / "blend.partial").exists()
+
+
+def write_module_encoder_reset() -> None:
+    """The tokenizer of a path is loaded once in a process; these tests change what lies there."""
+    from megatron_ksa.data_tools.tags import chat_template
+
+    chat_template._encoder.cache_clear()
+
+
+def test_killed_run_leaves_the_old_blend_and_a_rerun_gives_the_same_bytes(work):
+    write(work)
+    old = digests(work / "blend")
+    settings = WriteSettings(str(work / "tokenizer"), "plain", "responses")
+
+    def killed(function, tasks):
+        yield function(next(iter(tasks)))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=write_step, args=(work, settings), kwargs={"run": killed, "show_progress": False}
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert (work / "blend.partial").exists() and digests(work / "blend") == old
+    write_step(work, settings, show_progress=False)
+    after_kill = digests(work / "blend")
+    shutil.rmtree(work / "blend")
+    write_step(work, settings, show_progress=False)
+    assert digests(work / "blend") == after_kill != old
+    assert not (work / "blend.partial").exists()
+
+
+def test_interrupt_before_the_rename_leaves_the_old_blend(work, monkeypatch):
+    write(work)
+    before = digests(work / "blend")
+    monkeypatch.setattr(write_module, "check_blend", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write(work, template="plain")
+    assert digests(work / "blend") == before
+    assert not (work / "blend.partial").exists()
+
+
+def test_megatrons_reading_is_checked(work):
+    datasets = [dict(d) for d in write(work)["datasets"]]
+    blend_check.check_blend(work / "blend", datasets, 256, 257)
+    with pytest.raises(UsageError, match="Megatron reads other tokens"):
+        blend_check.check_blend(work / "blend", datasets, 256, 100)
+    datasets[0]["tokens"] += 1
+    with pytest.raises(UsageError, match="read back"):
+        blend_check.check_blend(work / "blend", datasets, 256, 257)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_on": "prompts"}, "--loss-on prompts"), ({"group_by": "size"}, "--group-by size"),
+        ({"weights": "x"}, "--weights x"),
+        ({"weights": "target", "group_by": "source"}, "--group-by branch"), ({"weights": "target"}, "needs --target"),
+        ({"min_instances": 0}, "--min-instances 0"), ({"template": "best"}, "--template best"),
+        ({"tokenizer_model": None}, "--tokenizer-model is needed"),
+        ({"tokenizer_model": "nowhere"}, "no such file"), ({"template": "tokenizer"}, "no chat template"),
+    ],
+)  # fmt: skip
+def test_bad_settings(work, changes, message):
+    with pytest.raises(UsageError, match=message):
+        write(work, **changes)
+
+
+def test_nothing_chosen_and_white_space(work, tmp_path):
+    folder = make_work_folder(tmp_path / "a folder", instances=20)
+    sample_step(folder, SampleSettings("5"), show_progress=False)
+    with pytest.raises(UsageError, match="white space"):
+        write(folder)
+    folder = (tmp_path / "a folder").rename(tmp_path / "folder")
+    write_jsonl(folder / "selection.jsonl", [])
+    with pytest.raises(UsageError, match="nothing is chosen"):
+        write(folder)
