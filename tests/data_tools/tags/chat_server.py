@@ -27,6 +27,8 @@ class ChatServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    # The default of 5 drops connections that come together; they return after a second, later than a client waits here.
+    request_queue_size = 128
 
     def __init__(self, behave: Callable) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -72,7 +72,7 @@ def test_faults_that_pass_are_retried_and_faults_that_stay_are_listed(tmp_path):
     for name, (_, reason) in FAULTS.items():
         assert failed[f"s/{name}/stays"]["reason"] == reason, name
         if name != "refused":
-            assert f"s/{name}/passes" in tagged, name
+            assert f"s/{name}/passes" in tagged, failed.get(f"s/{name}/passes")
             assert failed[f"s/{name}/stays"]["attempts"] == 3
     assert failed["s/refused/stays"]["attempts"] == 1
     assert counts["prompt_tokens"] == 10 * len(tagged) and counts["answer_tokens"] == 5 * len(tagged)
