@@ -80,7 +80,7 @@ def launch_backward(
     )  # fmt: skip
     if not weights:
         return []
-    return [total.to(weight.dtype) for total, weight in zip(d_gain.sum(0), weights, strict=True)]
+    return [part.sum(0).to(weight.dtype) for part, weight in zip(d_gain.unbind(1), weights, strict=True)]
 
 
 def _unit_stride(rows: Tensor) -> Tensor:

@@ -112,4 +112,5 @@ def test_dispatch_says_once_what_it_takes(caplog):
     with caplog.at_level(logging.INFO, logger=device_dispatch.__name__):
         for _ in range(2):
             dispatch.rotate(*leaves[:2], [None] * 2, *leaves[3:], eps=0.0)
-    assert [record.message for record in caplog.records] == [f"{dispatch.OP} runs in plain PyTorch (cpu, torch.float32)"]
+    message = f"{dispatch.OP} runs in plain PyTorch (cpu, torch.float32)"
+    assert [record.message for record in caplog.records] == [message]
