@@ -179,13 +179,13 @@ def _check(queries: list[Tensor], keys: list[Tensor], positions: Tensor, frequen
     dim, heads, groups = queries[0].shape[-1], queries[0].shape[2], keys[0].shape[2]
     if not 0 < 2 * frequencies.shape[1] <= dim <= LARGEST_HEAD_DIM:
         raise UsageError(
-            f"{2 * frequencies.shape[1]} rotated channels of head_dim {dim}: the rotation kernel takes 2 to head_dim of at "
-            f"most {LARGEST_HEAD_DIM}; set --rotary-percent or --kv-channels"
+            f"{2 * frequencies.shape[1]} rotated channels of head_dim {dim}: the rotation kernel takes 2 to head_dim "
+            f"of at most {LARGEST_HEAD_DIM}; set --rotary-percent or --kv-channels"
         )
     if heads % groups or frequencies.shape[0] not in (1, groups):
         raise UsageError(
-            f"{heads} query heads, {groups} K/V heads and frequencies of {frequencies.shape[0]} groups do not fit: query "
-            "heads must divide into K/V heads, with one row of frequencies for each or for all of them"
+            f"{heads} query heads, {groups} K/V heads and frequencies of {frequencies.shape[0]} groups do not fit: "
+            "query heads must divide into K/V heads, with one row of frequencies for each or for all of them"
         )
     rows = sum(part.shape[0] for part in queries)
     if positions.shape[0] != rows or positions.shape[1] not in (1, queries[0].shape[1]):
