@@ -162,7 +162,7 @@ def rotate_forward_kernel(
     QUERIES: tl.constexpr, HALF: tl.constexpr, PASS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTERED: tl.constexpr,
 ):  # fmt: skip
-    """Query heads [i_group * QUERIES, + QUERIES) and key head i_group of BLOCK_ROWS rows; grid (groups * tiles, batch)."""
+    """The heads of one group, QUERIES query heads and a key head, over BLOCK_ROWS rows; grid (groups * tiles, batch)."""
     i_group, i_tile, i_batch = tl.program_id(0) % groups, tl.program_id(0) // groups, tl.program_id(1).to(tl.int64)
     o_row = i_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m_row = o_row < rows

@@ -1,4 +1,4 @@
-"""Norm and rotation of query and key heads as a custom op on the Triton kernels: launchers, autograd, public function."""
+"""Norm and rotation of query and key heads by Triton kernels: launchers, custom ops, autograd, public function."""
 
 import torch
 import triton
