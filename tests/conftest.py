@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -5,6 +6,12 @@ import pytest
 
 # tests/compare.py and tests/trainer.py are shared by every folder of tests.
 sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+
+# Triton chooses between compiler and interpreter when it is imported; without a GPU kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from megatron_ksa.platform.cpu import activate_cpu_platform  # noqa: E402
 

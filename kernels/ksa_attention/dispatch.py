@@ -1,27 +1,13 @@
-"""KSA attention by device: Triton on CUDA tensors, plain PyTorch elsewhere and for float64."""
-
-import functools
-import logging
+"""KSA attention by device (see `kernels/dispatch.py`): Triton kernels or the PyTorch reference."""
 
 import torch
 from torch import Tensor
 
+from megatron_ksa.kernels.dispatch import uses_triton
 from megatron_ksa.kernels.ksa_attention import reference
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def _announce(path: str) -> None:
-    logger.info("KSA attention runs in %s", path)
-
-
-def _uses_triton(q: Tensor) -> bool:
-    uses = q.is_cuda and q.dtype != torch.float64
-    if not torch.compiler.is_compiling():
-        _announce("Triton kernels" if uses else f"plain PyTorch ({q.device.type}, {q.dtype})")
-    return uses
+OP = "KSA attention"
 
 
 def attention(
@@ -48,7 +34,7 @@ def attention(
         UsageError: on CUDA, a dtype, head dimension or number of heads that the kernels do not have.
     """
     options = {"document_start": document_start, "softmax_scale": softmax_scale}
-    if _uses_triton(q):
+    if uses_triton(OP, q):
         from megatron_ksa.kernels.ksa_attention import triton_rows
 
         return triton_rows.attention(q, k, v, geometry, text_rows=text_rows, **options)
@@ -85,7 +71,7 @@ def text_attention(
         UsageError: on CUDA, a dtype, head dimension or number of heads that the kernels do not have.
     """
     attend = reference.text_attention
-    if _uses_triton(q):
+    if uses_triton(OP, q):
         from megatron_ksa.kernels.ksa_attention.triton_text import text_attention as attend
     return attend(
         q, k, v, k_summary, v_summary, geometry, document_start=document_start, query_start=query_start,
@@ -111,7 +97,7 @@ def summary_attention(
         UsageError: on CUDA, a dtype, head dimension or number of heads that the kernels do not have.
     """
     attend = reference.summary_attention
-    if _uses_triton(q):
+    if uses_triton(OP, q):
         from megatron_ksa.kernels.ksa_attention.triton_summary import summary_attention as attend
     return attend(
         q, k, v, k_summary, v_summary, geometry, document_start=document_start, key_start=key_start,

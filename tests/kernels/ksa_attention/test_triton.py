@@ -18,6 +18,7 @@ from compare import assert_close
 from triton.language import standard
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels import dispatch as device_dispatch
 from megatron_ksa.kernels.ksa_attention import (
     dispatch,
     reference,
@@ -286,9 +287,9 @@ def test_refuses_what_it_cannot_compute(dim, heads, dtype, scale, message):
 
 
 def test_dispatch_takes_the_reference_off_the_gpu_and_says_so_once(caplog):
-    dispatch._announce.cache_clear()
+    device_dispatch._announce.cache_clear()
     rows = torch.randn(1, 10, 2, 16, generator=torch.Generator().manual_seed(0))
-    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+    with caplog.at_level(logging.INFO, logger=device_dispatch.__name__):
         results = [dispatch.text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2)) for _ in range(2)]
     expected = reference.text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2))
     assert all(torch.equal(out, wanted) for result in results for out, wanted in zip(result, expected, strict=True))
