@@ -17,6 +17,9 @@ def packages() -> list[str]:
     ]
 
 
+# What tools/preprocess_tags.py needs with its offline tagger and embedder, and its tests too.
+TAGS = ["matplotlib", "scipy", "datasketch>=2", "scikit-learn", "httpx", "threadpoolctl"]
+
 setup(
     name="megatron-ksa",
     version="0.1.0",
@@ -27,7 +30,10 @@ setup(
     python_requires=">=3.12",
     package_dir=FOLDERS,
     packages=packages(),
-    package_data={"megatron_ksa.kernels": ["**/*.json"]},
+    package_data={
+        "megatron_ksa.kernels": ["**/*.json"],
+        "megatron_ksa.data_tools": ["**/*.html", "**/*.css", "**/*.js", "**/*.json"],
+    },
     install_requires=[
         "megatron-core[training]==0.19.2",
         "torch>=2.11",
@@ -41,8 +47,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "data": ["matplotlib", "scipy", "datasketch", "scikit-learn", "sentence-transformers"],
+        "data": [*TAGS, "sentence-transformers", "pyarrow", "zstandard"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "matplotlib", "scipy", "ruff"],
+        "dev": [*TAGS, "pytest", "pytest-timeout", "hypothesis", "playwright", "ruff"],
     },
 )

@@ -121,6 +121,8 @@ class Experiment:
         done = int(tracker.read_text()) if tracker.exists() else 0
         if done >= args.pretrain_steps:
             return
+        from megatron_ksa.evaluation.token_language import VOCABULARY
+
         hidden, length = args.heads * HEAD_DIM, args.pretrain_length
         self.call(
             folder / "dense.log", "pretrain_gpt.py", "--num-layers", args.layers, "--hidden-size", hidden,
@@ -133,7 +135,7 @@ class Experiment:
             "--global-batch-size", max(args.batch_tokens // length, 1), "--train-iters", args.pretrain_steps,
             "--lr", args.pretrain_lr, "--min-lr", args.pretrain_lr / 10, "--lr-decay-style", "cosine",
             "--lr-warmup-iters", min(100, args.pretrain_steps // 4), "--adam-beta2", 0.95, "--weight-decay", 0.1,
-            "--clip-grad", 1.0, "--seed", 1234 + seed, "--tokenizer-type", "NullTokenizer", "--vocab-size", 255,
+            "--clip-grad", 1.0, "--seed", 1234 + seed, "--tokenizer-type", "NullTokenizer", "--vocab-size", VOCABULARY - 1,
             "--data-path", self.work / "data/pretrain", "--split", "100,0,0", "--data-cache-path", folder / "cache",
             "--eval-iters", 0, "--log-interval", 50, "--ckpt-format", "torch_dist", "--save", folder / "dense",
             "--load", folder / "dense", "--save-interval", args.pretrain_steps, *self.precision(),

@@ -9,6 +9,7 @@ from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_
 from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tiles_for
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward, new_outputs
 
+
 @torch.library.custom_op("megatron_ksa::text_attention", mutates_args=())
 def _text_attention(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,

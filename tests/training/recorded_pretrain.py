@@ -11,7 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import pretrain_gpt  # noqa: E402
-
 from megatron_ksa.platform import prepare_platform  # noqa: E402
 
 

@@ -22,12 +22,7 @@ from megatron_ksa.training.pretrain import read_command_line
 
 END_OF_DOCUMENT = 126
 RECORDER = Path(__file__).with_name("recorded_pretrain.py")
-FLAGS = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --swiglu "
-    "--position-embedding-type rope --micro-batch-size 4 --global-batch-size 8 --split 100,0,0 "
-    "--tokenizer-type NullTokenizer --vocab-size 127 "
-    "--lr 1e-2 --lr-decay-style constant --log-interval 1 --eval-iters 0 --train-iters 20"
-).split()
+FLAGS = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32", "--swiglu", "--position-embedding-type", "rope", "--micro-batch-size", "4", "--global-batch-size", "8", "--split", "100,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--lr", "1e-2", "--lr-decay-style", "constant", "--log-interval", "1", "--eval-iters", "0", "--train-iters", "20"]
 
 
 def write_documents(prefix: Path, response=None, *, mask: bool = True) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 from models import GOLDEN, LENGTH, VOCABULARY, save_family
 from test_logits import assert_near, megatron_logits, transformers_logits
 
 from megatron_ksa.checkpoint.load import find_checkpoint
+from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 
 RECORDED = Path(__file__).parents[2] / "training" / "recorded_pretrain.py"
 # One sequence over and over: every sample of the dataset is the same LENGTH + 1 tokens.

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tag_pools import random_pool, topic_pool
 
 from megatron_ksa.data_tools.tags.alignment import align, divergence, leaf_distribution
 from megatron_ksa.data_tools.tags.greedy import greedy
 from megatron_ksa.data_tools.tags.sample import SampleSettings, sample
-from tag_pools import random_pool, topic_pool
 
 
 def tagged_pool(seed: int, instances: int):

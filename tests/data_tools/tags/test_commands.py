@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from work_folder import make_work_folder
 
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_tags.py"

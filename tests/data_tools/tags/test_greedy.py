@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-
 from tag_pools import random_pool
+
 from megatron_ksa.data_tools.tags.greedy import greedy
 from megatron_ksa.data_tools.tags.partition import random_parts, two_round_greedy
 

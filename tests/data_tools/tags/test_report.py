@@ -6,6 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from tag_pools import random_pool
+from work_folder import TOPICS, make_work_folder, record
 
 from megatron_ksa.data_tools.tags import report_page
 from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_jsonl
@@ -16,8 +18,6 @@ from megatron_ksa.data_tools.tags.report_page import json_block, node_columns
 from megatron_ksa.data_tools.tags.sample import SampleSettings
 from megatron_ksa.data_tools.tags.selection import sample_step
 from megatron_ksa.data_tools.tags.write import WriteSettings, write_step
-from tag_pools import random_pool
-from work_folder import TOPICS, make_work_folder, record
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror='window.hit=1'>{{script}}\u2028$x_{"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tag_pools import topic_pool
 
 from megatron_ksa.data_tools.tags.budget import parse_budget
 from megatron_ksa.data_tools.tags.objective import strengths
 from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings, sample
 from megatron_ksa.errors import UsageError
-from tag_pools import topic_pool
 
 TOKENS = np.full(200, 10)
 

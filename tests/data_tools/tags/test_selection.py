@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from work_folder import make_work_folder
 
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays
 from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings
 from megatron_ksa.data_tools.tags.selection import TokenSettings, read_selection, sample_step
 from megatron_ksa.errors import UsageError
-from work_folder import make_work_folder
 
 
 @pytest.fixture(scope="module")

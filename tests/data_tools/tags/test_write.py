@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
+from work_folder import TOPICS, make_work_folder, record
 
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.data_tools.tags import blend_check
@@ -23,7 +24,6 @@ from megatron_ksa.data_tools.tags.selection import read_selection, sample_step
 from megatron_ksa.data_tools.tags.write import WriteSettings, make_groups, slug, write_step
 from megatron_ksa.data_tools.tokenizers import load_tokenizer
 from megatron_ksa.errors import UsageError
-from work_folder import TOPICS, make_work_folder, record
 
 
 @pytest.fixture(scope="module")

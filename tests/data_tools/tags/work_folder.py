@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+from tag_pools import topic_pool
 
 from megatron_ksa.data_tools.tags.files import write_arrays, write_jsonl
 from megatron_ksa.data_tools.tokenizers import write_byte_level
-from tag_pools import topic_pool
 
 TOPICS = ("Algebra", "Größe & <b>Maß</b>", "history", "中文")
 
