@@ -16,7 +16,10 @@ from megatron_ksa.training.arguments import adapt_trainer, install_arguments, se
 from megatron_ksa.training.datasets import dataset_prefixes
 
 ROOT = Path(__file__).parents[2]
-MODEL = ["--num-layers", "4", "--hidden-size", "32", "--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "2", "--seq-length", "64", "--max-position-embeddings", "128", "--micro-batch-size", "1"]
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
+    "--seq-length 64 --max-position-embeddings 128 --micro-batch-size 1"
+).split()
 
 
 def parse(monkeypatch, flags):

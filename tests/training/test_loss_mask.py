@@ -22,7 +22,12 @@ from megatron_ksa.training.pretrain import read_command_line
 
 END_OF_DOCUMENT = 126
 RECORDER = Path(__file__).with_name("recorded_pretrain.py")
-FLAGS = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "32", "--max-position-embeddings", "32", "--swiglu", "--position-embedding-type", "rope", "--micro-batch-size", "4", "--global-batch-size", "8", "--split", "100,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--lr", "1e-2", "--lr-decay-style", "constant", "--log-interval", "1", "--eval-iters", "0", "--train-iters", "20"]
+FLAGS = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --swiglu "
+    "--position-embedding-type rope --micro-batch-size 4 --global-batch-size 8 --split 100,0,0 "
+    "--tokenizer-type NullTokenizer --vocab-size 127 "
+    "--lr 1e-2 --lr-decay-style constant --log-interval 1 --eval-iters 0 --train-iters 20"
+).split()
 
 
 def write_documents(prefix: Path, response=None, *, mask: bool = True) -> None:
@@ -88,20 +93,27 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
         masked_prefixes([prefix])
 
 
-def train(folder: Path, flags: str) -> dict[str, dict]:
-    record = folder / "record.json"
-    command = [sys.executable, str(RECORDER), str(record), *FLAGS, "--data-path", str(folder / "a"), *flags.split()]
+def train(folder: Path, *variants: str) -> list[dict[str, dict]]:
+    """Loss of every iteration, trained once with each variant of the flags."""
+    records = [folder / f"record{number}.json" for number in range(len(variants))]
+    data = ["--data-path", str(folder / "a")]
+    runs = [
+        {"record": str(record), "flags": [*FLAGS, *data, *flags.split()]}
+        for record, flags in zip(records, variants, strict=True)
+    ]
+    (folder / "runs.json").write_text(json.dumps(runs))
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+        [sys.executable, str(RECORDER), str(folder / "runs.json")], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(record.read_text())
+    return [json.loads(record.read_text()) for record in records]
 
 
 def test_training_learns_what_counts(tmp_path):
     """Responses are one token, prompts are noise: only a loss on responses alone can vanish."""
     write_documents(tmp_path / "a", response=77)
-    masked, whole = train(tmp_path, "--response-loss-only"), train(tmp_path, "")
+    masked, whole = train(tmp_path, "--response-loss-only", "")
     assert masked["1"]["loss"] == pytest.approx(np.log(127), rel=0.1)
     assert masked["20"]["loss"] < 0.1
     assert whole["20"]["loss"] > 1.5

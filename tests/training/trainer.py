@@ -12,9 +12,19 @@ import pytest
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 
-MODEL = ["--num-layers", "4", "--hidden-size", "32", "--ffn-hidden-size", "64", "--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "2", "--seq-length", "64", "--max-position-embeddings", "64", "--normalization", "RMSNorm", "--qk-layernorm", "--swiglu", "--disable-bias-linear", "--hidden-dropout", "0", "--untie-embeddings-and-output-weights", "--ksa", "--ksa-layer-pattern", "klkf", "--ksa-window-chunks", "2", "--position-embedding-type", "harpe", "--harpe-base-min", "1e4", "--harpe-base-max", "1e5"]
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --seq-length 64 --max-position-embeddings 64 --normalization RMSNorm --qk-layernorm --swiglu "
+    "--disable-bias-linear --hidden-dropout 0 --untie-embeddings-and-output-weights "
+    "--ksa --ksa-layer-pattern klkf --ksa-window-chunks 2 "
+    "--position-embedding-type harpe --harpe-base-min 1e4 --harpe-base-max 1e5"
+).split()
 # 64 x 2 words are no padding at tensor-parallel sizes 1 and 2: a different padding is a different softmax.
-TRAINING = ["--micro-batch-size", "1", "--global-batch-size", "4", "--split", "100,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127", "--make-vocab-size-divisible-by", "64", "--lr", "1e-3", "--lr-decay-style", "constant", "--clip-grad", "1.0", "--log-interval", "1", "--eval-iters", "0", "--ckpt-format", "torch_dist"]
+TRAINING = (
+    "--micro-batch-size 1 --global-batch-size 4 --split 100,0,0 --tokenizer-type NullTokenizer --vocab-size 127 "
+    "--make-vocab-size-divisible-by 64 --lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --log-interval 1 "
+    "--eval-iters 0 --ckpt-format torch_dist"
+).split()
 END_OF_DOCUMENT = 126
 
 

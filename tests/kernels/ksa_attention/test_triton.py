@@ -144,7 +144,7 @@ def text_case(
         (KSAGeometry(4, 1, 3), 90, {"dim": 96}),
         (KSAGeometry(4, 2, 6), 90, {"dtype": torch.float16, "heads": (4, 2), "cuts": [33]}),
     ],
-    ids=["plain", "gqa-batch-S2", "mqa-S3-dim24", "W0", "causal", "C40", "C1", "one-row", "vast-window", "no-query", "dim96", "float16"],
+    ids="plain gqa-batch-S2 mqa-S3-dim24 W0 causal C40 C1 one-row vast-window no-query dim96 float16".split(),
 )
 def test_text_attention(geometry, nq, options):
     text_case(geometry, nq, **options)

@@ -60,7 +60,7 @@ def results(rotate, q, k, weights, positions, freqs, **options):
         {"rotary_dim": 4, "dim": 20, "heads": (2, 2), "rows": (130,), "batch": 1},
         {"rows": (5, 0)},
     ],
-    ids=["gqa", "no-norm", "partial-float16", "mqa-dim24", "mha-partial-dim20", "empty-part"],
+    ids="gqa no-norm partial-float16 mqa-dim24 mha-partial-dim20 empty-part".split(),
 )
 def test_equals_the_reference_in_float64(options, interleaved):
     q, k, weights, positions, freqs = case(**options)
