@@ -64,11 +64,11 @@ class _Handler(BaseHTTPRequestHandler):
             server.headers_seen.append(dict(self.headers))
             server.now += 1
             server.most = max(server.most, server.now)
-        try:
-            self._reply(server.behave(text, attempt, request))
-        finally:
-            with server.lock:
-                server.now -= 1
+        reply = server.behave(text, attempt, request)
+        # Before the reply: once a client has it, its next request may be here already.
+        with server.lock:
+            server.now -= 1
+        self._reply(reply)
 
     def _reply(self, reply: str | tuple[int, dict, bytes]) -> None:
         if reply == "hang":

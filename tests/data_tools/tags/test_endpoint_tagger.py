@@ -95,7 +95,7 @@ def test_requests_at_a_time_are_bounded_and_answers_keep_the_order(tmp_path):
     def behave(text, attempt, request):
         import time
 
-        time.sleep(0.02 if text.endswith("0") else 0.0)
+        time.sleep(0.05 if text.endswith("0") else 0.02)
         return good({"tags": [text], "quality": 1, "difficulty": 1})
 
     texts = [f"text {i}" for i in range(40)]
