@@ -1,1 +1,1 @@
-"""Time and memory of kernels; each module is a program and writes JSON under results/."""
+"""Time and memory of kernels: `python -m megatron_ksa.kernels.benchmarks` (see README.md here)."""

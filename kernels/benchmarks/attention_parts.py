@@ -1,0 +1,123 @@
+"""Each Triton kernel of KSA attention alone, and the sweep of candidate tiles behind `triton_config.py`."""
+
+import time
+
+import torch
+import triton
+
+from megatron_ksa.kernels.benchmarks.check import TOLERANCE, ratio
+from megatron_ksa.kernels.benchmarks.measure import milliseconds
+from megatron_ksa.kernels.benchmarks.registry import Case, Op, Shape
+from megatron_ksa.kernels.ksa_attention.triton_backward import launch_dkv, launch_dq, new_statistics
+from megatron_ksa.kernels.ksa_attention.triton_config import Tile, tiles_for
+from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward
+from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
+
+TILED = ("forward", "dq", "dkv_text", "dkv_summary")
+
+# Queries, keys, warps, stages.
+CANDIDATES = {
+    "forward": [
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 4, 3),
+        (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 8, 4), (64, 32, 4, 4),
+    ],
+    "dq": [
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3),
+        (128, 128, 8, 2), (128, 32, 8, 3), (64, 128, 8, 2),
+    ],
+    "dkv": [
+        (64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2),
+        (32, 128, 8, 3), (32, 128, 8, 4), (32, 64, 4, 3), (128, 128, 8, 2), (64, 64, 8, 3), (32, 128, 4, 3),
+    ],
+}  # fmt: skip
+
+
+class Kernels:
+    """Each kernel alone at one shape, on inputs made once."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        self.device, self.n, self.sizes = device, shape.n, (shape.chunk_size, shape.summary_tokens)
+        self.window, self.scale = shape.window_chunks, shape.head_dim**-0.5
+        counts = (shape.heads, shape.groups, shape.groups)
+        q, k, v = (shape.random(shape.rows, count, device).detach() for count in counts)
+        d_out, out = torch.randn_like(q), torch.empty_like(q)
+        self.lse = torch.empty(shape.batch, shape.heads, shape.n, device=device)
+        self.lse2, self.delta = new_statistics(self.lse)
+        gradients = [torch.empty_like(t) for t in (q, k, v)]
+        split = [(t[:, : shape.n], t[:, shape.n :]) for t in (q, k, v, out, d_out, *gradients)]
+        self.q, self.k, self.v, self.out, self.d_out, self.dq, self.dk, self.dv = split
+        self.keys = (self.k[0], self.v[0], self.k[1], self.v[1])
+        self.default = tiles_for(shape.head_dim, shape.torch_dtype)
+        self.results = {
+            "forward": [self.out[0]], "dq": [self.dq[0]], "dkv_text": [self.dk[0], self.dv[0]],
+            "dkv_summary": [self.dk[1], self.dv[1]], "summary_forward": [self.out[1]],
+            "summary_backward": [self.dq[1]],
+        }  # fmt: skip
+        for name in self.results:
+            self.launch(name)
+
+    def launch(self, name: str, tile: Tile | None = None) -> None:
+        """Run a kernel; those with tiles take other ones than the stored."""
+        if name.startswith("summary"):
+            options = (self.q[1], *self.keys, None, *self.sizes, 0, self.scale)
+            if name == "summary_forward":
+                return launch_summary_forward(*options, self.out[1])
+            gradients = (self.dq[1], self.dk[0], self.dv[0], self.dk[1], self.dv[1])
+            return launch_summary_backward(*options, self.d_out[1], *gradients, accumulate=True)
+        tile = tile or getattr(self.default, name)
+        settings = (*self.sizes, self.window)
+        if name.startswith("dkv"):
+            part = int(name == "dkv_summary")
+            statistics = (None, self.lse2, self.delta)
+            return launch_dkv(
+                self.q[0], self.d_out[0], self.k[part], self.v[part], *statistics, *settings, 0, 0, self.scale,
+                not part, tile, self.dk[part], self.dv[part],
+            )  # fmt: skip
+        options = (self.q[0], *self.keys, None, *settings, 0, 0, 0, self.scale, tile, self.out[0], self.lse)
+        if name == "forward":
+            return launch_forward(*options)
+        return launch_dq(*options, self.d_out[0], None, self.lse2, self.delta, self.dq[0])
+
+    def try_tile(self, name: str, numbers: tuple[int, ...], expected: list[torch.Tensor]) -> dict:
+        """Milliseconds of a kernel with a candidate tile, if its result agrees with `expected`."""
+        entry: dict[str, object] = {"kernel": name, "tile": numbers}
+        try:
+            for rows in self.results[name]:
+                rows.fill_(float("nan"))
+            self.launch(name, Tile(*numbers))
+            entry["difference"] = max(ratio(*pair) for pair in zip(self.results[name], expected, strict=True))
+            if entry["difference"] < TOLERANCE[self.q[0].dtype]:
+                entry |= milliseconds(lambda: self.launch(name, Tile(*numbers)), self.device, 50)
+        except (RuntimeError, triton.runtime.errors.TritonError) as error:
+            entry["error"] = str(error).split("\n")[0][:200]
+        return entry
+
+
+def sweep(shape: Shape, device: str, deadline: float, candidates: dict[str, list] | None = None) -> list[dict]:
+    """Every candidate tile of each kernel at a shape, fastest first; stops at `deadline` (time.monotonic)."""
+    kernels, table = Kernels(shape, device), []
+    for name in TILED:
+        kernels.launch(name)
+        expected = [rows.clone() for rows in kernels.results[name]]
+        entries = []
+        for numbers in (candidates or CANDIDATES)[name.split("_")[0]]:
+            if time.monotonic() > deadline:
+                print(f"sweep: out of time at {name} {numbers}", flush=True)
+                break
+            entries.append(kernels.try_tile(name, numbers, expected))
+        # The next kernel reads these results.
+        kernels.launch(name)
+        entries.sort(key=lambda entry: entry.get("median_ms", float("inf")))
+        for entry in entries:
+            outcome = f"{entry['median_ms']:.3f} ms" if "median_ms" in entry else entry.get("error", "wrong result")
+            print(f"sweep {shape} {name} {entry['tile']}: {outcome}", flush=True)
+        table += entries
+    return table
+
+
+def _parts(shape: Shape, device: str) -> Case:
+    kernels = Kernels(shape, device)
+    return Case([], lambda: (), modes={name: lambda name=name: kernels.launch(name) for name in kernels.results})
+
+
+PARTS = Op("ksa_parts", "each kernel of KSA alone, with the stored tiles", _parts, checked_by="ksa")
