@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+_reference_forced = False
+
+
+def force_reference(forced: bool = True) -> None:
+    """Take plain PyTorch on every device from now on, in place of the Triton kernels (to compare the two)."""
+    global _reference_forced
+    _reference_forced = forced
 
 
 @functools.cache
@@ -16,7 +23,7 @@ def _announce(op: str, path: str) -> None:
 
 def uses_triton(op: str, rows: Tensor) -> bool:
     """Whether `op` takes its Triton kernels for `rows`; logs the answer once for each op and path."""
-    uses = rows.is_cuda and rows.dtype != torch.float64
+    uses = rows.is_cuda and rows.dtype != torch.float64 and not _reference_forced
     if not torch.compiler.is_compiling():
         _announce(op, "Triton kernels" if uses else f"plain PyTorch ({rows.device.type}, {rows.dtype})")
     return uses

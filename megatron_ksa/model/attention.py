@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
-from megatron.core.transformer.attention import LinearQkvBuilder, SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import LinearQkvBuilder, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_ksa.layout.rows import RowLayout
+from megatron_ksa.model.rotated_attention import Heads, RotatedSelfAttention
 
 
 @dataclass
@@ -23,7 +24,7 @@ class KSASelfAttentionSubmodules(SelfAttentionSubmodules):
     k_layernorm_summary: LayerNormBuilder | None = None
 
 
-class KSASelfAttention(SelfAttention):
+class KSASelfAttention(RotatedSelfAttention):
     """Self-attention over rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432).
 
     Summary rows use q, k, v = a * own projection + (1 - a) * text projection, mixed after the Q/K norm and before the
@@ -99,12 +100,26 @@ class KSASelfAttention(SelfAttention):
             tensor-parallel rank.
         """
         text, summaries = self.layout.split(hidden_states)
+        if self._rotation is not None:
+            return self._project_and_rotate(text, summaries)
         text_qkv = self._project(self.linear_qkv, self.q_layernorm, self.k_layernorm, text)
         summary_qkv = self._project_summaries(summaries)
         query, key, value = (torch.cat(rows) for rows in zip(text_qkv, summary_qkv, strict=True))
         return query, key, value
 
-    def _project_summaries(self, summaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_and_rotate(self, text: Tensor, summaries: Tensor) -> Heads:
+        """`get_query_key_value_tensors` with the rotation; only a blend of projections is normalised before it."""
+        norms = (self.q_layernorm, self.k_layernorm)
+        summary_norms = (self.q_layernorm_summary or norms[0], self.k_layernorm_summary or norms[1])
+        fused, a = self._fuses(*norms), self.summary_coefficient
+        shared = self.linear_qkv_summary is None or (a == 0.0 and not torch.is_grad_enabled())
+        text_qkv = self._project(self.linear_qkv, *((None, None) if fused else norms), text)
+        if not fused or not (shared or a == 1.0):
+            return self._rotate([text_qkv, self._project_summaries(summaries)], [norms if fused else None, None])
+        summary_qkv = self._project(self.linear_qkv if shared else self.linear_qkv_summary, None, None, summaries)
+        return self._rotate([text_qkv, summary_qkv], [norms, summary_norms])
+
+    def _project_summaries(self, summaries: Tensor) -> Heads:
         a = self.summary_coefficient
         q_norm = self.q_layernorm_summary or self.q_layernorm
         k_norm = self.k_layernorm_summary or self.k_layernorm
@@ -120,7 +135,7 @@ class KSASelfAttention(SelfAttention):
 
     def _project(
         self, linear: nn.Module, q_norm: nn.Module | None, k_norm: nn.Module | None, rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Heads:
         """Project rows and split them into this rank's heads, as `SelfAttention.get_query_key_value_tensors` does."""
         mixed, _ = linear(rows)
         queries_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition

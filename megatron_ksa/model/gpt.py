@@ -10,6 +10,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_ksa.kernels.dispatch import uses_triton
+from megatron_ksa.kernels.rotation.dispatch import OP as ROTATION
 from megatron_ksa.layout.rows import RowLayout, document_starts, document_starts_from_cu_seqlens, row_positions
 from megatron_ksa.layout.zigzag import ZigZag
 from megatron_ksa.model.attention import KSASelfAttention
@@ -66,8 +68,9 @@ class KSAGPTModel(GPTModel):
                 tp_group=self.pg_collection.tp,
             )
             if bases is None and rope_scaling:
-                scaled = RotaryEmbedding._apply_scaling(self.rotary, self.rotary.inv_freq, factor=rope_scaling_factor)
-                self.rotary.inv_freq = scaled
+                self.rotary.rescale(
+                    lambda freqs: RotaryEmbedding._apply_scaling(self.rotary, freqs, factor=rope_scaling_factor)
+                )
 
     def set_summary_coefficient(self, a: float) -> None:
         """Set the weight of the summary projections on summary rows in every layer (annealing)."""
@@ -119,7 +122,10 @@ class KSAGPTModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple:
-        """GPTModel's: embedded rows, then rotary angles as the pair that `SelfAttention` takes."""
+        """GPTModel's: embedded rows, then what `RotatedSelfAttention` takes as rotary_pos_emb.
+
+        That is a pair of angles, or, where the rotation kernel runs, of integer positions and frequencies.
+        """
         decoder_input, _, *rest = super()._preprocess(
             input_ids, position_ids, decoder_input, inference_context, packed_seq_params, padding_mask
         )
@@ -133,7 +139,8 @@ class KSAGPTModel(GPTModel):
             document_start = self._document_start(position_ids, packed_seq_params)
             positions = row_positions(self.layout, num_text * self.split.size, document_start, rows.device)
             positions = torch.cat([self.split.take(part) for part in self.layout.split(positions)])
-            angles = self.rotary(positions + self.position_offset)
+            rotary = self.rotary.fixed_point if uses_triton(ROTATION, rows) else self.rotary
+            angles = rotary(positions + self.position_offset)
         return decoder_input, angles, *rest
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:

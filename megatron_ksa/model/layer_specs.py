@@ -18,6 +18,7 @@ from megatron_ksa.model.attention import KSASelfAttention, KSASelfAttentionSubmo
 from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention
 from megatron_ksa.model.layers import BypassTransformerLayer, SplitLayerNorm
 from megatron_ksa.model.norm import Norm
+from megatron_ksa.model.rotated_attention import RotatedSelfAttention
 
 
 def uses_transformer_engine(config: TransformerConfig) -> bool:
@@ -54,7 +55,7 @@ def _layer_spec(
         linear_qkv=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear(), **heads
     )  # fmt: skip
     if layer.kind == LayerKind.FULL:
-        module, params = base.submodules.self_attention.module, {}
+        module, params = RotatedSelfAttention, {}
         attention = type(base.submodules.self_attention.submodules)(core_attention=CausalCoreAttention, **attention)
     else:
         core = partial(KSACoreAttention, layout=layout, window_chunks=layer.window_chunks)

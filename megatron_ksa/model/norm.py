@@ -62,15 +62,18 @@ class Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None) -> Tensor:
         """Normalise rows.
 
         Args:
-            x: [..., hidden_size], float32, bfloat16 or float16.
+            x: [..., hidden_size], float32, bfloat16 or float16. None asks for the weight alone, for a kernel that
+                normalises itself: Megatron's hooks, which wait for gathered parameters, run on calls of a module.
 
         Returns:
             The same shape and dtype; sums are float32.
         """
+        if x is None:
+            return self.weight
         # 1 + g loses the weight's low bits in 16 bits, so that the sum and the product are float32.
         weight = self.weight.float() + 1.0 if self.zero_centered else self.weight
         shape = (self.hidden_size,)

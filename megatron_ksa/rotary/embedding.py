@@ -1,8 +1,12 @@
 """Rotary angles for explicit positions, with one base for each KV group (HARPE, arXiv 2412.07171)."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from megatron_ksa.kernels.rotation import fixed_point
 
 
 class PositionedRotaryEmbedding(nn.Module):
@@ -41,13 +45,19 @@ class PositionedRotaryEmbedding(nn.Module):
         # As Megatron forms them, base by base.
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
         inv_freq = torch.stack([1.0 / (base**exponents) for base in self.bases])
+        exact = torch.tensor(self.bases, dtype=torch.float64, device=device)[:, None] ** -(
+            torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
+        )
         if groups > 1:
             heads = torch.arange(groups, device=device)
             self.groups_per_rank = max(groups // tp_size, 1)
             first = tp_rank * groups // tp_size
-            inv_freq = inv_freq[heads[first : first + self.groups_per_rank]]
+            own = heads[first : first + self.groups_per_rank]
+            inv_freq, exact = inv_freq[own], exact[own]
         # float32 [K/V groups of this rank or 1, d_rot / 2]; no buffer, which --bf16 would cast with the parameters.
         self.inv_freq = inv_freq
+        self._exact_inv_freq = exact
+        self._frequencies: Tensor | None = None
         self.queries_per_group = num_heads // tp_size // inv_freq.shape[0] if groups > 1 else 1
 
     @classmethod
@@ -71,6 +81,25 @@ class PositionedRotaryEmbedding(nn.Module):
             tp_size=tp_group.size(),
             device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
         )
+
+    def rescale(self, scale: Callable[[Tensor], Tensor]) -> None:
+        """Replace the inverse frequencies by a function of them (Llama 3's scaling)."""
+        self.inv_freq, self._exact_inv_freq = scale(self.inv_freq), scale(self._exact_inv_freq)
+        self._frequencies = None
+
+    def fixed_point(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What `rotate_heads` forms this rank's angles from, in the kernel and exactly.
+
+        Args:
+            positions: int [rows, batch or 1].
+
+        Returns:
+            int64 positions [rows, batch or 1] and frequencies [K/V heads or 1, d_rot / 2] in units of 2^-64 turn.
+        """
+        if self._frequencies is None or self._frequencies.device != positions.device:
+            exact = self._exact_inv_freq / (self.seq_len_interpolation_factor or 1.0)
+            self._frequencies = fixed_point(exact).to(positions.device)
+        return positions.long(), self._frequencies
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Angles of this rank's query heads and K/V heads.
