@@ -9,9 +9,11 @@ from megatron.training import arguments as megatron_arguments
 
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.harpe import HarpeConfig
+from megatron_ksa.config.kernels import KernelConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels.dispatch import force_reference
 
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
@@ -53,6 +55,7 @@ def install_arguments(defaults: dict[str, object]) -> None:
         add_config_arguments(parser, KSAConfig, "ksa", "KSA")
         add_config_arguments(parser, HarpeConfig, "harpe", "HARPE")
         add_config_arguments(parser, DataConfig, "data", "training data")
+        add_config_arguments(parser, KernelConfig, "kernels", "kernels")
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]
@@ -80,6 +83,7 @@ def settings_from_args(args: argparse.Namespace) -> ModelSettings:
     Raises:
         UsageError: flags that contradict each other or a length that does not fit.
     """
+    force_reference(config_from_args(KernelConfig, args, "kernels").reference)
     ksa = config_from_args(KSAConfig, args, "ksa")
     harpe = config_from_args(HarpeConfig, args, "harpe")
     bases = None

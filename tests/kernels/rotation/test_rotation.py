@@ -39,12 +39,12 @@ def case(rows=(37, 9), batch=2, heads=(4, 2), dim=16, rotary_dim=16, norm=True, 
     return q, k, weights if norm else [], positions, frequencies(bases, rotary_dim)
 
 
-def results(rotate, q, k, weights, positions, freqs, **options):
-    """Outputs and gradients of all leaves under fixed random gradients."""
+def results(rotate, q, k, weights, positions, freqs, d_dtype=None, **options):
+    """Outputs and gradients of all leaves under fixed random gradients, rounded to d_dtype."""
     pairs = list(zip(weights[::2], weights[1::2], strict=True)) or [None] * len(q)
     out = rotate(q, k, pairs, positions, freqs, eps=1e-3, **options)
     generator = torch.Generator().manual_seed(1)
-    d_out = [torch.randn(rows.shape, generator=generator).to(rows.device, rows.dtype) for rows in out]
+    d_out = [torch.randn(rows.shape, generator=generator).to(rows.device, d_dtype).to(rows.dtype) for rows in out]
     return [*out, *torch.autograd.grad(out, [*q, *k, *weights], d_out)]
 
 
@@ -59,16 +59,34 @@ def results(rotate, q, k, weights, positions, freqs, **options):
         {"dim": 24, "rotary_dim": 24, "heads": (3, 1), "bases": (1e4,)},
         {"rotary_dim": 4, "dim": 20, "heads": (2, 2), "rows": (130,), "batch": 1},
         {"rows": (5, 0)},
+        {"dtype": torch.bfloat16},
     ],
-    ids="gqa no-norm partial-float16 mqa-dim24 mha-partial-dim20 empty-part".split(),
+    ids="gqa no-norm partial-float16 mqa-dim24 mha-partial-dim20 empty-part bfloat16".split(),
 )
-def test_equals_the_reference_in_float64(options, interleaved):
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_equals_the_reference_in_float64(options, interleaved, zero_centered):
     q, k, weights, positions, freqs = case(**options)
-    got = results(triton_rotation.rotate, q, k, weights, positions, freqs, interleaved=interleaved)
+    settings = {"interleaved": interleaved, "zero_centered": zero_centered}
+    got = results(triton_rotation.rotate, q, k, weights, positions, freqs, **settings)
     exact = [[t.detach().double().requires_grad_() for t in leaves] for leaves in (q, k, weights)]
-    expected = results(reference.rotate, *exact, positions, freqs, interleaved=interleaved)
+    expected = results(reference.rotate, *exact, positions, freqs, d_dtype=q[0].dtype, **settings)
     for index, (actual, wanted) in enumerate(zip(got, expected, strict=True)):
         assert_close(f"result {index}", actual, wanted)
+
+
+@needs_kernels
+def test_positions_of_32_bits_give_the_same_rotation():
+    q, k, weights, positions, freqs = case()
+    long, short = (results(triton_rotation.rotate, q, k, weights, p, freqs) for p in (positions, positions.int()))
+    assert all(torch.equal(one, two) for one, two in zip(long, short, strict=True))
+
+
+@needs_kernels
+def test_compiled_call_gives_the_same_bits():
+    leaves = case(rows=(9, 3), batch=1)
+    compiled = torch.compile(triton_rotation.rotate, backend="aot_eager", fullgraph=True)
+    eager, graph = (results(rotate, *leaves) for rotate in (triton_rotation.rotate, compiled))
+    assert all(torch.equal(one, two) for one, two in zip(eager, graph, strict=True))
 
 
 @needs_kernels
