@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.training import arguments as megatron_arguments
 
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.harpe import HarpeConfig
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.errors import UsageError
 
@@ -25,11 +26,13 @@ class ModelSettings:
         ksa: KSA settings.
         bases: HARPE bases, one for each KV group, or None without `--position-embedding-type harpe`.
         override_bases: a checkpoint may have been written with other bases.
+        loss: how the loss is computed, for Megatron's own model too.
     """
 
     ksa: KSAConfig
     bases: tuple[float, ...] | None
     override_bases: bool = False
+    loss: LossConfig = field(default_factory=LossConfig)
 
     @property
     def is_megatron(self) -> bool:
@@ -53,6 +56,7 @@ def install_arguments(defaults: dict[str, object]) -> None:
         add_config_arguments(parser, KSAConfig, "ksa", "KSA")
         add_config_arguments(parser, HarpeConfig, "harpe", "HARPE")
         add_config_arguments(parser, DataConfig, "data", "training data")
+        add_config_arguments(parser, LossConfig, "loss", "loss")
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]
@@ -86,10 +90,25 @@ def settings_from_args(args: argparse.Namespace) -> ModelSettings:
     if args.position_embedding_type == "harpe":
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         bases = harpe.resolve(groups)
-    settings = ModelSettings(ksa, bases, harpe.override_checkpoint)
+    settings = ModelSettings(ksa, bases, harpe.override_checkpoint, _loss_config(args))
     if not settings.is_megatron:
         _check(args, settings)
     return settings
+
+
+def _loss_config(args: argparse.Namespace) -> LossConfig:
+    """The loss's settings; Megatron's schemes that take the output layer's gradient apart keep the logits whole."""
+    loss = config_from_args(LossConfig, args, "loss")
+    tp = args.tensor_model_parallel_size
+    whole_logits = {
+        "--defer-embedding-wgrad-compute": args.defer_embedding_wgrad_compute,
+        "--tensor-parallel-num-weight-shards": (args.tensor_parallel_num_weight_shards or tp) > tp,
+    }
+    for flag in (flag for flag, active in whole_logits.items() if active):
+        if loss.chunk_rows:
+            raise UsageError(f"--loss-chunk-rows does not go with {flag}: drop one of them")
+        loss = LossConfig(chunk_rows=0)
+    return loss
 
 
 def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
