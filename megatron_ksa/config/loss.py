@@ -25,7 +25,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if self.chunk_rows is not None and self.chunk_rows < 0:
-            raise UsageError(f"--loss-chunk-rows is {self.chunk_rows}: it must be a number of tokens, or 0 for no chunks")
+            raise UsageError(f"--loss-chunk-rows is {self.chunk_rows}: use a number of tokens, or 0 for no chunks")
 
     def rows_at_a_time(self, tokens: int, vocabulary: int) -> int:
         """Tokens whose logits exist at a time.
