@@ -74,6 +74,7 @@ def test_survivor_of_a_killed_rank_names_itself_and_ends(tmp_path):
     assert line.startswith(f"error: rank 0 of 2 on host {socket.gethostname()} failed in ")
 
 
+@pytest.mark.long
 def test_rank_that_hangs_is_noticed_after_the_timeout(tmp_path):
     """A stopped process keeps its connections: only the timeout of one minute tells."""
     run = TwoRanks(tmp_path, tmp_path / "record.json", "--train-iters 100000 --distributed-timeout-minutes 1")
