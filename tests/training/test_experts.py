@@ -9,7 +9,6 @@ EXPERTS = (
 TOLERANCE = 1e-5
 LAYOUTS = [
     "--expert-model-parallel-size 2",
-    "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 --expert-model-parallel-size 2",
     "--tensor-model-parallel-size 2 --sequence-parallel --loss-chunk-rows 20",
     "--context-parallel-size 2 --expert-model-parallel-size 2",
     "--pipeline-model-parallel-size 2",
