@@ -49,7 +49,7 @@ class TwoRanks:
             except (FileNotFoundError, json.JSONDecodeError):
                 pass
             time.sleep(0.02)
-        assert self.ranks[1].poll() == 0, self.logs[1].read_text()[-3000:]
+        assert self.ranks[1].poll() == 0, "".join(log.read_text()[-2000:] for log in self.logs)
 
     def wait(self, seconds: float) -> list[int]:
         """Exit codes; a rank that does not end in time fails the test."""
