@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import torch
 
@@ -60,15 +61,22 @@ def _silence_what_is_expected() -> None:
 
 
 def _adapt_megatron() -> None:
-    """Change the three places of Megatron that ask for CUDA itself."""
+    """Change the four places of Megatron that ask for CUDA itself."""
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
     from megatron.training.initialize import initialize_megatron
 
     # torch would put the call off until CUDA is initialised.
     random._lazy_call = lambda call, **kwargs: call()
     logging.getLogger(random.__name__).addFilter(_is_not_about_one_generator)
+    # It hands on what is not on a GPU as it is, but sizes of an exchange of experts' tokens cannot be tensors.
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_cpu
     # The trainer calls it without arguments; `allow_no_cuda`, its first parameter, becomes True.
     initialize_megatron.__defaults__ = (True, *initialize_megatron.__defaults__[1:])
+
+
+def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _is_not_about_one_generator(record: logging.LogRecord) -> bool:

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.training import arguments as megatron_arguments
 
@@ -11,6 +11,7 @@ from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.harpe import HarpeConfig
 from megatron_ksa.config.kernels import KernelConfig
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.dispatch import force_reference
@@ -27,11 +28,13 @@ class ModelSettings:
         ksa: KSA settings.
         bases: HARPE bases, one for each KV group, or None without `--position-embedding-type harpe`.
         override_bases: a checkpoint may have been written with other bases.
+        loss: how the loss is computed, for Megatron's own model too.
     """
 
     ksa: KSAConfig
     bases: tuple[float, ...] | None
     override_bases: bool = False
+    loss: LossConfig = field(default_factory=LossConfig)
 
     @property
     def is_megatron(self) -> bool:
@@ -56,6 +59,7 @@ def install_arguments(defaults: dict[str, object]) -> None:
         add_config_arguments(parser, HarpeConfig, "harpe", "HARPE")
         add_config_arguments(parser, DataConfig, "data", "training data")
         add_config_arguments(parser, KernelConfig, "kernels", "kernels")
+        add_config_arguments(parser, LossConfig, "loss", "loss")
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]
@@ -90,10 +94,25 @@ def settings_from_args(args: argparse.Namespace) -> ModelSettings:
     if args.position_embedding_type == "harpe":
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         bases = harpe.resolve(groups)
-    settings = ModelSettings(ksa, bases, harpe.override_checkpoint)
+    settings = ModelSettings(ksa, bases, harpe.override_checkpoint, _loss_config(args))
     if not settings.is_megatron:
         _check(args, settings)
     return settings
+
+
+def _loss_config(args: argparse.Namespace) -> LossConfig:
+    """The loss's settings; Megatron's schemes that take the output layer's gradient apart keep the logits whole."""
+    loss = config_from_args(LossConfig, args, "loss")
+    tp = args.tensor_model_parallel_size
+    whole_logits = {
+        "--defer-embedding-wgrad-compute": args.defer_embedding_wgrad_compute,
+        "--tensor-parallel-num-weight-shards": (args.tensor_parallel_num_weight_shards or tp) > tp,
+    }
+    for flag in (flag for flag, active in whole_logits.items() if active):
+        if loss.chunk_rows:
+            raise UsageError(f"--loss-chunk-rows does not go with {flag}: drop one of them")
+        loss = LossConfig(chunk_rows=0)
+    return loss
 
 
 def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
@@ -108,6 +127,12 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         (args.sft, "--sft", "the batch reader serves pretraining data; drop it"),
         (args.spec, "--spec", "the layer specs are this project's own; drop it"),
         (args.flash_decode, "--flash-decode", "it assumes one frequency row for all heads; drop it"),
+        (args.async_save, "--async-save", "saves are synchronous; drop it"),
+        (args.fp8, "--fp8-format", "its attention and summary projections are not checked in FP8; use --bf16"),
+        (args.fp4, "--fp4-format", "its attention and summary projections are not checked in FP4; use --bf16"),
+        (args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}", "use --cuda-graph-impl none"),
+        (args.enable_cuda_graph, "--enable-cuda-graph", "CUDA graphs are not supported; drop it"),
+        (args.external_cuda_graph, "--external-cuda-graph", "CUDA graphs are not supported; drop it"),
         (args.num_experts is None and args.qk_l2_norm, "--qk-l2-norm", "use --qk-layernorm"),
     ]
     for active, flag, way_out in refused:

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from megatron_ksa.model.chunked_loss import ChunkedLoss
 from megatron_ksa.training.arguments import ModelSettings
 from megatron_ksa.training.batch import get_batch
 
@@ -49,6 +50,7 @@ class ForwardStep:
     def __init__(self, args: argparse.Namespace, settings: ModelSettings) -> None:
         self.args = args
         self.settings = settings
+        self.loss = ChunkedLoss(settings.loss)
 
     def __call__(self, data_iterator: Iterator | None, model: MegatronModule) -> tuple[Tensor, Callable]:
         """Losses [batch, n] on the last pipeline stage (hidden states before it), and the loss function."""
@@ -57,6 +59,11 @@ class ForwardStep:
             set_coefficient = get_attr_wrapped_model(model, "set_summary_coefficient")
             set_coefficient(self.settings.ksa.summary_coefficient(self.args.curr_iteration))
         output = model(
-            batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
+            batch.tokens,
+            batch.position_ids,
+            batch.attention_mask,
+            labels=batch.labels,
+            loss_mask=batch.loss_mask,
+            output_processor=self.loss,
         )
         return output, partial(masked_loss, batch.loss_mask, check_for_nan=self.args.check_for_nan_in_loss_and_grad)

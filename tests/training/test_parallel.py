@@ -16,17 +16,22 @@ INTERLEAVED = f"{PP} --num-virtual-stages-per-pipeline-rank 2"
 CP, CP_4 = "--context-parallel-size 2", "--context-parallel-size 4"
 OPTIMIZER = "--use-distributed-optimizer"
 OVERLAP = f"{OPTIMIZER} --overlap-grad-reduce --overlap-param-gather"
+# Of the 64 tokens of a micro-batch; not a divisor of any rank's share.
+CHUNKS = "--loss-chunk-rows 20"
 EITHER = ("", PACKED)
 # Processes, flags of a layout, and the documents to train it on; the first is what the others are compared with.
 LAYOUTS = [
     (1, "", EITHER),
     (1, RECOMPUTE, [PACKED]),
+    (1, CHUNKS, EITHER),
     (2, OPTIMIZER, [PACKED]),
     (2, TP, [""]),
     (2, f"{TP} {SP}", EITHER),
     (2, f"{TP} {SP} {RECOMPUTE}", [""]),
     (2, PP, EITHER),
     (2, f"{PP} {RECOMPUTE}", [""]),
+    (2, f"{TP} {CHUNKS}", [""]),
+    (2, f"{CP} {CHUNKS}", [PACKED]),
     (2, INTERLEAVED, [PACKED]),
     (2, CP, EITHER),
     (2, f"{CP} {RECOMPUTE}", [PACKED]),
@@ -37,6 +42,7 @@ LAYOUTS = [
     (4, f"{TP} {SP} {CP} {RECOMPUTE}", [""]),
     (4, f"{PP} {CP} {OPTIMIZER}", [PACKED]),
     (4, f"{TP} {PP} {OVERLAP}", [PACKED]),
+    (4, f"{TP} {SP} {PP} {OVERLAP} {CHUNKS}", [PACKED]),
 ]
 # Processes, and the layouts before and after a checkpoint.
 ANY_LAYOUT = f"{OPTIMIZER} --ckpt-fully-parallel-save --dist-ckpt-optim-fully-reshardable"

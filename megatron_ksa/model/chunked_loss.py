@@ -1,0 +1,237 @@
+"""Output layer and vocabulary-parallel cross-entropy in chunks of tokens: logits of a whole sequence never exist.
+
+Megatron-Core 0.19.2 has no fused linear cross-entropy. Its `--cross-entropy-loss-fusion` (native and Transformer
+Engine) fuses the softmax's arithmetic and takes logits [n, batch, words], which at 131,072 tokens and 151,936 words are
+80 GB in float32 on one rank. Here a chunk's logits are computed, reduced to the loss and dropped; the backward pass
+computes them again, from which come the gradients of the chunk's rows and its part of the weight's gradient. The price
+is one more product of rows and weight: 4 of them instead of 3.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, layers
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from megatron_ksa.config.loss import LossConfig
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's part of the output layer.
+
+    Attributes:
+        group: the tensor-parallel group, which divides the words.
+        gathers: rows are divided as well (sequence parallelism).
+        scale: factor of the logits (muP).
+        fused: the weight's gradient is added to `main_grad` by Megatron's kernel (gradient accumulation fusion).
+        positions: sequence positions of this rank's rows in a chunk.
+    """
+
+    group: dist.ProcessGroup
+    gathers: bool
+    scale: float
+    fused: bool
+    positions: int
+
+    @property
+    def row_shards(self) -> int:
+        return self.group.size() if self.gathers else 1
+
+    def chunks(self, hidden: Tensor) -> Iterator[slice]:
+        """Positions of each chunk among this rank's rows."""
+        for begin in range(0, hidden.shape[0], self.positions):
+            yield slice(begin, min(begin + self.positions, hidden.shape[0]))
+
+    def whole_rows(self, rows: Tensor) -> Tensor:
+        """[positions, batch, hidden] -> [row shards * positions * batch, hidden], those of all row shards."""
+        if self.gathers:
+            gathered = rows.new_empty(self.row_shards * rows.shape[0], *rows.shape[1:])
+            dist.all_gather_into_tensor(gathered, rows.contiguous(), group=self.group)
+            rows = gathered
+        return rows.flatten(0, 1)
+
+    def by_shard(self, tensor: Tensor) -> Tensor:
+        """[n, batch] -> [row shards, positions of a shard, batch], a view."""
+        return tensor.unflatten(0, (self.row_shards, -1))
+
+    def logits(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Float32 [rows, words of this rank], a tensor of its own."""
+        logits = (rows @ weight.t()).float()
+        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def targets(self, labels: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        """Places of the labels among this rank's words (0 for others), and whether they are there, 1.0 or 0.0."""
+        places = labels - self.group.rank() * words
+        here = (places >= 0) & (places < words)
+        return places.where(here, 0), here.float()
+
+    def reduce(self, tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
+        """All-reduce in place over the ranks that divide the words."""
+        if self.group.size() > 1:
+            dist.all_reduce(tensor, operation, group=self.group)
+        return tensor
+
+    def return_rows(self, gradient: Tensor, out: Tensor) -> dist.Work | None:
+        """Sum the gradients of a chunk's rows over the ranks into this rank's rows `out`; to be waited for."""
+        if self.gathers:
+            return dist.reduce_scatter_tensor(out, gradient.view(-1, *out.shape[1:]), group=self.group, async_op=True)
+        out.copy_(gradient.view_as(out))
+        return dist.all_reduce(out, group=self.group, async_op=True) if self.group.size() > 1 else None
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """loss = log(sum(exp(logits))) - logits[label] with logits = scale * hidden @ weight^T, chunk after chunk."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> Tensor:
+        """Arguments and result as in `chunked_cross_entropy`."""
+        labels = labels.t().contiguous()
+        losses, peaks, totals = (
+            torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(3)
+        )
+        for chunk in shard.chunks(hidden):
+            logits = shard.logits(shard.whole_rows(hidden[chunk]), weight)
+            peak = shard.reduce(logits.amax(-1), dist.ReduceOp.MAX)
+            logits.sub_(peak.unsqueeze(-1))
+            places, here = shard.targets(shard.by_shard(labels)[:, chunk].reshape(-1), weight.shape[0])
+            picked = logits.gather(-1, places.unsqueeze(-1)).squeeze(-1) * here
+            picked, total = shard.reduce(torch.stack([picked, logits.exp_().sum(-1)]), dist.ReduceOp.SUM)
+            for whole, part in ((losses, total.log() - picked), (peaks, peak), (totals, total)):
+                target = shard.by_shard(whole)[:, chunk]
+                target.copy_(part.view_as(target))
+        ctx.shard = shard
+        # Megatron's protocol: the buffer of this micro-batch's model chunk, not a saved tensor of autograd's.
+        ctx.main_grad = weight.main_grad if shard.fused else None
+        ctx.save_for_backward(hidden, weight, labels, peaks, totals)
+        return losses.t().contiguous()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, d_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """d logits = (softmax(logits) - onehot(label)) * d loss * scale."""
+        hidden, weight, labels, peaks, totals = ctx.saved_tensors
+        shard: _Shard = ctx.shard
+        d_losses = d_losses.t().contiguous()
+        d_hidden = torch.empty_like(hidden)
+        d_weight = ctx.main_grad
+        if d_weight is None and ctx.needs_input_grad[1]:
+            # Chunks are summed in float32: a sum in 16 bits would round once a chunk.
+            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for chunk in shard.chunks(hidden):
+            rows = shard.whole_rows(hidden[chunk])
+            label, peak, total, d_loss = (
+                shard.by_shard(tensor)[:, chunk].reshape(-1) for tensor in (labels, peaks, totals, d_losses)
+            )
+            places, here = shard.targets(label, weight.shape[0])
+            d_logits = shard.logits(rows, weight).sub_(peak.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
+            d_logits.scatter_add_(-1, places.unsqueeze(-1), -here.unsqueeze(-1))
+            d_logits = d_logits.mul_((d_loss * shard.scale).unsqueeze(-1)).to(weight.dtype)
+            work = shard.return_rows(d_logits @ weight, d_hidden[chunk])
+            if ctx.needs_input_grad[1]:
+                _add_product(d_weight, d_logits, rows, shard.fused)
+            if work is not None:
+                work.wait()
+        if shard.fused:
+            d_weight = _tell_main_grad_is_done(weight, ctx.main_grad)
+        elif d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None
+
+
+def _add_product(total: Tensor, d_logits: Tensor, rows: Tensor, fused: bool) -> None:
+    """total += d_logits^T @ rows; [words, hidden] from [rows, words] and [rows, hidden]."""
+    if fused:
+        kernels = layers.fused_weight_gradient_mlp_cuda
+        float32 = total.dtype == torch.float32
+        add = kernels.wgrad_gemm_accum_fp32 if float32 else kernels.wgrad_gemm_accum_fp16
+        add(rows, d_logits, total)
+    elif total.dtype == rows.dtype:
+        total.addmm_(d_logits.t(), rows)
+    else:
+        total.add_(d_logits.t() @ rows)
+
+
+def _tell_main_grad_is_done(weight: Tensor, main_grad: Tensor) -> Tensor | None:
+    """Megatron's protocol of gradient accumulation fusion: a gradient that DDP's hook receives and does not add.
+
+    A weight shared with the embedding has `zero_out_wgrad`: there the hook adds what autograd summed, embedding and
+    zeros.
+    """
+    weight.main_grad = main_grad
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rows: int,
+    group: dist.ProcessGroup,
+    *,
+    sequence_parallel: bool = False,
+    scale: float = 1.0,
+    fused: bool = False,
+) -> Tensor:
+    """Cross-entropy of every token, from its hidden state.
+
+    Args:
+        hidden: [n, batch, hidden], or [n / tp, batch, hidden] with sequence parallelism.
+        weight: [words / tp, hidden], the rank's part of the output layer.
+        labels: int64 [batch, n], words of the whole vocabulary.
+        rows: tokens whose logits exist at a time on this rank; at least a position of each row shard and sample.
+        group: tensor-parallel group.
+        scale: factor of the logits.
+        fused: add the weight's gradient to `weight.main_grad` with Megatron's kernel.
+
+    Returns:
+        Float32 [batch, n], in nats.
+    """
+    shards = group.size() if sequence_parallel else 1
+    positions = max(rows // (hidden.shape[1] * shards), 1)
+    shard = _Shard(group, sequence_parallel, scale, fused and weight.requires_grad, positions)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, shard)
+
+
+class ChunkedLoss:
+    """Megatron's `output_processor` (an argument of GPTModel's forward): hidden states to losses, in chunks."""
+
+    def __init__(self, loss: LossConfig) -> None:
+        self.loss = loss
+
+    def __call__(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: ColumnParallelLinear,
+        output_weight: Tensor | None,
+        labels: Tensor,
+        config: TransformerConfig,
+        compute_language_model_loss: Any,
+        scale_logits: Any,
+        **_unused: Any,
+    ) -> Tensor:
+        """Losses, float32 [batch, n]; Megatron's own where all tokens go at once. Arguments are GPTModel's."""
+        weight = output_layer.weight if output_weight is None else output_weight
+        rows = self.loss.rows_at_a_time(labels.numel(), weight.shape[0])
+        if rows == labels.numel():
+            logits, _ = output_layer(hidden_states, weight=output_weight)
+            return compute_language_model_loss(labels, scale_logits(logits))
+        return chunked_cross_entropy(
+            hidden_states,
+            weight,
+            labels,
+            rows,
+            output_layer.tp_group,
+            sequence_parallel=output_layer.sequence_parallel,
+            scale=config.mup_output_mult if config.use_mup else 1.0,
+            fused=output_layer.gradient_accumulation_fusion and hasattr(weight, "main_grad"),
+        )
