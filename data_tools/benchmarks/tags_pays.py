@@ -29,14 +29,13 @@ TOPICS, TOPIC_WORDS, COMMON_WORDS, SUCCESSORS, LENGTH = 16, 120, 80, 5, 60
 COPIES, JUNK, SKEW = 0.3, 0.15, 1.2
 QUALITY, JUNK_QUALITY, NOISE = 6.5, 4.5, 1.8
 HELD_OUT = 20
-SEEDS = (0, 1, 2)
-# Name: sampling method, whether near-duplicates are left out first, share of the pool.
+# Name: what it is called in the table, sampling method, whether near-duplicates are left out first, share of the pool.
 CHOICES = {
-    "TAGS 5 %": ("tags", True, 0.05),
-    "random 5 %": ("random", False, 0.05),
-    "top quality 5 %": ("top-quality", False, 0.05),
-    "top quality 5 %, near-duplicates left out": ("top-quality", True, 0.05),
-    "the whole pool": ("random", False, 1.0),
+    "tags": ("TAGS 5 %", "tags", True, 0.05),
+    "random": ("random 5 %", "random", False, 0.05),
+    "top-quality": ("top quality 5 %", "top-quality", False, 0.05),
+    "top-quality-distinct": ("top quality 5 %, near-duplicates left out", "top-quality", True, 0.05),
+    "whole-pool": ("the whole pool", "random", False, 1.0),
 }
 SEQUENCE, BATCH, STEPS, VOCABULARY = 128, 16, 150, 3000
 MODEL = (
@@ -146,8 +145,8 @@ def train(folder: Path, work: Path, seed: int) -> float:
     return float(found[-1])
 
 
-def run_seed(folder: Path, seed: int, instances: int) -> dict[str, dict]:
-    """Every choice on one pool; a choice that has its result is not made again."""
+def run_seed(folder: Path, seed: int, instances: int, choices: list[str]) -> dict[str, dict]:
+    """The choices on one pool; a choice that has its result is not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "planted.json").exists():
         make_pool(seed, instances, folder)
@@ -162,32 +161,33 @@ def run_seed(folder: Path, seed: int, instances: int) -> dict[str, dict]:
             "--tokenizer-model", tokenizer,
         )  # fmt: skip
     results = {}
-    for number, (name, choice) in enumerate(CHOICES.items()):
-        work = folder / f"choice-{number}"
+    for name in choices:
+        work, (_, method, deduplicate, share) = folder / name, CHOICES[name]
         result = work / "result.json"
         if not result.exists():
-            method, deduplicate, share = choice
+            start = time.monotonic()
             chosen = choose(folder, work, seed, method, deduplicate, round(share * instances))
-            write_json(result, chosen | {"loss": train(folder, work, seed)})
+            loss = train(folder, work, seed)
+            write_json(result, chosen | {"loss": loss, "seconds": time.monotonic() - start})
         results[name] = json.loads(result.read_text())
         print(f"seed {seed}: {name}: {results[name]}", flush=True)
     return results
 
 
-def section(results: list[dict[str, dict]], minutes: float, instances: int) -> str:
+def section(results: list[dict[str, dict]], instances: int) -> str:
     """The table as Markdown, the best choice first."""
-    losses = {name: np.array([result[name]["loss"] for result in results]) for name in CHOICES}
+    losses = {name: np.array([result[name]["loss"] for result in results]) for name in results[0]}
     rows = []
-    for name in sorted(CHOICES, key=lambda name: losses[name].mean()):
+    for name in sorted(losses, key=lambda name: losses[name].mean()):
         share = {key: np.mean([result[name][key] for result in results]) for key in ("instances", "copy", "junk")}
         rows.append([
-            name, f"{share['instances']:,.0f}", f"{100 * share['copy']:.0f} %", f"{100 * share['junk']:.0f} %",
+            CHOICES[name][0], f"{share['instances']:,.0f}", f"{100 * share['copy']:.0f} %", f"{100 * share['junk']:.0f} %",
             f"{losses[name].mean():.3f}", " ".join(f"{loss:.3f}" for loss in losses[name]),
         ])  # fmt: skip
-    columns = ["trained on", "instances", "of them copies", "junk", "held-out loss, nats a token", "by seed"]
+    columns = ["trained on", "instances", "copies among them", "junk", "held-out loss, nats a token", "by seed"]
     note = (
         f"{instances:,} instances, {TOPICS} topics, {STEPS} steps of {BATCH} x {SEQUENCE} tokens each, {len(results)} seeds (pool, selection "
-        f"and training), {len(os.sched_getaffinity(0))} CPU cores, {minutes:.0f} minutes in all."
+        f"and training), {len(os.sched_getaffinity(0))} CPU cores."
     )
     return f"{table(columns, rows)}\n\n{note}"
 
@@ -198,14 +198,14 @@ def main() -> None:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--work", type=Path, required=True, help="folder of everything that is written; a rerun goes on")
         parser.add_argument("--instances", type=int, default=8000, help="of each pool (default: 8000)")
+        parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pool, selection and training")
+        parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="what to compare (default: all)")
         parser.add_argument("--readme", type=Path, help="file with a section tags_pays that takes the table")
         args = parser.parse_args()
-        start = time.monotonic()
         work = args.work.resolve()
-        results = [run_seed(work / f"seed-{seed}", seed, args.instances) for seed in SEEDS]
-        minutes = (time.monotonic() - start) / 60
-        write_json(work / "results.json", {"minutes": minutes, "seeds": results})
-        text = section(results, minutes, args.instances)
+        results = [run_seed(work / f"seed-{seed}", seed, args.instances, args.choices) for seed in args.seeds]
+        write_json(work / "results.json", {"seeds": args.seeds, "results": results})
+        text = section(results, args.instances)
         print(text)
         if args.readme:
             replace_section(args.readme, "tags_pays", text)
