@@ -9,7 +9,7 @@ from megatron_ksa.config.ksa import KSAConfig
 TRAIN, VALIDATION = "lm loss", "lm loss validation"
 
 
-def unigram_loss(train: str, validation: str, vocab_size: int) -> float:
+def unigram_loss(train: list[str], validation: str, vocab_size: int) -> float:
     """Cross-entropy, nats a token, of the validation set under the token frequencies (plus one) of the training set.
 
     Args:
@@ -21,7 +21,7 @@ def unigram_loss(train: str, validation: str, vocab_size: int) -> float:
         dataset = IndexedDataset(prefix)
         return sum(np.bincount(dataset[i], minlength=vocab_size) for i in range(len(dataset)))
 
-    seen, asked = counts(train) + 1, counts(validation)
+    seen, asked = sum(map(counts, train)) + 1, counts(validation)
     return float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum())
 
 
