@@ -2,11 +2,12 @@
 
     python -m megatron_ksa.data_tools.benchmarks.tags_pays --work DIR [--readme data_tools/README.md]
 
-The pool is synthetic: each topic is a Markov chain over words of its own and common ones, so that a model must see a topic to predict it.
-Planted are near-copies (a word changed), junk (words of all topics in any order) and topics as frequent as rank^-1.2. The quality
-score is what a judge of single texts could give: noisy, a little lower for junk, blind to topic and copies. TAGS sees texts and
-scores only. The held-out set has every topic equally often, which rewards coverage: that is what is asked here, and
-not a result. Every model is trained by `pretrain_gpt.py` for the same number of steps.
+The pool is synthetic: each topic is a Markov chain over words of its own and common ones, so that a model must see a
+topic to predict it. Planted are near-copies (a word changed), junk (words of all topics in any order) and topics as
+frequent as rank^-1.2. The quality score is what a judge of single texts could give: noisy, a little lower for junk,
+blind to topic and copies. TAGS sees texts and scores only. The held-out set has every topic equally often, which
+rewards coverage: that is what is asked here, and not a result. Every model is trained by `pretrain_gpt.py` for the
+same number of steps.
 """
 
 import argparse
@@ -101,7 +102,10 @@ def make_pool(seed: int, instances: int, folder: Path) -> None:
         texts.append(words)
     mean = np.where(kinds == "junk", JUNK_QUALITY, QUALITY)
     scores = np.clip(np.round(generator.normal(mean, NOISE)), 1, 10)
-    rows = ({"id": n, "text": " ".join(words), "quality": float(score)} for n, (words, score) in enumerate(zip(texts, scores)))
+    rows = (
+        {"id": n, "text": " ".join(words), "quality": float(score)}
+        for n, (words, score) in enumerate(zip(texts, scores))
+    )
     write_jsonl(folder / "pool.jsonl", rows)
     held_out = (language.text(topic) for topic in range(TOPICS) for _ in range(HELD_OUT))
     write_jsonl(folder / "held_out.jsonl", ({"text": " ".join(words)} for words in held_out))
@@ -123,7 +127,9 @@ def choose(folder: Path, work: Path, seed: int, method: str, deduplicate: bool, 
         "tools/preprocess_tags.py", "--work", work, "--input", folder / "pool.jsonl", "--method", method, "--budget", budget,
         "--seed", seed, "--tokenizer-model", folder / "tokenizer.model", "--duplicate-similarity", 0.7 if deduplicate else 0,
     )  # fmt: skip
-    chosen = {int(json.loads(line)["id"].rpartition("/")[2]) for line in open(work / "selection.jsonl", encoding="utf-8")}
+    chosen = {
+        int(json.loads(line)["id"].rpartition("/")[2]) for line in open(work / "selection.jsonl", encoding="utf-8")
+    }
     planted = json.loads((folder / "planted.json").read_text())
     return {"instances": len(chosen), **{kind: len(chosen & set(rows)) / len(chosen) for kind, rows in planted.items()}}
 
@@ -153,7 +159,13 @@ def run_seed(folder: Path, seed: int, instances: int, choices: list[str]) -> dic
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.exists():
         call(
-            "tools/train_tokenizer.py", "--input", folder / "pool.jsonl", "--vocab-size", VOCABULARY, "--output", tokenizer
+            "tools/train_tokenizer.py",
+            "--input",
+            folder / "pool.jsonl",
+            "--vocab-size",
+            VOCABULARY,
+            "--output",
+            tokenizer,
         )
     if not (folder / "held_out.idx").exists():
         call(
@@ -196,10 +208,14 @@ def main() -> None:
     """Run; bad input costs one line and exit code 2."""
     with usage_errors_exit():
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--work", type=Path, required=True, help="folder of everything that is written; a rerun goes on")
+        parser.add_argument(
+            "--work", type=Path, required=True, help="folder of everything that is written; a rerun goes on"
+        )
         parser.add_argument("--instances", type=int, default=8000, help="of each pool (default: 8000)")
         parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pool, selection and training")
-        parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="what to compare (default: all)")
+        parser.add_argument(
+            "--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="what to compare (default: all)"
+        )
         parser.add_argument("--readme", type=Path, help="file with a section tags_pays that takes the table")
         args = parser.parse_args()
         work = args.work.resolve()

@@ -2,8 +2,9 @@
 
     python -m megatron_ksa.data_tools.benchmarks.tags_tree --out results.json
 
-Each size and branching runs in a process of its own, so that its peak of memory is its own. The vectors are noisy copies of 400
-centres: a tag's noise is longer than the distance between centres, as tags of a real pool are not in clean clusters.
+Each size and branching runs in a process of its own, so that its peak of memory is its own. The vectors are noisy
+copies of 400 centres: a tag's noise is longer than the distance between centres, as tags of a real pool are not in
+clean clusters.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--tags", type=int, nargs="+", default=[20_000, 200_000], help="distinct tags")
-    parser.add_argument("--branching", type=int, nargs="+", default=[0, 10], help="as --branching of preprocess_tags.py")
+    parser.add_argument(
+        "--branching", type=int, nargs="+", default=[0, 10], help="as --branching of preprocess_tags.py"
+    )
     args = parser.parse_args()
     cases = [(tags, branching) for tags in args.tags for branching in args.branching]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

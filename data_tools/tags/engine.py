@@ -85,7 +85,9 @@ class Engine:
             # Ray wraps what a task raised together with its traceback.
             raise error.cause from None
         except ray.exceptions.RayError as error:
-            raise UsageError(f"--engine ray: a worker or the cluster failed ({type(error).__name__}); run again") from None
+            raise UsageError(
+                f"--engine ray: a worker or the cluster failed ({type(error).__name__}); run again"
+            ) from None
 
 
 _function: Callable | None = None

@@ -47,7 +47,9 @@ def plot_losses(losses: dict[str, tuple[list[int], list[float]]], unigram: float
     axes.plot(*losses[TRAIN], color="#9db4d3", linewidth=1, label="training")
     axes.plot(*losses[VALIDATION], color="#1f4e8c", marker="o", markersize=4, label="validation")
     axes.axhline(unigram, color="#b04a3a", linestyle="--", linewidth=1, label=f"unigram model ({unigram:.2f})")
-    axes.set(xlabel="iteration", ylabel="loss (nats a token)", title="3:1 hybrid KSA + HARPE on Python's standard library")
+    axes.set(
+        xlabel="iteration", ylabel="loss (nats a token)", title="3:1 hybrid KSA + HARPE on Python's standard library"
+    )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.tight_layout()

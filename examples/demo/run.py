@@ -40,9 +40,13 @@ BUDGET = "60%"
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--output", default="runs/demo", help="folder of everything that the run makes")
-    parser.add_argument("--steps", type=int, default=300, help="training iterations; more than before goes on from there")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="training iterations; more than before goes on from there"
+    )
     parser.add_argument("--fresh", action="store_true", help="remove the folder first instead of resuming")
     parser.add_argument("--global-batch-size", type=int, default=8, help="sequences an iteration")
     return parser.parse_args()
@@ -144,7 +148,9 @@ def main() -> None:
         if done < args.steps:
             train(folder, args.steps, args.global_batch_size)
         else:
-            print(f"\nalready trained for {done} iterations: --steps (make demo STEPS=) goes on, --fresh (FRESH=1) starts over")
+            print(
+                f"\nalready trained for {done} iterations: --steps (make demo STEPS=) goes on, --fresh (FRESH=1) starts over"
+            )
         report(folder)
 
 

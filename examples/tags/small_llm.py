@@ -6,8 +6,8 @@ The model is SmolLM2-135M-Instruct, which comes inside a Python package, served 
     python examples/tags/debian_pool.py --output DIR/debian.jsonl
     python examples/tags/small_llm.py --input DIR/debian.jsonl --work DIR/work
 
-So small a model names poor tags. The run shows that every record is tagged or listed, and what that takes; it is no measure of
-tag quality. With `--readme` the numbers go into README.md beside this file.
+So small a model names poor tags. The run shows that every record is tagged or listed, and what that takes; it is no
+measure of tag quality. With `--readme` the numbers go into README.md beside this file.
 """
 
 import argparse
@@ -132,7 +132,10 @@ def section(found: dict) -> str:
         ["prompt tokens, answer tokens", f"{found['prompt_tokens']:,}, {found['answer_tokens']:,}"],
         [f"tagging, {found['threads']} thread of the server", f"{found['tag_seconds']:.0f} s"],
         ["tree to blend and report", f"{found['other_seconds']:.0f} s"],
-        ["selected, datasets, tokens written", f"{found['selected']}, {found['datasets']}, {found['tokens_written']:,}"],
+        [
+            "selected, datasets, tokens written",
+            f"{found['selected']}, {found['datasets']}, {found['tokens_written']:,}",
+        ],
     ]
     return table(["", f"{found['cpus']} CPU cores"], rows)
 

@@ -1,7 +1,7 @@
 """What an LLM is asked, and which of its answers count.
 
-An instance may hold instructions of its own. It is passed as a JSON string that the model is told to treat as data, and whatever
-comes back is data too: it counts only if it is an object of the schema.
+An instance may hold instructions of its own. It is passed as a JSON string that the model is told to treat as data,
+and whatever comes back is data too: it counts only if it is an object of the schema.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Runs `tools/preprocess_tags.py` in forked processes that `kill -9` ends at any of their renames.
 
-Every file of the pipeline gets its name by a rename. Killed there, with the file cut in half, a run leaves what it can leave at worst:
-files of a step under their names, one in part, and no word of it in the manifest. Forks share the imports, so that a run
-costs its work alone.
+Every file of the pipeline gets its name by a rename. Killed there, with the file cut in half, a run leaves what it
+can leave at worst: files of a step under their names, one in part, and no word of it in the manifest. Forks share the
+imports, so that a run costs its work alone.
 
     python killed_tool.py < calls    # a JSON line a call: [rename to die at, from 0, or null, arguments]
 """

@@ -10,7 +10,13 @@ TOPICS = {
     "sailing": "harbour anchor rudder mainsail jib tacking keel mooring regatta spinnaker windward hull",
     "genetics": "genome mutation allele chromosome sequencing protein plasmid ribosome enzyme transcription codon mitosis",
 }
-BROKEN = (b'{"instruction": "half', b'["a list"]', b'\xff\xfe{"text": 1}', b'{"text": "  "}', b'{"title": "no known field"}')
+BROKEN = (
+    b'{"instruction": "half',
+    b'["a list"]',
+    b'\xff\xfe{"text": 1}',
+    b'{"text": "  "}',
+    b'{"title": "no known field"}',
+)
 
 
 def topic_records(count: int, seed: int = 0) -> list[dict]:
@@ -19,7 +25,11 @@ def topic_records(count: int, seed: int = 0) -> list[dict]:
     for number in range(count):
         topic = list(TOPICS)[number % len(TOPICS)]
         words = generator.choices(TOPICS[topic].split(), k=40)
-        record = {"id": number, "instruction": f"Tell me about {topic}: {' '.join(words[:6])}.", "output": " ".join(words)}
+        record = {
+            "id": number,
+            "instruction": f"Tell me about {topic}: {' '.join(words[:6])}.",
+            "output": " ".join(words),
+        }
         if number % 10 == 9:
             record = {**records[-1], "id": number, "output": records[-1]["output"] + " indeed"}
         records.append(record | {"quality": 1 + number % 10, "source": f"set {number % 3}"})

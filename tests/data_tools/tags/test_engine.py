@@ -28,7 +28,11 @@ def files_by(engine: Engine, folder: Path, pool: Path) -> dict[str, bytes]:
     pipeline.read([str(pool)], "*", RecordSettings())
     pipeline.tag(TaggerSettings(), EndpointSettings())
     pipeline.tree(TreeStepSettings(DuplicateSettings(), CanonicalSettings(), TreeSettings(), GroundSettings()))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.name[0] != "." and path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.name[0] != "." and path.is_file()
+    }
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -51,7 +55,9 @@ def test_a_failure_in_a_worker_is_one_line(function, message):
         list(Engine(workers=2).map(function, range(8)))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(("cluster", 1), "--engine cluster"), (("local", 0), "--workers 0")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(("cluster", 1), "--engine cluster"), (("local", 0), "--workers 0")]
+)
 def test_bad_settings(arguments, message):
     with pytest.raises(UsageError, match=message):
         Engine(*arguments)
@@ -73,7 +79,11 @@ def test_workers_end_with_a_killed_parent():
         "    sys.stdin.read()\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     workers = [int(process) for process in parent.stdout.readline().split()]
     parent.send_signal(signal.SIGKILL)

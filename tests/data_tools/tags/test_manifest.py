@@ -18,7 +18,9 @@ def step(tmp_path):
             (tmp_path / "out").write_text((tmp_path / "in").read_text())
             return {"copies": 1}
 
-        return Manifest(tmp_path).run("copy", {"setting": setting}, {"in": tmp_path / "in"}, ["out"], action, again=again)
+        return Manifest(tmp_path).run(
+            "copy", {"setting": setting}, {"in": tmp_path / "in"}, ["out"], action, again=again
+        )
 
     return run
 
@@ -58,7 +60,9 @@ def test_folders_count_by_names_and_contents(tmp_path):
     assert manifest.digest(tmp_path / "d") != first and manifest.digest(tmp_path / "absent") is None
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "delete it"), ("[]", "another version"), ('{"version": 99}', "another version")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "delete it"), ("[]", "another version"), ('{"version": 99}', "another version")]
+)
 def test_a_manifest_that_cannot_be_used(tmp_path, content, message):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UsageError, match=message):

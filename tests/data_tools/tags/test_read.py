@@ -134,7 +134,9 @@ def test_every_line_is_a_record_or_listed_with_its_place(tmp_path):
         json.dumps({"text": "x" * 10_000_001}).encode(): "too large",
         b'{"id": 1, "text": "again"}': "duplicate id",
     }
-    path = jsonl(tmp_path / "in.jsonl", {"id": 1, "text": "first"}, *bad, {"text": "same words"}, {"text": "same words"})
+    path = jsonl(
+        tmp_path / "in.jsonl", {"id": 1, "text": "first"}, *bad, {"text": "same words"}, {"text": "same words"}
+    )
     counts, records, rejected = reading(tmp_path, path)
     assert [record["text"] for record in records] == ["first", "same words"]
     assert [row["reason"] for row in rejected] == [*bad.values(), "duplicate id"]
@@ -143,7 +145,11 @@ def test_every_line_is_a_record_or_listed_with_its_place(tmp_path):
 
 
 def test_scores_and_tags_that_make_no_sense_do_not_count(tmp_path):
-    path = jsonl(tmp_path / "in.jsonl", {"text": "a", "quality": 11, "difficulty": True, "tags": "x, y"}, {"text": "b", "quality": "7"})
+    path = jsonl(
+        tmp_path / "in.jsonl",
+        {"text": "a", "quality": 11, "difficulty": True, "tags": "x, y"},
+        {"text": "b", "quality": "7"},
+    )
     _, (first, second), _ = reading(tmp_path, path)
     assert (first["quality"], first["difficulty"], first["tags"]) == (None, None, ["x", " y"])
     assert (second["quality"], second["tags"]) == (None, None)

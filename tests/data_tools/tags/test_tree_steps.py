@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from raw_pool import TOPICS
 
-from megatron_ksa.data_tools.tags import canonicalise, duplicates, ground, tree
-from megatron_ksa.data_tools.tags.canonicalise import CanonicalSettings, by_frequency, fold, merge_meanings, merge_spellings
+from megatron_ksa.data_tools.tags import canonicalise, ground, tree
+from megatron_ksa.data_tools.tags.canonicalise import (
+    CanonicalSettings,
+    by_frequency,
+    fold,
+    merge_meanings,
+    merge_spellings,
+)
 from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings, find_duplicates, word_shingles
 from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.engine import Engine
@@ -94,7 +100,13 @@ def test_duplicates_are_those_of_exact_jaccard_away_from_the_threshold(tmp_path)
 
 @pytest.mark.parametrize(
     ("tag", "folded"),
-    [("  Machine-Learning ", "machine learning"), ("STRASSE", "strasse"), ("Straße", "strasse"), ("ﬁle_name", "file name"), ("C++", "c++")],
+    [
+        ("  Machine-Learning ", "machine learning"),
+        ("STRASSE", "strasse"),
+        ("Straße", "strasse"),
+        ("ﬁle_name", "file name"),
+        ("C++", "c++"),
+    ],
 )
 def test_folding(tag, folded):
     assert fold(tag) == folded
@@ -152,7 +164,9 @@ def check_tree(found: Tree, counts: np.ndarray) -> None:
     assert (total == found.count).all()
 
 
-@pytest.mark.parametrize("shape", [{}, {"branching": 3}, {"top": 4, "branching": 5}, {"levels": 1}, {"levels": 2, "branching": 2}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"branching": 3}, {"top": 4, "branching": 5}, {"levels": 1}, {"levels": 2, "branching": 2}]
+)
 @pytest.mark.parametrize("tags", [1, 2, 30, 700])
 def test_any_tree_is_one(tags, shape):
     generator = np.random.default_rng(tags)
@@ -165,7 +179,9 @@ def test_any_tree_is_one(tags, shape):
 
 def test_equal_vectors_and_blocks():
     counts = np.ones(5000, np.int64)
-    check_tree(build_tree([str(n) for n in range(5000)], counts, np.ones((5000, 4), np.float32) / 2, TreeSettings()), counts)
+    check_tree(
+        build_tree([str(n) for n in range(5000)], counts, np.ones((5000, 4), np.float32) / 2, TreeSettings()), counts
+    )
     parts = blocks(unit(np.random.default_rng(0).normal(size=(5000, 8))), size=600)
     assert max(map(len, parts)) <= 600 and sorted(np.concatenate(parts)) == list(range(5000))
 
@@ -174,7 +190,9 @@ def test_planted_groups_are_the_top_branches_named_by_their_middle():
     generator = np.random.default_rng(0)
     group = np.repeat(np.arange(4), 30)
     vectors = unit(np.eye(4)[group] + 0.05 * generator.normal(size=(120, 4)))
-    found = build_tree([f"{g} {n}" for n, g in enumerate(group)], np.ones(120, int), vectors, TreeSettings(top=4, branching=30))
+    found = build_tree(
+        [f"{g} {n}" for n, g in enumerate(group)], np.ones(120, int), vectors, TreeSettings(top=4, branching=30)
+    )
     branch = found.branch_at(1)[found.leaf_of_tag]
     assert len(set(zip(group, branch, strict=True))) == 4
     assert {found.name[node][0] for node in set(branch)} == {"0", "1", "2", "3"}
