@@ -1,4 +1,4 @@
-"""From raw instruction data to a tree-aware, target-aligned blend (TAGS); data_tools/tags/README.md documents the files.
+"""From raw instruction data to a tree-aware, target-aligned blend (TAGS); files: data_tools/tags/README.md.
 
 Without a command, or with `all`, every step runs. A rerun continues; a changed setting redoes what depends on it.
 """
@@ -38,7 +38,8 @@ COMMANDS = {
 CONFIGS = {
     "tag": {"records": RecordSettings, "tagger": TaggerSettings, "endpoint": EndpointSettings},
     "tree": {
-        "near-duplicates": DuplicateSettings, "canonical tags": CanonicalSettings, "tree": TreeSettings, "grounding": GroundSettings,
+        "near-duplicates": DuplicateSettings, "canonical tags": CanonicalSettings, "tree": TreeSettings,
+        "grounding": GroundSettings,
     },
     "sample": {"sampling": SampleSettings, "tokens": TokenSettings},
     "write": {"writing": WriteSettings},

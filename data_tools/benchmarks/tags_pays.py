@@ -1,4 +1,4 @@
-"""Does it pay: a small model trained on 5 % of a pool, chosen in several ways, and evaluated on a balanced held-out set.
+"""Does it pay: a small model trained on 5 % of a pool, chosen in several ways, evaluated on a balanced held-out set.
 
     python -m megatron_ksa.data_tools.benchmarks.tags_pays --work DIR [--readme data_tools/README.md]
 
@@ -40,8 +40,10 @@ CHOICES = {
 }
 SEQUENCE, BATCH, STEPS, VOCABULARY = 128, 16, 150, 3000
 MODEL = (
-    "--num-layers", 2, "--hidden-size", 64, "--ffn-hidden-size", 192, "--num-attention-heads", 4, "--normalization", "RMSNorm",
-    "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0, "--position-embedding-type", "rope",
+    "--num-layers", 2, "--hidden-size", 64, "--ffn-hidden-size", 192, "--num-attention-heads", 4,
+    "--normalization", "RMSNorm",
+    "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0,
+    "--position-embedding-type", "rope",
     "--seq-length", SEQUENCE, "--max-position-embeddings", SEQUENCE, "--init-method-std", 0.02,
 )  # fmt: skip
 
@@ -124,8 +126,9 @@ def call(*words: object) -> str:
 def choose(folder: Path, work: Path, seed: int, method: str, deduplicate: bool, budget: int) -> dict:
     """Select and write; returns the share of the chosen instances that are copies or junk, and how many there are."""
     call(
-        "tools/preprocess_tags.py", "--work", work, "--input", folder / "pool.jsonl", "--method", method, "--budget", budget,
-        "--seed", seed, "--tokenizer-model", folder / "tokenizer.model", "--duplicate-similarity", 0.7 if deduplicate else 0,
+        "tools/preprocess_tags.py", "--work", work, "--input", folder / "pool.jsonl", "--method", method,
+        "--budget", budget, "--seed", seed, "--tokenizer-model", folder / "tokenizer.model",
+        "--duplicate-similarity", 0.7 if deduplicate else 0,
     )  # fmt: skip
     chosen = {
         int(json.loads(line)["id"].rpartition("/")[2]) for line in open(work / "selection.jsonl", encoding="utf-8")
@@ -139,8 +142,9 @@ def train(folder: Path, work: Path, seed: int) -> float:
     blend = (work / "blend" / "blend.txt").read_text().split()
     printed = call(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "pretrain_gpt.py", *MODEL,
-        "--micro-batch-size", BATCH, "--global-batch-size", BATCH, "--train-iters", STEPS, "--lr", 5e-3, "--min-lr", 5e-4,
-        "--lr-decay-style", "cosine", "--lr-warmup-iters", 10, "--clip-grad", 1.0, "--weight-decay", 0.1, "--seed", 1234 + seed,
+        "--micro-batch-size", BATCH, "--global-batch-size", BATCH, "--train-iters", STEPS, "--lr", 5e-3,
+        "--min-lr", 5e-4, "--lr-decay-style", "cosine", "--lr-warmup-iters", 10, "--clip-grad", 1.0, "--weight-decay", 0.1,
+        "--seed", 1234 + seed,
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", folder / "tokenizer.model",
         "--train-data-path", *blend, "--valid-data-path", folder / "held_out", "--data-cache-path", work / "cache",
         "--eval-interval", STEPS, "--eval-iters", 16, "--log-interval", STEPS,
@@ -193,13 +197,14 @@ def section(results: list[dict[str, dict]], instances: int) -> str:
     for name in sorted(losses, key=lambda name: losses[name].mean()):
         share = {key: np.mean([result[name][key] for result in results]) for key in ("instances", "copy", "junk")}
         rows.append([
-            CHOICES[name][0], f"{share['instances']:,.0f}", f"{100 * share['copy']:.0f} %", f"{100 * share['junk']:.0f} %",
+            CHOICES[name][0], f"{share['instances']:,.0f}", f"{100 * share['copy']:.0f} %",
+            f"{100 * share['junk']:.0f} %",
             f"{losses[name].mean():.3f}", " ".join(f"{loss:.3f}" for loss in losses[name]),
         ])  # fmt: skip
     columns = ["trained on", "instances", "copies among them", "junk", "held-out loss, nats a token", "by seed"]
     note = (
-        f"{instances:,} instances, {TOPICS} topics, {STEPS} steps of {BATCH} x {SEQUENCE} tokens each, {len(results)} seeds (pool, selection "
-        f"and training), {len(os.sched_getaffinity(0))} CPU cores."
+        f"{instances:,} instances, {TOPICS} topics, {STEPS} steps of {BATCH} x {SEQUENCE} tokens each, "
+        f"{len(results)} seeds (pool, selection and training), {len(os.sched_getaffinity(0))} CPU cores."
     )
     return f"{table(columns, rows)}\n\n{note}"
 

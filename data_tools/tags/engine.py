@@ -1,4 +1,4 @@
-"""Where the steps that handle each record by itself run: in this process, in worker processes, or on Ray; in order either way."""
+"""Where steps that handle each record by itself run: this process, worker processes, or Ray; in order either way."""
 
 import multiprocessing
 import os

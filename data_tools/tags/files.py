@@ -1,4 +1,4 @@
-"""Files between the steps: written under a temporary name, renamed when whole, with the same bytes for the same content."""
+"""Files between the steps: written under a temporary name, renamed when whole, the same bytes for the same content."""
 
 import json
 import os

@@ -31,7 +31,8 @@ class TaggerSettings:
     """Where tags come from."""
 
     kind: str = option(
-        "keyphrase", "llm: an endpoint. keyphrase: phrases that TF-IDF finds, offline, the weaker choice. data: the records' own.",
+        "keyphrase",
+        "llm: an endpoint. keyphrase: phrases that TF-IDF finds, offline, the weaker choice. data: the records' own.",
         choices=TAGGERS, flag="--tagger",
     )  # fmt: skip
     count: int = option(6, "Tags of a record, at most (keyphrase).", flag="--tags-per-record")

@@ -1,4 +1,4 @@
-"""Instances as records of one form, whatever schema they come in: Alpaca, ShareGPT, messages, plain text, or fields by flag."""
+"""Instances as records of one form, whatever their schema: Alpaca, ShareGPT, messages, plain text, or fields by flag."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+    "function_call": "assistant",
 }  # fmt: skip
 NO_FIELDS, EMPTY, TOO_LARGE = "no recognised fields", "empty", "too large"
 MAX_TAGS = 64

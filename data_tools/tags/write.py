@@ -170,7 +170,8 @@ def _write_datasets(job: _Job, folder: Path) -> int:
             name: stack.enter_context(IndexedDatasetWriter(loss_mask_prefix(str(folder / name)), 2, dtype=np.uint8))
             for name in every if settings.loss_on == "responses"
         }  # fmt: skip
-        encoded = encode_records(read_records(job.work, pool.record), settings.tokenizer_model, settings.template, job.run)
+        records = read_records(job.work, pool.record)
+        encoded = encode_records(records, settings.tokenizer_model, settings.template, job.run)
         rows = zip(read_records(job.work, pool.record), encoded, job.groups, job.branch.tolist(), strict=True)
         for record, result, group, node in tqdm(
             rows, total=pool.instances, desc="write", unit=" instances", mininterval=1.0, disable=not job.show_progress

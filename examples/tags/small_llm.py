@@ -1,4 +1,4 @@
-"""Tag real text with a real LLM behind a real HTTP server on this machine, then select and write from it: no network, no GPU.
+"""Tag real text with a real LLM behind a real HTTP server on this machine, then select and write: no network, no GPU.
 
 The model is SmolLM2-135M-Instruct, which comes inside a Python package, served by llama.cpp:
 
@@ -165,7 +165,8 @@ def main() -> None:
         try:
             print(f"server ready after {wait_until_healthy(url, server):.0f} s", flush=True)
             tag_seconds = tool(
-                "tag", "--work", args.work, "--input", pool, "--tagger", "llm", "--llm-url", f"{url}/v1", "--llm-model", "smollm2",
+                "tag", "--work", args.work, "--input", pool, "--tagger", "llm", "--llm-url", f"{url}/v1",
+                "--llm-model", "smollm2",
                 "--llm-concurrency", args.parallel, "--llm-characters", CHARACTERS, "--llm-max-tokens", ANSWER_TOKENS,
                 "--llm-attempts", 3,
             )  # fmt: skip

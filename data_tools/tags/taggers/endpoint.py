@@ -1,4 +1,4 @@
-"""Tagger: any OpenAI-compatible chat endpoint (vLLM, SGLang, llama.cpp's server, a vendor's), asked by many requests at a time."""
+"""Tagger: any OpenAI-compatible chat endpoint (vLLM, SGLang, llama.cpp's server, a vendor's), asked concurrently."""
 
 import asyncio
 import hashlib
@@ -64,7 +64,7 @@ class EndpointSettings:
 
 
 class EndpointTagger:
-    """Asks a chat endpoint about every record; answers are kept in a cache as they come, so a rerun asks for the rest only.
+    """Asks a chat endpoint about every record; answers are cached as they come, so a rerun asks for the rest only.
 
     Args:
         settings: the endpoint.
@@ -119,7 +119,7 @@ def _cost(settings: EndpointSettings, prompt_tokens: int, answer_tokens: int) ->
 
 
 class _Run:
-    """One pass over the records: asks for those not in the cache, and counts everything spent, failed tries included."""
+    """One pass over the records: asks for those not in the cache, and counts what is spent, failed tries included."""
 
     def __init__(self, settings: EndpointSettings, cache: AnswerCache, key) -> None:
         self.settings, self.cache, self.key = settings, cache, key

@@ -8,7 +8,7 @@ TOPICS = {
     "baking": "bread dough yeast oven flour starter crumb crust proofing kneading hydration baguette",
     "chess": "opening gambit rook knight endgame checkmate castling pawn bishop tournament blitz stalemate",
     "sailing": "harbour anchor rudder mainsail jib tacking keel mooring regatta spinnaker windward hull",
-    "genetics": "genome mutation allele chromosome sequencing protein plasmid ribosome enzyme transcription codon mitosis",
+    "genetics": "genome mutation allele chromosome sequencing protein plasmid ribosome enzyme transcription codon",
 }
 BROKEN = (
     b'{"instruction": "half',

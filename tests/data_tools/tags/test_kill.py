@@ -61,7 +61,8 @@ def test_kill_at_every_rename_and_rerun_gives_the_same_bytes(tmp_path, tool):
     pool, target = write_pool(tmp_path / "pool.jsonl"), write_pool(tmp_path / "target.jsonl", count=12, seed=1)
     work = tmp_path / "work"
     arguments = (
-        "--work", work, "--input", pool, "--target", target, "--budget", "30%", "--tokenizer-model", tmp_path / "tokenizer",
+        "--work", work, "--input", pool, "--target", target, "--budget", "30%",
+        "--tokenizer-model", tmp_path / "tokenizer",
         "--template", "chatml", "--loss-on", "responses", "--top-branches", 3,
     )  # fmt: skip
     code, output = tool(*arguments)

@@ -40,7 +40,10 @@ ASKED = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "
                 {"role": "assistant", "content": "3"},
             ]},
         ),
-        ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]}, {}, {"messages": ASKED}),
+        (
+            {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]}, {},
+            {"messages": ASKED},
+        ),
         ({"messages": ASKED}, {}, {"messages": ASKED}),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, ASKED[1]]}, {},
