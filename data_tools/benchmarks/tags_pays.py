@@ -106,7 +106,7 @@ def make_pool(seed: int, instances: int, folder: Path) -> None:
     scores = np.clip(np.round(generator.normal(mean, NOISE)), 1, 10)
     rows = (
         {"id": n, "text": " ".join(words), "quality": float(score)}
-        for n, (words, score) in enumerate(zip(texts, scores))
+        for n, (words, score) in enumerate(zip(texts, scores, strict=True))
     )
     write_jsonl(folder / "pool.jsonl", rows)
     held_out = (language.text(topic) for topic in range(TOPICS) for _ in range(HELD_OUT))
@@ -130,9 +130,8 @@ def choose(folder: Path, work: Path, seed: int, method: str, deduplicate: bool, 
         "--budget", budget, "--seed", seed, "--tokenizer-model", folder / "tokenizer.model",
         "--duplicate-similarity", 0.7 if deduplicate else 0,
     )  # fmt: skip
-    chosen = {
-        int(json.loads(line)["id"].rpartition("/")[2]) for line in open(work / "selection.jsonl", encoding="utf-8")
-    }
+    lines = (work / "selection.jsonl").read_text(encoding="utf-8").splitlines()
+    chosen = {int(json.loads(line)["id"].rpartition("/")[2]) for line in lines}
     planted = json.loads((folder / "planted.json").read_text())
     return {"instances": len(chosen), **{kind: len(chosen & set(rows)) / len(chosen) for kind, rows in planted.items()}}
 
@@ -143,7 +142,8 @@ def train(folder: Path, work: Path, seed: int) -> float:
     printed = call(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "pretrain_gpt.py", *MODEL,
         "--micro-batch-size", BATCH, "--global-batch-size", BATCH, "--train-iters", STEPS, "--lr", 5e-3,
-        "--min-lr", 5e-4, "--lr-decay-style", "cosine", "--lr-warmup-iters", 10, "--clip-grad", 1.0, "--weight-decay", 0.1,
+        "--min-lr", 5e-4, "--lr-decay-style", "cosine", "--lr-warmup-iters", 10, "--clip-grad", 1.0,
+        "--weight-decay", 0.1,
         "--seed", 1234 + seed,
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", folder / "tokenizer.model",
         "--train-data-path", *blend, "--valid-data-path", folder / "held_out", "--data-cache-path", work / "cache",

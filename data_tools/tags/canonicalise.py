@@ -50,8 +50,8 @@ class CanonicalSettings:
         flag="--merge-spelling",
     )
     merge_cosine: float | None = option(
-        None, f"Cosine from which tags mean the same; {MODEL_MERGE_COSINE} with --embedding-model. Off by default without "
-        "one: tags used in the same instances look alike to TF-IDF.", flag="--merge-cosine",
+        None, f"Cosine from which tags mean the same; {MODEL_MERGE_COSINE} with --embedding-model. Off by default "
+        "without one: tags used in the same instances look alike to TF-IDF.", flag="--merge-cosine",
     )  # fmt: skip
     rare: int = option(2, "Tags of fewer instances fold into the nearest kept tag.", flag="--rare-tags")
 

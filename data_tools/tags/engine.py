@@ -105,9 +105,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _run(task: Task) -> Result:
+def _run(task: object) -> object:
     return _function(task)
 
 
-def _call(function: Callable[[Task], Result], task: Task) -> Result:
+def _call(function: Callable, task: object) -> object:
     return function(task)

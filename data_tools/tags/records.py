@@ -1,4 +1,4 @@
-"""Instances as records of one form, whatever their schema: Alpaca, ShareGPT, messages, plain text, or fields by flag."""
+"""Instances as records of one form, whatever their schema: Alpaca, ShareGPT, messages, text, or fields by flag."""
 
 import hashlib
 import json

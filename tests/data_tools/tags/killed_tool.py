@@ -21,9 +21,9 @@ TOOL = Path(__file__).parents[3] / "tools" / "preprocess_tags.py"
 def _die_at(number: int) -> None:
     """Have this process killed at its rename of that number."""
     left = [number]
-    for name in ("replace", "rename"):
+    for name, original in (("replace", Path.replace), ("rename", Path.rename)):
 
-        def renamed(self: Path, target: Path, original=getattr(Path, name)) -> Path:
+        def renamed(self: Path, target: Path, original=original) -> Path:
             if left[0] == 0:
                 if self.is_file():
                     os.truncate(self, self.stat().st_size // 2)
