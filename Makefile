@@ -26,7 +26,7 @@ $(STAMP): setup.py constraints.txt
 test: $(STAMP)  ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-demo: $(STAMP)  ## pretrain a tiny KSA + HARPE model (STEPS=300, resumes; FRESH=1 starts over)
+demo: $(STAMP)  ## select with TAGS, pretrain a tiny KSA + HARPE model (STEPS=300, resumes; FRESH=1 starts over)
 	$(VENV)/bin/python examples/demo/run.py $(if $(FRESH),--fresh) $(if $(STEPS),--steps $(STEPS))
 
 clean:  ## remove the environment and the demo's files

@@ -1,7 +1,7 @@
 """Length-upsampled data: documents longer than a threshold are repeated until they hold a stated share of the tokens.
 
-Data for length extension keeps its sources and shifts weight to long documents (Fu et al. 2024, arXiv 2402.10171; used by
-HARPE, arXiv 2412.07171, section 4).
+Data for length extension keeps its sources and shifts weight to long documents (Fu et al. 2024, arXiv 2402.10171;
+used by HARPE, arXiv 2412.07171, section 4).
 """
 
 import math

@@ -65,7 +65,9 @@ def document_text(document: RawDocument, json_key: str) -> str:
         return decoded(document.payload)
     record = json_object(document.payload)
     if not isinstance(record.get(json_key), str):
-        raise BadDocument(f"no text under {json_key!r} (--json-key); its fields: {', '.join(map(repr, record)) or 'none'}")
+        raise BadDocument(
+            f"no text under {json_key!r} (--json-key); its fields: {', '.join(map(repr, record)) or 'none'}"
+        )
     return record[json_key]
 
 

@@ -1,4 +1,4 @@
-"""From raw instruction data to a tree-aware, target-aligned blend (TAGS); data_tools/tags/README.md documents the files.
+"""From raw instruction data to a tree-aware, target-aligned blend (TAGS); files: data_tools/tags/README.md.
 
 Without a command, or with `all`, every step runs. A rerun continues; a changed setting redoes what depends on it.
 """
@@ -12,7 +12,9 @@ try:
     from megatron_ksa.data_tools.tags.canonicalise import CanonicalSettings
     from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[data]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[data]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.data_tools.tags.engine import ENGINES, Engine
 from megatron_ksa.data_tools.tags.ground import GroundSettings
@@ -36,7 +38,8 @@ COMMANDS = {
 CONFIGS = {
     "tag": {"records": RecordSettings, "tagger": TaggerSettings, "endpoint": EndpointSettings},
     "tree": {
-        "near-duplicates": DuplicateSettings, "canonical tags": CanonicalSettings, "tree": TreeSettings, "grounding": GroundSettings,
+        "near-duplicates": DuplicateSettings, "canonical tags": CanonicalSettings, "tree": TreeSettings,
+        "grounding": GroundSettings,
     },
     "sample": {"sampling": SampleSettings, "tokens": TokenSettings},
     "write": {"writing": WriteSettings},
@@ -47,11 +50,15 @@ CONFIGS = {
 def _add_step(parser: argparse.ArgumentParser, step: str, *, alone: bool) -> None:
     """The flags of one step; those of `TokenSettings` are among the write step's as well."""
     if step == "tag":
-        parser.add_argument("--input", nargs="+", required=True, help="JSONL (also .gz, .zst), Parquet, or folders of text")
+        parser.add_argument(
+            "--input", nargs="+", required=True, help="JSONL (also .gz, .zst), Parquet, or folders of text"
+        )
         parser.add_argument("--glob", default="**/*.txt", help="files of a folder that are records (default: **/*.txt)")
         parser.add_argument("--target", nargs="+", default=[], help="data that the selection is aligned to, as --input")
     if step == "tree":
-        parser.add_argument("--tree", type=Path, help="work folder with a tree to put the records on, instead of a new one")
+        parser.add_argument(
+            "--tree", type=Path, help="work folder with a tree to put the records on, instead of a new one"
+        )
     for title, config in CONFIGS[step].items():
         if alone or config is not TokenSettings:
             add_config_arguments(parser, config, "", title)
@@ -66,7 +73,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
         command.add_argument("--work", type=Path, required=True, help="folder of everything that is written")
-        command.add_argument("--engine", choices=ENGINES, default="local", help="where records are handled (default: local)")
+        command.add_argument(
+            "--engine", choices=ENGINES, default="local", help="where records are handled (default: local)"
+        )
         command.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
         for step in CONFIGS if name == "all" else (name,):
             _add_step(command, step, alone=name != "all")

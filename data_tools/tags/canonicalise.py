@@ -1,7 +1,8 @@
 """The canonicalising step: spellings of a concept become one tag, and every merge is listed.
 
-Tags are folded (Unicode NFKC, case, white space, hyphens), then merged into a more frequent one by spelling (shared letter triples), by
-meaning (cosine) and, where rare, into the nearest that is not. A tag merges into one that stays: no chains.
+Tags are folded (Unicode NFKC, case, white space, hyphens), then merged into a more frequent one by spelling (shared
+letter triples), by meaning (cosine) and, where rare, into the nearest that is not. A tag merges into one that stays:
+no chains.
 """
 
 import re
@@ -39,14 +40,18 @@ class CanonicalSettings:
     """
 
     embedding_model: str | None = option(
-        None, "sentence-transformers model, name or path; TF-IDF and SVD over the pool without one.", flag="--embedding-model"
+        None,
+        "sentence-transformers model, name or path; TF-IDF and SVD over the pool without one.",
+        flag="--embedding-model",
     )
     merge_spelling: float = option(
-        0.8, "Jaccard similarity of letter triples from which spellings are one tag; 0 merges none.", flag="--merge-spelling"
+        0.8,
+        "Jaccard similarity of letter triples from which spellings are one tag; 0 merges none.",
+        flag="--merge-spelling",
     )
     merge_cosine: float | None = option(
-        None, f"Cosine from which tags mean the same; {MODEL_MERGE_COSINE} with --embedding-model. Off by default without one: "
-        "tags used in the same instances look alike to TF-IDF.", flag="--merge-cosine",
+        None, f"Cosine from which tags mean the same; {MODEL_MERGE_COSINE} with --embedding-model. Off by default "
+        "without one: tags used in the same instances look alike to TF-IDF.", flag="--merge-cosine",
     )  # fmt: skip
     rare: int = option(2, "Tags of fewer instances fold into the nearest kept tag.", flag="--rare-tags")
 
@@ -109,7 +114,9 @@ def _letter_signatures(names: tuple[str, ...]) -> np.ndarray:
     return signatures([[shingle.encode("utf-8") for shingle in letter_shingles(name)] for name in names])
 
 
-def merge_spellings(names: list[str], order: np.ndarray, similarity: float, engine: Engine) -> dict[int, tuple[int, float]]:
+def merge_spellings(
+    names: list[str], order: np.ndarray, similarity: float, engine: Engine
+) -> dict[int, tuple[int, float]]:
     """Tags that are a spelling of a more frequent one, with it and their similarity; other numbers are other tags.
 
     Args:
@@ -173,7 +180,9 @@ def nearest(vectors: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndar
         vectors, among: unit, float32 [., dimensions]; `among` has a row or more.
     """
     found, cosine = np.empty(len(vectors), np.int64), np.empty(len(vectors), np.float32)
-    for first in tqdm(range(0, len(vectors), ROWS_AT_ONCE), desc="find nearest", unit=" blocks", disable=not len(vectors)):
+    for first in tqdm(
+        range(0, len(vectors), ROWS_AT_ONCE), desc="find nearest", unit=" blocks", disable=not len(vectors)
+    ):
         near = vectors[first : first + ROWS_AT_ONCE] @ among.T
         found[first : first + len(near)] = near.argmax(axis=1)
         cosine[first : first + len(near)] = near.max(axis=1)
@@ -195,7 +204,12 @@ class _Merger:
     def merge(self, merged: dict[int, tuple[int, float]], reason: str) -> None:
         for tag, (other, similarity) in sorted(merged.items()):
             self.into[tag] = other
-            row = {"tag": self.names[tag], "into": self.names[other], "reason": reason, "similarity": round(similarity, 4)}
+            row = {
+                "tag": self.names[tag],
+                "into": self.names[other],
+                "reason": reason,
+                "similarity": round(similarity, 4),
+            }
             self.rows.append(row)
         # What had merged into a tag that now goes moves with it.
         self.into = self.into[self.into]

@@ -1,7 +1,8 @@
 """Near-duplicates by MinHash and locality-sensitive hashing (datasketch): of instances here, of tags' spellings too.
 
-A candidate of the index counts only if its similarity reaches the threshold, so the index is set to miss little rather than
-to propose little. The first of a group stays, and what leaves is compared with those that stay only: no chains.
+A candidate of the index counts only if its similarity reaches the threshold, so the index is set to miss little
+rather than to propose little. The first of a group stays, and what leaves is compared with those that stay only: no
+chains.
 """
 
 import re

@@ -1,7 +1,8 @@
-"""Vectors of tags: a sentence-transformers model where one is named, otherwise TF-IDF and SVD over the pool (scikit-learn).
+"""Vectors of tags: a sentence-transformers model where one is named, otherwise TF-IDF and SVD over the pool.
 
-A sentence model sees the tag's words. Without one, a tag's words say too little, so a tag is where it is used: the mean of
-its instances' vectors, each the first 128 singular directions of TF-IDF, together with the vector of its own words.
+A sentence model sees the tag's words. Without one, a tag's words say too little, so a tag is where it is used: the
+mean of its instances' vectors, each the first 128 singular directions of TF-IDF, together with the vector of its own
+words.
 """
 
 import json
@@ -160,5 +161,3 @@ def load_embedder(folder: Path, engine: Engine) -> Embedder:
     vectorizer = _vectorizer(vocabulary={word: column for column, word in enumerate(saved["words"])})
     vectorizer.idf_ = arrays["idf"]
     return LatentEmbedder(vectorizer, arrays["components"], engine)
-
-

@@ -1,6 +1,8 @@
-"""Where the steps that handle each record by itself run: in this process, in worker processes, or on Ray; in order either way."""
+"""Where steps that handle each record by itself run: this process, worker processes, or Ray; in order either way."""
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -72,12 +74,20 @@ class Engine:
         call = ray.remote(_call)
         limit = TASKS_IN_FLIGHT * max(self.workers, int(ray.cluster_resources().get("CPU", 1)))
         pending: deque = deque()
-        for task in tasks:
-            pending.append(call.remote(shared, task))
-            if len(pending) >= limit:
+        try:
+            for task in tasks:
+                pending.append(call.remote(shared, task))
+                if len(pending) >= limit:
+                    yield ray.get(pending.popleft())
+            while pending:
                 yield ray.get(pending.popleft())
-        while pending:
-            yield ray.get(pending.popleft())
+        except ray.exceptions.RayTaskError as error:
+            # Ray wraps what a task raised together with its traceback.
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise UsageError(
+                f"--engine ray: a worker or the cluster failed ({type(error).__name__}); run again"
+            ) from None
 
 
 _function: Callable | None = None
@@ -86,11 +96,18 @@ _function: Callable | None = None
 def _start_worker(function: Callable) -> None:
     global _function
     _function = function
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _run(task: Task) -> Result:
+def _end_with_parent() -> None:
+    """A parent that is killed tells its workers nothing: they would wait for tasks for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run(task: object) -> object:
     return _function(task)
 
 
-def _call(function: Callable[[Task], Result], task: Task) -> Result:
+def _call(function: Callable, task: object) -> object:
     return function(task)

@@ -1,4 +1,4 @@
-"""Files between the steps: written under a temporary name, renamed when whole, with the same bytes for the same content."""
+"""Files between the steps: written under a temporary name, renamed when whole, the same bytes for the same content."""
 
 import json
 import os
@@ -18,7 +18,9 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n") as stream:
+        with open(
+            partial, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n"
+        ) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -58,7 +60,9 @@ def read_jsonl(path: Path) -> Iterator[dict]:
                 except ValueError as error:
                     raise UsageError(f"{path}:{number}: {error}; delete the file and run its step again") from None
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)") from None
+        raise UsageError(
+            f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,6 +87,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)") from None
+        raise UsageError(
+            f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)"
+        ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {error}; delete it and run its step again") from None

@@ -107,5 +107,10 @@ def ground(folder: Path, tree_folder: Path, settings: GroundSettings, engine: En
     write_arrays(
         folder / GROUNDING, indptr=np.array(indptr, np.int64), leaves=np.concatenate(leaves).astype(np.int32), **arrays
     )
-    counts = {"instances": len(indptr) - 1, "unplaced": len(unplaced), "unknown_tags": len(unknown), "placed_tags": len(placed)}
+    counts = {
+        "instances": len(indptr) - 1,
+        "unplaced": len(unplaced),
+        "unknown_tags": len(unknown),
+        "placed_tags": len(placed),
+    }
     return counts | {"tags": indptr[-1]}

@@ -1,7 +1,8 @@
 """What was done with what: a step is skipped when its settings, inputs and outputs are those of its last run.
 
-`manifest.json` has for each step its settings, the SHA-256 of what it read and wrote, and its counts. A changed setting changes
-the hashes of what the step writes, and so redoes the steps that read it, unless it changed nothing in the files.
+`manifest.json` has for each step its settings, the SHA-256 of what it read and wrote, and its counts. A changed
+setting changes the hashes of what the step writes, and so redoes the steps that read it, unless it changed nothing in
+the files.
 """
 
 import hashlib
@@ -69,7 +70,13 @@ class Manifest:
         return {name: self.digest(path) for name, path in paths.items()}
 
     def run(
-        self, step: str, settings: dict, inputs: dict[str, Path], outputs: list[str], action: Callable[[], dict], *,
+        self,
+        step: str,
+        settings: dict,
+        inputs: dict[str, Path],
+        outputs: list[str],
+        action: Callable[[], dict],
+        *,
         again: bool = False,
     ) -> bool:
         """Do a step unless its last run stands; returns whether it was done.

@@ -31,7 +31,8 @@ class TaggerSettings:
     """Where tags come from."""
 
     kind: str = option(
-        "keyphrase", "llm: an endpoint. keyphrase: phrases that TF-IDF finds, offline, the weaker choice. data: the records' own.",
+        "keyphrase",
+        "llm: an endpoint. keyphrase: phrases that TF-IDF finds, offline, the weaker choice. data: the records' own.",
         choices=TAGGERS, flag="--tagger",
     )  # fmt: skip
     count: int = option(6, "Tags of a record, at most (keyphrase).", flag="--tags-per-record")
@@ -62,7 +63,13 @@ class Pipeline:
         self.manifest = Manifest(folder)
 
     def run(
-        self, step: str, settings: dict, inputs: dict[str, Path], outputs: list[str], action: Callable[[], dict], *,
+        self,
+        step: str,
+        settings: dict,
+        inputs: dict[str, Path],
+        outputs: list[str],
+        action: Callable[[], dict],
+        *,
         again: bool = False,
     ) -> None:
         """Do one step if needed, and tell what came of it. Arguments as `Manifest.run` takes them."""
@@ -77,7 +84,9 @@ class Pipeline:
             UsageError: it was not run.
         """
         if step not in self.manifest.steps:
-            raise UsageError(f"--work {self.folder}: the {step} step was not run here; data_tools/tags/README.md has the order")
+            raise UsageError(
+                f"--work {self.folder}: the {step} step was not run here; data_tools/tags/README.md has the order"
+            )
         return self.manifest.steps[step]["counts"]
 
     def _own(self, *names: str) -> dict[str, Path]:
@@ -142,7 +151,13 @@ class Pipeline:
     def ground(self, settings: ground.GroundSettings, tree_folder: Path) -> None:
         """The folder's instances on a tree, its own or an older one."""
         inputs = self._own(read.RECORDS, tag.TAGS, duplicates.DUPLICATES)
-        names = (canonicalise.VOCABULARY, canonicalise.MERGES, canonicalise.EMBEDDINGS, canonicalise.EMBEDDER, tree.TREE)
+        names = (
+            canonicalise.VOCABULARY,
+            canonicalise.MERGES,
+            canonicalise.EMBEDDINGS,
+            canonicalise.EMBEDDER,
+            tree.TREE,
+        )
         inputs |= {f"tree/{name}": tree_folder / name for name in names}
         self.run(
             "ground", asdict(settings), inputs, [ground.GROUNDING, ground.PLACED, ground.UNPLACED],

@@ -30,7 +30,9 @@ def _source(document: RawDocument) -> str:
     return source_name(Path(document.origin.rpartition(":")[0] if document.is_json else document.origin))
 
 
-def _parse(documents: tuple[RawDocument, ...], settings: RecordSettings) -> list[tuple[str, int, dict | tuple[str, str]]]:
+def _parse(
+    documents: tuple[RawDocument, ...], settings: RecordSettings
+) -> list[tuple[str, int, dict | tuple[str, str]]]:
     """For each document its origin, the bytes read, and its record or why it is left out."""
     results = []
     for document in documents:
@@ -72,5 +74,7 @@ def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engi
                 rejected.write(json_line({"origin": origin, "id": name, "reason": reason, "detail": detail}))
         if not seen:
             found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "no line"
-            raise UsageError(f"--input: no record that can be used ({found}); see data_tools/tags/README.md for the schemas")
+            raise UsageError(
+                f"--input: no record that can be used ({found}); see data_tools/tags/README.md for the schemas"
+            )
     return {"records": len(seen), "rejected": sum(reasons.values()), "reasons": dict(reasons), "sources": dict(sources)}

@@ -1,4 +1,4 @@
-"""Instances as records of one form, whatever schema they come in: Alpaca, ShareGPT, messages, plain text, or fields by flag."""
+"""Instances as records of one form, whatever their schema: Alpaca, ShareGPT, messages, text, or fields by flag."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+    "function_call": "assistant",
 }  # fmt: skip
 NO_FIELDS, EMPTY, TOO_LARGE = "no recognised fields", "empty", "too large"
 MAX_TAGS = 64
@@ -36,7 +37,9 @@ class RecordSettings:
         None, "Field with a list of messages, where it is not messages or conversations.", flag="--messages-field"
     )
     id_field: str = option("id", "Field with the record's id.", flag="--id-field")
-    source_field: str = option("source", "Field with the record's source; the file's name where it is absent.", flag="--source-field")
+    source_field: str = option(
+        "source", "Field with the record's source; the file's name where it is absent.", flag="--source-field"
+    )
     quality_field: str = option("quality", "Field with a quality score, 1 to 10.", flag="--quality-field")
     difficulty_field: str = option("difficulty", "Field with a difficulty score, 1 to 10.", flag="--difficulty-field")
     tags_field: str = option("tags", "Field with tags: a list, or text with commas.", flag="--tags-field")
@@ -119,7 +122,12 @@ def _body(fields: dict, settings: RecordSettings) -> dict:
 
 def score(value: Any) -> float | None:
     """A score from 1 to 10 as a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 1 <= value <= 10:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not 1 <= value <= 10
+    ):
         return None
     return float(value)
 
@@ -142,7 +150,9 @@ def parse_record(document: RawDocument, file_source: str, settings: RecordSettin
         BadDocument: it cannot be used, with the reason.
     """
     if len(document.payload) > settings.max_bytes:
-        raise BadDocument(TOO_LARGE, f"{len(document.payload):,} bytes, more than --max-record-bytes {settings.max_bytes:,}")
+        raise BadDocument(
+            TOO_LARGE, f"{len(document.payload):,} bytes, more than --max-record-bytes {settings.max_bytes:,}"
+        )
     fields = json_object(document.payload) if document.is_json else {"text": decoded(document.payload)}
     body = _body(fields, settings)
     if not record_text(body).strip():

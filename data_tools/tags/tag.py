@@ -40,7 +40,8 @@ def tag(folder: Path, tagger: Tagger, total: int) -> dict:
             if isinstance(answer, Answer):
                 tagged += 1
                 scores = {
-                    key: record[key] if getattr(answer, key) is None else getattr(answer, key) for key in ("quality", "difficulty")
+                    key: record[key] if getattr(answer, key) is None else getattr(answer, key)
+                    for key in ("quality", "difficulty")
                 }
                 tags.write(json_line({"id": name, "tags": answer.tags, **scores}))
             else:

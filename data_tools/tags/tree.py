@@ -1,9 +1,9 @@
 """The tree step: canonical tags are clustered bottom-up, level by level, into one tree with named inner nodes.
 
-Each level joins nodes with Ward's method on their mean vectors, within blocks of at most 2,048 neighbours that k-means splits
-off. Ward makes compact clusters of even size without a start to choose, but over n nodes it takes n^2 distances: 160 GB for
-200,000. Within blocks it takes 2,048^2 at a time, for any branching, where k-means alone with as many centres as a
-level has parents would take n^2/branching distances in each round.
+Each level joins nodes with Ward's method on their mean vectors, within blocks of at most 2,048 neighbours that
+k-means splits off. Ward makes compact clusters of even size without a start to choose, but over n nodes it takes n^2
+distances: 160 GB for 200,000. Within blocks it takes 2,048^2 at a time, for any branching, where k-means alone with
+as many centres as a level has parents would take n^2/branching distances in each round.
 """
 
 from dataclasses import dataclass
@@ -39,9 +39,13 @@ class TreeSettings:
     """
 
     branching: int = option(
-        0, "Children of an inner node, on average; 0 gives each level the square root of the nodes below it.", flag="--branching"
+        0,
+        "Children of an inner node, on average; 0 gives each level the square root of the nodes below it.",
+        flag="--branching",
     )
-    top: int = option(24, "Top branches, at most: the level that has no more of them hangs from the root.", flag="--top-branches")
+    top: int = option(
+        24, "Top branches, at most: the level that has no more of them hangs from the root.", flag="--top-branches"
+    )
     levels: int = option(10, "Levels below the root, at most.", flag="--levels")
 
     def __post_init__(self) -> None:

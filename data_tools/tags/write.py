@@ -134,20 +134,35 @@ def _groups_of(work: Path, pool: Pool, settings: WriteSettings) -> tuple[list[Gr
     return make_groups(keys, names, settings.min_instances), branch
 
 
-def _write_datasets(
-    work: Path,
-    folder: Path,
-    pool: Pool,
-    settings: WriteSettings,
-    groups: list[Group],
-    branch: np.ndarray,
-    vocab_size: int,
-    run: Callable,
-    show_progress: bool,
-) -> int:
+@dataclass(frozen=True)
+class _Job:
+    """What one write does.
+
+    Args:
+        work: the work folder.
+        pool: the chosen instances.
+        groups: group of each instance.
+        branch: int64 [instances], top branch of each, -1 where a tag is the root itself.
+        target: float64 [nodes], the target's mass at or below each node, or None where weights do not need it.
+        run: as `encode_records` takes it.
+    """
+
+    work: Path
+    pool: Pool
+    settings: WriteSettings
+    tokenizer: Tokenizer
+    groups: list[Group]
+    branch: np.ndarray
+    target: np.ndarray | None
+    run: Callable
+    show_progress: bool
+
+
+def _write_datasets(job: _Job, folder: Path) -> int:
     """Write every instance into its group's dataset; returns how many the template refuses (`unwritten.jsonl`)."""
+    settings, pool, vocab_size = job.settings, job.pool, job.tokenizer.vocab_size
     refused = 0
-    every = {group.prefix: group for group in groups}
+    every = {group.prefix: group for group in job.groups}
     with ExitStack() as stack:
         unwritten = stack.enter_context(whole_file(folder / "unwritten.jsonl"))
         writers = {name: stack.enter_context(IndexedDatasetWriter(str(folder / name), vocab_size)) for name in every}
@@ -155,10 +170,11 @@ def _write_datasets(
             name: stack.enter_context(IndexedDatasetWriter(loss_mask_prefix(str(folder / name)), 2, dtype=np.uint8))
             for name in every if settings.loss_on == "responses"
         }  # fmt: skip
-        encoded = encode_records(read_records(work, pool.record), settings.tokenizer_model, settings.template, run)
-        rows = zip(read_records(work, pool.record), encoded, groups, branch.tolist(), strict=True)
+        records = read_records(job.work, pool.record)
+        encoded = encode_records(records, settings.tokenizer_model, settings.template, job.run)
+        rows = zip(read_records(job.work, pool.record), encoded, job.groups, job.branch.tolist(), strict=True)
         for record, result, group, node in tqdm(
-            rows, total=pool.instances, desc="write", unit=" instances", mininterval=1.0, disable=not show_progress
+            rows, total=pool.instances, desc="write", unit=" instances", mininterval=1.0, disable=not job.show_progress
         ):
             if isinstance(result, str):
                 unwritten.write(json_line({"id": record["id"], "reason": result}))
@@ -196,28 +212,17 @@ def _weights(groups: list[Group], kind: str, target: np.ndarray | None) -> list[
     return weights
 
 
-def _write_blend(
-    work: Path,
-    folder: Path,
-    final: Path,
-    pool: Pool,
-    settings: WriteSettings,
-    groups: list[Group],
-    branch: np.ndarray,
-    tokenizer: Tokenizer,
-    mass: np.ndarray | None,
-    run: Callable,
-    show_progress: bool,
-) -> dict:
+def _write_blend(job: _Job, folder: Path, final: Path) -> dict:
     """Fill `folder`, which will be called `final`, and return the summary."""
-    refused = _write_datasets(work, folder, pool, settings, groups, branch, tokenizer.vocab_size, run, show_progress)
+    settings, tokenizer = job.settings, job.tokenizer
+    refused = _write_datasets(job, folder)
     written = sorted(
-        {group.prefix: group for group in groups if group.instances}.values(), key=lambda group: group.prefix
+        {group.prefix: group for group in job.groups if group.instances}.values(), key=lambda group: group.prefix
     )
     if not written:
         reason = next(read_jsonl(folder / "unwritten.jsonl"))["reason"]
         raise UsageError(f"--template {settings.template} refuses every instance, the first because {reason}")
-    weights = _weights(written, settings.weights, mass)
+    weights = _weights(written, settings.weights, job.target)
     flags = [tokenizer.training_flags] + ["--response-loss-only"] * (settings.loss_on == "responses")
     summary = {
         "settings": asdict(settings),
@@ -272,13 +277,11 @@ def write_step(
     pool = pool.take(np.sort(read_selection(work)))
     if not pool.instances:
         raise UsageError(f"{work / 'selection.jsonl'}: nothing is chosen; run the sample step again")
-    groups, branch = _groups_of(work, pool, settings)
+    job = _Job(work, pool, settings, tokenizer, *_groups_of(work, pool, settings), mass, run, show_progress)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        summary = _write_blend(
-            work, partial, final, pool, settings, groups, branch, tokenizer, mass, run, show_progress
-        )
+        summary = _write_blend(job, partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -11,9 +11,7 @@ VALIDATION_EVERY = 20
 def write_corpus(folder: Path) -> None:
     """Write `train.jsonl` and `validation.jsonl` (every 20th file), each complete as soon as it has its name."""
     library = Path(sysconfig.get_path("stdlib"))
-    files = [
-        file for file in sorted(library.rglob("*.py")) if not LEFT_OUT & set(file.relative_to(library).parts[:-1])
-    ]
+    files = [file for file in sorted(library.rglob("*.py")) if not LEFT_OUT & set(file.relative_to(library).parts[:-1])]
     split = {"validation": files[::VALIDATION_EVERY], "train": [f for i, f in enumerate(files) if i % VALIDATION_EVERY]}
     folder.mkdir(parents=True, exist_ok=True)
     for name, members in split.items():

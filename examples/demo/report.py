@@ -9,7 +9,7 @@ from megatron_ksa.config.ksa import KSAConfig
 TRAIN, VALIDATION = "lm loss", "lm loss validation"
 
 
-def unigram_loss(train: str, validation: str, vocab_size: int) -> float:
+def unigram_loss(train: list[str], validation: str, vocab_size: int) -> float:
     """Cross-entropy, nats a token, of the validation set under the token frequencies (plus one) of the training set.
 
     Args:
@@ -21,7 +21,7 @@ def unigram_loss(train: str, validation: str, vocab_size: int) -> float:
         dataset = IndexedDataset(prefix)
         return sum(np.bincount(dataset[i], minlength=vocab_size) for i in range(len(dataset)))
 
-    seen, asked = counts(train) + 1, counts(validation)
+    seen, asked = sum(map(counts, train)) + 1, counts(validation)
     return float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum())
 
 
@@ -47,7 +47,9 @@ def plot_losses(losses: dict[str, tuple[list[int], list[float]]], unigram: float
     axes.plot(*losses[TRAIN], color="#9db4d3", linewidth=1, label="training")
     axes.plot(*losses[VALIDATION], color="#1f4e8c", marker="o", markersize=4, label="validation")
     axes.axhline(unigram, color="#b04a3a", linestyle="--", linewidth=1, label=f"unigram model ({unigram:.2f})")
-    axes.set(xlabel="iteration", ylabel="loss (nats a token)", title="3:1 hybrid KSA + HARPE on Python's standard library")
+    axes.set(
+        xlabel="iteration", ylabel="loss (nats a token)", title="3:1 hybrid KSA + HARPE on Python's standard library"
+    )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.tight_layout()

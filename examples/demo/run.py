@@ -1,4 +1,4 @@
-"""Pretrain a tiny 3:1 hybrid KSA + HARPE model on Python's own standard library: what `make demo` runs.
+"""Select from Python's own standard library with TAGS and pretrain a tiny 3:1 hybrid KSA + HARPE model on it: `make demo`.
 
 Each step leaves its result under a name of its own when it is whole, so that a second run goes on where the first
 one stopped. Everything is done with the command lines that a user types; each is printed.
@@ -34,13 +34,19 @@ MODEL = [
     "--seq-length", SEQUENCE, "--max-position-embeddings", SEQUENCE,
 ]  # fmt: skip
 EVALUATION_SEQUENCES = 64
+# Share of the files that TAGS selects.
+BUDGET = "60%"
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--output", default="runs/demo", help="folder of everything that the run makes")
-    parser.add_argument("--steps", type=int, default=300, help="training iterations; more than before goes on from there")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="training iterations; more than before goes on from there"
+    )
     parser.add_argument("--fresh", action="store_true", help="remove the folder first instead of resuming")
     parser.add_argument("--global-batch-size", type=int, default=8, help="sequences an iteration")
     return parser.parse_args()
@@ -57,20 +63,31 @@ def call(*words: object) -> None:
 
 
 def prepare_data(folder: Path) -> None:
-    """Text, tokenizer and the two indexed datasets, each unless it is there."""
+    """Text, tokenizer, the blend that TAGS selects to train on and the validation set, each unless it is there."""
     if not (folder / "train.jsonl").exists():
         write_corpus(folder)
-    if not (folder / "tokenizer.model").exists():
+    tokenizer = folder / "tokenizer.model"
+    if not tokenizer.exists():
         call(
             "tools/train_tokenizer.py", "--input", folder / "train.jsonl", "--vocab-size", VOCABULARY,
-            "--sample-megabytes", 4, "--output", folder / "tokenizer.model",
+            "--sample-megabytes", 4, "--output", tokenizer,
         )  # fmt: skip
-    for name in ("train", "validation"):
-        if not (folder / f"{name}.idx").exists():
-            call(
-                "tools/preprocess_data.py", "--input", folder / f"{name}.jsonl", "--output-prefix", folder / name,
-                "--tokenizer-model", folder / "tokenizer.model", "--workers", min(4, os.cpu_count() or 1),
-            )  # fmt: skip
+    # The report is what the last step writes.
+    if not (folder / "tags" / "report" / "summary.json").exists():
+        call(
+            "tools/preprocess_tags.py", "--work", folder / "tags", "--input", folder / "train.jsonl", "--budget", BUDGET,
+            "--top-branches", 8, "--min-instances", 10, "--tokenizer-model", tokenizer,
+        )  # fmt: skip
+    if not (folder / "validation.idx").exists():
+        call(
+            "tools/preprocess_data.py", "--input", folder / "validation.jsonl", "--output-prefix", folder / "validation",
+            "--tokenizer-model", tokenizer, "--workers", min(4, os.cpu_count() or 1),
+        )  # fmt: skip
+
+
+def read_blend(folder: Path) -> list[str]:
+    """Weight and prefix of each dataset that TAGS wrote, in turn, as `--train-data-path` takes them."""
+    return (folder / "tags" / "blend" / "blend.txt").read_text(encoding="utf-8").split()
 
 
 def trained_steps(checkpoints: Path) -> int:
@@ -94,7 +111,7 @@ def train(folder: Path, steps: int, global_batch_size: int) -> None:
         "--override-opt-param-scheduler", "--weight-decay", 0.1, "--clip-grad", 1.0, "--adam-beta2", 0.95,
         "--init-method-std", 0.02, "--use-distributed-optimizer",
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", data / "tokenizer.model",
-        "--train-data-path", data / "train", "--valid-data-path", data / "validation", "--data-cache-path", data / "cache",
+        "--train-data-path", *read_blend(data), "--valid-data-path", data / "validation", "--data-cache-path", data / "cache",
         "--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", interval,
         "--eval-interval", interval, "--eval-iters", max(EVALUATION_SEQUENCES // global_batch_size, 1),
         "--log-interval", min(steps, 10), "--tensorboard-dir", folder / "tensorboard", "--log-throughput",
@@ -105,13 +122,13 @@ def train(folder: Path, steps: int, global_batch_size: int) -> None:
 def report(folder: Path) -> None:
     """Say what came out and where it is."""
     data, losses = folder / "data", read_losses(folder / "tensorboard")
-    unigram = unigram_loss(str(data / "train"), str(data / "validation"), VOCABULARY)
+    unigram = unigram_loss(read_blend(data)[1::2], str(data / "validation"), VOCABULARY)
     plot_losses(losses, unigram, folder / "loss.png")
     steps, values = losses[VALIDATION]
     print(
         f"\nvalidation loss {values[-1]:.3f} nats a token after {steps[-1]} iterations; a unigram model of the same text: "
         f"{unigram:.3f}\n\n{kv_table(KSA, LAYERS, (SEQUENCE, 8192, 131072))}\n\n"
-        f"loss curve   {folder / 'loss.png'}\nTensorBoard  {folder / 'tensorboard'}\ncheckpoints  {folder / 'checkpoints'}"
+        f"selection    {data / 'tags' / 'report' / 'index.html'}\nloss curve   {folder / 'loss.png'}\nTensorBoard  {folder / 'tensorboard'}\ncheckpoints  {folder / 'checkpoints'}"
     )
 
 
@@ -131,7 +148,9 @@ def main() -> None:
         if done < args.steps:
             train(folder, args.steps, args.global_batch_size)
         else:
-            print(f"\nalready trained for {done} iterations: --steps (make demo STEPS=) goes on, --fresh (FRESH=1) starts over")
+            print(
+                f"\nalready trained for {done} iterations: --steps (make demo STEPS=) goes on, --fresh (FRESH=1) starts over"
+            )
         report(folder)
 
 

@@ -1,7 +1,7 @@
 """A real pool with known topics: descriptions of Debian packages, each with its archive section, as JSONL.
 
-Needs Debian's or Ubuntu's `apt`; only the lists of packages are fetched, into a folder of their own. Packages of one source have near-equal
-descriptions, so one is kept a source and section.
+Needs Debian's or Ubuntu's `apt`; only the lists of packages are fetched, into a folder of their own. Packages of one
+source have near-equal descriptions, so one is kept a source and section.
 """
 
 import argparse
@@ -15,7 +15,18 @@ from pathlib import Path
 from megatron_ksa.errors import UsageError, usage_errors_exit
 
 # Sections that tell what a package is made of, not what it is about.
-UNTOPICAL = {"libs", "libdevel", "oldlibs", "debug", "metapackages", "misc", "introspection", "non-free-firmware", "localization", "doc"}
+UNTOPICAL = {
+    "libs",
+    "libdevel",
+    "oldlibs",
+    "debug",
+    "metapackages",
+    "misc",
+    "introspection",
+    "non-free-firmware",
+    "localization",
+    "doc",
+}
 
 
 def fetch_lists(folder: Path) -> list[str]:
@@ -27,7 +38,14 @@ def fetch_lists(folder: Path) -> list[str]:
     folder = folder.absolute()
     for name in ("lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    options = ["-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache", "-o", "Acquire::Languages=en"]
+    options = [
+        "-o",
+        f"Dir::State::Lists={folder}/lists",
+        "-o",
+        f"Dir::Cache={folder}/cache",
+        "-o",
+        "Acquire::Languages=en",
+    ]
     try:
         subprocess.run(["apt-get", *options, "update"], check=True, capture_output=True, text=True)
     except FileNotFoundError:
@@ -55,7 +73,9 @@ def descriptions(options: list[str], folder: Path) -> dict[str, str]:
     """English description of each Description-md5."""
     found = {}
     for path in sorted((folder / "lists").glob("*Translation-en*")):
-        listing = subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", str(path)], check=True, capture_output=True, text=True)
+        listing = subprocess.run(
+            ["/usr/lib/apt/apt-helper", "cat-file", str(path)], check=True, capture_output=True, text=True
+        )
         for fields in stanzas(listing.stdout):
             if "Description-en" in fields:
                 lines = ("" if line.strip() == "." else line for line in fields["Description-en"].split("\n"))
@@ -82,7 +102,9 @@ def main() -> None:
     with usage_errors_exit():
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
         parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
-        parser.add_argument("--least", type=int, default=100, help="sections of fewer records are left out (default: 100)")
+        parser.add_argument(
+            "--least", type=int, default=100, help="sections of fewer records are left out (default: 100)"
+        )
         parser.add_argument("--most", type=int, default=400, help="records of a section, the first ones (default: 400)")
         args = parser.parse_args()
         folder = args.output.parent / "apt"

@@ -1,7 +1,8 @@
 """How well a tree's levels agree with known topics: adjusted mutual information, beside flat clusterings of the same vectors.
 
-A record's branch on a level is the one with most of its tags. The flat clusterings have as many clusters as the level has
-branches: k-means of the tags' vectors (records by most of their tags, as on the tree), and k-means of each record's mean vector.
+A record's branch on a level is the one with most of its tags. The flat clusterings have as many clusters as the level
+has branches: k-means of the tags' vectors (records by most of their tags, as on the tree), and k-means of each
+record's mean vector.
 """
 
 import argparse
@@ -64,14 +65,20 @@ def main() -> None:
     """Run; bad input costs one line and exit code 2."""
     with usage_errors_exit():
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-        parser.add_argument("--work", type=Path, required=True, help="work folder of tools/preprocess_tags.py, tree step done")
+        parser.add_argument(
+            "--work", type=Path, required=True, help="work folder of tools/preprocess_tags.py, tree step done"
+        )
         args = parser.parse_args()
         rows = agreement(args.work)
         with whole_file(args.work / "topics.json") as stream:
             stream.write(json.dumps(rows, indent=1) + "\n")
-        print(f"{'level':>5} {'branches':>8} {'tree':>8} {'flat tags':>10} {'flat records':>13}   (AMI with the sources)")
+        print(
+            f"{'level':>5} {'branches':>8} {'tree':>8} {'flat tags':>10} {'flat records':>13}   (AMI with the sources)"
+        )
         for row in rows:
-            print(f"{row['level']:>5} {row['branches']:>8} {row['tree']:>8.3f} {row['flat_tags']:>10.3f} {row['flat_records']:>13.3f}")
+            print(
+                f"{row['level']:>5} {row['branches']:>8} {row['tree']:>8.3f} {row['flat_tags']:>10.3f} {row['flat_records']:>13.3f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The demo: trains, resumes from its checkpoint, and says the same again when there is nothing left to do."""
 
+import json
 import re
 import subprocess
 import sys
@@ -17,13 +18,21 @@ def demo(output: Path, *arguments: object) -> str:
 
 def test_demo_trains_resumes_and_does_not_repeat_itself(tmp_path):
     first = demo(tmp_path, "--steps", 2)
-    assert "preprocess_data.py" in first and "successfully saved checkpoint from iteration       2" in first
+    assert (
+        "preprocess_tags.py" in first
+        and "preprocess_data.py" in first
+        and "successfully saved checkpoint from iteration       2" in first
+    )
     second = demo(tmp_path, "--steps", 3)
-    assert "preprocess_data.py" not in second
+    assert "preprocess_tags.py" not in second and "preprocess_data.py" not in second
+    selected = json.loads((tmp_path / "data/tags/report/summary.json").read_text())["selection"]
+    assert 0.55 < selected["instances"] / selected["pool_instances"] < 0.65
     assert "iteration        3/       3" in second and "iteration        2/       3" not in second
     third = demo(tmp_path, "--steps", 3)
     assert "pretrain_gpt.py" not in third and "already trained for 3 iterations" in third
-    loss, iterations, unigram = re.search(r"validation loss ([\d.]+) .* after (\d+) iterations.*: ([\d.]+)", third).groups()
+    loss, iterations, unigram = re.search(
+        r"validation loss ([\d.]+) .* after (\d+) iterations.*: ([\d.]+)", third
+    ).groups()
     assert int(iterations) == 3 and 0 < float(unigram) < float(loss)  # three steps learn nothing yet
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tensorboard").iterdir())

@@ -26,7 +26,8 @@ class AnswerCache:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT, prompt_tokens INT, answer_tokens INT)"
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT, "
+                "prompt_tokens INT, answer_tokens INT)"
             )
         except sqlite3.DatabaseError as error:
             raise UsageError(f"{path}: {error}; delete it to ask again") from None

@@ -51,7 +51,15 @@ class ChatClient:
     """
 
     def __init__(
-        self, url: str, model: str, api_key: str | None, *, timeout: float, max_tokens: int, schema: dict, connections: int
+        self,
+        url: str,
+        model: str,
+        api_key: str | None,
+        *,
+        timeout: float,
+        max_tokens: int,
+        schema: dict,
+        connections: int,
     ) -> None:
         self._url = url.rstrip("/") + "/chat/completions"
         self._key, self._timeout, self._schema = api_key, timeout, schema
@@ -95,7 +103,8 @@ class ChatClient:
 
         Raises:
             Refused: 400, 401, 403, 404 and their like.
-            Unreachable: no connection, a timeout, a reply cut off, 408, 429, 5xx, or a reply that is no chat completion.
+            Unreachable: no connection, a timeout, a reply cut off, 408, 429, 5xx, or a reply that is no chat
+            completion.
         """
         form = self._format
         while True:
@@ -138,7 +147,9 @@ class ChatClient:
             value = json.loads(response.content)
             content = value["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-            raise Unreachable("broken reply", f"no chat completion: {type(error).__name__} {self._shown(str(error))}") from None
+            raise Unreachable(
+                "broken reply", f"no chat completion: {type(error).__name__} {self._shown(str(error))}"
+            ) from None
         usage = value.get("usage") if isinstance(value.get("usage"), dict) else {}
         return Reply(content, _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
 

@@ -1,4 +1,4 @@
-"""Tagger: any OpenAI-compatible chat endpoint (vLLM, SGLang, llama.cpp's server, a vendor's), asked by many requests at a time."""
+"""Tagger: any OpenAI-compatible chat endpoint (vLLM, SGLang, llama.cpp's server, a vendor's), asked concurrently."""
 
 import asyncio
 import hashlib
@@ -31,11 +31,15 @@ class EndpointSettings:
     url: str | None = option(None, "Base URL up to and with /v1, such as http://localhost:8000/v1.", flag="--llm-url")
     model: str = option("default", "Model name that the endpoint knows.", flag="--llm-model")
     key_variable: str = option(
-        "OPENAI_API_KEY", "Environment variable that holds the API key; no key is sent where it is unset.", flag="--llm-key-variable"
+        "OPENAI_API_KEY",
+        "Environment variable that holds the API key; no key is sent where it is unset.",
+        flag="--llm-key-variable",
     )
     concurrency: int = option(16, "Requests at a time.", flag="--llm-concurrency")
     attempts: int = option(5, "Tries of a record before it is listed as failed.", flag="--llm-attempts")
-    backoff: float = option(1.0, "Seconds before the second try; doubled from try to try, up to 60.", flag="--llm-backoff")
+    backoff: float = option(
+        1.0, "Seconds before the second try; doubled from try to try, up to 60.", flag="--llm-backoff"
+    )
     timeout: float = option(120.0, "Seconds that one request may take.", flag="--llm-timeout")
     max_tokens: int = option(512, "Longest answer, tokens.", flag="--llm-max-tokens")
     characters: int = option(12_000, "Longest text shown; of a longer one the two ends.", flag="--llm-characters")
@@ -54,11 +58,13 @@ class EndpointSettings:
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise UsageError("--llm-url: give http://HOST:PORT/v1 or https://HOST/v1")
             if parts.username or parts.password or parts.query:
-                raise UsageError("--llm-url: no user, password or query in the URL; the key comes from --llm-key-variable")
+                raise UsageError(
+                    "--llm-url: no user, password or query in the URL; the key comes from --llm-key-variable"
+                )
 
 
 class EndpointTagger:
-    """Asks a chat endpoint about every record; answers are kept in a cache as they come, so a rerun asks for the rest only.
+    """Asks a chat endpoint about every record; answers are cached as they come, so a rerun asks for the rest only.
 
     Args:
         settings: the endpoint.
@@ -113,7 +119,7 @@ def _cost(settings: EndpointSettings, prompt_tokens: int, answer_tokens: int) ->
 
 
 class _Run:
-    """One pass over the records: asks for those not in the cache, and counts everything spent, failed tries included."""
+    """One pass over the records: asks for those not in the cache, and counts what is spent, failed tries included."""
 
     def __init__(self, settings: EndpointSettings, cache: AnswerCache, key) -> None:
         self.settings, self.cache, self.key = settings, cache, key
@@ -150,7 +156,10 @@ class _Run:
                     self.cache.put(key, *answer)
                 spent = _cost(self.settings, self.prompt_tokens, self.answer_tokens)
                 progress.set_postfix(
-                    failed=len(self.failures), tokens=self.prompt_tokens + self.answer_tokens, cost=f"{spent:.2f}", refresh=False
+                    failed=len(self.failures),
+                    tokens=self.prompt_tokens + self.answer_tokens,
+                    cost=f"{spent:.2f}",
+                    refresh=False,
                 )
             progress.update()
 
@@ -184,7 +193,9 @@ class _Run:
     def _count_unreachable(self, error: Unreachable) -> None:
         """Give up when nothing at all comes back: a million records would fail one after the other."""
         self.unreachable += 1
-        if error.reason == "no connection" and self.unreachable >= self.settings.attempts * max(self.settings.concurrency, 4):
+        if error.reason == "no connection" and self.unreachable >= self.settings.attempts * max(
+            self.settings.concurrency, 4
+        ):
             raise UsageError(
                 f"--llm-url {self.settings.url}: {self.unreachable} tries in a row without a connection ({error}); "
                 "answers so far are kept, start the endpoint and run again"

@@ -1,7 +1,8 @@
 """Offline tagger: the phrases of an instance that scikit-learn's TF-IDF over the pool finds most telling.
 
-The weaker choice beside an LLM: it names what is written, not what is meant, knows no synonyms, scores neither quality nor
-difficulty, and its stop words are English. Phrases come from the whole pool, so that instances share them, as a tree needs.
+The weaker choice beside an LLM: it names what is written, not what is meant, knows no synonyms, scores neither
+quality nor difficulty, and its stop words are English. Phrases come from the whole pool, so that instances share
+them, as a tree needs.
 """
 
 import re
@@ -65,13 +66,17 @@ def _best(row_phrases: list[tuple[float, str]], count: int) -> list[str]:
     return kept
 
 
-def _tag(records: tuple[dict, ...], vectorizer: TfidfVectorizer, names: np.ndarray, count: int) -> list[Answer | Failure]:
+def _tag(
+    records: tuple[dict, ...], vectorizer: TfidfVectorizer, names: np.ndarray, count: int
+) -> list[Answer | Failure]:
     matrix = vectorizer.transform(record_text(record) for record in records)
     results: list[Answer | Failure] = []
     for row in range(len(records)):
         columns = matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]]
         values = matrix.data[matrix.indptr[row] : matrix.indptr[row + 1]]
-        scored = [(value * (1 + LONGER * name.count(" ")), name) for value, name in zip(values, names[columns], strict=True)]
+        scored = [
+            (value * (1 + LONGER * name.count(" ")), name) for value, name in zip(values, names[columns], strict=True)
+        ]
         tags = _best(scored, count)
         results.append(Answer(tags) if tags else Failure("no keyphrase", "no phrase that another record shares"))
     return results
@@ -84,7 +89,8 @@ class KeyphraseTagger:
         count: tags of a record, at most.
         engine: where records are tagged.
         spread: records among which a phrase must occur to be a tag (1 where there are fewer than 10).
-        pool: `records.jsonl` to learn phrases from; the records that are tagged where it is None. A target is tagged with
+        pool: `records.jsonl` to learn phrases from; the records that are tagged where it is None. A target is tagged
+        with
             its pool's phrases, or it would have few tags in common with it.
     """
 
@@ -95,7 +101,13 @@ class KeyphraseTagger:
 
     def settings(self) -> dict:
         """Everything that decides the answers."""
-        return {"tagger": "keyphrase", "tags": self.count, "spread": self.spread, "sample": SAMPLE, "characters": CHARACTERS}
+        return {
+            "tagger": "keyphrase",
+            "tags": self.count,
+            "spread": self.spread,
+            "sample": SAMPLE,
+            "characters": CHARACTERS,
+        }
 
     def _fit(self, records: Path) -> TfidfVectorizer:
         with open(records, "rb") as stream:

@@ -18,7 +18,10 @@ KEY = "sk-very-secret-0123456789"
 
 
 def write_records(folder: Path, texts: list[str]) -> Path:
-    rows = ({"id": f"s/{text}", "source": "s", "text": text, "quality": None, "difficulty": None, "tags": None} for text in texts)
+    rows = (
+        {"id": f"s/{text}", "source": "s", "text": text, "quality": None, "difficulty": None, "tags": None}
+        for text in texts
+    )
     write_jsonl(folder / "records.jsonl", rows)
     return folder / "records.jsonl"
 
@@ -85,7 +88,9 @@ def test_a_rerun_asks_for_the_rest_only_and_a_changed_prompt_asks_again(tmp_path
     assert any(isinstance(answer, Failure) for answer in first.values())
     with chat_server(lambda *_: good()) as server:
         second = answers(server, tmp_path, texts)
-        assert {text for text in server.attempts} == {text for text, answer in first.items() if isinstance(answer, Failure)}
+        assert {text for text in server.attempts} == {
+            text for text, answer in first.items() if isinstance(answer, Failure)
+        }
         assert all(answer == Answer(GOOD["tags"], 7.0, 3.0) for answer in second.values())
         answers(server, tmp_path, texts, max_tokens=99)
         assert len(server.attempts) == len(texts)
@@ -168,9 +173,15 @@ def test_an_instance_is_passed_as_data_and_shown_by_its_ends_when_long(tmp_path)
 
 
 def test_tags_too_long_or_without_words_are_dropped_from_an_answer_with_the_reason():
-    found = parse_answer(json.dumps({"tags": ["x" * 10_000, "baking", "?!", "<b>bold</b>", 3, "baking "], "quality": 5, "difficulty": 5}))
+    found = parse_answer(
+        json.dumps({"tags": ["x" * 10_000, "baking", "?!", "<b>bold</b>", 3, "baking "], "quality": 5, "difficulty": 5})
+    )
     assert found.tags == ["baking", "<b>bold</b>"]
-    assert [reason for _, reason in found.dropped] == ["10,000 characters, more than 100", "no letter or digit", "not text"]
+    assert [reason for _, reason in found.dropped] == [
+        "10,000 characters, more than 100",
+        "no letter or digit",
+        "not text",
+    ]
     assert all(len(text) <= 100 for text, _ in found.dropped)
 
 
@@ -179,15 +190,34 @@ def test_json_in_a_fence_or_after_thoughts_counts(wrap):
     assert parse_answer(wrap.format(json.dumps(GOOD))) == Answer(GOOD["tags"], 7.0, 3.0)
 
 
-@pytest.mark.parametrize("content", [None, "", "[1]", '{"tags": "a", "quality": 5, "difficulty": 5}', "{" * 100_000,
-                                     '{"tags": ["a"], "quality": NaN, "difficulty": 5}', '{"tags": ["a"], "quality": true, "difficulty": 5}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "[1]",
+        '{"tags": "a", "quality": 5, "difficulty": 5}',
+        "{" * 100_000,
+        '{"tags": ["a"], "quality": NaN, "difficulty": 5}',
+        '{"tags": ["a"], "quality": true, "difficulty": 5}',
+    ],
+)
 def test_what_the_schema_does_not_allow_does_not_count(content):
     with pytest.raises(BadAnswer):
         parse_answer(content)
 
 
-@pytest.mark.parametrize("changes", [{"url": "ftp://x"}, {"url": "http://user:pw@x/v1"}, {"url": "http://x/v1?key=1"},
-                                     {"concurrency": 0}, {"attempts": 0}, {"timeout": -1.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"url": "ftp://x"},
+        {"url": "http://user:pw@x/v1"},
+        {"url": "http://x/v1?key=1"},
+        {"concurrency": 0},
+        {"attempts": 0},
+        {"timeout": -1.0},
+    ],
+)
 def test_bad_settings_are_refused_without_repeating_a_secret(changes):
     with pytest.raises(UsageError, match="--llm-") as error:
         EndpointSettings(**changes)

@@ -1,0 +1,75 @@
+"""Runs `tools/preprocess_tags.py` in forked processes that `kill -9` ends at any of their renames.
+
+Every file of the pipeline gets its name by a rename. Killed there, with the file cut in half, a run leaves what it
+can leave at worst: files of a step under their names, one in part, and no word of it in the manifest. Forks share the
+imports, so that a run costs its work alone.
+
+    python killed_tool.py < calls    # a JSON line a call: [rename to die at, from 0, or null, arguments]
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+TOOL = Path(__file__).parents[3] / "tools" / "preprocess_tags.py"
+
+
+def _die_at(number: int) -> None:
+    """Have this process killed at its rename of that number."""
+    left = [number]
+    for name, original in (("replace", Path.replace), ("rename", Path.rename)):
+
+        def renamed(self: Path, target: Path, original=original) -> Path:
+            if left[0] == 0:
+                if self.is_file():
+                    os.truncate(self, self.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return original(self, target)
+
+        setattr(Path, name, renamed)
+
+
+def _call(number: int | None, arguments: list[str]) -> None:
+    """The tool in this process, to its end."""
+    if number is not None:
+        _die_at(number)
+    sys.argv = [str(TOOL), *arguments]
+    code = 0
+    try:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    except SystemExit as error:
+        code = error.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    """Answer each call with a JSON line: exit code (negative: the signal), and what was printed."""
+    runpy.run_path(str(TOOL), run_name="imported")
+    # What steps import when they need it: here once rather than in every fork.
+    for module in ("matplotlib.pyplot", "transformers", "megatron.core.datasets.blended_megatron_dataset_builder"):
+        importlib.import_module(module)
+
+    for line in sys.stdin:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            _call(*json.loads(line))
+        os.close(writer)
+        with open(reader, encoding="utf-8", errors="replace") as stream:
+            output = stream.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps([status, output]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
