@@ -241,6 +241,14 @@ def launch_dq(
     lse2: Tensor, delta: Tensor, dq: Tensor,
 ) -> None:  # fmt: skip
     """Fill dq, delta and lse2 = lse * log2(e); lse and d_lse [B, Hq, nq] are contiguous."""
+    if tile.specialised:
+        from megatron_ksa.kernels.ksa_attention import gluon_dq
+
+        gluon_dq.launch_dq(
+            q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
+            chunk_start, softmax_scale, tile, out, lse, d_out, d_lse, lse2, delta, dq,
+        )  # fmt: skip
+        return
     batch, nq, heads, dim = q.shape
     if not nq:
         return

@@ -1,22 +1,27 @@
-"""Tile shapes of the KSA attention kernels: one table per head dimension and dtype size."""
+"""Tile shapes of the KSA attention kernels: one table per head dimension, dtype size and kind of GPU."""
 
-from dataclasses import astuple, dataclass
+import functools
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """Queries and keys of one tile of scores, warps of a program, and stages of its software pipeline."""
+    """Queries and keys of one tile of scores, warps of a program, and stages of its software pipeline.
+
+    specialised: 1 for the Hopper kernel of `gluon_forward` or `gluon_dq`: two such tiles of queries in a program, each
+    with its own `warps`, fed by one more warp; at least 2 stages.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    specialised: int = 0
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """The tile of each kernel of `triton_text.text_attention`."""
 
     forward: Tile
@@ -25,20 +30,24 @@ class Tiles:
     dkv_summary: Tile
 
     def pack(self) -> list[int]:
-        """The sixteen numbers, as custom ops take them."""
-        return [number for tile in astuple(self) for number in tile]
+        """The twenty numbers, as custom ops take them."""
+        return [number for tile in self for number in tile]
 
     @classmethod
     def unpack(cls, numbers: list[int]) -> "Tiles":
-        return cls(*(Tile(*numbers[start : start + 4]) for start in range(0, 16, 4)))
+        return cls(*(Tile(*numbers[start : start + 5]) for start in range(0, 20, 5)))
 
 
-# bf16 and fp16, by padded head dimension; measured on an H100 by kernels/benchmarks/ksa_attention.py --sweep.
+# bf16 and fp16, by padded head dimension; measured on an H100 with the sweep of kernels/benchmarks (see its README).
 HALF = {
     64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
+# Compute capability 9: warp-specialised kernels where they are faster.
+HOPPER = {128: HALF[128]._replace(forward=Tile(64, 128, 4, 2, 1), dq=Tile(64, 64, 4, 3, 1))}
+# Several query heads for a K/V head share the summaries: larger tiles of them read the queries less often.
+GROUPED_SUMMARIES = {128: Tile(64, 128, 8, 3)}
 # float32 products run on the plain arithmetic units: small tiles.
 SINGLE = {
     64: Tiles(*[Tile(32, 32, 4, 2)] * 4),
@@ -52,7 +61,16 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tiles_for(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The stored tiles for a head dimension of at most 256."""
-    table = SINGLE if dtype == torch.float32 else HALF
-    return table[max(64, padded_head_dim(head_dim))]
+@functools.cache
+def _stored(head_dim: int, dtype: torch.dtype, group: int, hopper: bool) -> Tiles:
+    dim = max(64, padded_head_dim(head_dim))
+    if dtype == torch.float32:
+        return SINGLE[dim]
+    tiles = HOPPER.get(dim, HALF[dim]) if hopper else HALF[dim]
+    return tiles._replace(dkv_summary=GROUPED_SUMMARIES[dim]) if group > 1 and dim in GROUPED_SUMMARIES else tiles
+
+
+def tiles_for(q: Tensor, groups: int) -> Tiles:
+    """The stored tiles for queries [B, n, Hq, D <= 256] and `groups` K/V heads on the queries' device."""
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    return _stored(q.shape[-1], q.dtype, q.shape[2] // groups, hopper)

@@ -124,6 +124,14 @@ def launch_forward(
     softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Fill out [B, nq, Hq, D] (last dimension contiguous) and lse [B, Hq, nq] (contiguous)."""
+    if tile.specialised:
+        from megatron_ksa.kernels.ksa_attention import gluon_forward
+
+        gluon_forward.launch_forward(
+            q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
+            chunk_start, softmax_scale, tile, out, lse,
+        )  # fmt: skip
+        return
     batch, nq, heads, dim = q.shape
     if not nq:
         return

@@ -113,7 +113,7 @@ def attention(
     """
     scale = check_rows(q, (k, v), softmax_scale)
     window = finite_window(geometry.window_chunks, text_rows, geometry.chunk_size)
-    tiles = tiles or tiles_for(q.shape[-1], q.dtype)
+    tiles = tiles or tiles_for(q, k.shape[2])
     out, _ = _attention(
         q, k, v, row_starts(document_start, q.shape[0]), text_rows, geometry.chunk_size, geometry.summary_tokens,
         window, scale, tiles.pack(),

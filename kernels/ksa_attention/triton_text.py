@@ -101,7 +101,7 @@ def text_attention(
     keys = (k, v, k_summary, v_summary)
     scale = check_rows(q, keys, softmax_scale)
     window = finite_window(geometry.window_chunks, query_start + q.shape[1], geometry.chunk_size)
-    tiles = tiles or tiles_for(q.shape[-1], q.dtype)
+    tiles = tiles or tiles_for(q, k.shape[2])
     return _text_attention(
         q, *keys, row_starts(document_start, q.shape[0]), geometry.chunk_size, geometry.summary_tokens,
         window, query_start, key_start, chunk_start, scale, tiles.pack(),

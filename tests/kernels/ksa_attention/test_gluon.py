@@ -1,0 +1,70 @@
+"""The warp-specialised kernels: compiled for Hopper anywhere, compared with the plain Triton kernels on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_close
+
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, triton_text
+from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
+
+SHARED_MEMORY = 227 * 1024
+
+
+def test_the_stored_tiles_compile_and_fit_an_h100():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_for_hopper.py"
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {row["kernel"] for row in found} == {"_forward_kernel", "_dq_kernel"}
+    assert all(0 < row["shared"] <= SHARED_MEMORY for row in found), found
+
+
+def documents(*firsts: int, rows: int) -> torch.Tensor:
+    """int32 [1, rows]: the document starts, given the first token of each document."""
+    start = torch.zeros(1, rows, dtype=torch.int32, device="cuda")
+    for first in firsts:
+        start[:, first:] = first
+    return start
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "n, batch, heads, groups, dim, window, options",
+    [
+        (2048, 1, 4, 4, 128, 16, {}),
+        (2048, 2, 8, 2, 128, 128, {}),
+        (1003, 2, 4, 1, 96, 4, {}),
+        (5, 1, 2, 2, 128, 1, {}),
+        (1000, 1, 4, 2, 128, 4, {"document_start": (300, 701)}),
+        (2048, 1, 4, 4, 128, 16, {"query_start": 1024}),
+        (2048, 1, 4, 4, 128, 1000, {"no_summaries": True}),
+    ],
+)
+def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, window, options, dtype):
+    torch.manual_seed(0)
+    geometry, first = KSAGeometry(8, 1, window), options.get("query_start", 0)
+    summaries = 0 if options.get("no_summaries") else n // 8
+    counts = ((n - first, heads), (n, groups), (n, groups), (summaries, groups), (summaries, groups))
+    rows = [torch.randn(batch, r, h, dim, device="cuda", dtype=dtype).requires_grad_() for r, h in counts]
+    start = documents(*options["document_start"], rows=n) if "document_start" in options else None
+    found = []
+    for tiles in (HOPPER[128], HALF[128]):
+        out, lse = triton_text.text_attention(
+            *rows, geometry, document_start=start, query_start=first, tiles=tiles
+        )
+        gradients = torch.autograd.grad((out, lse), rows, (torch.ones_like(out), torch.ones_like(lse)))
+        found.append((out, lse, *gradients))
+    for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv", "dks", "dvs"), *found, strict=True):
+        assert torch.isfinite(actual).all(), name
+        assert_close(name, actual, expected)
