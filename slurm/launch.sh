@@ -16,6 +16,7 @@ fail() {
 (($#)) || fail "launch.sh needs a model, one of: $(cd "$ROOT/slurm/models" && echo *.args)"
 model=$1
 shift
+[[ -r $ROOT/slurm/models/$model.args ]] || fail "there is no model $model: use one of $(cd "$ROOT/slurm/models" && echo *.args)"
 cluster=$ROOT/slurm/cluster.env layout=$ROOT/slurm/layouts/$model.args run=$model overrides=() dry_run='' extra=()
 while (($#)); do
   case $1 in
