@@ -9,12 +9,13 @@ except ModuleNotFoundError:
     sys.exit(2)
 
 from megatron_ksa.errors import usage_errors_exit
+from megatron_ksa.failure import failures_named
 from megatron_ksa.platform import prepare_platform
 
 
 def main() -> None:
     """Read the command line and train; bad input costs one line and exit code 2."""
-    with usage_errors_exit():
+    with failures_named(), usage_errors_exit():
         defaults = prepare_platform(sys.argv[1:])
         # Megatron is imported only now: the CPU platform must be in place before.
         from megatron.core.enums import ModelType

@@ -20,6 +20,8 @@ from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.context_parallel import traffic
 from megatron_ksa.model.gpt import KSAGPTModel
 from megatron_ksa.model.layer_specs import ksa_block_spec, row_layout
+from megatron_ksa.training import memory
+from megatron_ksa.training.memory_report import model_shape
 
 
 @dataclass(kw_only=True)
@@ -31,6 +33,7 @@ class KSAGPTModelConfig(GPTModelConfig):
         bases: HARPE bases, one for each KV group, or None for the single `rotary_base`.
         text_length: n, text tokens in a sequence.
         reset_documents: documents of a sequence do not see each other.
+        layout: how the model is trained, for the memory report; None for no report.
     """
 
     builder: ClassVar[str] = "megatron_ksa.model.builder.KSAGPTModelBuilder"
@@ -38,6 +41,7 @@ class KSAGPTModelConfig(GPTModelConfig):
     bases: tuple[float, ...] | None = None
     text_length: int = 0
     reset_documents: bool = False
+    layout: memory.TrainingLayout | None = None
 
 
 def dense_config_from_args(args: argparse.Namespace, config: type[GPTModelConfig] = GPTModelConfig) -> GPTModelConfig:
@@ -84,6 +88,8 @@ class KSAGPTModelBuilder(GPTModelBuilder):
             )
         if transformer.context_parallel_size > 1 and not vp_stage:
             print_rank_0(_context_parallel_report(config))
+        if config.layout is not None and not vp_stage:
+            print_rank_0(memory.report(model_shape(config, vocab_size), config.layout))
         return KSAGPTModel(
             config=transformer,
             transformer_layer_spec=ksa_block_spec(transformer, config.ksa, config.text_length, vp_stage),

@@ -123,6 +123,12 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         (args.sft, "--sft", "the batch reader serves pretraining data; drop it"),
         (args.spec, "--spec", "the layer specs are this project's own; drop it"),
         (args.flash_decode, "--flash-decode", "it assumes one frequency row for all heads; drop it"),
+        (args.async_save, "--async-save", "saves are synchronous; drop it"),
+        (args.fp8, "--fp8-format", "its attention and summary projections are not checked in FP8; use --bf16"),
+        (args.fp4, "--fp4-format", "its attention and summary projections are not checked in FP4; use --bf16"),
+        (args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}", "use --cuda-graph-impl none"),
+        (args.enable_cuda_graph, "--enable-cuda-graph", "CUDA graphs are not supported; drop it"),
+        (args.external_cuda_graph, "--external-cuda-graph", "CUDA graphs are not supported; drop it"),
         (args.num_experts is None and args.qk_l2_norm, "--qk-l2-norm", "use --qk-layernorm"),
     ]
     for active, flag, way_out in refused:

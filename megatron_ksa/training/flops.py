@@ -49,10 +49,14 @@ def ksa_flops(dense: Callable, settings: ModelSettings) -> Callable:
         total_real_tokens_in_batch: float | None = None,
     ) -> float:
         tokens = total_real_tokens_in_batch or batch_size * args.seq_length
-        outside = copy.copy(args)
-        outside.num_layers = 0
-        output_layer = dense(outside, batch_size, 0, tokens)
-        linear = (dense(args, batch_size, 0, tokens) - output_layer) / args.num_layers
+        # Twice the layers: Megatron's pattern of MoE layers does not take a model of none.
+        twice = copy.copy(args)
+        twice.num_layers = 2 * args.num_layers
+        if isinstance(getattr(args, "moe_layer_freq", None), list):
+            twice.moe_layer_freq = 2 * args.moe_layer_freq
+        all_linear = dense(args, batch_size, 0, tokens)
+        linear = (dense(twice, batch_size, 0, tokens) - all_linear) / args.num_layers
+        output_layer = all_linear - linear * args.num_layers
         per_squared_token = dense(args, batch_size, 1, 0) / args.num_layers
         total = output_layer
         for layer in ksa.layers(args.num_layers, args.seq_length):

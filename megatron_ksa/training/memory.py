@@ -205,10 +205,8 @@ def layer_activations(shape: ModelShape, layer: KSALayer, layout: TrainingLayout
         total += size * text * shape.query // tp + 4 * text * heads
         if not full and not layout.fused_attention:
             total += 2 * query
-    if full and recompute == "selective":
-        # Megatron's recompute keeps its inputs, values as well, where they are.
-        total += 0 if shape.qk_norm else kv
-    elif full and not shape.qk_norm:
+    if full and not shape.qk_norm:
+        # The projection, which holds the values.
         total += query + 2 * kv
     ffn = size * rows * shape.ffn // tp
     return total + ffn * ((3 if layout.fused_swiglu else 5) if shape.gated else 2)
@@ -219,8 +217,8 @@ def _head_activations(shape: ModelShape, layout: TrainingLayout, query: int, kv:
     size, tp = layout.parameter_bytes, layout.tensor_parallel
     if layout.fused_rotation:
         return query + 2 * kv
-    # Cosines and sines, for queries and for keys.
-    angles = 2 * (query + kv) if shape.angles_per_head else 4 * size * rows * shape.head_dim
+    # Cosines and sines, for queries and for keys; the same for every sample.
+    angles = (2 * (query + kv) if shape.angles_per_head else 4 * size * rows * shape.head_dim) // layout.micro_batch
     if not shape.qk_norm:
         return angles
     # The projection, whose keys are normalised in place of their storage, and the queries' copy.
@@ -239,29 +237,38 @@ def in_flight(layout: TrainingLayout, stage: int) -> float:
     return warm_up / chunks
 
 
+def saved_activations(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
+    """Bytes of tensors that a stage has saved before its first backward pass, without the logits."""
+    layers = stage_layers(shape, layout, stage)
+    each = [layer_activations(shape, layer, layout) for layer in layers]
+    text, size = layout.rank_text, layout.parameter_bytes
+    rows = text + (text // shape.ksa.chunk_size * shape.ksa.summary_tokens if shape.ksa.enabled else 0)
+    total = sum(each)
+    if layout.recompute == "full":
+        # Each unit keeps its input; float32 angles of queries and keys are an input of all.
+        total = sum(each[:: layout.recompute_layers])
+        angles = (shape.heads + shape.kv_heads) // layout.tensor_parallel if shape.angles_per_head else 2
+        total += 4 * rows * shape.head_dim * angles // layout.micro_batch
+    if stage == 0:
+        total += 8 * text
+    total = int(total * in_flight(layout, stage))
+    if stage == layout.pipeline_parallel - 1:
+        # The final norm's input and output, over all rows; the labels.
+        states = size * rows * shape.hidden // layout.row_shards
+        total += states * (2 if layout.fused_norm else 3) + 4 * rows // layout.row_shards + 8 * text
+    return total
+
+
 def stage_activations(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
     """Bytes of saved tensors of a stage at its fullest, without the logits.
 
     With full recompute one unit of layers is whole again while its backward pass runs.
     """
-    layers = stage_layers(shape, layout, stage)
-    each = [layer_activations(shape, layer, layout) for layer in layers]
+    total = saved_activations(shape, layout, stage)
     if layout.recompute == "full":
-        each = each[:: layout.recompute_layers]
-    total = sum(each)
-    if stage == 0:
-        total += 8 * layout.rank_text
-    total = int(total * in_flight(layout, stage))
-    if layout.recompute == "full":
+        layers, unit = stage_layers(shape, layout, stage), layout.recompute_layers
         whole = [layer_activations(shape, layer, layout, "none") for layer in layers]
-        unit = layout.recompute_layers
-        total += max((sum(whole[begin : begin + unit]) for begin in range(0, len(whole), unit)), default=0)
-    if stage == layout.pipeline_parallel - 1:
-        text, ksa = layout.rank_text, shape.ksa
-        rows = text + (text // ksa.chunk_size * ksa.summary_tokens if ksa.enabled else 0)
-        # The final norm's input and output, over all rows; the labels.
-        states = layout.parameter_bytes * rows * shape.hidden // layout.row_shards
-        total += states * (2 if layout.fused_norm else 3) + 4 * rows // layout.row_shards + 8 * text
+        total += max(sum(whole[begin : begin + unit]) for begin in range(0, len(whole), unit))
     return total
 
 

@@ -18,6 +18,7 @@ from megatron_ksa.training.arguments import ModelSettings, adapt_trainer, settin
 from megatron_ksa.training.datasets import dataset_prefixes
 from megatron_ksa.training.flops import install_flops
 from megatron_ksa.training.loss_mask import masked_prefixes
+from megatron_ksa.training.memory_report import training_layout
 
 
 def read_command_line() -> tuple[argparse.Namespace, ModelSettings]:
@@ -51,5 +52,6 @@ def configure(args: argparse.Namespace, settings: ModelSettings) -> PretrainConf
         return pretrain_cfg_container_from_args(args, dense_config_from_args(args))
     model = model_config_from_args(args, settings.ksa, settings.bases)
     model.reset_documents = args.reset_position_ids
+    model.layout = training_layout(args, settings.loss)
     install_flops(settings)
     return pretrain_cfg_container_from_args(args, model)

@@ -50,6 +50,13 @@ def parse(monkeypatch, flags):
         ("--ksa --position-embedding-type rope --context-parallel-size 3 --seq-length 96 --cp-comm-type a2a",
          "4 attention heads .*--context-parallel-size 3 ranks: use 2, or p2p"),
         ("--position-embedding-type harpe --context-parallel-size 2 --seq-length 66", "--seq-length 66.*use 64 or 68"),
+        ("--ksa --position-embedding-type rope --async-save", "does not go with --async-save: saves are synchronous"),
+        ("--ksa --position-embedding-type rope --fp8-format hybrid", "does not go with --fp8-format: .*use --bf16"),
+        ("--ksa --position-embedding-type rope --fp4-format e2m1", "does not go with --fp4-format: .*use --bf16"),
+        ("--ksa --position-embedding-type rope --cuda-graph-impl local", "--cuda-graph-impl local: use .* none"),
+        ("--position-embedding-type harpe --enable-cuda-graph", "does not go with --enable-cuda-graph"),
+        ("--ksa --position-embedding-type rope --loss-chunk-rows -3", "--loss-chunk-rows is -3"),
+        ("--loss-chunk-rows 64 --defer-embedding-wgrad-compute", "does not go with --defer-embedding-wgrad-compute"),
         ("--position-embedding-type harpe --use-rope-scaling", "does not go with --use-rope-scaling"),
     ],
 )

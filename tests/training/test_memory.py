@@ -1,0 +1,160 @@
+"""Theoretical memory against models, optimizers and saved tensors that exist."""
+
+import pytest
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from processes import run_processes
+from single_process import build_model, process_groups, random_tokens, transformer_config
+from torch.autograd.graph import saved_tensors_hooks
+
+from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.config.loss import LossConfig
+from megatron_ksa.model.builder import KSAGPTModelBuilder, KSAGPTModelConfig
+from megatron_ksa.model.chunked_loss import ChunkedLoss
+from megatron_ksa.platform.cpu import activate_cpu_platform
+from megatron_ksa.training import memory
+from megatron_ksa.training.memory import ModelShape, TrainingLayout
+
+HYBRID = KSAConfig(enabled=True, chunk_size=8, window_chunks="1", layer_pattern="kklf")
+N, WORDS = 128, 96
+RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+}
+
+
+def shape(ksa: KSAConfig = HYBRID, **changes) -> ModelShape:
+    """The shape of `single_process.transformer_config`."""
+    sizes = dict(num_layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, head_dim=8, vocabulary=WORDS, qk_norm=True)
+    return ModelShape(ksa=ksa, **{**sizes, **changes})
+
+
+def layout(**changes) -> TrainingLayout:
+    """Float32 and no fusion, as on a CPU."""
+    plain = dict(parameter_bytes=4, fused_norm=False, fused_swiglu=False, fused_attention=False)
+    return TrainingLayout(text_length=N, **{**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    ("ksa", "config", "model", "changes"),
+    [
+        (HYBRID, {}, {}, {}),
+        (KSAConfig(), {}, {}, {}),
+        (HYBRID, {"qk_layernorm": False, "normalization": "LayerNorm"}, {}, {"qk_norm": False, "norm_vectors": 2}),
+        (HYBRID, {"add_bias_linear": True}, {}, {"bias": True}),
+        (HYBRID, {"add_qkv_bias": True}, {}, {"qkv_bias": True}),
+        (HYBRID, {}, {"share_embeddings_and_output_weights": True}, {"tied": True}),
+        (KSAConfig(enabled=True, independent_qk_norm=True, independent_layernorm=True, summary_tokens=2), {}, {}, {}),
+        (KSAConfig(enabled=True, independent_projections=False), {}, {}, {}),
+    ],
+)  # fmt: skip
+def test_parameters_are_those_of_the_model(ksa, config, model, changes):
+    settings = {"share_embeddings_and_output_weights": False, "vocab_size": WORDS, **model}
+    built = build_model(ksa, transformer_config(**config), **settings)
+    counted = sum(parameter.numel() for parameter in built.parameters())
+    assert memory.stage_parameters(shape(ksa, **changes), layout(), 0) == counted
+
+
+def saved_bytes(model: torch.nn.Module, micro_batch: int) -> int:
+    """Bytes of the storages that autograd saves in a forward pass, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no other takes its place
+        return tensor
+
+    tokens, loss = random_tokens(micro_batch, N), ChunkedLoss(LossConfig(8))
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, torch.arange(N).expand(micro_batch, N), labels=tokens, output_processor=loss)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("bases", [None, (1e4, 1e5)])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_activations_are_the_saved_tensors(recompute, bases, qk_norm):
+    process_groups()
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    config = transformer_config(qk_layernorm=qk_norm, **RECOMPUTE[recompute])
+    model = build_model(
+        HYBRID, config, bases=bases, vocab_size=WORDS, text_length=N, share_embeddings_and_output_weights=False
+    )
+    plan = layout(recompute=recompute, recompute_layers=2, micro_batch=2)
+    expected = memory.saved_activations(shape(angles_per_head=bases is not None, qk_norm=qk_norm), plan, 0)
+    assert saved_bytes(model, 2) == pytest.approx(expected, rel=0.02)
+
+
+def measured() -> list[list[int]]:
+    """[parameters, gradient bytes, optimizer bytes] with two data-parallel and with two tensor-parallel ranks."""
+    activate_cpu_platform()
+    results = []
+    for tp in (1, 2):
+        parallel_state.initialize_model_parallel(tp)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        config = transformer_config(tensor_model_parallel_size=tp, bf16=True, params_dtype=torch.bfloat16)
+        settings = KSAGPTModelConfig(
+            vocab_size=WORDS, seq_length=N, text_length=N, position_embedding_type="rope", ksa=HYBRID,
+            share_embeddings_and_output_weights=False, transformer=config,
+        )  # fmt: skip
+        built = KSAGPTModelBuilder(settings).build_model(groups).bfloat16()
+        model = DistributedDataParallel(
+            config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), built
+        )
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=1e-2, bf16=True, use_distributed_optimizer=True, params_dtype=torch.bfloat16
+            ),
+            [model],
+            use_gloo_process_groups=False,
+            pg_collection=groups,
+        )
+        optimizer.step()
+        adam = optimizer.chained_optimizers[0].optimizer
+        state = [value for held in adam.state.values() for name, value in held.items() if name != "step"]
+        state += [parameter for group in adam.param_groups for parameter in group["params"]]
+        results.append(
+            [
+                sum(parameter.numel() for parameter in built.parameters()),
+                sum(buffer.grad_data.nbytes for buffer in model.buffers),
+                sum(tensor.numel() * tensor.element_size() for tensor in state),
+            ]
+        )
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def test_optimizer_state_and_gradients_of_two_ranks(tmp_path):
+    """The distributed optimizer starts every parameter at a multiple of 64 elements, so that buffers are larger."""
+    for data, tensor in run_processes(measured, 2, tmp_path):
+        for found, sizes in ((data, {"data_parallel": 2}), (tensor, {"tensor_parallel": 2})):
+            expected = memory.stage_memory(shape(), layout(parameter_bytes=2, **sizes), 0)
+            assert found[0] == expected.num_parameters
+            assert found[1] == pytest.approx(expected.gradients, rel=0.05)
+            assert found[2] == pytest.approx(expected.optimizer, rel=0.05)
+
+
+def test_stages_share_the_model():
+    whole = layout()
+    for virtual in (1, 2):
+        plan = layout(pipeline_parallel=2, virtual_stages=virtual, num_micro_batches=8)
+        parts = [memory.stage_parameters(shape(), plan, stage) for stage in range(2)]
+        assert sum(parts) == memory.stage_parameters(shape(), whole, 0)
+    plan = layout(pipeline_parallel=4, num_micro_batches=8)
+    assert [memory.in_flight(plan, stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert memory.in_flight(layout(pipeline_parallel=4, num_micro_batches=2), 0) == 2
+    # Three pairs of stages ahead in two chunks: (2 * 3 + 4 + 1) / 2.
+    assert memory.in_flight(layout(pipeline_parallel=4, virtual_stages=2, num_micro_batches=8), 0) == 5.5
+
+
+def test_logits_and_the_report():
+    whole, chunks = layout(loss=LossConfig(0)), layout(loss=LossConfig(16), fused_gradient=True)
+    assert memory.logits_bytes(shape(), whole) == N * WORDS * 4
+    assert memory.logits_bytes(shape(), chunks) == 16 * WORDS * 4 + 8 * N
+    said = memory.report(shape(), layout(loss=LossConfig(16), pipeline_parallel=2))
+    assert "of pipeline stage 0" in said and "logits in chunks of 16 tokens" in said and "\n" not in said
