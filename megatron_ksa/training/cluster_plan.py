@@ -1,0 +1,184 @@
+"""Feasible parallel layouts of a model on a cluster: memory of a GPU, bytes on the wire of a step, and a time estimate.
+
+Assumptions of the time: every operation runs at one share of the peak rate; nothing is overlapped, so that all
+communication adds to it; tensor parallelism stays within a node and comes first in the order of ranks, then context,
+data and pipeline parallelism (Megatron's order), and a group that fits in a node uses the node's bandwidth; the bubble
+of a pipeline is (stages - 1) / micro-batches of its work (1F1B, arXiv 2104.04473); full recompute repeats the forward
+pass, a third more work.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_ksa.config.ksa import LayerKind
+from megatron_ksa.context_parallel.traffic import HeadShape, bytes_sent
+from megatron_ksa.errors import UsageError
+from megatron_ksa.training.memory import MemoryReport, ModelShape, TrainingLayout, fullest_stage, stage_layers
+
+# Share of a GPU's memory left to communication buffers, the allocator's fragments and the CUDA context.
+RESERVED = 0.1
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and what they do.
+
+    Attributes:
+        gpus: of all nodes.
+        gpus_per_node: GPUs that reach each other at node_bandwidth.
+        memory: bytes of a GPU.
+        flops: peak FLOP/s of a GPU.
+        efficiency: share of the peak that the arithmetic reaches.
+        node_bandwidth: bytes/s that a GPU sends within its node.
+        network_bandwidth: bytes/s that a GPU sends to other nodes.
+    """
+
+    gpus: int
+    gpus_per_node: int
+    memory: float
+    flops: float
+    efficiency: float
+    node_bandwidth: float
+    network_bandwidth: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) <= 0:
+                flag = field.name.replace("_", "-")
+                raise UsageError(f"--{flag} is {getattr(self, field.name)}: use a number above 0")
+        if self.efficiency > 1:
+            raise UsageError(f"--efficiency is {self.efficiency}: it is a share, use at most 1")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            below = self.gpus // self.gpus_per_node * self.gpus_per_node
+            raise UsageError(
+                f"--gpus {self.gpus} are no whole nodes of {self.gpus_per_node}: use {below} or {below + self.gpus_per_node}"
+            )
+
+    def bandwidth(self, span: int) -> float:
+        """Bytes/s of a GPU in a group whose members lie within `span` successive ranks."""
+        return self.node_bandwidth if span <= self.gpus_per_node else self.network_bandwidth
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout: memory of the fullest GPU, bytes that the busiest rank sends in a step by kind, seconds of a step."""
+
+    layout: TrainingLayout
+    memory: MemoryReport
+    sent: dict[str, int]
+    seconds: float
+
+
+def layouts(shape: ModelShape, base: TrainingLayout, global_batch: int, cluster: Cluster) -> Iterator[TrainingLayout]:
+    """Every layout that the trainer accepts, whether or not it fits in memory; `base` gives precision and length."""
+    for tp in _divisors(min(cluster.gpus, cluster.gpus_per_node)):
+        if shape.heads % tp or shape.kv_heads % tp or shape.ffn % tp or cluster.gpus % tp:
+            continue
+        for cp in _divisors(cluster.gpus // tp):
+            step = (shape.ksa.chunk_size if shape.ksa.enabled else 1) * (2 * cp if cp > 1 else 1) * tp
+            if base.text_length % step:
+                continue
+            for pp in _divisors(cluster.gpus // (tp * cp)):
+                dp = cluster.gpus // (tp * cp * pp)
+                if shape.num_layers % pp or global_batch % (base.micro_batch * dp):
+                    continue
+                for recompute in ("none", "full"):
+                    yield dataclasses.replace(
+                        base, tensor_parallel=tp, sequence_parallel=tp > 1, context_parallel=cp, pipeline_parallel=pp,
+                        data_parallel=dp, num_micro_batches=global_batch // (base.micro_batch * dp), recompute=recompute,
+                    )  # fmt: skip
+
+
+def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, int]:
+    """Bytes that the busiest rank sends in one step, by kind of parallelism.
+
+    Tensor: with sequence parallelism, two all-gathers and two reduce-scatters of the rows a layer and pass, and one
+    more all-gather in each of the two backward passes of a gathered input. Context: `traffic.bytes_sent`. Both:
+    forward, backward, and forward again with full recompute. Pipeline: the rows at the borders of a stage. Data:
+    gradients reduce-scattered and parameters gathered once.
+    """
+    tp, cp, pp = layout.tensor_parallel, layout.context_parallel, layout.pipeline_parallel
+    stages = [stage_layers(shape, layout, stage) for stage in range(pp)]
+    ksa, forwards = shape.ksa, 2 if layout.recompute == "full" else 1
+    summaries = layout.rank_text // ksa.chunk_size * ksa.summary_tokens if ksa.enabled else 0
+    heads = HeadShape(shape.heads // tp, shape.kv_heads // tp, shape.head_dim, layout.parameter_bytes)
+
+    def tensor(layer) -> int:
+        rows = layout.rank_text + (0 if layer.kind == LayerKind.FULL else summaries)
+        gathered = layout.parameter_bytes * rows * shape.hidden * (tp - 1) // tp
+        return gathered * (4 * forwards + 4 + 2)
+
+    def context(layer) -> int:
+        if cp == 1:
+            return 0
+        one = bytes_sent(layer, ksa, layout.text_length, cp, "p2p", heads)
+        return one * layout.micro_batch * (forwards + 1)
+
+    border = layout.parameter_bytes * (layout.rank_text + summaries) * shape.hidden // layout.row_shards
+    number = fullest_stage(shape, layout)[1].num_parameters
+    shards = layout.data_parallel * cp
+    batches = layout.num_micro_batches
+    cost = {layer: (tensor(layer), context(layer)) for stage in stages for layer in set(stage)}
+    return {
+        "tensor": batches * max(sum(cost[layer][0] for layer in stage) for stage in stages),
+        "context": batches * max(sum(cost[layer][1] for layer in stage) for stage in stages),
+        "pipeline": batches * border * (0 if pp == 1 else 2 if pp > 2 else 1),
+        "data": (layout.gradient_bytes + layout.parameter_bytes) * number * (shards - 1) // shards,
+    }
+
+
+def seconds_of_step(layout: TrainingLayout, sent: dict[str, int], flops: float, cluster: Cluster) -> float:
+    """Time of a step; `flops` are the model's of the whole batch, forward and backward. Assumptions: module docstring."""
+    tp, cp, dp = layout.tensor_parallel, layout.context_parallel, layout.data_parallel
+    work = flops * (4 / 3 if layout.recompute == "full" else 1)
+    span = {"tensor": tp, "context": tp * cp, "data": tp * cp * dp, "pipeline": cluster.gpus}
+    wire = {kind: number / cluster.bandwidth(span[kind]) for kind, number in sent.items()}
+    busy = work / (cluster.gpus * cluster.flops * cluster.efficiency) + wire["tensor"] + wire["context"]
+    bubble = (layout.pipeline_parallel - 1) / layout.num_micro_batches
+    return busy * (1 + bubble) + wire["pipeline"] + wire["data"]
+
+
+def plan(shape: ModelShape, base: TrainingLayout, global_batch: int, flops: float, cluster: Cluster) -> list[Plan]:
+    """The layouts that fit, fastest first.
+
+    Raises:
+        UsageError: none does.
+    """
+    limit, least, plans = cluster.memory * (1 - RESERVED), None, []
+    for layout in layouts(shape, base, global_batch, cluster):
+        memory = fullest_stage(shape, layout)[1]
+        least = min(least or memory.total, memory.total)
+        if memory.total <= limit:
+            sent = bytes_on_the_wire(shape, layout)
+            plans.append(Plan(layout, memory, sent, seconds_of_step(layout, sent, flops, cluster)))
+    if least is None:
+        raise UsageError(
+            f"no layout divides {cluster.gpus} GPUs with a batch of {global_batch} sequences: use a multiple of the "
+            f"number of data-parallel replicas, such as --global-batch-size {cluster.gpus}"
+        )
+    if not plans:
+        raise UsageError(
+            f"no layout fits: the smallest needs {least / 1e9:.3g} GB a GPU, {limit / 1e9:.3g} GB are free: use more GPUs, "
+            f"or --memory {least / (1 - RESERVED) / 1e9:.3g}"
+        )
+    return sorted(plans, key=lambda each: each.seconds)
+
+
+def layout_flags(layout: TrainingLayout) -> list[str]:
+    """Launch flags of a layout, one a line of an argument file."""
+    flags = [
+        f"--tensor-model-parallel-size {layout.tensor_parallel}",
+        f"--context-parallel-size {layout.context_parallel}",
+        f"--pipeline-model-parallel-size {layout.pipeline_parallel}",
+        "--use-distributed-optimizer",
+    ]
+    if layout.sequence_parallel:
+        flags.append("--sequence-parallel")
+    if layout.recompute == "full":
+        flags += ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 1"]
+    return flags
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]

@@ -1,0 +1,143 @@
+"""Plan a run: feasible parallel layouts of a model on a cluster, KSA against full attention, and the best one's flags.
+
+    python tools/plan_cluster.py --model slurm/models/ksa_70b.args --gpus 512 --write slurm/layouts/ksa_70b.args
+
+Memory counts parameters, gradients, optimizer state, activations and logits, and leaves a tenth of the GPU free.
+"""
+
+import argparse
+import copy
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+try:
+    from megatron_ksa.errors import UsageError, usage_errors_exit
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
+    sys.exit(2)
+from megatron_ksa.platform import prepare_platform
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="file of flags, as slurm/models has them")
+    parser.add_argument("--seq-length", type=int, help="text tokens, instead of the model file's")
+    parser.add_argument("--global-batch-size", type=int, help="sequences in a step, instead of the model file's")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of all nodes")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--memory", type=float, default=80, help="GB of a GPU")
+    parser.add_argument("--flops", type=float, default=989, help="peak TFLOP/s of a GPU")
+    parser.add_argument("--efficiency", type=float, default=0.4, help="share of the peak that arithmetic reaches (assumed)")
+    parser.add_argument("--node-bandwidth", type=float, default=450, help="GB/s that a GPU sends within its node")
+    parser.add_argument("--network-bandwidth", type=float, default=50, help="GB/s that a GPU sends to other nodes")
+    parser.add_argument("--show", type=int, default=8, help="layouts to print, fastest first")
+    parser.add_argument("--write", type=Path, help="file for the flags of the best KSA layout")
+    return parser.parse_args()
+
+
+def model_flags(path: Path) -> list[str]:
+    """The words of a file of flags."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(sorted(str(file) for file in Path("slurm/models").glob("*.args")))
+        raise UsageError(f"--model {path} cannot be read ({error.strerror or error.reason}): use one of {known}") from None
+    return [word for line in lines for word in line.split("#")[0].split()]
+
+
+def read_model(flags: list[str], options: argparse.Namespace) -> argparse.Namespace:
+    """Megatron's parse of the model's flags, with the sizes that its validation would derive."""
+    from megatron.training.arguments import parse_args
+
+    sys.argv = ["plan_cluster.py", *flags]
+    args = parse_args()
+    args.seq_length = options.seq_length or args.seq_length
+    args.global_batch_size = options.global_batch_size or args.global_batch_size
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_size", "micro_batch_size",
+                 "global_batch_size"):  # fmt: skip
+        if not getattr(args, name) or getattr(args, name) < 1:
+            raise UsageError(f"--model {options.model} needs --{name.replace('_', '-')}, at least 1")
+    args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+    args.ffn_hidden_size = args.ffn_hidden_size or 4 * args.hidden_size
+    multiple = args.make_vocab_size_divisible_by
+    args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
+    return args
+
+
+def table(plans: list, show: int, title: str) -> str:
+    """Layouts with their memory, bytes and seconds, fastest first."""
+    lines = [f"{title}: {len(plans)} layouts fit", "  tp  cp  pp   dp  recompute  GB/GPU  sent GB: tensor  context pipeline     data   s/step"]
+    for each in plans[:show]:
+        lay, sent = each.layout, [number / 1e9 for number in each.sent.values()]
+        lines.append(
+            f"{lay.tensor_parallel:4}{lay.context_parallel:4}{lay.pipeline_parallel:4}{lay.data_parallel:5}  {lay.recompute:>9}"
+            f"{each.memory.total / 1e9:8.1f}         {sent[0]:8.2f} {sent[1]:8.3f} {sent[2]:8.2f} {sent[3]:8.2f} {each.seconds:8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Plan; bad input costs one line and exit code 2."""
+    with usage_errors_exit():
+        options = parse_arguments()
+        flags = model_flags(options.model)
+        defaults = prepare_platform(flags)
+        from megatron.training import training
+
+        from megatron_ksa.training import cluster_plan
+        from megatron_ksa.training.arguments import install_arguments, settings_from_args
+        from megatron_ksa.training.flops import ksa_flops
+        from megatron_ksa.training.memory import ModelShape, TrainingLayout
+
+        cluster = cluster_plan.Cluster(
+            options.gpus, options.gpus_per_node, options.memory * 1e9, options.flops * 1e12, options.efficiency,
+            options.node_bandwidth * 1e9, options.network_bandwidth * 1e9,
+        )  # fmt: skip
+        sys.argv = ["plan_cluster.py", *flags]
+        install_arguments(defaults)
+        args = read_model(flags, options)
+        settings = settings_from_args(copy.copy(args))
+        shape = ModelShape(
+            ksa=settings.ksa, num_layers=args.num_layers, hidden=args.hidden_size, ffn=args.ffn_hidden_size,
+            heads=args.num_attention_heads,
+            kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+            head_dim=args.kv_channels, vocabulary=args.padded_vocab_size, gated=args.swiglu,
+            tied=not args.untie_embeddings_and_output_weights, qk_norm=args.qk_layernorm, bias=args.add_bias_linear,
+            norm_vectors=1 if args.normalization == "RMSNorm" else 2, angles_per_head=settings.bases is not None,
+        )  # fmt: skip
+        base = TrainingLayout(
+            args.seq_length, micro_batch=args.micro_batch_size, parameter_bytes=2 if args.bf16 or args.fp16 else 4
+        )
+        dense = training.num_floating_point_operations
+        models = [("full attention", dataclasses.replace(shape, ksa=dataclasses.replace(shape.ksa, enabled=False)), dense)]
+        if settings.ksa.enabled:
+            models.insert(0, ("KSA", shape, ksa_flops(dense, settings)))
+        print(" ".join((cluster_plan.__doc__ or "").split("\n\n", 1)[1].split()))
+        best = None
+        for title, model, count in models:
+            flops = count(args, args.global_batch_size)
+            try:
+                plans = cluster_plan.plan(model, base, args.global_batch_size, flops, cluster)
+            except UsageError as error:
+                if best is None:
+                    raise
+                print(f"\n{title}: {error}")
+                continue
+            print(f"\n{table(plans, options.show, title)}")
+            best = best or plans[0]
+        if options.write:
+            temporary = options.write.with_name(options.write.name + ".part")
+            heading = f"# {options.gpus} GPUs, {args.seq_length} tokens; written by tools/plan_cluster.py"
+            try:
+                temporary.write_text("\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]), encoding="utf-8")
+            except OSError as error:
+                raise UsageError(f"--write {options.write}: {error.strerror}; use a folder that exists") from None
+            os.replace(temporary, options.write)
+            print(f"\nflags of the fastest layout: {options.write}")
+
+
+if __name__ == "__main__":
+    main()
