@@ -48,6 +48,7 @@ setup(
     ],
     extras_require={
         "data": [*TAGS, "sentence-transformers", "pyarrow", "zstandard"],
+        "ray": ["ray"],
         "te": ["transformer-engine[pytorch]"],
         "dev": [*TAGS, "pytest", "pytest-timeout", "hypothesis", "playwright", "ruff"],
     },

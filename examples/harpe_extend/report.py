@@ -41,16 +41,17 @@ def tables(results: dict) -> str:
         return _cell([math.exp(loss) for loss in losses], 1, 3)
 
     head = ["arm", *(f"{length:,}" for length in lengths)]
-    by_length = [[arm, *(needles(arm, length, None) for length in lengths), needles(arm, None, None)] for arm in arms]
+    seeds = {arm: len({run["seed"] for run in runs if run["arm"] == arm}) for arm in arms}
+    label = {arm: f"{arm} ({count} seed{'s' if count > 1 else ''})" for arm, count in seeds.items()}
+    by_length = [[label[arm], *(needles(arm, length, None) for length in lengths), needles(arm, None, None)] for arm in arms]
     by_form = [[form, *(needles(arm, lengths[-1], form) for arm in arms)] for form in forms]
-    by_context = [[arm, *(perplexity(arm, length) for length in lengths)] for arm in arms]
+    by_context = [[label[arm], *(perplexity(arm, length) for length in lengths)] for arm in arms]
     settings = results["settings"]
-    seeds = len({run["seed"] for run in runs})
     return "\n\n".join(
         [
             f"Measured on {results['device']}: {settings['layers']} layers of {settings['heads']} heads, {settings['pretrain_steps']} "
             f"iterations at {settings['pretrain_length']} tokens, then {settings['extend_steps']} at {settings['target_length']}, "
-            f"{settings['batch_tokens']:,} tokens an iteration; {seeds} seed(s), mean ± half the range over seeds.",
+            f"{settings['batch_tokens']:,} tokens an iteration; mean ± half the range over seeds.",
             "Needle tests, values found (%), mean of the eight forms, by context length (tokens):",
             _table([*head, "mean"], by_length),
             f"By form, at {lengths[-1]:,} tokens:",
