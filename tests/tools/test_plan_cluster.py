@@ -15,8 +15,9 @@ MODEL = (
     "--num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --group-query-attention "
     "--num-query-groups 2 --kv-channels 64 --seq-length 64 --max-position-embeddings 64 --normalization RMSNorm "
     "--qk-layernorm --swiglu --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 "
-    "--untie-embeddings-and-output-weights --ksa --ksa-layer-pattern kkkf --ksa-window-chunks 2 --position-embedding-type rope "
-    "--vocab-size 8191 --make-vocab-size-divisible-by 128 --tokenizer-type NullTokenizer --micro-batch-size 1 --global-batch-size 4"
+    "--untie-embeddings-and-output-weights --ksa --ksa-layer-pattern kkkf --ksa-window-chunks 2 "
+    "--position-embedding-type rope --vocab-size 8191 --make-vocab-size-divisible-by 128 "
+    "--tokenizer-type NullTokenizer --micro-batch-size 1 --global-batch-size 4"
 )
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
