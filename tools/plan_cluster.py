@@ -22,7 +22,9 @@ from megatron_ksa.platform import prepare_platform
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, help="file of flags, as slurm/models has them")
     parser.add_argument("--seq-length", type=int, help="text tokens, instead of the model file's")
     parser.add_argument("--global-batch-size", type=int, help="sequences in a step, instead of the model file's")
@@ -30,7 +32,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a node")
     parser.add_argument("--memory", type=float, default=80, help="GB of a GPU")
     parser.add_argument("--flops", type=float, default=989, help="peak TFLOP/s of a GPU")
-    parser.add_argument("--efficiency", type=float, default=0.4, help="share of the peak that arithmetic reaches (assumed)")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.4, help="share of the peak that arithmetic reaches (assumed)"
+    )
     parser.add_argument("--node-bandwidth", type=float, default=450, help="GB/s that a GPU sends within its node")
     parser.add_argument("--network-bandwidth", type=float, default=50, help="GB/s that a GPU sends to other nodes")
     parser.add_argument("--show", type=int, default=8, help="layouts to print, fastest first")
@@ -44,7 +48,9 @@ def model_flags(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(sorted(str(file) for file in Path("slurm/models").glob("*.args")))
-        raise UsageError(f"--model {path} cannot be read ({error.strerror or error.reason}): use one of {known}") from None
+        raise UsageError(
+            f"--model {path} cannot be read ({error.strerror or error.reason}): use one of {known}"
+        ) from None
     return [word for line in lines for word in line.split("#")[0].split()]
 
 
@@ -69,12 +75,16 @@ def read_model(flags: list[str], options: argparse.Namespace) -> argparse.Namesp
 
 def table(plans: list, show: int, title: str) -> str:
     """Layouts with their memory, bytes and seconds, fastest first."""
-    lines = [f"{title}: {len(plans)} layouts fit", "  tp  cp  pp   dp  recompute  GB/GPU  sent GB: tensor  context pipeline     data   s/step"]
+    lines = [
+        f"{title}: {len(plans)} layouts fit",
+        "  tp  cp  pp   dp  recompute  GB/GPU  sent GB: tensor  context pipeline     data   s/step",
+    ]
     for each in plans[:show]:
         lay, sent = each.layout, [number / 1e9 for number in each.sent.values()]
         lines.append(
-            f"{lay.tensor_parallel:4}{lay.context_parallel:4}{lay.pipeline_parallel:4}{lay.data_parallel:5}  {lay.recompute:>9}"
-            f"{each.memory.total / 1e9:8.1f}         {sent[0]:8.2f} {sent[1]:8.3f} {sent[2]:8.2f} {sent[3]:8.2f} {each.seconds:8.2f}"
+            f"{lay.tensor_parallel:4}{lay.context_parallel:4}{lay.pipeline_parallel:4}{lay.data_parallel:5}"
+            f"  {lay.recompute:>9}{each.memory.total / 1e9:8.1f}         {sent[0]:8.2f} {sent[1]:8.3f} {sent[2]:8.2f}"
+            f" {sent[3]:8.2f} {each.seconds:8.2f}"
         )
     return "\n".join(lines)
 
@@ -112,7 +122,9 @@ def main() -> None:
             args.seq_length, micro_batch=args.micro_batch_size, parameter_bytes=2 if args.bf16 or args.fp16 else 4
         )
         dense = training.num_floating_point_operations
-        models = [("full attention", dataclasses.replace(shape, ksa=dataclasses.replace(shape.ksa, enabled=False)), dense)]
+        models = [
+            ("full attention", dataclasses.replace(shape, ksa=dataclasses.replace(shape.ksa, enabled=False)), dense)
+        ]
         if settings.ksa.enabled:
             models.insert(0, ("KSA", shape, ksa_flops(dense, settings)))
         print(" ".join((cluster_plan.__doc__ or "").split("\n\n", 1)[1].split()))
@@ -132,7 +144,9 @@ def main() -> None:
             temporary = options.write.with_name(options.write.name + ".part")
             heading = f"# {options.gpus} GPUs, {args.seq_length} tokens; written by tools/plan_cluster.py"
             try:
-                temporary.write_text("\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]), encoding="utf-8")
+                temporary.write_text(
+                    "\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]), encoding="utf-8"
+                )
             except OSError as error:
                 raise UsageError(f"--write {options.write}: {error.strerror}; use a folder that exists") from None
             os.replace(temporary, options.write)

@@ -52,7 +52,8 @@ class Cluster:
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             below = self.gpus // self.gpus_per_node * self.gpus_per_node
             raise UsageError(
-                f"--gpus {self.gpus} are no whole nodes of {self.gpus_per_node}: use {below} or {below + self.gpus_per_node}"
+                f"--gpus {self.gpus} are no whole nodes of {self.gpus_per_node}: "
+                f"use {below} or {below + self.gpus_per_node}"
             )
 
     def bandwidth(self, span: int) -> float:
@@ -86,7 +87,8 @@ def layouts(shape: ModelShape, base: TrainingLayout, global_batch: int, cluster:
                 for recompute in ("none", "full"):
                     yield dataclasses.replace(
                         base, tensor_parallel=tp, sequence_parallel=tp > 1, context_parallel=cp, pipeline_parallel=pp,
-                        data_parallel=dp, num_micro_batches=global_batch // (base.micro_batch * dp), recompute=recompute,
+                        data_parallel=dp, num_micro_batches=global_batch // (base.micro_batch * dp),
+                        recompute=recompute,
                     )  # fmt: skip
 
 
@@ -129,7 +131,7 @@ def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, in
 
 
 def seconds_of_step(layout: TrainingLayout, sent: dict[str, int], flops: float, cluster: Cluster) -> float:
-    """Time of a step; `flops` are the model's of the whole batch, forward and backward. Assumptions: module docstring."""
+    """Time of a step; `flops` are the model's of the whole batch, forward and backward."""
     tp, cp, dp = layout.tensor_parallel, layout.context_parallel, layout.data_parallel
     work = flops * (4 / 3 if layout.recompute == "full" else 1)
     span = {"tensor": tp, "context": tp * cp, "data": tp * cp * dp, "pipeline": cluster.gpus}
@@ -159,8 +161,8 @@ def plan(shape: ModelShape, base: TrainingLayout, global_batch: int, flops: floa
         )
     if not plans:
         raise UsageError(
-            f"no layout fits: the smallest needs {least / 1e9:.3g} GB a GPU, {limit / 1e9:.3g} GB are free: use more GPUs, "
-            f"or --memory {least / (1 - RESERVED) / 1e9:.3g}"
+            f"no layout fits: the smallest needs {least / 1e9:.3g} GB a GPU, {limit / 1e9:.3g} GB are free: use more "
+            f"GPUs, or --memory {least / (1 - RESERVED) / 1e9:.3g}"
         )
     return sorted(plans, key=lambda each: each.seconds)
 

@@ -1,4 +1,4 @@
-"""The command of a dry run is one that pretrain_gpt.py's parser accepts, with the model that the issue of a run names."""
+"""The command of a dry run is one that pretrain_gpt.py's parser accepts, with the sizes of the model in it."""
 
 import os
 import shlex
@@ -13,9 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def script(name: str, *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", f"slurm/{name}", *options], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(["bash", f"slurm/{name}", *options], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def parsed(monkeypatch, name: str, *options: str):
