@@ -66,8 +66,8 @@ def test_job_saves_requeues_resumes_and_finishes(tmp_path):
         slurm("scancel", "--signal=TERM", job)
         wait_for(lambda: "requeueing" in log.read_text(), 40, everything)
         wait_for(lambda: state() == "PENDING", 40, everything)
-        # Slurm holds a requeued job back for two minutes.
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        # Slurm holds a requeued job back for two minutes; a node refuses it in the second in which it was killed.
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now+3")
         wait_for(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED"), 90, everything)
         assert state() == "COMPLETED", everything()
 
