@@ -15,19 +15,21 @@ from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_bac
 
 TILED = ("forward", "dq", "dkv_text", "dkv_summary")
 
-# Queries, keys, warps, stages.
+# Queries, keys, warps, stages, and 1 for the warp-specialised kernel of Hopper.
 CANDIDATES = {
     "forward": [
         (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 4, 3),
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 8, 4), (64, 32, 4, 4),
+        (64, 128, 4, 2, 1), (64, 64, 4, 3, 1),
     ],
     "dq": [
         (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3),
-        (128, 128, 8, 2), (128, 32, 8, 3), (64, 128, 8, 2),
+        (128, 128, 8, 2), (128, 32, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2, 1), (64, 64, 4, 3, 1),
     ],
     "dkv": [
         (64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2),
         (32, 128, 8, 3), (32, 128, 8, 4), (32, 64, 4, 3), (128, 128, 8, 2), (64, 64, 8, 3), (32, 128, 4, 3),
+        (64, 64, 4, 2, 1), (64, 64, 4, 3, 1),
     ],
 }  # fmt: skip
 
@@ -96,11 +98,14 @@ class Kernels:
 def sweep(shape: Shape, device: str, deadline: float, candidates: dict[str, list] | None = None) -> list[dict]:
     """Every candidate tile of each kernel at a shape, fastest first; stops at `deadline` (time.monotonic)."""
     kernels, table = Kernels(shape, device), []
+    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9 and shape.dtype != "float32"
     for name in TILED:
         kernels.launch(name)
         expected = [rows.clone() for rows in kernels.results[name]]
         entries = []
         for numbers in (candidates or CANDIDATES)[name.split("_")[0]]:
+            if numbers[4:] == (1,) and not hopper:
+                continue
             if time.monotonic() > deadline:
                 print(f"sweep: out of time at {name} {numbers}", flush=True)
                 break

@@ -20,8 +20,10 @@ from megatron_ksa.kernels.ksa_attention.triton_common import (
 )
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles, padded_head_dim
 
-# dK/dV programs wanted at least: about four for each multiprocessor of a large GPU.
-PROGRAMS = 512
+# dK/dV programs wanted at least: about four for each multiprocessor of a large GPU. Without them a part of the queries
+# makes a program of its own, whose float32 results cost less than an idle multiprocessor unless every query head has
+# its own keys and work items are dealt out.
+PROGRAMS, DEALT_PROGRAMS = 512, 256
 MOST_SPLITS = 16
 
 
@@ -275,32 +277,49 @@ def launch_dkv(
 
     offset: position of the first text key, or chunk of the first summary.
     """
-    batch, num_keys, groups, dim = k.shape
+    batch, num_keys, groups, _ = k.shape
     if not num_keys or not q.shape[1]:
         dk.zero_()
         dv.zero_()
         return
-    block_dim = padded_head_dim(dim)
-    programs = triton.cdiv(num_keys, tile.keys) * batch * groups
-    splits = min(MOST_SPLITS, triton.cdiv(PROGRAMS, programs), triton.cdiv(q.shape[1], tile.queries))
+    programs = triton.cdiv(num_keys, tile.keys * (1 + tile.specialised)) * batch * groups
+    wanted = DEALT_PROGRAMS if tile.specialised and q.shape[2] == groups else PROGRAMS
+    splits = min(MOST_SPLITS, triton.cdiv(wanted, programs), triton.cdiv(q.shape[1], tile.queries))
     # Parts of the queries are summed in float32 in a fixed order: too few keys to fill the GPU, still no atomics.
     parts = (dk[None], dv[None])
     if splits > 1:
         parts = tuple(torch.empty((splits, *k.shape), dtype=torch.float32, device=k.device) for _ in range(2))
-    _dkv_kernel[(triton.cdiv(num_keys, tile.keys), batch * groups, splits)](
-        *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
-        *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
-        *(TensorDescriptor(rows, rows.shape, rows.stride(), [1, 1, tile.queries]) for rows in (lse2, delta)),
-        document_start, *parts,
-        q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
-        document_start.stride(0) if document_start is not None else 0, *parts[0].stride()[:4],
-        C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
-        BM=tile.queries, BN=tile.keys, IS_TEXT=is_text, HAS_DOCUMENTS=document_start is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+    launch = _launch_plain_dkv
+    if tile.specialised:
+        from megatron_ksa.kernels.ksa_attention.gluon_dkv import launch_dkv as launch
+    launch(
+        q, d_out, k, v, document_start, lse2, delta, chunk_size, summary_tokens, window, query_start, offset,
+        softmax_scale, is_text, tile, splits, *parts,
     )  # fmt: skip
     if splits > 1:
         for gradient, part in zip((dk, dv), parts, strict=True):
             gradient.copy_(part.sum(0))
+
+
+def _launch_plain_dkv(
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse2: Tensor, delta: Tensor,
+    chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
+    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """As `launch_dkv`, into dk and dv [splits, B, keys, Hkv, D]."""
+    batch, num_keys, groups, dim = k.shape
+    block_dim = padded_head_dim(dim)
+    _dkv_kernel[(triton.cdiv(num_keys, tile.keys), batch * groups, splits)](
+        *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
+        *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
+        *(TensorDescriptor(rows, rows.shape, rows.stride(), [1, 1, tile.queries]) for rows in (lse2, delta)),
+        document_start, dk, dv,
+        q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
+        document_start.stride(0) if document_start is not None else 0, *dk.stride()[:4],
+        C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
+        BM=tile.queries, BN=tile.keys, IS_TEXT=is_text, HAS_DOCUMENTS=document_start is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def new_statistics(lse: Tensor) -> list[Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor
 class Tile(NamedTuple):
     """Queries and keys of one tile of scores, warps of a program, and stages of its software pipeline.
 
-    specialised: 1 for the Hopper kernel of `gluon_forward` or `gluon_dq`: two such tiles of queries in a program, each
-    with its own `warps`, fed by one more warp; at least 2 stages.
+    specialised: 1 for the Hopper kernel of `gluon_forward`, `gluon_dq` or `gluon_dkv`: two such tiles of queries (of
+    keys in `gluon_dkv`) in a program, each with its own `warps`, fed by one more warp; at least 2 stages.
     """
 
     queries: int
@@ -44,10 +44,11 @@ HALF = {
     128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     256: Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
 }
+# Several query heads share a K/V head: larger tiles of its summaries read the queries less often.
+HALF_GROUPED = HALF | {128: HALF[128]._replace(dkv_summary=Tile(64, 128, 8, 3))}
 # Compute capability 9: warp-specialised kernels where they are faster.
-HOPPER = {128: HALF[128]._replace(forward=Tile(64, 128, 4, 2, 1), dq=Tile(64, 64, 4, 3, 1))}
-# Several query heads for a K/V head share the summaries: larger tiles of them read the queries less often.
-GROUPED_SUMMARIES = {128: Tile(64, 128, 8, 3)}
+HOPPER = HALF | {128: Tiles(Tile(64, 128, 4, 2, 1), Tile(64, 64, 4, 3, 1), HALF[128].dkv_text, Tile(64, 64, 4, 3, 1))}
+HOPPER_GROUPED = HOPPER | {128: HOPPER[128]._replace(dkv_text=Tile(64, 64, 4, 3, 1))}
 # float32 products run on the plain arithmetic units: small tiles.
 SINGLE = {
     64: Tiles(*[Tile(32, 32, 4, 2)] * 4),
@@ -62,15 +63,16 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 @functools.cache
-def _stored(head_dim: int, dtype: torch.dtype, group: int, hopper: bool) -> Tiles:
+def _stored(head_dim: int, dtype: torch.dtype, grouped: bool, hopper: bool) -> Tiles:
     dim = max(64, padded_head_dim(head_dim))
     if dtype == torch.float32:
         return SINGLE[dim]
-    tiles = HOPPER.get(dim, HALF[dim]) if hopper else HALF[dim]
-    return tiles._replace(dkv_summary=GROUPED_SUMMARIES[dim]) if group > 1 and dim in GROUPED_SUMMARIES else tiles
+    if hopper:
+        return (HOPPER_GROUPED if grouped else HOPPER)[dim]
+    return (HALF_GROUPED if grouped else HALF)[dim]
 
 
 def tiles_for(q: Tensor, groups: int) -> Tiles:
     """The stored tiles for queries [B, n, Hq, D <= 256] and `groups` K/V heads on the queries' device."""
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    return _stored(q.shape[-1], q.dtype, q.shape[2] // groups, hopper)
+    return _stored(q.shape[-1], q.dtype, q.shape[2] > groups, hopper)

@@ -1,4 +1,7 @@
-"""Compiles the warp-specialised kernels for compute capability 9.0; prints a JSON line for each: name, shared memory.
+"""Compiles the warp-specialised kernels for compute capability 9.0; prints a JSON line for each.
+
+Name, bytes of shared memory, matrix instructions and the waits for them: where registers run out, the compiler waits
+after every one.
 
 Its own process: the test suite has the Triton interpreter on, and Gluon has no interpreter.
 """
@@ -10,41 +13,54 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from megatron_ksa.kernels.ksa_attention import gluon_dq, gluon_forward
-from megatron_ksa.kernels.ksa_attention.triton_config import HOPPER, Tile
+from megatron_ksa.kernels.ksa_attention import gluon_dkv, gluon_dq, gluon_forward
+from megatron_ksa.kernels.ksa_attention.triton_config import HOPPER_GROUPED, Tile
 
-POINTERS = {"p_start": "*i32", "p_out": "*bf16", "p_dq": "*bf16"} | dict.fromkeys(
-    ("p_lse", "p_dlse", "p_lse2", "p_delta"), "*fp32"
-)
+POINTERS = dict.fromkeys(("p_dealt", "p_start", "p_stop"), "*i32")
+POINTERS |= dict.fromkeys(("p_out", "p_dq", "p_dk", "p_dv"), "*bf16")
+POINTERS |= dict.fromkeys(("p_lse", "p_dlse", "p_lse2", "p_delta"), "*fp32")
 
 
-def shared_memory(kernel, tile: Tile, documents: bool) -> int:
-    """Bytes of a program with head_dim 128."""
+def compiled(kernel, tile: Tile, documents: bool):
+    """A kernel for head_dim 128."""
 
-    def descriptor(rows: int) -> str:
+    def descriptor(name: str) -> str:
+        rows = tile.queries if name in ("d_q", "d_out", "d_do", "d_lse2", "d_delta") else tile.keys
+        if name in ("d_lse2", "d_delta"):
+            layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+            return f"tensordesc<fp32{[1, 1, rows]},{layout!r}>"
         block = [1, 1, rows, 128]
         return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
 
-    sizes = {"C": 8, "S": 1, "GROUP": 4, "D": 128, "BD": 128, "BM": tile.queries, "BN": tile.keys, "STAGES": tile.stages}
-    constants = sizes | {"HAS_DOCUMENTS": documents, "HAS_DLSE": documents}
+    sizes = {"C": 8, "S": 1, "GROUP": 4, "D": 128, "BD": 128}
+    constants = sizes | {"BM": tile.queries, "BN": tile.keys, "STAGES": tile.stages}
+    constants |= {"HAS_DOCUMENTS": documents, "HAS_DLSE": documents, "IS_TEXT": documents}
     if not documents:
-        constants |= {"p_start": None, "p_dlse": None}
+        constants |= {"p_start": None, "p_stop": None, "p_dlse": None}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif name.startswith("d_"):
-            signature[name] = descriptor(tile.queries if name in ("d_q", "d_out", "d_do") else tile.keys)
+            signature[name] = descriptor(name)
         else:
             signature[name] = POINTERS.get(name, "fp32" if name.startswith("scale") else "i32")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in kernel.arg_names}
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=places)
     target = GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": tile.warps}).metadata.shared
+    return triton.compile(source, target=target, options={"num_warps": tile.warps})
 
 
-for tiles in HOPPER.values():
-    for kernel, tile in ((gluon_forward._forward_kernel, tiles.forward), (gluon_dq._dq_kernel, tiles.dq)):
-        for documents in (False, True):
-            shared = shared_memory(kernel, tile, documents)
-            print(json.dumps({"kernel": kernel.__name__, "documents": documents, "shared": shared}), flush=True)
+tiles = HOPPER_GROUPED[128]
+for kernel, tile in (
+    (gluon_forward._forward_kernel, tiles.forward),
+    (gluon_dq._dq_kernel, tiles.dq),
+    (gluon_dkv._dkv_kernel, tiles.dkv_text),
+):
+    for documents in (False, True):
+        program = compiled(kernel, tile, documents)
+        instructions = program.asm["sass"].split()
+        row = {"kernel": kernel.__name__, "documents": documents, "shared": program.metadata.shared}
+        row["products"] = sum(word.startswith("HGMMA") for word in instructions)
+        row["waits"] = sum(word.startswith("WARPGROUP.DEPBAR") for word in instructions)
+        print(json.dumps(row), flush=True)

@@ -11,19 +11,21 @@ import torch
 from compare import assert_close
 
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, triton_text
-from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
+from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER_GROUPED
 
 SHARED_MEMORY = 227 * 1024
 
 
 def test_the_stored_tiles_compile_and_fit_an_h100():
+    """Also: products are in flight together; the compiler made dK and dV wait for each of 48 for want of registers."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_for_hopper.py"
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {row["kernel"] for row in found} == {"_forward_kernel", "_dq_kernel"}
+    assert {row["kernel"] for row in found} == {"_forward_kernel", "_dq_kernel", "_dkv_kernel"}
     assert all(0 < row["shared"] <= SHARED_MEMORY for row in found), found
+    assert all(0 < row["waits"] <= row["products"] // 4 for row in found), found
 
 
 def documents(*firsts: int, rows: int) -> torch.Tensor:
@@ -59,7 +61,7 @@ def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, 
     rows = [torch.randn(batch, r, h, dim, device="cuda", dtype=dtype).requires_grad_() for r, h in counts]
     start = documents(*options["document_start"], rows=n) if "document_start" in options else None
     found = []
-    for tiles in (HOPPER[128], HALF[128]):
+    for tiles in (HOPPER_GROUPED[128], HALF[128]):
         out, lse = triton_text.text_attention(
             *rows, geometry, document_start=start, query_start=first, tiles=tiles
         )

@@ -1,0 +1,279 @@
+"""dK and dV of `triton_backward` in Gluon for Hopper: two tiles of keys in a program share every tile of queries.
+
+Keys and values stay in shared memory; a warp feeds queries, dO, lse and delta through a ring of buffers. The
+exponentials of a tile are computed while dP is, and dS while dV is; the other consumer's products fill what gaps are
+left. A product in flight over the end of the loop would take more registers than there are: the compiler then waits for
+every one.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from megatron_ksa.kernels.ksa_attention.gluon_common import (
+    CONSUMER_REGISTERS,
+    PRODUCER_REGISTERS,
+    WARPS,
+    barriers,
+    deal,
+    descriptor,
+    following,
+    free_phase,
+    place,
+    programs,
+    queue,
+    take,
+)
+from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E, query_interval, tile_ranges
+from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_dim
+
+# Heads whose tiles are dealt together: their queries share the L2 cache.
+TOGETHER = 8
+STATISTICS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+
+
+@gluon.jit
+def _readers(
+    key, i_b, p_stop, stride_stop, sizes, C: gl.constexpr, S: gl.constexpr, IS_TEXT: gl.constexpr,
+    HAS_DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """`query_interval` of key rows, with the end of each position's document looked up instead of searched."""
+    nq, num_keys, query_start, offset, window = sizes
+    lower, upper = query_interval(key, p_stop, offset, query_start, nq, window, C, S, IS_TEXT, False)
+    if HAS_DOCUMENTS:
+        newest = key + offset if IS_TEXT else (key // S + offset) * C + C - 1
+        newest = gl.minimum(newest, query_start + nq - 1)
+        stop = gl.load(p_stop + i_b.to(gl.int64) * stride_stop + newest) - query_start
+        upper = gl.maximum(gl.minimum(upper, stop), lower)
+    return lower, upper
+
+
+@gluon.jit
+def _key_item(
+    item, schedule, p_stop, stride_stop, sizes, groups,
+    C: gl.constexpr, S: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, IS_TEXT: gl.constexpr,
+    HAS_DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """A work item: first key row, batch, K/V head and part of the queries, and the query tiles of that part.
+
+    Of the tiles [first, stop), those in [full_first, full_stop) need no mask.
+    """
+    tiles, all_heads, together, splits = schedule
+    tile, i_bgs = place(item, tiles, all_heads * splits, together)
+    i_n = tile * 2 * BN
+    i_s = i_bgs % splits
+    i_bg = i_bgs // splits
+    i_b = i_bg // groups
+    last_key = gl.minimum(i_n + 2 * BN, sizes[1]) - 1
+    lower, full_upper = _readers(i_n, i_b, p_stop, stride_stop, sizes, C, S, IS_TEXT, HAS_DOCUMENTS)
+    full_lower, upper = _readers(last_key, i_b, p_stop, stride_stop, sizes, C, S, IS_TEXT, HAS_DOCUMENTS)
+    first, full_first, full_stop, stop = tile_ranges(lower, full_lower, full_upper, upper, BM)
+    part = gl.cdiv(stop - first, splits)
+    first = gl.minimum(first + i_s * part, stop)
+    stop = gl.minimum(first + part, stop)
+    return i_n, i_b, i_bg % groups, i_s, first, full_first, full_stop, stop
+
+
+@gluon.jit
+def _load(
+    d_k, d_v, d_q, d_do, d_lse2, d_delta, s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, p_stop, stride_stop,
+    sizes, schedule, groups, C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, IS_TEXT: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """The producer: keys and values of a work item, then its query tiles of every query head, the last one first."""
+    full, empty, s_q, s_do, s_lse2, s_delta = ring
+    step = 0
+    turn = 0
+    item = gl.program_id(0)
+    while item < schedule[0] * schedule[1] * schedule[3]:
+        deal(item, turn, items)
+        i_n, i_b, i_g, _, first, _, _, stop = _key_item(
+            item, schedule, p_stop, stride_stop, sizes, groups, C, S, BM, BN, IS_TEXT, HAS_DOCUMENTS
+        )
+        for part in gl.static_range(2):
+            bar = keys_full.index(part)
+            mbarrier.wait(keys_empty.index(part), free_phase(turn))
+            mbarrier.expect(bar, 2 * d_k.block_type.nbytes)
+            tma.async_copy_global_to_shared(d_k, [i_b, i_g, i_n + part * BN, 0], bar, s_k.index(part))
+            tma.async_copy_global_to_shared(d_v, [i_b, i_g, i_n + part * BN, 0], bar, s_v.index(part))
+        after = following(p_dealt)
+        for i_q in range(GROUP):
+            i_h = i_g * GROUP + i_q
+            for i_m in range(stop - first):
+                row = (stop - 1 - i_m) * BM
+                slot = step % STAGES
+                bar = full.index(slot)
+                mbarrier.wait(empty.index(slot), free_phase(step // STAGES))
+                mbarrier.expect(bar, 2 * (d_q.block_type.nbytes + d_lse2.block_type.nbytes))
+                tma.async_copy_global_to_shared(d_q, [i_b, i_h, row, 0], bar, s_q.index(slot))
+                tma.async_copy_global_to_shared(d_lse2, [i_b, i_h, row], bar, s_lse2.index(slot))
+                tma.async_copy_global_to_shared(d_do, [i_b, i_h, row, 0], bar, s_do.index(slot))
+                tma.async_copy_global_to_shared(d_delta, [i_b, i_h, row], bar, s_delta.index(slot))
+                step += 1
+        turn += 1
+        item = after
+    deal(item, turn, items)
+
+
+@gluon.jit
+def _accumulate(
+    s_k, s_v, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
+    stride_stop, stride_split, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
+    PART: gl.constexpr, C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """A consumer, one warpgroup: dK and dV of BN keys of every work item."""
+    full, empty, s_q, s_do, s_lse2, s_delta = ring
+    num_keys = sizes[1]
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BM, 16])
+    output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
+    columns: gl.constexpr = gl.SliceLayout(0, scores)
+    left: gl.constexpr = gl.DotOperandLayout(0, output, 2)
+    dtype: gl.constexpr = s_k.dtype
+    b_zero = gl.zeros([BN, BM], gl.float32, layout=scores)
+    # [BN, BD]
+    b_k = s_k.index(PART).reshape([BN, BD])
+    b_v = s_v.index(PART).reshape([BN, BD])
+    step = 0
+    turn = 0
+    item = take(turn, items)
+    while item < schedule[0] * schedule[1] * schedule[3]:
+        i_n, i_b, i_g, i_s, first, full_first, full_stop, stop = _key_item(
+            item, schedule, p_stop, stride_stop, sizes, groups, C, S, BM, BN, IS_TEXT, HAS_DOCUMENTS
+        )
+        # [BN]
+        o_n = i_n + PART * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, scores))
+        b_lower, b_upper = _readers(o_n, i_b, p_stop, stride_stop, sizes, C, S, IS_TEXT, HAS_DOCUMENTS)
+        # [BN, BD]
+        b_dk = gl.zeros([BN, BD], gl.float32, layout=output)
+        b_dv = gl.zeros([BN, BD], gl.float32, layout=output)
+        mbarrier.wait(keys_full.index(PART), turn & 1)
+        for _ in range(GROUP):
+            for i_m in range(stop - first):
+                tile = stop - 1 - i_m
+                slot = step % STAGES
+                # [BM, BD]
+                b_q = s_q.index(slot).reshape([BM, BD])
+                b_do = s_do.index(slot).reshape([BM, BD])
+                # [BN, BM]
+                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+                b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+                b_dp = warpgroup_mma(b_v, b_do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+                b_s = warpgroup_mma_wait(1, deps=(b_s,))
+                b_lse2 = s_lse2.index(slot).reshape([BM]).load(columns)
+                b_p = gl.exp2(b_s * scale_log2 - b_lse2[None, :])
+                if (tile < full_first) | (tile >= full_stop):
+                    o_m = tile * BM + gl.arange(0, BM, layout=columns)
+                    m_seen = (o_m[None, :] >= b_lower[:, None]) & (o_m[None, :] < b_upper[:, None])
+                    b_p = gl.where(m_seen, b_p, 0.0)
+                b_dv = warpgroup_mma(gl.convert_layout(b_p.to(dtype), left), b_do, b_dv, is_async=True)
+                b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
+                b_delta = s_delta.index(slot).reshape([BM]).load(columns)
+                b_ds = b_p * (b_dp - b_delta[None, :])
+                b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(dtype), left), b_q, b_dk, is_async=True)
+                b_dv, b_dk = warpgroup_mma_wait(0, deps=(b_dv, b_dk))
+                mbarrier.arrive(empty.index(slot), count=1)
+                step += 1
+        mbarrier.arrive(keys_empty.index(PART), count=1)
+        o_out = i_n + PART * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, output))
+        o_d = gl.arange(0, BD, layout=gl.SliceLayout(0, output))
+        # [BN, BD]
+        o_head = i_s.to(gl.int64) * stride_split + i_b.to(gl.int64) * stride_b + i_g.to(gl.int64) * stride_g
+        o_rows = o_head + o_out[:, None].to(gl.int64) * stride_n + o_d[None, :]
+        m_rows = (o_out < num_keys)[:, None] & (o_d < D)[None, :]
+        gl.store(p_dk + o_rows, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_rows)
+        gl.store(p_dv + o_rows, b_dv.to(p_dv.dtype.element_ty), mask=m_rows)
+        turn += 1
+        item = take(turn, items)
+
+
+@gluon.jit
+def _dkv_kernel(
+    d_k, d_v, d_q, d_do, d_lse2, d_delta, p_dealt, p_stop, p_dk, p_dv,
+    nq, num_keys, query_start, offset, window, scale, scale_log2, groups, tiles, all_heads, together, splits,
+    stride_stop, stride_split, stride_b, stride_n, stride_g,
+    C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of the text keys (IS_TEXT) or of the summaries, summed over the query heads that read them.
+
+    A work item is two tiles of BN keys and one part in `splits` of the queries, written to its own slice of dk and dv.
+    """
+    s_k = gl.allocate_shared_memory(d_k.dtype, [2] + d_k.block_type.shape, d_k.layout)
+    s_v = gl.allocate_shared_memory(d_v.dtype, [2] + d_v.block_type.shape, d_v.layout)
+    s_q = gl.allocate_shared_memory(d_q.dtype, [STAGES] + d_q.block_type.shape, d_q.layout)
+    s_do = gl.allocate_shared_memory(d_do.dtype, [STAGES] + d_do.block_type.shape, d_do.layout)
+    s_lse2 = gl.allocate_shared_memory(gl.float32, [STAGES] + d_lse2.block_type.shape, d_lse2.layout)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES] + d_delta.block_type.shape, d_delta.layout)
+    keys_full, keys_empty = barriers(2, 1)
+    full, empty = barriers(STAGES, 2)
+    items = queue(2)
+    ring = (full, empty, s_q, s_do, s_lse2, s_delta)
+    sizes = (nq, num_keys, query_start, offset, window)
+    schedule = (tiles, all_heads, together, splits)
+    gl.warp_specialize(
+        [
+            (_accumulate, (
+                s_k, s_v, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
+                stride_stop, stride_split, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
+                0, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS,
+            )),
+            (_accumulate, (
+                s_k, s_v, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
+                stride_stop, stride_split, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
+                1, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS,
+            )),
+            (_load, (
+                d_k, d_v, d_q, d_do, d_lse2, d_delta, s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, p_stop,
+                stride_stop, sizes, schedule, groups, C, S, GROUP, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS,
+            )),
+        ],
+        [WARPS, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+def _statistics(rows: Tensor, block_rows: int) -> TensorDescriptor:
+    """A descriptor of float32 [B, Hq, nq] rows, read in blocks of [1, 1, block_rows]."""
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, 1, block_rows], STATISTICS)
+
+
+def _document_stop(document_start: Tensor) -> Tensor:
+    """The first position after each position's document: int32 [B, rows], from the first positions, int32 [B, rows]."""
+    positions = torch.arange(document_start.shape[1], dtype=torch.int32, device=document_start.device)
+    rows = document_start.contiguous()
+    return torch.searchsorted(rows, positions.expand_as(rows).contiguous(), right=True, out_int32=True)
+
+
+def launch_dkv(
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse2: Tensor, delta: Tensor,
+    chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
+    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """As `triton_backward.launch_dkv`, for bfloat16 and float16, into dk and dv [splits, B, keys, Hkv, D]."""
+    batch, num_keys, groups, dim = k.shape
+    block_dim = padded_head_dim(dim)
+    tiles = triton.cdiv(num_keys, 2 * tile.keys)
+    document_stop = None if document_start is None else _document_stop(document_start)
+    count, dealt = programs(tiles * batch * groups * splits, q.device)
+    _dkv_kernel[(count,)](
+        *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
+        *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
+        *(_statistics(rows, tile.queries) for rows in (lse2, delta)),
+        dealt, document_stop, dk, dv,
+        q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
+        tiles, batch * groups, TOGETHER, splits,
+        document_stop.stride(0) if document_stop is not None else 0, *dk.stride()[:4],
+        C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
+        BM=tile.queries, BN=tile.keys, STAGES=tile.stages, IS_TEXT=is_text,
+        HAS_DOCUMENTS=document_stop is not None, num_warps=WARPS.value,
+    )  # fmt: skip
