@@ -18,9 +18,9 @@ _state = {"active": False}
 def activate_cpu_platform() -> bool:
     """Make the rest of the process train on the CPU if, and only if, it has no CUDA device.
 
-    Call it before Megatron is imported; it imports Megatron itself. It lasts as long as the process: device arguments are redirected in the calling
-    thread, `torch.cuda` calls of the trainer are replaced, and `torch.compile` is turned off, since Megatron's jitted
-    functions do not survive the redirection and gain nothing on a CPU.
+    Call it before Megatron is imported; it imports Megatron itself. It lasts as long as the process: device arguments
+    are redirected in the calling thread, `torch.cuda` calls of the trainer are replaced, and `torch.compile` is turned
+    off, since Megatron's jitted functions do not survive the redirection and gain nothing on a CPU.
 
     Returns:
         True on the CPU platform, False where a GPU is present (nothing is changed then).

@@ -67,12 +67,14 @@ def prepare_platform(argv: Sequence[str]) -> dict[str, object]:
     _join_alone()
     _order_communication(argv)
     activate_cpu_platform()
-    # Both import Megatron, which must come after the CPU platform.
+    # These import Megatron, which must come after the CPU platform.
     from megatron_ksa.checkpoint.distributed_optimizer import install_resume_fix
     from megatron_ksa.platform.helpers import skip_helpers_build
+    from megatron_ksa.platform.optimizer_kernels import install_optimizer_kernels
 
     skip_helpers_build()
     install_resume_fix()
+    install_optimizer_kernels()
     return trainer_defaults()
 
 
