@@ -94,6 +94,8 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
         return {"model": model, "length": length, "error": failure}
     result = json.loads(record.read_text())
     record.unlink()
+    if options.commit:
+        result["machine"]["commit"] = options.commit
     return {"model": model, "length": length, **result}
 
 
@@ -116,6 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, help="iterations that count; unset: 6 at 8k, 4 at 32k, 2 beyond")
     parser.add_argument("--loss-rows", type=int, default=4096, help="tokens whose logits exist at a time")
     parser.add_argument("--limit", type=float, default=200, help="seconds after which a run is given up")
+    parser.add_argument("--commit", help="commit of the code, where it is no git checkout")
     parser.add_argument("--again", action="store_true", help="measure what is in the results too")
     parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")
     parser.add_argument("extra", nargs="*", default=[], help="flags for pretrain_gpt.py, after --")
