@@ -61,11 +61,14 @@ def _silence_what_is_expected() -> None:
 
 
 def _adapt_megatron() -> None:
-    """Change the four places of Megatron that ask for CUDA itself."""
+    """Change the places of Megatron that ask for CUDA itself, or for what only NCCL has."""
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training.initialize import initialize_megatron
 
+    from megatron_ksa.platform.gloo import install_uneven_collectives
+
+    install_uneven_collectives()
     # torch would put the call off until CUDA is initialised.
     random._lazy_call = lambda call, **kwargs: call()
     logging.getLogger(random.__name__).addFilter(_is_not_about_one_generator)
