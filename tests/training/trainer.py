@@ -36,7 +36,9 @@ def write_documents(prefix: Path) -> None:
             writer.add_document(np.append(random.integers(0, END_OF_DOCUMENT, length), END_OF_DOCUMENT))
 
 
-def launch(runs: list[tuple[Path, str]], processes: int) -> subprocess.CompletedProcess:
+def launch(
+    runs: list[tuple[Path, str]], processes: int, entry: str = "recorded_pretrain.py"
+) -> subprocess.CompletedProcess:
     """Train once for each (record, flags), one after the other in the same processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -48,7 +50,7 @@ def launch(runs: list[tuple[Path, str]], processes: int) -> subprocess.Completed
     common = [*MODEL, *TRAINING, "--data-path", str(folder / "documents")]
     description = [{"record": str(record), "flags": [*common, *flags.split()]} for record, flags in runs]
     (folder / "runs.json").write_text(json.dumps(description))
-    script = [str(Path(__file__).with_name("recorded_pretrain.py")), str(folder / "runs.json")]
+    script = [str(Path(__file__).with_name(entry)), str(folder / "runs.json")]
     return subprocess.run(
         [sys.executable, *launcher, *script], capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
