@@ -16,6 +16,7 @@ from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.dispatch import force_reference
+from megatron_ksa.training.layout_rules import check_layout
 
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
@@ -164,6 +165,7 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         context_parallel=args.context_parallel_size,
         sequence_parallel=args.tensor_model_parallel_size if args.sequence_parallel else 1,
     )
+    check_layout(args)
 
 
 def _check_context_parallel(args: argparse.Namespace, feature: str) -> None:

@@ -21,7 +21,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder of the layouts' records, the record of one process, all from one checkpoint, and the output by processes."""
+    """Folder of the layouts' records, the record of one process, all from one checkpoint; output by processes."""
     folder = tmp_path_factory.mktemp("experts")
     start = f"{EXPERTS} --load {folder}/saved --ckpt-step 1 --finetune"
     one = folder / "one.json"
