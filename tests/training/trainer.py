@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
+from megatron_ksa.platform.ports import free_port
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
@@ -40,10 +40,7 @@ def launch(
     runs: list[tuple[Path, str]], processes: int, entry: str = "recorded_pretrain.py"
 ) -> subprocess.CompletedProcess:
     """Train once for each (record, flags), one after the other in the same processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     folder = runs[0][0].parent
     if not (folder / "documents.idx").exists():
         write_documents(folder / "documents")
