@@ -59,15 +59,6 @@ def steps(record: Path) -> dict[int, dict[str, float]]:
     return {int(iteration): values for iteration, values in json.loads(record.read_text()).items()}
 
 
-def train(folder: Path, flags: str, processes: int = 1) -> dict[int, dict[str, float]]:
-    """Loss and gradient norm of every iteration of a run."""
-    record = folder / "record.json"
-    record.unlink(missing_ok=True)
-    done = launch([(record, flags)], processes)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return steps(record)
-
-
 def assert_same(actual: dict, expected: dict, iterations: range, tolerance: float) -> None:
     assert sorted(actual) == list(iterations)
     for iteration in iterations:
