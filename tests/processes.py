@@ -1,12 +1,13 @@
 """A function on several gloo processes, for tests that need collectives and no trainer."""
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from megatron_ksa.platform.ports import free_port
 
 
 def _process(rank: int, function: Callable, size: int, port: int, folder: str) -> None:
@@ -22,8 +23,5 @@ def _process(rank: int, function: Callable, size: int, port: int, folder: str) -
 
 def run_processes(function: Callable, size: int, folder: Path) -> list:
     """What `function` (of a module, without arguments) returns on each of `size` ranks of one process group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (function, size, port, str(folder)), nprocs=size)
+    torch.multiprocessing.spawn(_process, (function, size, free_port(), str(folder)), nprocs=size)
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]

@@ -1,7 +1,6 @@
 """Small models in one process, for tests that need no trainer."""
 
 import functools
-import socket
 
 import torch
 from megatron.core import parallel_state
@@ -11,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.model.builder import KSAGPTModelBuilder, KSAGPTModelConfig
 from megatron_ksa.model.gpt import KSAGPTModel
+from megatron_ksa.platform.ports import free_port
 
 VOCABULARY = 64
 
@@ -19,10 +19,8 @@ VOCABULARY = 64
 def process_groups() -> ProcessGroupCollection:
     """Megatron's process groups for a world of one."""
     if not torch.distributed.is_initialized():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+        address = f"tcp://127.0.0.1:{free_port()}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     return ProcessGroupCollection.use_mpu_process_groups()

@@ -1,7 +1,6 @@
 """A trained model from a Megatron distributed checkpoint, in one process, without the trainer and its flags."""
 
 import argparse
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_ksa.config.options import destination
 from megatron_ksa.errors import UsageError
 from megatron_ksa.model.builder import KSAGPTModelBuilder, model_config_from_args
 from megatron_ksa.model.gpt import KSAGPTModel
+from megatron_ksa.platform.ports import free_port
 from megatron_ksa.training.arguments import ModelSettings
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -109,10 +109,8 @@ def stored_settings(args: argparse.Namespace) -> ModelSettings:
 def single_process_groups() -> ProcessGroupCollection:
     """Megatron's process groups for a world of one."""
     if not torch.distributed.is_initialized():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+        address = f"tcp://127.0.0.1:{free_port()}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(0)

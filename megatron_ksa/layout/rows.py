@@ -43,7 +43,8 @@ class RowLayout:
     def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
         """Views of the text rows and of the summary rows of `rows` along `dim`."""
         text = self.text_rows(rows.shape[dim])
-        return rows.narrow(dim, 0, text), rows.narrow(dim, text, rows.shape[dim] - text)
+        # One split, not two slices, whose gradients would each be as large as the whole.
+        return rows.split([text, rows.shape[dim] - text], dim)
 
     def grow(self, text: Tensor, summary_embedding: Tensor) -> Tensor:
         """Append the summary rows: [n, batch, hidden] and [S, hidden] -> [total_rows(n), batch, hidden]."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megatron_ksa.config.loss import LossConfig
+from megatron_ksa.kernels.cross_entropy import gradients, statistics
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class _Shard:
     Attributes:
         group: the tensor-parallel group, which divides the words.
         gathers: rows are divided as well (sequence parallelism).
-        scale: factor of the logits (muP).
         fused: the weight's gradient is added to `main_grad` by Megatron's kernel (gradient accumulation fusion).
         positions: sequence positions of this rank's rows in a chunk.
+        scale: factor of the logits (muP).
     """
 
     group: dist.ProcessGroup
     gathers: bool
-    scale: float
     fused: bool
     positions: int
+    scale: float
 
     @property
     def row_shards(self) -> int:
@@ -60,16 +61,18 @@ class _Shard:
         """[n, batch] -> [row shards, positions of a shard, batch], a view."""
         return tensor.unflatten(0, (self.row_shards, -1))
 
-    def logits(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Float32 [rows, words of this rank], a tensor of its own."""
-        logits = (rows @ weight.t()).float()
-        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+    def own(self, labels: Tensor, words: int) -> Tensor:
+        """Labels counted from this rank's first word; those of other ranks are outside its `words`."""
+        return labels - self.group.rank() * words
 
-    def targets(self, labels: Tensor, words: int) -> tuple[Tensor, Tensor]:
-        """Places of the labels among this rank's words (0 for others), and whether they are there, 1.0 or 0.0."""
-        places = labels - self.group.rank() * words
-        here = (places >= 0) & (places < words)
-        return places.where(here, 0), here.float()
+    def statistics(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Largest logit, sum(exp(logit - largest)) and the label's logit, of the words of all ranks."""
+        own_peak, total, picked = statistics(logits, self.own(labels, logits.shape[1]), self.scale)
+        if self.group.size() == 1:
+            return own_peak, total, picked
+        peak = self.reduce(own_peak.clone(), dist.ReduceOp.MAX)
+        total, picked = self.reduce(torch.stack([total * (own_peak - peak).exp(), picked]), dist.ReduceOp.SUM)
+        return peak, total, picked
 
     def reduce(self, tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
         """All-reduce in place over the ranks that divide the words."""
@@ -96,13 +99,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(3)
         )
         for chunk in shard.chunks(hidden):
-            logits = shard.logits(shard.whole_rows(hidden[chunk]), weight)
-            peak = shard.reduce(logits.amax(-1), dist.ReduceOp.MAX)
-            logits.sub_(peak.unsqueeze(-1))
-            places, here = shard.targets(shard.by_shard(labels)[:, chunk].reshape(-1), weight.shape[0])
-            picked = logits.gather(-1, places.unsqueeze(-1)).squeeze(-1) * here
-            picked, total = shard.reduce(torch.stack([picked, logits.exp_().sum(-1)]), dist.ReduceOp.SUM)
-            for whole, part in ((losses, total.log() - picked), (peaks, peak), (totals, total)):
+            logits = shard.whole_rows(hidden[chunk]) @ weight.t()
+            peak, total, picked = shard.statistics(logits, shard.by_shard(labels)[:, chunk].reshape(-1))
+            for whole, part in ((losses, total.log() + peak - picked), (peaks, peak), (totals, total)):
                 target = shard.by_shard(whole)[:, chunk]
                 target.copy_(part.view_as(target))
         ctx.shard = shard
@@ -127,10 +126,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             label, peak, total, d_loss = (
                 shard.by_shard(tensor)[:, chunk].reshape(-1) for tensor in (labels, peaks, totals, d_losses)
             )
-            places, here = shard.targets(label, weight.shape[0])
-            d_logits = shard.logits(rows, weight).sub_(peak.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
-            d_logits.scatter_add_(-1, places.unsqueeze(-1), -here.unsqueeze(-1))
-            d_logits = d_logits.mul_((d_loss * shard.scale).unsqueeze(-1)).to(weight.dtype)
+            own = shard.own(label, weight.shape[0])
+            d_logits = gradients(rows @ weight.t(), own, peak, total, d_loss, shard.scale)
             work = shard.return_rows(d_logits @ weight, d_hidden[chunk])
             if ctx.needs_input_grad[1]:
                 _add_product(d_weight, d_logits, rows, shard.fused)
@@ -197,7 +194,7 @@ def chunked_cross_entropy(
     """
     shards = group.size() if sequence_parallel else 1
     positions = max(rows // (hidden.shape[1] * shards), 1)
-    shard = _Shard(group, sequence_parallel, scale, fused and weight.requires_grad, positions)
+    shard = _Shard(group, sequence_parallel, fused and weight.requires_grad, positions, scale)
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, shard)
 
 

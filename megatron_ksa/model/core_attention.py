@@ -19,9 +19,15 @@ from torch import Tensor
 
 from megatron_ksa.context_parallel.attention import context_parallel_attention
 from megatron_ksa.context_parallel.ulysses import all_to_all_attention
-from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_attention, ksa_text_attention
+from megatron_ksa.kernels.ksa_attention import (
+    KSAGeometry,
+    ksa_attention,
+    ksa_summary_attention,
+    ksa_text_attention,
+)
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.layout.zigzag import ZigZag
+from megatron_ksa.model.causal_attention import causal_attention
 
 TEXT_ONLY = RowLayout(1, 0)
 
@@ -113,10 +119,13 @@ class KSACoreAttention(_CoreAttention):
             return self.cache.attend(query, key, value, self.layout, self.geometry, self.softmax_scale)
 
         def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            text_rows = self.layout.text_rows(q.shape[0])
+            if attention_mask is None and self.geometry.window_chunks * self.geometry.chunk_size >= text_rows:
+                return self._large_window(q, k, v)
             return ksa_attention(
                 *(rows.transpose(0, 1) for rows in (q, k, v)),
                 self.geometry,
-                text_rows=self.layout.text_rows(q.shape[0]),
+                text_rows=text_rows,
                 document_start=attention_mask,
                 softmax_scale=self.softmax_scale,
             ).transpose(0, 1)
@@ -127,6 +136,19 @@ class KSACoreAttention(_CoreAttention):
             return out
         by_shard = [part.unflatten(0, (shards, -1)) for part in self.layout.split(out)]
         return torch.cat(by_shard, dim=1).flatten(0, 1)
+
+    def _large_window(self, *rows: Tensor) -> Tensor:
+        """Attention of a window over the whole sequence: no text query sees a summary, so causal attention serves.
+
+        Args:
+            rows: query, key and value, [rows, batch, heads, head_dim].
+        """
+        (q_text, q_own), (k_text, k_own), (v_text, v_own) = (self.layout.split(part) for part in rows)
+        text = causal_attention(q_text, k_text, v_text, self.softmax_scale)
+        whole = q_text.shape[0] // self.layout.chunk_size * self.layout.chunk_size
+        own = (part.transpose(0, 1) for part in (q_own, k_text[:whole], v_text[:whole], k_own, v_own))
+        summaries = ksa_summary_attention(*own, self.geometry, softmax_scale=self.softmax_scale)
+        return torch.cat([text, summaries.transpose(0, 1)])
 
 
 class KVCache:
@@ -196,18 +218,14 @@ class CausalCoreAttention(_CoreAttention):
         geometry = KSAGeometry(1, 1, query.shape[0] * self.split.size)
 
         def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if attention_mask is None:
+                return causal_attention(q, k, v, self.softmax_scale)
             q, k, v = (rows.transpose(0, 1) for rows in (q, k, v))
-            if attention_mask is not None:
-                none = k[:, :0]
-                out, _ = ksa_text_attention(
-                    q, k, v, none, none, geometry, document_start=attention_mask, softmax_scale=self.softmax_scale
-                )
-                return out.transpose(0, 1)
-            # [batch, heads, n, head_dim]
-            q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))
-            grouped = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
-            return out.permute(2, 0, 1, 3)
+            none = k[:, :0]
+            out, _ = ksa_text_attention(
+                q, k, v, none, none, geometry, document_start=attention_mask, softmax_scale=self.softmax_scale
+            )
+            return out.transpose(0, 1)
 
         return self._attend(whole, (query, key, value), TEXT_ONLY, geometry, attention_mask).flatten(2)
 

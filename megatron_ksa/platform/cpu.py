@@ -18,9 +18,9 @@ _state = {"active": False}
 def activate_cpu_platform() -> bool:
     """Make the rest of the process train on the CPU if, and only if, it has no CUDA device.
 
-    Call it before Megatron is imported; it imports Megatron itself. It lasts as long as the process: device arguments are redirected in the calling
-    thread, `torch.cuda` calls of the trainer are replaced, and `torch.compile` is turned off, since Megatron's jitted
-    functions do not survive the redirection and gain nothing on a CPU.
+    Call it before Megatron is imported; it imports Megatron itself. It lasts as long as the process: device arguments
+    are redirected in the calling thread, `torch.cuda` calls of the trainer are replaced, and `torch.compile` is turned
+    off, since Megatron's jitted functions do not survive the redirection and gain nothing on a CPU.
 
     Returns:
         True on the CPU platform, False where a GPU is present (nothing is changed then).
@@ -61,11 +61,14 @@ def _silence_what_is_expected() -> None:
 
 
 def _adapt_megatron() -> None:
-    """Change the four places of Megatron that ask for CUDA itself."""
+    """Change the places of Megatron that ask for CUDA itself, or for what only NCCL has."""
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training.initialize import initialize_megatron
 
+    from megatron_ksa.platform.gloo import install_uneven_collectives
+
+    install_uneven_collectives()
     # torch would put the call off until CUDA is initialised.
     random._lazy_call = lambda call, **kwargs: call()
     logging.getLogger(random.__name__).addFilter(_is_not_about_one_generator)

@@ -3,12 +3,12 @@
 import argparse
 import importlib
 import os
-import socket
 from collections.abc import Sequence
 
 import torch
 
 from megatron_ksa.platform.cpu import activate_cpu_platform
+from megatron_ksa.platform.ports import free_port
 
 # Megatron leaves the interval unset and then divides by it.
 EVAL_INTERVAL = 1000
@@ -67,12 +67,14 @@ def prepare_platform(argv: Sequence[str]) -> dict[str, object]:
     _join_alone()
     _order_communication(argv)
     activate_cpu_platform()
-    # Both import Megatron, which must come after the CPU platform.
+    # These import Megatron, which must come after the CPU platform.
     from megatron_ksa.checkpoint.distributed_optimizer import install_resume_fix
     from megatron_ksa.platform.helpers import skip_helpers_build
+    from megatron_ksa.platform.optimizer_kernels import install_optimizer_kernels
 
     skip_helpers_build()
     install_resume_fix()
+    install_optimizer_kernels()
     return trainer_defaults()
 
 
@@ -80,10 +82,7 @@ def _join_alone() -> None:
     """Without a launcher, make this process a world of one, so that `python pretrain_gpt.py` trains too."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))
 

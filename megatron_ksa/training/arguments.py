@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron.training import arguments as megatron_arguments
 
+from megatron_ksa.checkpoint.async_save import adapt_async_save, async_save_defaults, check_async_save
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.harpe import HarpeConfig
 from megatron_ksa.config.kernels import KernelConfig
@@ -15,9 +16,12 @@ from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.dispatch import force_reference
+from megatron_ksa.training.layout_rules import check_layout
 
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
+# Those that train to the same numbers as without (tests/training/cuda_graph_check.py).
+CUDA_GRAPHS = ("none",)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def install_arguments(defaults: dict[str, object]) -> None:
         if "--ksa" in sys.argv or "harpe" in sys.argv:
             # Attention dropout is not part of this project's attention, so Megatron's default of 0.1 cannot hold.
             parser.set_defaults(attention_dropout=0.0)
+        if "--async-save" in sys.argv:
+            parser.set_defaults(**async_save_defaults())
         return parser
 
     megatron_arguments.add_megatron_arguments = add_all_arguments
@@ -87,6 +93,7 @@ def settings_from_args(args: argparse.Namespace) -> ModelSettings:
     Raises:
         UsageError: flags that contradict each other or a length that does not fit.
     """
+    check_async_save(args)
     force_reference(config_from_args(KernelConfig, args, "kernels").reference)
     ksa = config_from_args(KSAConfig, args, "ksa")
     harpe = config_from_args(HarpeConfig, args, "harpe")
@@ -127,12 +134,12 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         (args.sft, "--sft", "the batch reader serves pretraining data; drop it"),
         (args.spec, "--spec", "the layer specs are this project's own; drop it"),
         (args.flash_decode, "--flash-decode", "it assumes one frequency row for all heads; drop it"),
-        (args.async_save, "--async-save", "saves are synchronous; drop it"),
         (args.fp8, "--fp8-format", "its attention and summary projections are not checked in FP8; use --bf16"),
         (args.fp4, "--fp4-format", "its attention and summary projections are not checked in FP4; use --bf16"),
-        (args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}", "use --cuda-graph-impl none"),
-        (args.enable_cuda_graph, "--enable-cuda-graph", "CUDA graphs are not supported; drop it"),
-        (args.external_cuda_graph, "--external-cuda-graph", "CUDA graphs are not supported; drop it"),
+        (args.external_cuda_graph or args.cuda_graph_impl == "transformer_engine", "CUDA graphs of Transformer Engine",
+         "it captures its own layers, and attention here is this project's; drop the flag"),
+        (args.enable_cuda_graph or args.cuda_graph_impl not in CUDA_GRAPHS, "CUDA graphs",
+         "they are not checked here; use --cuda-graph-impl none"),
         (args.num_experts is None and args.qk_l2_norm, "--qk-l2-norm", "use --qk-layernorm"),
     ]
     for active, flag, way_out in refused:
@@ -158,6 +165,7 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         context_parallel=args.context_parallel_size,
         sequence_parallel=args.tensor_model_parallel_size if args.sequence_parallel else 1,
     )
+    check_layout(args)
 
 
 def _check_context_parallel(args: argparse.Namespace, feature: str) -> None:
@@ -192,6 +200,7 @@ def adapt_trainer(args: argparse.Namespace, settings: ModelSettings) -> None:
 
     The dataset makes no text-by-text mask, and pipeline stages exchange text and summary rows.
     """
+    adapt_async_save(args)
     if settings.is_megatron:
         return
     args.create_attention_mask_in_dataloader = False

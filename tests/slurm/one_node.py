@@ -6,10 +6,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from megatron_ksa.platform.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun")
 CONFIGURATION = """
@@ -62,20 +64,12 @@ def require_slurm() -> None:
             pytest.skip(f"apt-get {command[0]} fails: {' '.join(done.stderr.split())[-200:]}")
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 @contextmanager
 def running_slurm(folder: Path) -> Iterator[dict[str, str]]:
     """Start the daemons; yields the environment in which Slurm's commands reach them."""
     for name in ("state", "spool"):
         (folder / name).mkdir()
-    controller_port, node_port = _free_ports(2)
+    controller_port, node_port = free_port(), free_port()
     configuration = folder / "slurm.conf"
     configuration.write_text(
         CONFIGURATION.format(

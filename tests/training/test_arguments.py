@@ -22,8 +22,9 @@ MODEL = (
 ).split()
 
 
-def parse(monkeypatch, flags):
+def parse(monkeypatch, flags, processes=12):
     """Parse a command line as the entry point does; install_arguments is undone afterwards."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setattr(megatron_arguments, "add_megatron_arguments", megatron_arguments.add_megatron_arguments)
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *MODEL, *flags.split()])
     install_arguments(trainer_defaults())
@@ -50,11 +51,12 @@ def parse(monkeypatch, flags):
         ("--ksa --position-embedding-type rope --context-parallel-size 3 --seq-length 96 --cp-comm-type a2a",
          "4 attention heads .*--context-parallel-size 3 ranks: use 2, or p2p"),
         ("--position-embedding-type harpe --context-parallel-size 2 --seq-length 66", "--seq-length 66.*use 64 or 68"),
-        ("--ksa --position-embedding-type rope --async-save", "does not go with --async-save: saves are synchronous"),
+        ("--ksa --position-embedding-type rope --async-save --ckpt-format torch", "use --ckpt-format torch_dist"),
         ("--ksa --position-embedding-type rope --fp8-format hybrid", "does not go with --fp8-format: .*use --bf16"),
         ("--ksa --position-embedding-type rope --fp4-format e2m1", "does not go with --fp4-format: .*use --bf16"),
-        ("--ksa --position-embedding-type rope --cuda-graph-impl local", "--cuda-graph-impl local: use .* none"),
-        ("--position-embedding-type harpe --enable-cuda-graph", "does not go with --enable-cuda-graph"),
+        ("--ksa --position-embedding-type rope --cuda-graph-impl local", "CUDA graphs: .*--cuda-graph-impl none"),
+        ("--position-embedding-type harpe --enable-cuda-graph", "CUDA graphs: .*--cuda-graph-impl none"),
+        ("--position-embedding-type harpe --external-cuda-graph", "CUDA graphs of Transformer Engine: it captures"),
         ("--ksa --position-embedding-type rope --loss-chunk-rows -3", "--loss-chunk-rows is -3"),
         ("--loss-chunk-rows 64 --defer-embedding-wgrad-compute", "does not go with --defer-embedding-wgrad-compute"),
         ("--position-embedding-type harpe --use-rope-scaling", "does not go with --use-rope-scaling"),
@@ -62,6 +64,32 @@ def parse(monkeypatch, flags):
 )
 def test_refused_in_one_line(monkeypatch, flags, message):
     args = parse(monkeypatch, flags)
+    with pytest.raises(UsageError, match=message) as error:
+        settings_from_args(args)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "message"),
+    [
+        (3, "--tensor-model-parallel-size 3", "--tensor-model-parallel-size 3 .*--num-attention-heads 4: use 2 or 4"),
+        (2, "--tensor-model-parallel-size 4", "2 processes do not divide .* = 4: start 4 of them"),
+        (9, "--tensor-model-parallel-size 2 --context-parallel-size 2", "9 processes .* = 4: start 8 or 12 of them"),
+        (3, "--pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3 .*--num-layers 4: use 2 or 4"),
+        (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3", "2 layers of a .*: use 2$"),
+        (1, "--num-query-groups 3", "--num-query-groups 3 does not divide --num-attention-heads 4: use 2 or 4"),
+        (12, "--num-attention-heads 12 --hidden-size 48 --num-query-groups 3 --tensor-model-parallel-size 2",
+         "2 is neither a divisor nor a multiple of --num-query-groups 3: use 1 or 3"),
+        (1, "--hidden-size 30", "--num-attention-heads 4 does not divide --hidden-size 30: use 3 or 5"),
+        (2, "--num-experts 3 --expert-model-parallel-size 2", "--num-experts 3: use 1 or 3"),
+        (2, "--num-experts 4 --expert-model-parallel-size 2 --tensor-model-parallel-size 2", "= 4: start 4 of them"),
+        (3, "--global-batch-size 4", "--global-batch-size 4 .* data-parallel size 3 = 3: use 3 or 6"),
+        (1, "--max-position-embeddings 32", "--max-position-embeddings 32 is below --seq-length 64: use 64 or more"),
+        (1, "--tensor-model-parallel-size 0", "--tensor-model-parallel-size must be at least 1"),
+    ],
+)
+def test_layouts_that_cannot_work_are_refused_with_the_nearest_that_does(monkeypatch, processes, flags, message):
+    args = parse(monkeypatch, f"--ksa --position-embedding-type rope {flags}", processes)
     with pytest.raises(UsageError, match=message) as error:
         settings_from_args(args)
     assert "\n" not in str(error.value)

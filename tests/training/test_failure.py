@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from trainer import MODEL, TRAINING, launch, steps, write_documents
 
+from megatron_ksa.platform.ports import free_port
+
 ENTRY = Path(__file__).with_name("recorded_pretrain.py")
 ITERATIONS = 40
 SAVING = f"--train-iters {ITERATIONS} --save-interval 2 --use-distributed-optimizer"
@@ -27,9 +29,7 @@ class TwoRanks:
         flags = [*MODEL, *TRAINING, "--data-path", str(folder / "documents"), *flags.split()]
         runs = folder / "runs.json"
         runs.write_text(json.dumps([{"record": str(record), "flags": flags}]))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.record, self.logs, self.ranks = record, [], []
         for rank in range(2):
             ids = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
+from megatron_ksa.platform.ports import free_port
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
@@ -36,19 +36,18 @@ def write_documents(prefix: Path) -> None:
             writer.add_document(np.append(random.integers(0, END_OF_DOCUMENT, length), END_OF_DOCUMENT))
 
 
-def launch(runs: list[tuple[Path, str]], processes: int) -> subprocess.CompletedProcess:
+def launch(
+    runs: list[tuple[Path, str]], processes: int, entry: str = "recorded_pretrain.py"
+) -> subprocess.CompletedProcess:
     """Train once for each (record, flags), one after the other in the same processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     folder = runs[0][0].parent
     if not (folder / "documents.idx").exists():
         write_documents(folder / "documents")
     common = [*MODEL, *TRAINING, "--data-path", str(folder / "documents")]
     description = [{"record": str(record), "flags": [*common, *flags.split()]} for record, flags in runs]
     (folder / "runs.json").write_text(json.dumps(description))
-    script = [str(Path(__file__).with_name("recorded_pretrain.py")), str(folder / "runs.json")]
+    script = [str(Path(__file__).with_name(entry)), str(folder / "runs.json")]
     return subprocess.run(
         [sys.executable, *launcher, *script], capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -58,15 +57,6 @@ def launch(runs: list[tuple[Path, str]], processes: int) -> subprocess.Completed
 def steps(record: Path) -> dict[int, dict[str, float]]:
     """Loss and gradient norm of every iteration of a run."""
     return {int(iteration): values for iteration, values in json.loads(record.read_text()).items()}
-
-
-def train(folder: Path, flags: str, processes: int = 1) -> dict[int, dict[str, float]]:
-    """Loss and gradient norm of every iteration of a run."""
-    record = folder / "record.json"
-    record.unlink(missing_ok=True)
-    done = launch([(record, flags)], processes)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return steps(record)
 
 
 def assert_same(actual: dict, expected: dict, iterations: range, tolerance: float) -> None:

@@ -1,0 +1,83 @@
+"""Tables of `results.json`: tokens/s, memory and MFU of both models, and the parts of an iteration."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_ksa.data_tools.benchmarks.document import replace_section, table
+from megatron_ksa.errors import usage_errors_exit
+
+SECTION = "throughput_1b9"
+NAMES = {"ksa": "KSA", "full": "full attention"}
+
+
+def tables(runs: list[dict]) -> str:
+    """Markdown of both tables, and a line that says where and how."""
+    done = {(run["length"], run["model"]): run for run in runs if "error" not in run}
+    if not done:
+        return "Not measured yet."
+    summary, parts = [], []
+    for length in sorted({length for length, _ in done}):
+        full = done.get((length, "full"))
+        for model in NAMES:
+            run = done.get((length, model))
+            if run is None:
+                continue
+            ratio = run["tokens_per_second"] / full["tokens_per_second"] if full and model == "ksa" else None
+            mfu = run["mfu"]
+            summary.append([
+                f"{length:,}", NAMES[model], f"{run['tokens_per_second']:,.0f}", f"{ratio:.2f}" if ratio else "",
+                f"{run['peak_gib']:.1f}", f"{mfu * 100:.1f} %" if mfu else "",
+            ])  # fmt: skip
+            parts.append([f"{length:,}", NAMES[model], *(f"{ms:,.0f}" for ms in _parts(run))])
+    return "\n\n".join([
+        _where(list(done.values())),
+        table(["text tokens", "attention", "tokens/s", "KSA / full", "peak GiB", "MFU"], summary),
+        "Milliseconds of an iteration by part; with recompute the forward pass counts twice:",
+        table(
+            ["text tokens", "attention", "all", "attention forward", "backward", "output layer, loss", "optimizer",
+             "other layers"], parts,
+        ),
+    ])  # fmt: skip
+
+
+def _parts(run: dict) -> list[float]:
+    ms = run["parts_ms"]
+    loss = ms["loss forward"] + ms["loss backward"]
+    return [run["iteration_ms"], ms["attention forward"], ms["attention backward"], loss, ms["optimizer"], ms["rest"]]
+
+
+def _where(runs: list[dict]) -> str:
+    machine = runs[0]["machine"]
+    recomputed = sorted({run["length"] for run in runs if run["recompute"]})
+    kernel = sorted({run["attention"]["full attention"] for run in runs if "full attention" in run["attention"]})
+    text = f"One {machine.get('gpu') or machine.get('device')}, torch {machine['torch']}, triton {machine['triton']}, "
+    text += f"commit {machine['commit'][:9]}, bf16, micro-batch 1"
+    if kernel:
+        text += f", full attention by {', '.join(kernel)}"
+    if recomputed:
+        text += f", full recompute at {' and '.join(f'{length:,}' for length in recomputed)} tokens"
+    return f"{text}; medians of the iterations after the warm-up."
+
+
+def write_report(runs: list[dict], path: Path) -> None:
+    """Put the tables into the section `throughput_1b9` of a Markdown file."""
+    replace_section(path, SECTION, tables(runs))
+
+
+def main() -> None:
+    """`report.py results.json README.md`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="results of run.py")
+    parser.add_argument("output", type=Path, help="Markdown file with the section")
+    args = parser.parse_args()
+    if not args.results.is_file():
+        print(f"error: {args.results} does not exist; run.py writes it", file=sys.stderr)
+        sys.exit(2)
+    with usage_errors_exit():
+        write_report(json.loads(args.results.read_text()), args.output)
+
+
+if __name__ == "__main__":
+    main()

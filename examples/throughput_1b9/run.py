@@ -1,0 +1,154 @@
+"""Throughput of the KSA report's 1.9B model on one GPU: KSA against the same model with full attention.
+
+    python examples/throughput_1b9/run.py --report README.md
+
+Each length and model trains a few iterations through `pretrain_gpt.py` in a process of its own, on generated tokens,
+without saving. Results are written after each; a second call goes on with those that are missing or failed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+try:
+    from megatron_ksa.errors import UsageError, usage_errors_exit
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
+    sys.exit(2)
+
+HERE = Path(__file__).parent
+MODEL = HERE.parents[1] / "slurm" / "models" / "ksa_1b9.args"
+MODELS = ("ksa", "full")
+LENGTHS = (8192, 32768, 131072)
+# From here on the activations of the 24 layers do not fit 80 GB beside parameters and optimizer.
+RECOMPUTE_FROM = 32768
+# Iterations before those that count, and those, by length.
+ITERATIONS = {8192: (3, 6), 32768: (2, 4), 131072: (1, 2)}
+# What the file of the model says about its data, its attention and its schedule, with the number of values.
+REPLACED = {
+    "--ksa": 0, "--ksa-window-chunks": 1, "--position-embedding-type": 1, "--tokenizer-type": 1, "--vocab-size": 1,
+    "--lr-decay-style": 1, "--lr-wsd-decay-style": 1, "--lr-wsd-decay-iters": 1, "--lr-warmup-iters": 1,
+    "--seq-length": 1, "--global-batch-size": 1, "--train-iters": 1,
+}  # fmt: skip
+TINY = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --kv-channels 8 "
+    "--vocab-size 127 --make-vocab-size-divisible-by 64"
+).split()
+
+
+def read_flags(path: Path) -> list[list[str]]:
+    """Flags of a file, each with its values."""
+    words = [line.split("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in words if line]
+
+
+def training_flags(model: str, length: int, options: argparse.Namespace) -> list[str]:
+    """The command line of `pretrain_gpt.py` for one run."""
+    given = read_flags(MODEL)
+    kept = [word for flag in given if flag[0] not in REPLACED for word in flag]
+    if options.tiny:
+        kept = [word for word in kept if word != "--bf16"]
+    heads = TINY[TINY.index("--num-attention-heads") + 1] if options.tiny else "16"
+    windows = "([2]*3+[8])" if options.tiny else "([128]*3+[1024])*6"
+    # Without Transformer Engine, dense layers get fused attention and rotation from this project's model, which HARPE
+    # asks for; equal bases are plain RoPE.
+    attention = {
+        "ksa": ["--ksa", "--ksa-window-chunks", windows, "--position-embedding-type", "rope"],
+        "full": ["--position-embedding-type", "harpe", "--harpe-bases", ",".join(["10000"] * int(heads))],
+    }[model]
+    warm_up, measured = iterations(length, options)
+    run = [
+        "--seq-length", length, "--global-batch-size", 1, "--train-iters", warm_up + measured,
+        "--mock-data", "--split", "100,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", 151935,
+        "--lr-decay-style", "constant", "--eval-iters", 0, "--log-interval", 1, "--loss-chunk-rows", options.loss_rows,
+    ]  # fmt: skip
+    if length >= RECOMPUTE_FROM or options.tiny:
+        run += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
+    return [*kept, *attention, *map(str, run), *(TINY if options.tiny else []), *options.extra]
+
+
+def iterations(length: int, options: argparse.Namespace) -> tuple[int, int]:
+    """Iterations before those that count, and those."""
+    return ITERATIONS.get(length, (1, 2)) if options.iterations is None else (1, options.iterations)
+
+
+def measure(model: str, length: int, options: argparse.Namespace) -> dict:
+    """Train and return what `timed_pretrain.py` wrote, or what went wrong."""
+    record = options.out.with_suffix(f".{model}-{length}.part")
+    record.unlink(missing_ok=True)
+    flags = training_flags(model, length, options)
+    warm_up, _ = iterations(length, options)
+    command = [sys.executable, str(HERE / "timed_pretrain.py"), str(record), str(warm_up), *flags]
+    try:
+        done = subprocess.run(
+            command, timeout=options.limit, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+        )  # fmt: skip
+        failure = None if done.returncode == 0 and record.exists() else _reason(done.stderr)
+    except subprocess.TimeoutExpired:
+        failure = f"not done after {options.limit:.0f} s"
+    if failure is not None:
+        return {"model": model, "length": length, "error": failure}
+    result = json.loads(record.read_text())
+    record.unlink()
+    if options.commit:
+        result["machine"]["commit"] = options.commit
+    return {"model": model, "length": length, **result}
+
+
+def _reason(stderr: str) -> str:
+    """The line that says what went wrong; all of it goes to this process's stderr."""
+    print(stderr[-6000:], file=sys.stderr)
+    lines = [line for line in stderr.splitlines() if "Error" in line or line.startswith("error:")]
+    return (lines or ["it ended without a result"])[-1].strip()[:300]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "results.json", help="results, read and added to")
+    parser.add_argument("--report", type=Path, help="Markdown file whose throughput_1b9 section gets the tables")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="text tokens of a sequence")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="which attention")
+    parser.add_argument("--iterations", type=int, help="iterations that count; unset: 6 at 8k, 4 at 32k, 2 beyond")
+    parser.add_argument("--loss-rows", type=int, default=4096, help="tokens whose logits exist at a time")
+    parser.add_argument("--limit", type=float, default=200, help="seconds after which a run is given up")
+    parser.add_argument("--commit", help="commit of the code, where it is no git checkout")
+    parser.add_argument("--again", action="store_true", help="measure what is in the results too")
+    parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")
+    parser.add_argument("extra", nargs="*", default=[], help="flags for pretrain_gpt.py, after --")
+    options = parser.parse_args()
+    if options.report and not options.report.is_file():
+        raise UsageError(f"--report {options.report} does not exist")
+    return options
+
+
+def main() -> None:
+    """Measure what is missing, write after each run, and report."""
+    with usage_errors_exit():
+        options = parse_arguments()
+        runs = json.loads(options.out.read_text()) if options.out.exists() and not options.again else []
+        for length in options.lengths:
+            for model in options.models:
+                same = [run for run in runs if (run["model"], run["length"]) == (model, length)]
+                if any("error" not in run for run in same):
+                    continue
+                print(f"== {model}, {length} tokens", flush=True)
+                result = measure(model, length, options)
+                print(result.get("error") or f"{result['tokens_per_second']:.0f} tokens/s", flush=True)
+                runs = [run for run in runs if run not in same] + [result]
+                options.out.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+        if options.report:
+            from report import write_report
+
+            write_report(runs, options.report)
+    sys.exit(any("error" in run for run in runs))
+
+
+if __name__ == "__main__":
+    main()

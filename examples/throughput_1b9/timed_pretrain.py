@@ -1,0 +1,210 @@
+"""`pretrain_gpt.py` that measures its iterations: seconds, parts of them, memory, floating-point operations.
+
+Usage: timed_pretrain.py RECORD.json WARM_UP FLAGS...
+
+The parts are read from events on the device's stream around the core attention of each layer, the output layer with the
+loss and the optimizer, so that nothing waits for them inside an iteration; what is recomputed counts as forward.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import pretrain_gpt  # noqa: E402
+from megatron_ksa.platform import prepare_platform  # noqa: E402
+
+# Dense bf16 peak in FLOP/s, NVIDIA's data sheets.
+PEAKS = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "A100": 312e12}
+
+
+class Parts:
+    """Time between pairs of marks of one iteration, by part."""
+
+    def __init__(self) -> None:
+        self.on_gpu = torch.cuda.is_available()
+        self.spans: list[tuple[str, object, object]] = []
+        self.open: dict[str, object] = {}
+
+    def _mark(self) -> object:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self, part: str) -> None:
+        self.open[part] = self._mark()
+
+    def stop(self, part: str) -> None:
+        self.spans.append((part, self.open.pop(part), self._mark()))
+
+    def take(self) -> dict[str, float]:
+        """Milliseconds of each part since the last call; the device must be done."""
+        total: dict[str, float] = defaultdict(float)
+        for part, begin, end in self.spans:
+            total[part] += begin.elapsed_time(end) if self.on_gpu else (end - begin) * 1e3
+        self.spans.clear()
+        return dict(total)
+
+
+class _Enter(torch.autograd.Function):
+    """The identity: starts a part's forward pass and stops its backward pass."""
+
+    @staticmethod
+    def forward(ctx, parts: Parts, part: str, *tensors: Tensor):
+        ctx.parts, ctx.part = parts, part
+        parts.start(f"{part} forward")
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        ctx.parts.stop(f"{ctx.part} backward")
+        return None, None, *gradients
+
+
+class _Leave(torch.autograd.Function):
+    """The identity: stops a part's forward pass and starts its backward pass."""
+
+    @staticmethod
+    def forward(ctx, parts: Parts, part: str, tensor: Tensor):
+        ctx.parts, ctx.part = parts, part
+        parts.stop(f"{part} forward")
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        ctx.parts.start(f"{ctx.part} backward")
+        return None, None, gradient
+
+
+class Measurement:
+    """Wraps the trainer's step, and writes the record after the last iteration."""
+
+    def __init__(self, record: Path, warm_up: int) -> None:
+        self.record, self.warm_up = record, warm_up
+        self.parts = Parts()
+        self.iterations: list[dict] = []
+        self.backends: dict[str, str] = {}
+
+    def watch_attention(self, model: torch.nn.Module) -> None:
+        """Mark the core attention of every layer, and note which kernel it takes."""
+        from megatron_ksa.kernels.dispatch import uses_triton
+        from megatron_ksa.model.causal_attention import causal_backend
+        from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention
+
+        def enter(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            rows = args[:3]
+            if isinstance(module, CausalCoreAttention):
+                self.backends.setdefault("full attention", causal_backend(*rows))
+            else:
+                window = module.geometry.window_chunks * module.geometry.chunk_size
+                text = [module.layout.split(part)[0] for part in rows]
+                kernel = "KSA, Triton" if uses_triton("KSA attention", rows[0]) else "KSA, PyTorch"
+                kernel = causal_backend(*text) if window >= text[0].shape[0] else kernel
+                self.backends.setdefault(f"window of {window} tokens", kernel)
+            return (*_Enter.apply(self.parts, "attention", *rows), *args[3:]), kwargs
+
+        def leave(module: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:
+            return _Leave.apply(self.parts, "attention", out)
+
+        for module in model.modules():
+            if isinstance(module, CausalCoreAttention | KSACoreAttention):
+                module.register_forward_pre_hook(enter, with_kwargs=True)
+                module.register_forward_hook(leave)
+
+    def watch_loss(self) -> None:
+        """Mark the output layer and the loss."""
+        from megatron_ksa.model.chunked_loss import ChunkedLoss
+
+        compute = ChunkedLoss.__call__
+
+        def timed(processor: ChunkedLoss, *, hidden_states: Tensor, **kwargs) -> Tensor:
+            (hidden_states,) = _Enter.apply(self.parts, "loss", hidden_states)
+            return _Leave.apply(self.parts, "loss", compute(processor, hidden_states=hidden_states, **kwargs))
+
+        ChunkedLoss.__call__ = timed
+
+    def _timed(self, call: Callable, part: str) -> Callable:
+        def timed(*args, **kwargs):
+            self.parts.start(part)
+            result = call(*args, **kwargs)
+            self.parts.stop(part)
+            return result
+
+        return timed
+
+    def step(self, train_step: Callable) -> Callable:
+        """Megatron's `train_step`, timed from one idle device to the next."""
+
+        def timed(forward_step: Callable, data: object, model: list, optimizer: object, *args, **kwargs) -> tuple:
+            if not self.iterations:
+                for chunk in model:
+                    self.watch_attention(chunk)
+                optimizer.step = self._timed(optimizer.step, "optimizer")
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            result = train_step(forward_step, data, model, optimizer, *args, **kwargs)
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - begin
+            loss = result[0]["lm loss"]
+            self.iterations.append({"ms": seconds * 1e3, "loss": float(loss), "parts_ms": self.parts.take()})
+            print(f"   {seconds:.3f} s, loss {float(loss):.4f}", flush=True)
+            return result
+
+        return timed
+
+    def write(self) -> None:
+        """The medians of the iterations after the warm-up."""
+        from megatron.training import get_args, training
+
+        from megatron_ksa.kernels.benchmarks.measure import header
+
+        args, counted = get_args(), self.iterations[self.warm_up :]
+        if not all(math.isfinite(iteration["loss"]) for iteration in self.iterations):
+            raise ArithmeticError(f"the loss is not finite: {[i['loss'] for i in self.iterations]}")
+        ms = statistics.median(iteration["ms"] for iteration in counted)
+        names = sorted({name for iteration in counted for name in iteration["parts_ms"]})
+        parts = {
+            name: statistics.median(iteration["parts_ms"].get(name, 0.0) for iteration in counted) for name in names
+        }
+        flops = training.num_floating_point_operations(args, args.global_batch_size)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        peak = next((value for name, value in PEAKS.items() if name in device), None)
+        record = {
+            "iteration_ms": ms, "tokens_per_second": args.global_batch_size * args.seq_length / ms * 1e3,
+            "model_flops": flops, "tflops": flops / ms / 1e9, "mfu": flops / ms * 1e3 / peak if peak else None,
+            "parts_ms": {**parts, "rest": ms - sum(parts.values())},
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+            "attention": self.backends, "recompute": args.recompute_granularity, "loss_rows": args.loss_chunk_rows,
+            "iterations": self.iterations, "warm_up": self.warm_up,
+            "machine": header("cuda" if peak or torch.cuda.is_available() else "cpu", None),
+        }  # fmt: skip
+        self.record.write_text(json.dumps(record), encoding="utf-8")
+
+
+def main() -> None:
+    record, warm_up, *flags = sys.argv[1:]
+    sys.argv = [sys.argv[0], *flags]
+    measurement = Measurement(Path(record), int(warm_up))
+    prepare_platform(flags)
+    from megatron.training import training
+
+    measurement.watch_loss()
+    training.train_step = measurement.step(training.train_step)
+    pretrain_gpt.main()
+    measurement.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Multi-tensor kernels of torch where neither Transformer Engine nor NVIDIA's apex is installed.
+
+Megatron 0.19.2 then steps Adam tensor list after tensor list with temporaries, takes the gradient norm with one
+synchronisation for each parameter, and scales and copies through a temporary for each tensor. torch has one kernel for
+each of these: a fused Adam (28 bytes of memory traffic a parameter instead of about 80), `_foreach_norm`,
+`_foreach_mul_` and `_foreach_copy_`.
+"""
+
+import torch
+from megatron.core import utils
+from megatron.core.optimizer import clip_grads, optimizer
+from megatron.training import training
+from torch import Tensor
+
+
+def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool) -> tuple:
+    """Megatron's `local_multi_tensor_l2_norm` without waiting for the device: float32 [1] on it, and None."""
+    norms = [norm.float() for tensors in tensor_lists for norm in torch._foreach_norm(tensors)]
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
+
+
+def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
+    """Megatron's `local_multi_tensor_scale`: second list = factor * first list."""
+    source, target = tensor_lists
+    if not source:
+        return
+    if any(a is not b for a, b in zip(source, target, strict=True)):
+        torch._foreach_copy_(target, source)
+    if factor != 1.0:
+        torch._foreach_mul_(target, factor)
+
+
+def install_optimizer_kernels() -> bool:
+    """Make the trainer use them; may be called repeatedly.
+
+    Returns:
+        Whether they are in use; False where a fused optimizer is installed, which Megatron takes by itself.
+    """
+    if clip_grads.l2_norm_impl not in (utils.local_multi_tensor_l2_norm, l2_norm):
+        return False
+    if clip_grads.l2_norm_impl is l2_norm:
+        return True
+    clip_grads.l2_norm_impl = l2_norm
+    clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = scale
+    build = training.get_megatron_optimizer
+
+    def get_megatron_optimizer(*args, **kwargs):
+        built = build(*args, **kwargs)
+        for part in getattr(built, "chained_optimizers", [built]):
+            fuse(getattr(part, "optimizer", None))
+        return built
+
+    training.get_megatron_optimizer = get_megatron_optimizer
+    return True
+
+
+def fuse(adam: torch.optim.Optimizer | None) -> None:
+    """Let torch's Adam step in one kernel where its parameters are on a GPU, after a checkpoint is loaded as well.
+
+    A checkpoint brings the choice of the machine that wrote it, and a step count on that machine's device.
+    """
+    if not isinstance(adam, torch.optim.Adam):
+        return
+    _choose_kernel(adam)
+    adam.register_load_state_dict_post_hook(_choose_kernel)
+
+
+def _choose_kernel(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        on_gpu = bool(group["params"]) and all(parameter.is_cuda for parameter in group["params"])
+        if group["capturable"]:
+            continue
+        group["fused"], group["foreach"] = on_gpu or None, None
+        for parameter in group["params"]:
+            state = adam.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if on_gpu else "cpu")

@@ -1,0 +1,44 @@
+"""The throughput script of the 1.9B model, at a size that a CPU trains in seconds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples" / "throughput_1b9"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("throughput")
+    (folder / "page.md").write_text("before\n<!-- throughput_1b9 -->\nold\n<!-- /throughput_1b9 -->\nafter\n")
+    command = [sys.executable, FOLDER / "run.py", "--tiny", "--lengths", "64", "--iterations", "1"]
+    out = folder / "results.json"
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--out", out, "--report", folder / "page.md"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text()), (folder / "page.md").read_text(), done.stdout
+
+
+def test_parts_add_up_to_the_iteration(measured):
+    runs, *_ = measured
+    for run in runs:
+        assert sum(run["parts_ms"].values()) == pytest.approx(run["iteration_ms"])
+        assert all(ms > 0 for ms in run["parts_ms"].values()), run["parts_ms"]
+
+
+def test_both_models_are_counted_alike(measured):
+    """4 layers, 64 tokens: one more row for 8 tokens in the layers, fewer pairs in three of them."""
+    ksa, full = (next(run for run in measured[0] if run["model"] == model) for model in ("ksa", "full"))
+    assert 1.0 < ksa["model_flops"] / full["model_flops"] < 1.125
+    assert set(ksa["attention"]) == {"window of 16 tokens", "window of 64 tokens"}
+
+
+def test_report_takes_its_place_and_nothing_is_measured_twice(measured):
+    _, page, second = measured
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert page.count("| 64 | KSA |") == 2 and "==" not in second
