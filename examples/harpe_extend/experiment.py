@@ -36,7 +36,9 @@ ARMS = ("single base", "uniform HARPE", "searched HARPE")
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; the defaults are for one H100."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder of results.json and results.md")
     parser.add_argument("--work", type=Path, help="folder of data and checkpoints; OUT/work without it")
     parser.add_argument("--seeds", type=int, default=2, help="models pretrained and extended")
@@ -50,7 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pretrain-steps", type=int, default=2000, help="iterations")
     parser.add_argument("--extend-steps", type=int, default=300, help="iterations of each arm in a round")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of extension, at most")
-    parser.add_argument("--deadline", type=float, help="seconds from the start; no round begins that would not end before")
+    parser.add_argument(
+        "--deadline", type=float, help="seconds from the start; no round begins that would not end before"
+    )
     parser.add_argument("--pretrain-lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--extend-lr", type=float, default=3e-4, help="learning rate; small models want more than 2e-5")
     parser.add_argument("--cases", type=int, default=8, help="needle cases of each form, length and depth")
@@ -212,7 +216,9 @@ class Experiment:
             results["settings"] = {key: value for key, value in vars(args).items() if key not in hidden}
             results["device"] = device_name()
             same = (seed, arm, steps)
-            results["runs"] = [run for run in results["runs"] if (run["seed"], run["arm"], run["steps"]) != same] + [found]
+            results["runs"] = [run for run in results["runs"] if (run["seed"], run["arm"], run["steps"]) != same] + [
+                found
+            ]
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(results) + "\n", encoding="utf-8")
             partial.replace(path)
@@ -266,8 +272,12 @@ def main() -> None:
     with usage_errors_exit():
         args = parse_arguments()
         if args.target_length % args.pretrain_length or args.target_length == args.pretrain_length:
-            raise UsageError(f"--target-length {args.target_length}: a multiple of --pretrain-length {args.pretrain_length}")
-        at_least = {"heads": 2} | dict.fromkeys(("seeds", "extend_steps", "pretrain_steps", "rounds", "jobs", "workers", "cases"), 1)
+            raise UsageError(
+                f"--target-length {args.target_length}: a multiple of --pretrain-length {args.pretrain_length}"
+            )
+        at_least = {"heads": 2} | dict.fromkeys(
+            ("seeds", "extend_steps", "pretrain_steps", "rounds", "jobs", "workers", "cases"), 1
+        )
         for name, least in at_least.items():
             if getattr(args, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")

@@ -34,13 +34,19 @@ def tables(results: dict) -> str:
     common = set.intersection(*reached.values()) if reached else set()
     steps = max(common, default=0)
     runs = [run for run in runs if run["steps"] in (0, steps)]
-    arms = list(dict.fromkeys(run["arm"] for run in sorted(runs, key=lambda run: (run["arm"] != "before extension", run["arm"]))))
+    arms = list(
+        dict.fromkeys(
+            run["arm"] for run in sorted(runs, key=lambda run: (run["arm"] != "before extension", run["arm"]))
+        )
+    )
     lengths = sorted({row["length"] for run in runs for row in run["perplexity"]})
     forms = list(dict.fromkeys(row["form"] for run in runs for row in run["needles"]))
 
     def needles(arm: str, length: int | None, form: str | None) -> str:
         per_seed = [
-            np.mean([r["values"] for r in run["needles"] if length in (None, r["length"]) and form in (None, r["form"])])
+            np.mean(
+                [r["values"] for r in run["needles"] if length in (None, r["length"]) and form in (None, r["form"])]
+            )
             for run in runs
             if run["arm"] == arm
         ]
@@ -53,7 +59,9 @@ def tables(results: dict) -> str:
     head = ["arm", *(f"{length:,}" for length in lengths)]
     seeds = {arm: len({run["seed"] for run in runs if run["arm"] == arm}) for arm in arms}
     label = {arm: f"{arm} ({count} seed{'s' if count > 1 else ''})" for arm, count in seeds.items()}
-    by_length = [[label[arm], *(needles(arm, length, None) for length in lengths), needles(arm, None, None)] for arm in arms]
+    by_length = [
+        [label[arm], *(needles(arm, length, None) for length in lengths), needles(arm, None, None)] for arm in arms
+    ]
     by_form = [[form, *(needles(arm, lengths[-1], form) for arm in arms)] for form in forms]
     by_context = [[label[arm], *(perplexity(arm, length) for length in lengths)] for arm in arms]
     settings = results["settings"]

@@ -208,9 +208,7 @@ class DistributedReader:
         """
         stored = self._stored(slot)
         if tuple(stored.size) != slot.size:
-            raise UsageError(
-                f"{self.folder}: {slot.key} has shape {tuple(stored.size)}, its arguments say {slot.size}"
-            )
+            raise UsageError(f"{self.folder}: {slot.key} has shape {tuple(stored.size)}, its arguments say {slot.size}")
         target = torch.empty(slot.shape, dtype=stored.properties.dtype)
         try:
             with _alone():

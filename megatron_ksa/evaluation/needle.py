@@ -107,7 +107,9 @@ def build_case(form: Form, language: Language, length: int, depth: float, random
     longest_answer = language.answer([value for key, value in pairs if key in asked])
     room = length - sum(map(len, [opening, question, *longest_answer, *needles]))
     if room < 0:
-        raise UsageError(f"{length} tokens are too few for this needle test: {length - room} are needed without a haystack")
+        raise UsageError(
+            f"{length} tokens are too few for this needle test: {length - room} are needed without a haystack"
+        )
     if form.haystack == "needle":
         hay: list[Tokens] = []
         while len(more := language.needle(fresh(form.keys), fresh(form.values), form)) <= room:

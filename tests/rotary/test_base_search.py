@@ -90,6 +90,8 @@ def test_tool_is_deterministic_and_training_takes_its_file(tmp_path):
     assert bases == tuple(result["bases"]) == tuple(sorted(bases, reverse=True))
     assert set(result["coverage"]) == {"peak-valley", "uniform", "single base 100000"}
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    refused = subprocess.run([*command, "--stride", "1e5", "--output", str(tmp_path / "c.json")], capture_output=True, text=True)
+    refused = subprocess.run(
+        [*command, "--stride", "1e5", "--output", str(tmp_path / "c.json")], capture_output=True, text=True
+    )
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "1 candidates for 4 bases" in refused.stderr and not (tmp_path / "c.json").exists()
