@@ -42,6 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder of results.json and results.md")
     parser.add_argument("--work", type=Path, help="folder of data and checkpoints; OUT/work without it")
     parser.add_argument("--seeds", type=int, default=2, help="models pretrained and extended")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help="ways to extend to compare"
+    )
     parser.add_argument("--layers", type=int, default=4, help="layers of the model")
     parser.add_argument("--heads", type=int, default=8, help="attention heads, of 64 channels")
     parser.add_argument("--pretrain-length", type=int, default=1024, help="tokens")
@@ -212,7 +215,7 @@ class Experiment:
         with self.lock:
             path = args.out / "results.json"
             results = json.loads(path.read_text()) if path.exists() else {"runs": []}
-            hidden = ("out", "work", "jobs", "workers", "rounds", "deadline")
+            hidden = ("out", "work", "arms", "jobs", "workers", "rounds", "deadline")
             results["settings"] = {key: value for key, value in vars(args).items() if key not in hidden}
             results["device"] = device_name()
             same = (seed, arm, steps)
@@ -246,7 +249,7 @@ class Experiment:
             self.tell("models are pretrained")
             for rounds in range(1, args.rounds + 1):
                 begin = time.monotonic()
-                arms = ARMS if rounds > 1 else (*ARMS, BEFORE)
+                arms = args.arms if rounds > 1 else (*args.arms, BEFORE)
                 list(pool.map(lambda task: self.arm(*task), [(seed, arm, rounds) for arm in arms for seed in seeds]))
                 now = time.monotonic()
                 self.tell(f"round {rounds} is complete")

@@ -128,7 +128,10 @@ def position_flags(args: argparse.Namespace, groups: int) -> list[str]:
     if args.method != "harpe":
         return ["--position-embedding-type", "harpe", "--harpe-bases", ",".join([str(args.rotary_base)] * groups)]
     if args.harpe_bases:
-        return ["--position-embedding-type", "harpe", "--harpe-bases", args.harpe_bases]
+        # The trainer runs in the repository, a file is named from here.
+        path = Path(args.harpe_bases)
+        bases = str(path.resolve()) if path.is_file() else args.harpe_bases
+        return ["--position-embedding-type", "harpe", "--harpe-bases", bases]
     bounds = ["--harpe-base-min", str(args.harpe_base_min), "--harpe-base-max", str(args.harpe_base_max)]
     return ["--position-embedding-type", "harpe", *bounds, "--harpe-order", args.harpe_order]
 
