@@ -72,6 +72,8 @@ def main() -> None:
         args = parse_arguments()
         if args.output.exists():
             raise UsageError(f"--output {args.output} exists: choose another or remove it")
+        if args.command == "import" and args.seq_length is not None and args.seq_length < 1:
+            raise UsageError(f"--seq-length {args.seq_length}: at least 1")
         if not args.input.is_dir():
             raise UsageError(f"--input {args.input} is no folder")
         defaults = prepare_platform([])

@@ -6,6 +6,7 @@ Writes a JSON file with the bases and how well they cover the target length, and
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,20 +20,35 @@ except ModuleNotFoundError as error:
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.rotary import base_search
 
+# Flag, least and most: a waveform of 2^24 positions takes a few hundred MB.
+LIMITS = (("groups", 1, 4096), ("head_dim", 2, 4096), ("length", 16, 1 << 24), ("extrema", 2, 1 << 16))
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--groups", type=int, default=32, help="bases to choose: KV groups of the model (heads, without GQA)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--groups", type=int, default=32, help="bases to choose: KV groups of the model (heads, without GQA)"
+    )
     parser.add_argument("--head-dim", type=int, default=128, help="rotated channels of a head")
     parser.add_argument("--base-min", type=float, default=1e6, help="smallest base")
     parser.add_argument("--base-max", type=float, default=5e6, help="largest base")
     parser.add_argument("--stride", type=float, default=3e4, help="distance of neighbouring candidates of the search")
     parser.add_argument("--length", type=int, default=131072, help="target length, tokens")
-    parser.add_argument("--extrema", type=int, default=32, help="peaks and valleys of a waveform that count, most prominent first")
-    parser.add_argument("--method", choices=("peak-valley", "uniform", *PRESETS), default="peak-valley", help="how to choose")
-    parser.add_argument("--order", choices=("ascending", "descending"), default="ascending", help="order over the KV groups")
-    parser.add_argument("--output", default="harpe_bases.json", help="JSON file to write; the chart gets its name with .png")
+    parser.add_argument(
+        "--extrema", type=int, default=32, help="peaks and valleys of a waveform that count, most prominent first"
+    )
+    parser.add_argument(
+        "--method", choices=("peak-valley", "uniform", *PRESETS), default="peak-valley", help="how to choose"
+    )
+    parser.add_argument(
+        "--order", choices=("ascending", "descending"), default="ascending", help="order over the KV groups"
+    )
+    parser.add_argument(
+        "--output", default="harpe_bases.json", help="JSON file to write; the chart gets its name with .png"
+    )
     return parser.parse_args()
 
 
@@ -67,14 +83,16 @@ def plot(bases: tuple[float, ...], heights: dict[str, np.ndarray], args: argpars
         waves.plot(positions, wave[: len(positions) * block].reshape(-1, block).mean(1), color=colour, linewidth=0.6)
         waves.plot(peaks, wave[peaks], "^", color=colour, markersize=3)
         waves.plot(valleys, wave[valleys], "v", color=colour, markersize=3)
-    waves.set(ylabel="waveform f(m)", title=f"{len(bases)} bases, {min(bases):g} to {max(bases):g}: peaks (▲) and valleys (▼)")
+    waves.set(
+        ylabel="waveform f(m)", title=f"{len(bases)} bases, {min(bases):g} to {max(bases):g}: peaks (▲) and valleys (▼)"
+    )
     for name, height in heights.items():
         best.plot(positions, height[: len(positions) * block].reshape(-1, block).min(1), linewidth=1, label=name)
     best.set(xlabel="relative distance m (tokens)", ylabel="best head's waveform, lowest in a block")
     best.legend(frameon=False)
     best.grid(alpha=0.25)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
 
 
@@ -82,14 +100,14 @@ def main() -> None:
     """Run; bad input costs one line and exit code 2."""
     with usage_errors_exit():
         args = parse_arguments()
-        for flag, value, least in (("groups", args.groups, 1), ("length", args.length, 16), ("extrema", args.extrema, 2)):
-            if value < least:
-                raise UsageError(f"--{flag} {value}: at least {least}")
-        if args.head_dim < 2 or args.head_dim % 2:
+        for flag, least, most in LIMITS:
+            if not least <= getattr(args, flag) <= most:
+                raise UsageError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: from {least:,} to {most:,}")
+        if args.head_dim % 2:
             raise UsageError(f"--head-dim {args.head_dim}: an even number of channels")
         output = Path(args.output)
-        if output.suffix != ".json" or not output.parent.is_dir():
-            raise UsageError(f"--output {output}: a .json file in a folder that exists")
+        if output.suffix != ".json" or not os.access(output.parent, os.W_OK):
+            raise UsageError(f"--output {output}: a .json file in a folder that exists and can be written to")
         bases = choose(args)
         sets = {
             args.method: bases,
@@ -98,7 +116,8 @@ def main() -> None:
         }
         heights = {name: base_search.best_head(members, args.head_dim, args.length) for name, members in sets.items()}
         covered = {name: base_search.coverage(height) for name, height in heights.items()}
-        plot(bases, heights, args, output.with_suffix(".png"))
+        chart = output.with_suffix(".png.partial")
+        plot(bases, heights, args, chart)
         settings = {name: value for name, value in vars(args).items() if name != "output"}
         result = {
             "bases": bases,
@@ -107,11 +126,14 @@ def main() -> None:
         }
         partial = output.with_suffix(".json.partial")
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        chart.replace(output.with_suffix(".png"))
         partial.replace(output)
         print(f"{'best head over ' + str(args.length) + ' positions':<36} {'mean':>8} {'lowest':>8}")
         for name, values in covered.items():
             print(f"{name:<36} {values.mean:>8.3f} {values.minimum:>8.3f}")
-        print(f"{output}, {output.with_suffix('.png')}; train with --position-embedding-type harpe --harpe-bases {output}")
+        print(
+            f"{output}, {output.with_suffix('.png')}; train with --position-embedding-type harpe --harpe-bases {output}"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-path", required=True, help="prefix of the indexed dataset to read")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument("--threshold", type=int, default=4096, help="documents of more tokens are long")
-    parser.add_argument("--share", type=float, required=True, help="of all tokens that long documents shall hold, 0 to 1")
+    parser.add_argument(
+        "--share", type=float, required=True, help="of all tokens that long documents shall hold, 0 to 1"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the documents")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this name")
     return parser.parse_args()

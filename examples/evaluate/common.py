@@ -18,7 +18,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say which model, and where results go."""
     parser.add_argument("--checkpoint", required=True, type=Path, help="folder that pretrain_gpt.py --save wrote")
     parser.add_argument("--iteration", type=int, help="iteration to load; the newest without it")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; bfloat16 on a GPU, float32 on a CPU without it")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; bfloat16 on a GPU, float32 on a CPU without it"
+    )
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
 
 

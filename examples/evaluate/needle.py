@@ -32,11 +32,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_language(args: argparse.Namespace):
+def make_language(args: argparse.Namespace, vocab_size: int):
     """The language of the tests."""
     if args.tokenizer_model is None:
-        from megatron_ksa.evaluation.token_language import TokenLanguage
+        from megatron_ksa.evaluation.token_language import VOCABULARY, TokenLanguage
 
+        if vocab_size < VOCABULARY:
+            raise UsageError(
+                f"the language of token ids has {VOCABULARY} of them, the model knows {vocab_size}: give --tokenizer-model "
+                "and --haystack"
+            )
         return TokenLanguage()
     if args.haystack is None:
         raise UsageError("--tokenizer-model needs --haystack: a text file that essays are read from")
@@ -59,7 +64,7 @@ def main() -> None:
         for form in forms:
             if form not in FORMS:
                 raise UsageError(f"--forms {form}: one of {', '.join(FORMS)}, or all")
-        language = make_language(args)
+        language = make_language(args, model.vocab_size)
         depths = [i / max(args.depths - 1, 1) for i in range(args.depths)]
         plan = [(form, length, depth) for length in args.lengths for form in forms for depth in depths]
         scores = [

@@ -62,7 +62,9 @@ def main() -> None:
         write_json(args.output, {"settings": settings, "results": rows})
         print(f"{'context':>9} {'perplexity':>11} {'loss':>8} {'std. error':>11} {'tokens':>8}")
         for result in results:
-            print(f"{result.length:>9,} {result.perplexity:>11.3f} {result.loss:>8.4f} {result.standard_error:>11.4f} {result.tokens:>8,}")
+            print(
+                f"{result.length:>9,} {result.perplexity:>11.3f} {result.loss:>8.4f} {result.standard_error:>11.4f} {result.tokens:>8,}"
+            )
 
 
 if __name__ == "__main__":

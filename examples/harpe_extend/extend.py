@@ -54,16 +54,26 @@ def parse_arguments() -> argparse.Namespace:
                         "tools/upsample_lengths.py makes length-upsampled ones")  # fmt: skip
     parser.add_argument("--method", choices=METHODS, default="harpe", help="how to extend (harpe)")
     parser.add_argument("--length", required=True, type=int, help="target length, tokens")
-    parser.add_argument("--steps", required=True, type=int, help="iterations at the target length: the tokens of every method")
-    parser.add_argument("--global-batch-size", type=int, default=64, help="sequences of the target length an iteration (64)")
-    parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences of the target length a forward pass (1)")
+    parser.add_argument(
+        "--steps", required=True, type=int, help="iterations at the target length: the tokens of every method"
+    )
+    parser.add_argument(
+        "--global-batch-size", type=int, default=64, help="sequences of the target length an iteration (64)"
+    )
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=1, help="sequences of the target length a forward pass (1)"
+    )
     parser.add_argument("--lr", type=float, default=2e-5, help="constant learning rate after the warm-up (2e-5)")
     parser.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up in every stage (0)")
     parser.add_argument("--harpe-bases", help="bases of method harpe: list, file or preset, one for each KV group")
     parser.add_argument("--harpe-base-min", type=float, default=1e6, help="smallest base of the uniform set (1e6)")
     parser.add_argument("--harpe-base-max", type=float, default=5e6, help="largest base of the uniform set (5e6)")
-    parser.add_argument("--harpe-order", choices=("ascending", "descending"), default="ascending", help="of the uniform set")
-    parser.add_argument("--rotary-base", type=int, default=5_000_000, help="the raised base of both baselines (5000000)")
+    parser.add_argument(
+        "--harpe-order", choices=("ascending", "descending"), default="ascending", help="of the uniform set"
+    )
+    parser.add_argument(
+        "--rotary-base", type=int, default=5_000_000, help="the raised base of both baselines (5000000)"
+    )
     parser.add_argument("--stage-factor", type=int, default=2, help="length of a stage over the one before it (2)")
     parser.add_argument("--save-interval", type=int, default=500, help="iterations between checkpoints (500)")
     parser.add_argument("--seed", type=int, default=1234, help="of the data order (1234)")
@@ -118,7 +128,10 @@ def position_flags(args: argparse.Namespace, groups: int) -> list[str]:
     if args.method != "harpe":
         return ["--position-embedding-type", "harpe", "--harpe-bases", ",".join([str(args.rotary_base)] * groups)]
     if args.harpe_bases:
-        return ["--position-embedding-type", "harpe", "--harpe-bases", args.harpe_bases]
+        # The trainer runs in the repository, a file is named from here.
+        path = Path(args.harpe_bases)
+        bases = str(path.resolve()) if path.is_file() else args.harpe_bases
+        return ["--position-embedding-type", "harpe", "--harpe-bases", bases]
     bounds = ["--harpe-base-min", str(args.harpe_base_min), "--harpe-base-max", str(args.harpe_base_max)]
     return ["--position-embedding-type", "harpe", *bounds, "--harpe-order", args.harpe_order]
 
@@ -149,7 +162,9 @@ def run_stage(
     print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code:
-        raise UsageError(f"stage {save.name} ended with exit code {code}; the same command goes on from its last checkpoint")
+        raise UsageError(
+            f"stage {save.name} ended with exit code {code}; the same command goes on from its last checkpoint"
+        )
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ projections and norms start as copies of the shared ones (SPEC: "Parameters"), t
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -17,12 +17,13 @@ from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, training
 
 from megatron_ksa.checkpoint.load import stored_settings
+from megatron_ksa.checkpoint.norm_names import ask_for_stored_names
 from megatron_ksa.errors import UsageError
 from megatron_ksa.model.attention import KSASelfAttention
-from megatron_ksa.model.gpt import KSAGPTModel
 from megatron_ksa.model.layers import SplitLayerNorm
 from megatron_ksa.training.arguments import ModelSettings
 
+AdaptKeys = Callable[[ShardedStateDict], ShardedStateDict]
 SUMMARY_PARAMETERS = ("summary_embedding.", ".linear_qkv_summary.", ".q_layernorm_summary.", ".k_layernorm_summary.")
 
 
@@ -31,11 +32,12 @@ def install_dense_start(args: argparse.Namespace, settings: ModelSettings) -> No
     load_checkpoint = training.load_checkpoint
 
     def load(models: list[MegatronModule], optimizer: object, *rest, **options) -> tuple[int, int]:
-        is_ksa = settings.ksa.enabled
-        if _checkpoint_is_ksa(args, is_ksa) == is_ksa:
-            return load_checkpoint(models, optimizer, *rest, **options)
+        is_ksa, folder = settings.ksa.enabled, _distributed_checkpoint(args)
         inner = unwrap_model(models)
-        with _keys_of_the_other_kind(inner, to_ksa=is_ksa):
+        if folder is None or _checkpoint_is_ksa(args, folder, is_ksa) == is_ksa:
+            with _stored_names(inner, folder):
+                return load_checkpoint(models, optimizer, *rest, **options)
+        with _keys_of_the_other_kind(inner, folder, to_ksa=is_ksa):
             # Everything that is asked for must be there; what a dense checkpoint lacks is not asked for.
             done = load_checkpoint(models, optimizer, *rest, strict=not is_ksa, **options)
         if is_ksa:
@@ -48,21 +50,30 @@ def install_dense_start(args: argparse.Namespace, settings: ModelSettings) -> No
     training.load_checkpoint = load
 
 
-def _checkpoint_is_ksa(args: argparse.Namespace, to_ksa: bool) -> bool:
+def _load_folder(args: argparse.Namespace) -> str | None:
+    """The folder that Megatron loads from."""
+    return args.load if checkpointing.checkpoint_exists(args.load) else args.pretrained_checkpoint
+
+
+def _distributed_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The iteration's folder that is to be loaded; None where there is none, or of another format."""
+    folder = _load_folder(args)
+    if not checkpointing.checkpoint_exists(folder):
+        return None
+    iteration, release = checkpointing.read_metadata(checkpointing.get_checkpoint_tracker_filename(folder))
+    path = Path(checkpointing.get_checkpoint_name(folder, args.ckpt_step or iteration, release, return_base_dir=True))
+    return path if path.is_dir() and dist_checkpointing.check_is_distributed_checkpoint(str(path)) else None
+
+
+def _checkpoint_is_ksa(args: argparse.Namespace, path: Path, to_ksa: bool) -> bool:
     """Whether the checkpoint to be loaded has KSA on; `to_ksa` where that cannot be told.
 
     Raises:
         UsageError: the model has KSA on and the checkpoint has not, or the other way round, where that cannot work.
     """
-    folder = args.load if checkpointing.checkpoint_exists(args.load) else args.pretrained_checkpoint
-    if not checkpointing.checkpoint_exists(folder):
-        return to_ksa
-    iteration, release = checkpointing.read_metadata(checkpointing.get_checkpoint_tracker_filename(folder))
-    iteration = args.ckpt_step or iteration
-    path = checkpointing.get_checkpoint_name(folder, iteration, release, return_base_dir=True)
-    if not Path(path).is_dir() or not dist_checkpointing.check_is_distributed_checkpoint(path):
-        return to_ksa
-    saved = dist_checkpointing.load_common_state_dict(path).get("args")
+    folder = _load_folder(args)
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    saved, iteration = common.get("args"), common.get("iteration", 0)
     if saved is None:
         return to_ksa
     ksa = stored_settings(saved).ksa
@@ -83,20 +94,41 @@ def _checkpoint_is_ksa(args: argparse.Namespace, to_ksa: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _keys_of_the_other_kind(models: list[MegatronModule], to_ksa: bool) -> Iterator[None]:
+def _keys_of_the_other_kind(models: list[MegatronModule], path: Path, to_ksa: bool) -> Iterator[None]:
     """Let models ask a checkpoint for the keys that the other kind of model writes."""
     for model in models:
         # Megatron's name for one key a layer; every layer's configuration is this object.
         model.config.hetereogenous_dist_checkpoint = not to_ksa
-        if isinstance(model, KSAGPTModel):
-            model.adapt_keys = _dense_keys if to_ksa else None
+    try:
+        with _stored_names(models, path, _dense_keys if to_ksa else None):
+            yield
+    finally:
+        for model in models:
+            model.config.hetereogenous_dist_checkpoint = to_ksa
+
+
+@contextlib.contextmanager
+def _stored_names(models: list[MegatronModule], path: Path | None, adapt: AdaptKeys | None = None) -> Iterator[None]:
+    """Let models ask for norms by the names that a checkpoint has, after `adapt` has changed their keys."""
+    if path is None:
+        yield
+        return
+    stored = dist_checkpointing.load_tensors_metadata(str(path))
+
+    def asking(state_of: Callable[..., ShardedStateDict]) -> Callable[..., ShardedStateDict]:
+        def state(*args, **kwargs) -> ShardedStateDict:
+            made = state_of(*args, **kwargs)
+            return ask_for_stored_names(made if adapt is None else adapt(made), stored)
+
+        return state
+
+    for model in models:
+        model.sharded_state_dict = asking(model.sharded_state_dict)
     try:
         yield
     finally:
         for model in models:
-            model.config.hetereogenous_dist_checkpoint = to_ksa
-            if isinstance(model, KSAGPTModel):
-                model.adapt_keys = None
+            del model.sharded_state_dict
 
 
 def _dense_keys(state: ShardedStateDict) -> ShardedStateDict:

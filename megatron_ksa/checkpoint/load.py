@@ -10,7 +10,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ksa.checkpoint.streaming import failure
+from megatron_ksa.checkpoint.norm_names import ask_for_stored_names
+from megatron_ksa.checkpoint.streaming import DistributedReader, failure
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination
 from megatron_ksa.errors import UsageError
@@ -145,7 +146,8 @@ def load_model(stored: StoredCheckpoint, defaults: dict[str, object], dtype: tor
     config = model_config_from_args(args, stored.settings.ksa, stored.settings.bases)
     model = KSAGPTModelBuilder(config).build_model(groups).to(dtype)
     model.set_summary_coefficient(stored.settings.ksa.summary_coefficient(stored.iteration))
-    state = {"model": model.sharded_state_dict()}
+    names = DistributedReader(stored.folder).tensors
+    state = {"model": ask_for_stored_names(model.sharded_state_dict(), names)}
     try:
         state = dist_checkpointing.load(state, str(stored.folder))
     except (CheckpointingException, KeyError) as error:

@@ -6,6 +6,7 @@ part of one only when it is needed, keep memory at the size of what is in hand.
 """
 
 import contextlib
+import dataclasses
 import io
 import pickle
 import warnings
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_ksa.checkpoint.norm_names import stored_name
 from megatron_ksa.errors import UsageError
 
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
@@ -187,10 +189,14 @@ class DistributedReader:
             if isinstance(stored, TensorStorageMetadata)
         }
 
+    def name(self, slot: Slot) -> str:
+        """The name of a slot's tensor here; norms have two."""
+        return stored_name(slot.key, self.tensors)
+
     def _stored(self, slot: Slot) -> TensorStorageMetadata:
-        if slot.key not in self.tensors:
+        if self.name(slot) not in self.tensors:
             raise UsageError(f"{self.folder} lacks the tensor {slot.key} of shape {slot.size}")
-        return self.tensors[slot.key]
+        return self.tensors[self.name(slot)]
 
     def dtype(self, slot: Slot) -> torch.dtype:
         """The dtype that a slot's tensor is stored in.
@@ -208,9 +214,8 @@ class DistributedReader:
         """
         stored = self._stored(slot)
         if tuple(stored.size) != slot.size:
-            raise UsageError(
-                f"{self.folder}: {slot.key} has shape {tuple(stored.size)}, its arguments say {slot.size}"
-            )
+            raise UsageError(f"{self.folder}: {slot.key} has shape {tuple(stored.size)}, its arguments say {slot.size}")
+        slot = dataclasses.replace(slot, key=self.name(slot))
         target = torch.empty(slot.shape, dtype=stored.properties.dtype)
         try:
             with _alone():

@@ -107,7 +107,9 @@ def build_case(form: Form, language: Language, length: int, depth: float, random
     longest_answer = language.answer([value for key, value in pairs if key in asked])
     room = length - sum(map(len, [opening, question, *longest_answer, *needles]))
     if room < 0:
-        raise UsageError(f"{length} tokens are too few for this needle test: {length - room} are needed without a haystack")
+        raise UsageError(
+            f"{length} tokens are too few for this needle test: {length - room} are needed without a haystack"
+        )
     if form.haystack == "needle":
         hay: list[Tokens] = []
         while len(more := language.needle(fresh(form.keys), fresh(form.values), form)) <= room:
@@ -195,7 +197,9 @@ def plot_heat_map(scores: Sequence[Score], path) -> None:
     lengths, depths = (sorted({getattr(score, name) for score in scores}) for name in ("length", "depth"))
     columns = min(len(forms), 4)
     rows = -(-len(forms) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.6 * rows + 0.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 2.6 * rows + 0.4), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, form in zip(axes.flat, forms, strict=False):
         grid = np.full((len(depths), len(lengths)), np.nan)
         for score in scores:
@@ -210,7 +214,6 @@ def plot_heat_map(scores: Sequence[Score], path) -> None:
         axis.axis("off")
     figure.supxlabel("context length (tokens)", fontsize=9)
     figure.supylabel("depth of the needle", fontsize=9)
-    figure.tight_layout()
     figure.colorbar(image, ax=axes, label="values found")
     figure.savefig(path, dpi=130)
     plt.close(figure)

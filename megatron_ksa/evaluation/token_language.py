@@ -1,9 +1,9 @@
 """A language of token ids with long-range structure, for small models trained from scratch: needle tests and training text.
 
-Ids: 0 ends a document, 1 to 7 are marks, 256 bytes follow, then words. In a phrase every second word or so follows from
-the word before the last, so that a small model soon learns to look at the tokens before, which copying builds on. A
-document's text repeats phrases: the chance of a phrase that it has not used yet falls with its length, so that more
-context always predicts better. Between phrases stand needles `KEY k IS v END`, and later questions about them,
+Ids: 0 ends a document, 1 to 7 are marks, then 256 bytes, 256 parts of names, and words. In a phrase every second word or
+so follows from the word before the last, so that a small model soon learns to look at the tokens before, which copying
+builds on. A document's text repeats phrases: the chance of a phrase that it has not used yet falls with its length, so
+that more context always predicts better. Between phrases stand needles `KEY k IS v END`, and later questions about them,
 `ASK k IS v END`.
 """
 
@@ -13,7 +13,8 @@ from megatron_ksa.evaluation.needle import FORMS, Form, Tokens
 
 END_OF_DOCUMENT, KEY, IS, END, ASK, AND, DOT = range(7)
 BYTES = 8
-WORDS = BYTES + 256
+NAMES = BYTES + 256
+WORDS = NAMES + 256
 NUM_WORDS = 248
 VOCABULARY = WORDS + NUM_WORDS
 PHRASE = 8
@@ -22,14 +23,18 @@ NOVELTY = 8
 # The word that follows two places after each word, where it follows from it at all.
 SUCCESSOR = WORDS + np.random.default_rng(0).permutation(NUM_WORDS)
 FOLLOWS = 0.5
+# Needles and questions are this share of a training document, drawn evenly: tests have haystacks of text and of needles.
+INSERTS = (0.1, 0.9)
+# A needle stands u ** NEARNESS of the reach before its question, u even in 0 to 1: half of them within an eighth of it.
+NEARNESS = 3
 
 
 class TokenLanguage:
     """Needle tests and documents in token ids; items are strings of ids with spaces."""
 
     def item(self, kind: str, random: np.random.Generator) -> str:
-        """Two words, or a number of two bytes, or an identifier of four."""
-        low, high, size = {"words": (WORDS, VOCABULARY, 2), "numbers": (BYTES, WORDS, 2), "uuids": (BYTES, WORDS, 4)}[kind]
+        """A name of two parts, or a number of two bytes, or an identifier of four."""
+        low, high, size = {"words": (NAMES, WORDS, 2), "numbers": (BYTES, NAMES, 2), "uuids": (BYTES, NAMES, 4)}[kind]
         return " ".join(map(str, random.integers(low, high, size)))
 
     def needle(self, key: str, value: str, form: Form) -> Tokens:
@@ -67,26 +72,31 @@ class TokenLanguage:
         """v1 AND v2 END, a piece a value."""
         return [[*_ids(value), END if i == len(values) - 1 else AND] for i, value in enumerate(values)]
 
-    def document(self, tokens: int, random: np.random.Generator) -> np.ndarray:
-        """A training document: uint16 [about tokens]; blocks of text, each of a random needle form with its question.
+    def document(self, tokens: int, random: np.random.Generator, reach: int | None = None) -> np.ndarray:
+        """A training document: int32 [about tokens]; text, and blocks of a random needle form with its question.
 
-        Most blocks span the whole document's earlier text, so that questions reach as far back as it is long.
+        Args:
+            reach: a question asks for needles at most so many tokens before it; as far back as the document goes
+                without it.
         """
-        body = tokens // 2
-        phrases = self.sentences("essay", body, random)
+        body = int(tokens * (1 - random.uniform(*INSERTS)))
+        phrases = self.sentences("noise" if random.random() < 1 / len(FORMS) else "essay", body, random)
         inserts: list[tuple[float, Tokens]] = []
         budget = tokens - len(phrases) * (PHRASE + 1)
         while budget > 0:
             form = list(FORMS.values())[random.integers(len(FORMS))]
             keys = [self.item(form.keys, random) for _ in range(form.needles)]
-            places = np.sort(random.random(3))
             pairs = [(k, self.item(form.values, random)) for k in keys for _ in range(form.values_per_key)]
-            spots = places[0] + (places[1] - places[0]) * np.sort(random.random(len(pairs)))
+            place = float(random.random())
+            span = min(place, (reach or tokens) / tokens)
+            spots = place - span * random.random(len(pairs)) ** NEARNESS
+            if form.values_per_key > 1:  # the answer tells the values in the order in which they stand
+                spots.sort()
             asked = keys[: form.asked]
             said = [v for k, v in pairs if k in asked]
-            block = [(float(s), self.needle(k, v, form)) for s, (k, v) in zip(spots, pairs, strict=True)]
+            block = [(float(spot), self.needle(k, v, form)) for spot, (k, v) in zip(spots, pairs, strict=True)]
             question = self.question(asked, form) + [t for piece in self.answer(said) for t in piece]
-            block.append((float(places[2]), question))
+            block.append((place, question))
             inserts += block
             budget -= sum(len(part) for _, part in block)
         spread = [((i + 0.5) / max(len(phrases), 1), phrase) for i, phrase in enumerate(phrases)]

@@ -1,9 +1,7 @@
 """GPT with summary rows and explicit rotary positions, on Megatron's GPTModel."""
 
-from collections.abc import Callable
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -52,8 +50,6 @@ class KSAGPTModel(GPTModel):
         cp_group = self.pg_collection.cp
         self.split = ZigZag(cp_group.rank(), cp_group.size())
         self.reset_documents = reset_documents
-        # Set while a checkpoint of a dense model is read (see `megatron_ksa.checkpoint.dense`).
-        self.adapt_keys: Callable[[ShardedStateDict], ShardedStateDict] | None = None
         # Position of the first row given: more than 0 only in incremental decoding.
         self.position_offset = 0
         if self.pre_process and layout.summary_tokens:
@@ -77,11 +73,6 @@ class KSAGPTModel(GPTModel):
         for module in self.decoder.modules():
             if isinstance(module, KSASelfAttention):
                 module.summary_coefficient = a
-
-    def sharded_state_dict(self, *args, **kwargs) -> ShardedStateDict:
-        """GPTModel's; arguments as there."""
-        state = super().sharded_state_dict(*args, **kwargs)
-        return state if self.adapt_keys is None else self.adapt_keys(state)
 
     def forward(
         self,

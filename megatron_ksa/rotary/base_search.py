@@ -14,6 +14,9 @@ import numpy as np
 
 from megatron_ksa.errors import UsageError
 
+# Each costs a waveform of the target length.
+MAX_CANDIDATES = 100_000
+
 
 @dataclass(frozen=True)
 class Extrema:
@@ -51,7 +54,9 @@ def _most_prominent(signal: np.ndarray, count: int) -> np.ndarray:
 
     positions, properties = find_peaks(signal, prominence=0)
     if len(positions) < count:
-        raise UsageError(f"--extrema {count}: a waveform has {len(positions)} within --length {len(signal)}; ask for fewer")
+        raise UsageError(
+            f"--extrema {count}: a waveform has {len(positions)} within --length {len(signal)}; ask for fewer"
+        )
     order = np.argsort(-properties["prominences"], kind="stable")[:count]
     return np.sort(positions[order])
 
@@ -80,7 +85,10 @@ def candidates(base_min: float, base_max: float, stride: float) -> np.ndarray:
         raise UsageError(
             f"--base-min {base_min:g}, --base-max {base_max:g} and --stride {stride:g} must be positive, min below max"
         )
-    return base_min + stride * np.arange(int((base_max - base_min) / stride + 1e-9) + 1)
+    count = int((base_max - base_min) / stride + 1e-9) + 1
+    if count > MAX_CANDIDATES:
+        raise UsageError(f"--stride {stride:g} gives {count:,} candidates, at most {MAX_CANDIDATES:,} are searched")
+    return base_min + stride * np.arange(count)
 
 
 def choose_peak_valley(found: Extrema, count: int) -> list[int]:
@@ -93,7 +101,9 @@ def choose_peak_valley(found: Extrema, count: int) -> list[int]:
         UsageError: fewer candidates than heads.
     """
     if len(found.peaks) < count:
-        raise UsageError(f"{len(found.peaks)} candidates for {count} bases: a smaller --stride or a wider range gives more")
+        raise UsageError(
+            f"{len(found.peaks)} candidates for {count} bases: a smaller --stride or a wider range gives more"
+        )
 
     def to_nearest(positions: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Distance of each position [candidates, k] to the nearest of the sorted targets [k]."""

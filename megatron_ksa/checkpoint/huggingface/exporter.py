@@ -50,7 +50,7 @@ def _check_tensors(reader: DistributedReader, plan: list[Group]) -> None:
     for key, slot in slots.items():
         if not key.startswith(UNUSED):
             reader.dtype(slot)
-    for key in sorted(reader.tensors.keys() - slots.keys()):
+    for key in sorted(reader.tensors.keys() - {reader.name(slot) for slot in slots.values()}):
         if key.startswith(MODEL):
             raise UsageError(
                 f"{reader.folder} has the tensor {key} of shape {tuple(reader.tensors[key].size)} "

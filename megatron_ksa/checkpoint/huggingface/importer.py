@@ -31,9 +31,7 @@ def _check_tensors(reader: ShardReader, arch: Architecture, plan: list[Group]) -
         if name not in reader.shapes:
             raise UsageError(f"{reader.folder} lacks the tensor {name} of shape {shape} that its config.json describes")
         if reader.shapes[name] != shape:
-            raise UsageError(
-                f"{reader.folder}: {name} has shape {reader.shapes[name]}, its config.json says {shape}"
-            )
+            raise UsageError(f"{reader.folder}: {name} has shape {reader.shapes[name]}, its config.json says {shape}")
     for name in sorted(reader.shapes.keys() - expected.keys()):
         if name.endswith(DERIVED):
             continue

@@ -15,6 +15,24 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def _cut_tensor(shard: Path) -> str | None:
+    """What the header of a shard that was cut short says of the first tensor that is not whole, if it can be read."""
+    try:
+        size = shard.stat().st_size
+        with open(shard, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][1]):
+            first, last = entry["data_offsets"]
+            have = min(max(size - 8 - length - first, 0), last - first)
+            if have < last - first:
+                return f"{name} of shape {tuple(entry['shape'])} has {have:,} of its {last - first:,} bytes"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return None
+    return None
+
+
 class ShardReader:
     """Tensors of a checkpoint folder by name; a tensor is read from its shard when it is asked for.
 
@@ -65,7 +83,7 @@ class ShardReader:
                     self.shapes[name] = tuple(part.get_shape())
                     self.dtypes[name] = DTYPES[part.get_dtype()]
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{shard} is not a whole safetensors file: {error}") from None
+            raise UsageError(f"{shard} is not a whole safetensors file: {_cut_tensor(shard) or error}") from None
 
     def read(self, name: str) -> Tensor:
         """One tensor, which must be among `shapes`."""

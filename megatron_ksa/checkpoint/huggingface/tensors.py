@@ -124,12 +124,30 @@ def _layer_groups(arch: Architecture, index: int, layer: KSALayer) -> Iterator[G
 
 
 def empty_objects(arch: Architecture) -> Iterator[tuple[str, int, int]]:
-    """Key, index and count of the `_extra_state` objects that Megatron wants of every linear layer; empty here."""
-    linear = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+    """Key, index and count of the `_extra_state` objects that Megatron asks for; all are empty here.
+
+    Its local layers want them of every linear layer; Transformer Engine's of norms and core attention too, and a
+    checkpoint without them is refused unless `--dist-ckpt-strictness` says otherwise.
+    """
     for index, layer in enumerate(arch.layers):
-        if not arch.ksa.enabled:
-            yield from ((f"decoder.layers.{name}._extra_state", index, arch.num_layers) for name in linear)
-            continue
-        own = layer.kind != LayerKind.FULL and arch.ksa.independent_projections
-        for name in (*linear, "self_attention.linear_qkv_summary") if own else linear:
-            yield f"decoder.layers.{index}.{name}._extra_state", 0, 1
+        for name in _with_extra_state(arch, layer):
+            if arch.ksa.enabled:
+                yield f"decoder.layers.{index}.{name}_extra_state", 0, 1
+            else:
+                yield f"decoder.layers.{name}_extra_state", index, arch.num_layers
+    yield "decoder.final_layernorm._extra_state", 0, 1
+
+
+def _with_extra_state(arch: Architecture, layer: KSALayer) -> Iterator[str]:
+    """Prefixes of a layer's `_extra_state` objects."""
+    is_ksa = layer.kind != LayerKind.FULL
+    yield from ("self_attention.linear_proj.", "self_attention.linear_qkv.", "mlp.linear_fc1.", "mlp.linear_fc2.")
+    if is_ksa and arch.ksa.independent_projections:
+        yield "self_attention.linear_qkv_summary."
+    yield "self_attention.core_attention."
+    # The input norm's, under the name that the layer's key map gives it.
+    parts = ("text.", "summary.") if is_ksa and arch.ksa.independent_layernorm else ("",)
+    yield from (f"self_attention.linear_qkv.layer_norm_{part}" for part in parts)
+    if arch.qk_norm:
+        suffixes = ("", "_summary") if is_ksa and arch.ksa.independent_qk_norm else ("",)
+        yield from (f"self_attention.{part}_layernorm{suffix}." for suffix in suffixes for part in "qk")

@@ -111,7 +111,11 @@ def test_tensors_are_those_of_the_model(arch):
                 tensors[part.key] = tuple(part.global_shape)
     ours = {slot.key: slot.size for group in groups(arch) for slot in group.megatron}
     assert {key: size for key, size in ours.items() if not key.startswith(UNUSED)} == tensors
-    assert set(empty_objects(arch)) == objects
+    written = set(empty_objects(arch))
+    assert objects <= written
+    # Transformer Engine's layers ask for these too.
+    assert all("norm" in key or "core_attention" in key for key, _, _ in written - objects)
+    assert ("decoder.final_layernorm._extra_state", 0, 1) in written
 
 
 def test_own_config_describes_the_same_model(tmp_path):

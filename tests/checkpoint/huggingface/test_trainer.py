@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from models import GOLDEN, LENGTH, VOCABULARY, save_family
+from renamed_norms import rename_norms
 from test_logits import assert_near, megatron_logits, transformers_logits
 
-from megatron_ksa.checkpoint.load import find_checkpoint
+from megatron_ksa.checkpoint.load import RELEASE, find_checkpoint
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 
 RECORDED = Path(__file__).parents[2] / "training" / "recorded_pretrain.py"
@@ -44,6 +45,7 @@ def trained(to_megatron, tmp_path_factory) -> Path:
     for family, source in (("llama3", root / "llama3" / "hf"), ("ksa", GOLDEN)):
         folder = root / family
         imported = to_megatron(source, folder / "megatron", seq_length=LENGTH)
+        rename_norms(imported / RELEASE)
         flags = [*TRAINING, "--data-path", root / "documents", "--load", imported, "--save", folder / "saved"]
         flags = [str(word) for word in [*flags, *LAYOUTS[family].split()]]
         runs.append({"record": str(folder / "record.json"), "flags": flags})
@@ -59,7 +61,7 @@ def trained(to_megatron, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_training_starts_from_the_imported_model(family, trained, to_huggingface):
-    """The trainer's first loss is the exported model's.
+    """The trainer's first loss is the exported model's; norms have the names of specs that keep them apart.
 
     Megatron alone drops the factor of Llama 3's rope scaling, and takes neither Q/K norm nor KSA from a checkpoint.
     """
