@@ -96,8 +96,9 @@ def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, in
     """Bytes that the busiest rank sends in one step, by kind of parallelism.
 
     Tensor: with sequence parallelism, two all-gathers and two reduce-scatters of the rows a layer and pass, and one
-    more all-gather in each of the two backward passes of a gathered input. Context: `traffic.bytes_sent`. Both:
-    forward, backward, and forward again with full recompute. Pipeline: the rows at the borders of a stage. Data:
+    more all-gather in each of the two backward passes of a gathered input; the embedding scatters its rows and gathers
+    their gradients, the output layer gathers twice and scatters once. Context: `traffic.bytes_sent`. Both: forward,
+    backward, and forward again with full recompute. Pipeline: the rows at the borders of a stage. Data:
     gradients reduce-scattered and parameters gathered once.
     """
     tp, cp, pp = layout.tensor_parallel, layout.context_parallel, layout.pipeline_parallel
@@ -117,13 +118,17 @@ def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, in
         one = bytes_sent(layer, ksa, layout.text_length, cp, "p2p", heads)
         return one * layout.micro_batch * (forwards + 1)
 
+    text = layout.parameter_bytes * layout.rank_text * shape.hidden * (tp - 1) // tp
+    ends = [text * ((2 if stage == 0 else 0) + (3 if stage == pp - 1 else 0)) for stage in range(pp)]
     border = layout.parameter_bytes * (layout.rank_text + summaries) * shape.hidden // layout.row_shards
     number = fullest_stage(shape, layout)[1].num_parameters
     shards = layout.data_parallel * cp
     batches = layout.num_micro_batches
     cost = {layer: (tensor(layer), context(layer)) for stage in stages for layer in set(stage)}
     return {
-        "tensor": batches * max(sum(cost[layer][0] for layer in stage) for stage in stages),
+        "tensor": batches * max(
+            end + sum(cost[layer][0] for layer in stage) for end, stage in zip(ends, stages, strict=True)
+        ),
         "context": batches * max(sum(cost[layer][1] for layer in stage) for stage in stages),
         "pipeline": batches * border * (0 if pp == 1 else 2 if pp > 2 else 1),
         "data": (layout.gradient_bytes + layout.parameter_bytes) * number * (shards - 1) // shards,

@@ -16,8 +16,8 @@ def script(name: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", f"slurm/{name}", *options], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def parsed(monkeypatch, name: str, *options: str):
-    """The parsed flags and model settings of the dry run's command."""
+def parsed(monkeypatch, name: str, processes: int, *options: str):
+    """The parsed flags and model settings of the dry run's command on so many ranks."""
     from megatron.training.arguments import parse_args
 
     from megatron_ksa.training.arguments import settings_from_args
@@ -27,13 +27,14 @@ def parsed(monkeypatch, name: str, *options: str):
     words = shlex.split(done.stdout)
     assert words[0] == "srun"
     flags = words[words.index(str(ROOT / "pretrain_gpt.py")) + 1 :]
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags])
     args = parse_args()
     return args, settings_from_args(args)
 
 
 def test_70b(monkeypatch, megatron_flags):
-    args, settings = parsed(monkeypatch, "pretrain_ksa_70b.sh")
+    args, settings = parsed(monkeypatch, "pretrain_ksa_70b.sh", 512)
     assert (args.num_layers, args.hidden_size, args.num_attention_heads, args.num_query_groups) == (80, 8192, 64, 8)
     assert (args.ffn_hidden_size, args.seq_length, args.bf16) == (28672, 131072, True)
     assert "".join(layer.kind for layer in settings.ksa.layers(80, 131072)) == "kkkf" * 20
@@ -42,7 +43,7 @@ def test_70b(monkeypatch, megatron_flags):
 
 
 def test_1b9(monkeypatch, megatron_flags):
-    args, settings = parsed(monkeypatch, "pretrain_ksa_1b9.sh")
+    args, settings = parsed(monkeypatch, "pretrain_ksa_1b9.sh", 64)
     assert (args.num_layers, args.hidden_size, args.ffn_hidden_size, args.kv_channels) == (24, 2048, 6144, 128)
     assert (args.num_attention_heads, args.vocab_size) == (16, 151936)
     assert [layer.window_chunks for layer in settings.ksa.layers(24, 8192)] == ([128] * 3 + [1024]) * 6
@@ -50,7 +51,7 @@ def test_1b9(monkeypatch, megatron_flags):
 
 def test_later_flags_win_and_an_override_takes_flags_away(monkeypatch, megatron_flags):
     options = ("--override", "slurm/overrides/tiny.args", "--", "--train-iters", "7")
-    args, _ = parsed(monkeypatch, "pretrain_ksa_70b.sh", *options)
+    args, _ = parsed(monkeypatch, "pretrain_ksa_70b.sh", 2, *options)
     assert (args.num_layers, args.hidden_size, args.seq_length, args.train_iters) == (4, 32, 64, 7)
     assert not args.bf16 and args.tokenizer_model is None and args.mock_data
 
