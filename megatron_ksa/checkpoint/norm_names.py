@@ -15,7 +15,7 @@ FUSED_AND_APART = (
 
 
 def other_name(key: str) -> str | None:
-    """The norm's other name: `...mlp.linear_fc1.layer_norm_weight` <-> `...pre_mlp_layernorm.weight`; None of others."""
+    """Its other name: `...mlp.linear_fc1.layer_norm_weight` <-> `...pre_mlp_layernorm.weight`; None of others."""
     for names in FUSED_AND_APART:
         for name, other in (names, reversed(names)):
             head, found, tail = key.rpartition(name)

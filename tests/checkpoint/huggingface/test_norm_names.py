@@ -44,7 +44,7 @@ def test_checkpoints_with_norms_apart_are_exported(family, to_megatron, to_huggi
 
 
 def test_transformer_engine_layers_write_the_names_of_local_ones(monkeypatch):
-    """HARPE and KSA layers keep the input norm apart, which Transformer Engine's own layers do not: the name was lost."""
+    """HARPE and KSA layers keep the input norm apart; its mapped name was lost."""
     process_groups()
     config, ksa = transformer_config(), KSAConfig(enabled=True, layer_pattern="kklf", independent_layernorm=True)
     local = layer_specs.get_gpt_decoder_layer_specs(config, False, "RMSNorm", False)
