@@ -137,13 +137,15 @@ class Pipeline:
         """Duplicates, canonical tags, the tree, and the pool on it."""
         self.duplicates(settings.duplicates)
         pool = self._own(read.RECORDS, tag.TAGS, duplicates.DUPLICATES)
-        outputs = [canonicalise.VOCABULARY, canonicalise.MERGES, canonicalise.EMBEDDINGS, canonicalise.EMBEDDER]
+        names = ("VOCABULARY", "MERGES", "CARRIED", "EMBEDDINGS", "EMBEDDER")
+        outputs = [getattr(canonicalise, name) for name in names]
         self.run(
             "canonicalise", asdict(settings.canonical), pool, outputs,
             lambda: canonicalise.canonicalise(self.folder, settings.canonical, self.engine),
         )  # fmt: skip
         self.run(
-            "tree", asdict(settings.tree), self._own(canonicalise.VOCABULARY, canonicalise.EMBEDDINGS), [tree.TREE],
+            "tree", asdict(settings.tree),
+            self._own(canonicalise.VOCABULARY, canonicalise.CARRIED, canonicalise.EMBEDDINGS), [tree.TREE],
             lambda: tree.tree(self.folder, settings.tree),
         )  # fmt: skip
         self.ground(settings.ground, self.folder)

@@ -29,7 +29,7 @@ class Pool:
         return len(np.setdiff1d(np.arange(len(self.parent)), self.parent))
 
     def coverage(self) -> Coverage:
-        return tree_information(self.shares, self.strength, self.parent, self.depth, depth_weight=0.9, phi=self.phi)
+        return tree_information(self.shares, self.strength, self.parent, 0.9**self.depth.astype(float), phi=self.phi)
 
     def value(self, chosen) -> float:
         """I(S) of SPEC-TAGS 4 and 5, in loops."""

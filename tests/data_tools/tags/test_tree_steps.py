@@ -14,13 +14,14 @@ from megatron_ksa.data_tools.tags.canonicalise import (
     merge_meanings,
     merge_spellings,
 )
+from megatron_ksa.data_tools.tags.clustering import blocks, refine_by_instances
 from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings, find_duplicates, word_shingles
 from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tags.ground import GroundSettings
 from megatron_ksa.data_tools.tags.taggers.keyphrase import KeyphraseTagger, phrases
-from megatron_ksa.data_tools.tags.tree import Tree, TreeSettings, blocks, build_tree, load_tree
+from megatron_ksa.data_tools.tags.tree import Tree, TreeSettings, build_tree, load_tree
 from megatron_ksa.errors import UsageError
 
 
