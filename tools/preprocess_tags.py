@@ -98,7 +98,7 @@ def run_tree(pipeline: Pipeline, target: Pipeline | None, args: argparse.Namespa
     if args.tree is None:
         pipeline.tree(settings)
     else:
-        pipeline.ground_on(settings, args.tree)
+        pipeline.adopt_tree(settings, args.tree)
     if target is not None:
         target.ground_on(settings, args.tree or pipeline.folder)
 

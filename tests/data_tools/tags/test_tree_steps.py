@@ -203,6 +203,18 @@ def test_planted_groups_are_the_top_branches_named_by_their_middle():
         assert found.name[node] == f"{group[middle]} {middle}"
 
 
+def test_levels_follow_instances_where_there_are_enough():
+    """Two centres that sit on outlying tags move to where the instances are; too few instances move nothing."""
+    generator = np.random.default_rng(0)
+    instances = unit(np.eye(3)[np.repeat([0, 1], 100)] + 0.05 * generator.normal(size=(200, 3)))
+    tags = unit(np.array([[1, 0, 0], [0.8, 0.6, 0], [0.6, 0.8, 0], [0, 1, 0], [0.5, 0.4, 0.8]]))
+    labels = np.array([0, 0, 0, 0, 1])
+    centres = unit(np.array([[1, 0.2, 0], [0.5, 0.4, 0.8]]))
+    moved = refine_by_instances(tags, instances, centres, labels)
+    assert moved[0] == moved[1] != moved[2] == moved[3]
+    assert refine_by_instances(tags, instances[:60], centres, labels) is labels
+
+
 def test_a_saved_tree_is_the_same_and_another_file_is_refused(tmp_path):
     found = build_tree(["a", "b", "c"], np.array([3, 2, 1]), unit(np.eye(3)), TreeSettings())
     found.save(tmp_path / "tree.npz")
