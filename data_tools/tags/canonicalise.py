@@ -277,9 +277,7 @@ def _write(folder: Path, table: TagTable, merger: _Merger, vectors: np.ndarray, 
     rows = ({"tag": table.names[tag], "count": int(count)} for tag, count in zip(kept, counts, strict=True))
     write_jsonl(folder / VOCABULARY, rows)
     write_jsonl(folder / MERGES, merger.rows)
-    write_arrays(
-        folder / CARRIED, indptr=carried.indptr.astype(np.int64), tags=carried.indices.astype(np.int32)
-    )
+    write_arrays(folder / CARRIED, indptr=carried.indptr.astype(np.int64), tags=carried.indices.astype(np.int32))
     reasons = [row["reason"] for row in merger.rows]
     merges = {reason: reasons.count(reason) for reason in ("folding", "spelling", "meaning", "rare")}
     return {"instances": table.carried.shape[0], "spellings": len(table.spellings), "tags": len(kept), "merges": merges}

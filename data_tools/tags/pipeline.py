@@ -198,7 +198,15 @@ class Pipeline:
     def report(self, target: Path | None = None) -> None:
         """The report on whatever was done."""
         left_out = (read.REJECTED, tag.FAILED, duplicates.DUPLICATES, ground.UNPLACED, "blend")
-        names = (read.RECORDS, ground.GROUNDING, tree.TREE, canonicalise.EMBEDDINGS, "selection.jsonl", "selection.json", *left_out)
+        names = (
+            read.RECORDS,
+            ground.GROUNDING,
+            tree.TREE,
+            canonicalise.EMBEDDINGS,
+            "selection.jsonl",
+            "selection.json",
+            *left_out,
+        )
         inputs = self._own(*names)
         if target is not None:
             inputs["target"] = target / ground.GROUNDING

@@ -71,7 +71,9 @@ def branch_rows(pool: Pool, statistics: NodeStatistics, chosen: np.ndarray) -> l
 
     return [
         {
-            "name": str(pool.names[node]), "own": int(own[node]), "own_selected": int(own_selected[node]),
+            "name": str(pool.names[node]),
+            "own": int(own[node]),
+            "own_selected": int(own_selected[node]),
             **{name: value(column, node) for name, column in vars(statistics).items()},
         }  # fmt: skip
         for node in branches[np.argsort(-statistics.pool_share[branches], kind="stable")]

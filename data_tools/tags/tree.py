@@ -103,9 +103,7 @@ def load_tree(path: Path) -> Tree:
     return Tree(**{field: arrays[field] for field in FIELDS})
 
 
-def _levels(
-    vectors: np.ndarray, counts: np.ndarray, instances: np.ndarray, settings: TreeSettings
-) -> list[np.ndarray]:
+def _levels(vectors: np.ndarray, counts: np.ndarray, instances: np.ndarray, settings: TreeSettings) -> list[np.ndarray]:
     """Cluster of each node, level by level from the tags up; the last level's nodes hang from the root."""
     result: list[np.ndarray] = []
     # Sums over the tags that instances carry: a parent's mean is theirs, however they are spread over its children.

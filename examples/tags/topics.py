@@ -1,4 +1,4 @@
-"""How well a tree's levels agree with known topics: adjusted mutual information, beside flat clusterings of the same vectors.
+"""How well a tree's levels agree with known topics: adjusted mutual information, beside flat clusterings.
 
 A record's branch on a level is the one that the write step and the report use (`branches.py`). The flat clusterings are
 k-means with as many clusters as the level has branches: of the tags' vectors, with a record in the nearest of the
@@ -41,14 +41,15 @@ def flat_tags(pool: Pool, clusters: int) -> np.ndarray:
     parent = np.concatenate([[-1], np.zeros(clusters, np.int64), 1 + found])
     held = 1 + clusters + np.searchsorted(leaves, pool.leaves)
     flat = Pool(
-        pool.indptr, held.astype(np.int32), pool.quality, pool.difficulty, parent, np.minimum(np.arange(len(parent)), 1),
+        pool.indptr, held.astype(np.int32), pool.quality, pool.difficulty,
+        parent, np.minimum(np.arange(len(parent)), 1),
         leaf_vectors=pool.leaf_vectors,
     )  # fmt: skip
     return branch_of(flat, 1 + np.arange(clusters))
 
 
 def agreement(work: Path) -> list[dict]:
-    """One row a level: branches, and the agreement of the tree and of the flat clusterings with the records' sources."""
+    """One row a level: branches, and how well the tree and the flat clusterings agree with the records' sources."""
     pool = load_pool(work, vectors=True)
     sources = np.array([record["source"] for record in read_jsonl(work / RECORDS)])[pool.record]
     records = unit(pool.shares[:, pool.leaf_nodes] @ pool.leaf_vectors)
@@ -75,7 +76,11 @@ def main() -> None:
     with usage_errors_exit():
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
         parser.add_argument(
-            "--work", type=Path, nargs="+", required=True, help="work folders of tools/preprocess_tags.py, tree step done"
+            "--work",
+            type=Path,
+            nargs="+",
+            required=True,
+            help="work folders of tools/preprocess_tags.py, tree step done",
         )
         parser.add_argument("--readme", type=Path, help="file with a section topics that takes the table")
         args = parser.parse_args()

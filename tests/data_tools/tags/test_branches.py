@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tag_pools import topic_pool
 
+from megatron_ksa.data_tools.benchmarks.tags_align import topic_pool
 from megatron_ksa.data_tools.tags.branches import branch_means, branch_of
 from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.pool import Pool
@@ -34,12 +34,14 @@ def test_definition_in_loops_and_rows_do_not_depend_on_their_neighbours(monkeypa
     generator = np.random.default_rng(0)
     pool = replace(
         pool, leaves=generator.choice(pool.leaf_nodes, len(pool.leaves)).astype(np.int32),
-        leaf_vectors=unit(generator.normal(size=(len(pool.leaf_nodes), 6))), count=generator.integers(1, 9, len(pool.parent)),
+        leaf_vectors=unit(generator.normal(size=(len(pool.leaf_nodes), 6))),
+        count=generator.integers(1, 9, len(pool.parent)),
     )  # fmt: skip
     nodes = np.flatnonzero(pool.depth == 1)
     vector = dict(zip(pool.leaf_nodes.tolist(), pool.leaf_vectors, strict=True))
     means = {
-        node: sum(pool.count[leaf] * vector[leaf] for leaf in vector if pool.parent[leaf] == node) for node in nodes.tolist()
+        node: sum(pool.count[leaf] * vector[leaf] for leaf in vector if pool.parent[leaf] == node)
+        for node in nodes.tolist()
     }
     means = {node: mean / np.linalg.norm(mean) for node, mean in means.items()}
     np.testing.assert_allclose(branch_means(pool, nodes), list(means.values()), atol=1e-6)

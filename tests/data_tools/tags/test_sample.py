@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tag_pools import topic_pool
 
+from megatron_ksa.data_tools.benchmarks.tags_align import topic_pool
 from megatron_ksa.data_tools.tags.budget import parse_budget
 from megatron_ksa.data_tools.tags.objective import PHI, level_weights, strengths
 from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings, sample
