@@ -1,13 +1,16 @@
 """Preprocessing: the same bytes for any number of workers, ids that training agrees with, and nothing half-written."""
 
 import gzip
+import io
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +33,19 @@ TEXTS = [f"def  f{i}(x):\n\treturn x ** {i}  # Größe {i * i}\n" for i in range
 ]
 
 
-def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_tool(name: str, *arguments: object) -> SimpleNamespace:
+    """A tool in this process, which has its imports already: returncode, stdout, stderr. A traceback fails the test."""
+    path, code = str(ROOT / "tools" / name), 0
+    with (
+        pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as error,
+    ):  # fmt: skip
+        patch.setattr(sys, "argv", [path, *map(str, arguments)])
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=error.getvalue())
 
 
 @pytest.fixture(scope="module")
