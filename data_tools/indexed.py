@@ -1,4 +1,4 @@
-"""Megatron's indexed datasets (`PREFIX.bin`, `PREFIX.idx`): written so that an interrupted run leaves none, and checked.
+"""Megatron's indexed datasets (`PREFIX.bin`, `PREFIX.idx`): written so that an interrupted run leaves none; checked.
 
 `.idx` layout (megatron.core.datasets.indexed_dataset): 9-byte magic, version u64, dtype code u8, sequence count u64,
 document count u64, then lengths i32, byte offsets i64, document boundaries i64, and for multimodal data modes i8.

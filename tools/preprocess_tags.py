@@ -5,6 +5,8 @@ Without a command, or with `all`, every step runs. A rerun continues; a changed 
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 try:
@@ -25,7 +27,7 @@ from megatron_ksa.data_tools.tags.selection import TokenSettings, read_summary
 from megatron_ksa.data_tools.tags.taggers.endpoint import EndpointSettings
 from megatron_ksa.data_tools.tags.tree import TreeSettings
 from megatron_ksa.data_tools.tags.write import WriteSettings
-from megatron_ksa.errors import usage_errors_exit
+from megatron_ksa.errors import UsageError, usage_errors_exit
 
 COMMANDS = {
     "tag": "read the input and tag every record",
@@ -82,14 +84,24 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@contextmanager
+def of_target() -> Iterator[None]:
+    """A mistake in the target says so: its lines read like the pool's."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"--target: {error}") from None
+
+
 def run_tag(pipeline: Pipeline, target: Pipeline | None, args: argparse.Namespace) -> None:
     """Read and tag the pool, then the target."""
     records, tagger, endpoint = (config_from_args(config, args, "") for config in CONFIGS["tag"].values())
     pipeline.read(args.input, args.glob, records)
     pipeline.tag(tagger, endpoint)
     if target is not None:
-        target.read(args.target, args.glob, records)
-        target.tag(tagger, endpoint, pool=pipeline.folder)
+        with of_target():
+            target.read(args.target, args.glob, records)
+            target.tag(tagger, endpoint, pool=pipeline.folder)
 
 
 def run_tree(pipeline: Pipeline, target: Pipeline | None, args: argparse.Namespace) -> None:
@@ -98,9 +110,10 @@ def run_tree(pipeline: Pipeline, target: Pipeline | None, args: argparse.Namespa
     if args.tree is None:
         pipeline.tree(settings)
     else:
-        pipeline.ground_on(settings, args.tree)
+        pipeline.adopt_tree(settings, args.tree)
     if target is not None:
-        target.ground_on(settings, args.tree or pipeline.folder)
+        with of_target():
+            target.ground_on(settings, args.tree or pipeline.folder)
 
 
 def run_sample(pipeline: Pipeline, target: Pipeline | None, args: argparse.Namespace) -> None:

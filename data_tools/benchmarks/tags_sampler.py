@@ -18,7 +18,7 @@ import numpy as np
 from megatron_ksa.data_tools.tags.baselines import label_graph, label_information
 from megatron_ksa.data_tools.tags.files import write_json
 from megatron_ksa.data_tools.tags.greedy import greedy
-from megatron_ksa.data_tools.tags.objective import EPSILON, POWER, strengths, tree_information
+from megatron_ksa.data_tools.tags.objective import EPSILON, POWER, Coverage, level_weights, strengths, tree_information
 from megatron_ksa.data_tools.tags.pool import Pool
 
 TAGS_PER_INSTANCE = 5
@@ -53,6 +53,12 @@ def synthetic_pool(instances: int, tags: int, seed: int = 0) -> Pool:
     )  # fmt: skip
 
 
+def tree_of(pool: Pool, choose: int) -> Coverage:
+    """Tree information with the sampler's defaults."""
+    weight = level_weights(pool.held, pool.depth, choose)
+    return tree_information(pool.shares, strengths(pool.quality, pool.difficulty), pool.parent, weight)
+
+
 def timed(function, *arguments):
     """The result and the seconds it took."""
     start = time.perf_counter()
@@ -63,9 +69,7 @@ def timed(function, *arguments):
 def large(instances: int, tags: int, choose: int) -> dict:
     """One selection by tree information."""
     pool = synthetic_pool(instances, tags)
-    information, grounding = timed(
-        lambda: tree_information(pool.shares, strengths(pool.quality, pool.difficulty), pool.parent, pool.depth)
-    )
+    information, grounding = timed(tree_of, pool, choose)
     found, seconds = timed(lambda: greedy(information, choose, show_progress=True))
     return {
         "instances": instances, "tags": tags, "nodes": len(pool.parent), "chosen": len(found.chosen),
@@ -102,7 +106,7 @@ def dense(instances: int, tags: int, choose: int, steps: int) -> dict:
     """Tree information against the label graph, lazily and densely."""
     pool = synthetic_pool(instances, tags)
     strength = strengths(pool.quality, pool.difficulty)
-    tree = tree_information(pool.shares, strength, pool.parent, pool.depth)
+    tree = tree_of(pool, choose)
     labels = label_information(pool.shares, strength, pool.leaf_nodes, label_graph(pool.leaf_vectors))
     by_tree, tree_seconds = timed(greedy, tree, choose)
     by_labels, label_seconds = timed(greedy, labels, choose)

@@ -4,7 +4,7 @@
 
 Each size and branching runs in a process of its own, so that its peak of memory is its own. The vectors are noisy
 copies of 400 centres: a tag's noise is longer than the distance between centres, as tags of a real pool are not in
-clean clusters.
+clean clusters. Instances, as many as the tree step takes at most, carry five tags each at random.
 """
 
 import argparse
@@ -18,10 +18,11 @@ import numpy as np
 
 from megatron_ksa.data_tools.tags.embed import DIMENSIONS, unit
 from megatron_ksa.data_tools.tags.files import write_json
-from megatron_ksa.data_tools.tags.tree import TreeSettings, build_tree
+from megatron_ksa.data_tools.tags.tree import INSTANCES, TreeSettings, build_tree
 
 CENTRES = 400
 NOISE = 1.2
+TAGS_PER_INSTANCE = 5
 
 
 def measure(tags: int, branching: int) -> dict:
@@ -30,9 +31,12 @@ def measure(tags: int, branching: int) -> dict:
     centres = generator.normal(size=(CENTRES, DIMENSIONS)).astype(np.float32)
     vectors = unit(centres[generator.integers(CENTRES, size=tags)] + NOISE * generator.normal(size=(tags, DIMENSIONS)))
     counts = generator.integers(1, 50, size=tags)
+    carried = generator.integers(tags, size=(INSTANCES, TAGS_PER_INSTANCE))
+    instances = unit(vectors[carried].sum(axis=1))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    tree = build_tree([f"tag {number}" for number in range(tags)], counts, vectors, TreeSettings(branching=branching))
+    names, settings = [f"tag {number}" for number in range(tags)], TreeSettings(branching=branching)
+    tree = build_tree(names, counts, vectors, settings, instances)
     return {
         "tags": tags, "branching": branching, "dimensions": DIMENSIONS,
         "seconds": time.perf_counter() - start,

@@ -3,7 +3,9 @@
 import numpy as np
 from scipy.sparse import csr_array, diags_array
 
-from megatron_ksa.data_tools.tags.objective import Coverage, ancestors
+from megatron_ksa.data_tools.tags.branches import branch_of
+from megatron_ksa.data_tools.tags.objective import Coverage
+from megatron_ksa.data_tools.tags.pool import Pool
 
 LABEL_SIMILARITY = 0.9
 LABELS_AT_ONCE = 1024
@@ -38,20 +40,6 @@ def top_quality(quality: np.ndarray) -> np.ndarray:
     return np.argsort(-np.where(np.isnan(quality), -np.inf, quality), kind="stable")
 
 
-def main_branch(shares: csr_array, parent: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-    """The node among `nodes` that holds most of an instance's tags: int64 [instances], -1 without tags there.
-
-    Args:
-        shares: float64 [instances, all nodes], as `objective.tag_shares` gives them.
-        nodes: int64 [nodes], none above another; ties go to the first.
-    """
-    held = csr_array(shares @ ancestors(parent)[:, nodes])
-    # Sums of thirds must tie as the fractions do.
-    held.data = held.data.round(9)
-    held.eliminate_zeros()
-    return np.where(np.diff(held.indptr) > 0, nodes[held.argmax(axis=1)], -1)
-
-
 def cluster_balanced(cluster: np.ndarray, seed: int) -> np.ndarray:
     """int64 [instances]: one random instance of each cluster, then a second one of each, and so on."""
     generator = np.random.default_rng(seed)
@@ -63,11 +51,11 @@ def cluster_balanced(cluster: np.ndarray, seed: int) -> np.ndarray:
     return np.lexsort((generator.random(len(cluster)), place))
 
 
-def tree_clusters(shares: csr_array, parent: np.ndarray, depth: np.ndarray, budget: float) -> np.ndarray:
-    """Cluster of every instance: its main branch on the level with the number of nodes nearest to sqrt(budget)."""
-    levels = np.bincount(depth)
+def tree_clusters(pool: Pool, budget: float) -> np.ndarray:
+    """Cluster of every instance: its branch on the level with the number of nodes nearest to sqrt(budget)."""
+    levels = np.bincount(pool.depth)
     level = int(np.abs(levels[1:] - np.sqrt(budget)).argmin()) + 1 if len(levels) > 1 else 0
-    return main_branch(shares, parent, np.flatnonzero(depth == level))
+    return branch_of(pool, np.flatnonzero(pool.depth == level))
 
 
 def label_graph(vectors: np.ndarray, similarity: float = LABEL_SIMILARITY) -> csr_array:

@@ -20,11 +20,12 @@ from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags.duplicates import DUPLICATES, Index, letter_shingles, signatures, tagged_records
 from megatron_ksa.data_tools.tags.embed import LatentEmbedder, SentenceEmbedder
 from megatron_ksa.data_tools.tags.engine import Engine
-from megatron_ksa.data_tools.tags.files import read_jsonl, whole_file, write_jsonl
+from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, whole_file, write_arrays, write_jsonl
 from megatron_ksa.data_tools.tags.records import record_text
 from megatron_ksa.errors import UsageError
 
 VOCABULARY, MERGES, EMBEDDINGS, EMBEDDER = "vocabulary.jsonl", "tag_merges.jsonl", "embeddings.npy", "embedder"
+CARRIED = "carried.npz"
 MODEL_MERGE_COSINE = 0.92
 TAGS_PER_TASK = 4096
 ROWS_AT_ONCE = 512
@@ -268,13 +269,26 @@ def canonicalise(folder: Path, settings: CanonicalSettings, engine: Engine) -> d
 
 
 def _write(folder: Path, table: TagTable, merger: _Merger, vectors: np.ndarray, embedder) -> dict:
-    kept, counts = merger.kept, merger.carried(table.carried).sum(axis=0)
+    kept, carried = merger.kept, merger.carried(table.carried)
+    counts = carried.sum(axis=0)
     embedder.save(folder / EMBEDDER)
     with whole_file(folder / EMBEDDINGS, "wb") as stream:
         np.save(stream, vectors)
     rows = ({"tag": table.names[tag], "count": int(count)} for tag, count in zip(kept, counts, strict=True))
     write_jsonl(folder / VOCABULARY, rows)
     write_jsonl(folder / MERGES, merger.rows)
+    write_arrays(folder / CARRIED, indptr=carried.indptr.astype(np.int64), tags=carried.indices.astype(np.int32))
     reasons = [row["reason"] for row in merger.rows]
     merges = {reason: reasons.count(reason) for reason in ("folding", "spelling", "meaning", "rare")}
     return {"instances": table.carried.shape[0], "spellings": len(table.spellings), "tags": len(kept), "merges": merges}
+
+
+def read_carried(path: Path, tags: int) -> csr_array:
+    """float32 [instances, tags], 1 where an instance that is no duplicate carries a canonical tag.
+
+    Args:
+        tags: tags of the vocabulary.
+    """
+    arrays = read_arrays(path)
+    ones = np.ones(len(arrays["tags"]), np.float32)
+    return csr_array((ones, arrays["tags"], arrays["indptr"]), shape=(len(arrays["indptr"]) - 1, tags))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,19 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(path)
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file, or the files of a folder, each of which appears only when it is whole; the folder's others go."""
+    if not source.is_dir():
+        with open(source, "rb") as read, whole_file(path, "wb") as stream:
+            shutil.copyfileobj(read, stream)
+        return
+    for old in path.glob("*"):
+        if not (source / old.name).exists():
+            old.unlink()
+    for file in source.iterdir():
+        copy_whole(file, path / file.name)
 
 
 def json_line(row: dict) -> str:

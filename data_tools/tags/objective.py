@@ -136,20 +136,41 @@ def tree_information(
     shares: csr_array,
     strength: np.ndarray,
     parent: np.ndarray,
-    depth: np.ndarray,
+    weight: np.ndarray,
     *,
-    depth_weight: float = 1.0,
     phi: str = "power",
 ) -> Coverage:
-    """I(S) with w(depth) = depth_weight ** depth.
+    """I(S).
 
     Args:
         shares, strength, parent: as `ground` takes them.
-        depth: int [nodes], 0 at the root.
+        weight: float64 [nodes], w of each node's depth, as `level_weights` gives it.
         phi: one of `PHI`.
     """
-    weight = float(depth_weight) ** depth.astype(np.float64)
     return Coverage(ground(shares, strength, parent), weight, np.full(len(parent), float(PHI.index(phi))))
+
+
+def level_weights(
+    held: np.ndarray, depth: np.ndarray, amount: float, *, phi: str = "power", depth_weight: float = 1.0
+) -> np.ndarray:
+    """w(depth) of each node, float64 [nodes]; 1 at the root.
+
+    phi is concave, so mass counts the more the more nodes it is spread over: with equal weights the leaves, which are
+    many, would decide alone, and branches would fill up in proportion to the pool. So a level is divided by what a
+    selection like the pool would have there, for each unit of its mass:
+
+        w(d) = depth_weight^d * sum_v held_v / sum_v phi(amount * held_v) * phi(amount),    v at depth d.
+
+    Args:
+        held: float64 [nodes], share of the pool's tags at or below each node; 1 at the root.
+        depth: int [nodes], 0 at the root.
+        amount: mass that a selection will have, its instances.
+        phi: one of `PHI`.
+    """
+    plain = Coverage(csr_array((0, len(held))), np.ones(len(held)), np.full(len(held), float(PHI.index(phi))))
+    reached = np.bincount(depth, plain.phi(amount * held))
+    mean = np.divide(np.bincount(depth, held), reached, out=np.zeros(len(reached)), where=reached > 0)
+    return (mean * reached[0] * float(depth_weight) ** np.arange(len(mean)))[depth]
 
 
 def strengths(

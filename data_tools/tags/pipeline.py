@@ -9,6 +9,7 @@ from megatron_ksa.data_tools.readers import input_files
 from megatron_ksa.data_tools.tags import canonicalise, duplicates, ground, read, tag, tree
 from megatron_ksa.data_tools.tags.budget import counts_tokens
 from megatron_ksa.data_tools.tags.engine import Engine
+from megatron_ksa.data_tools.tags.files import copy_whole
 from megatron_ksa.data_tools.tags.manifest import Manifest
 from megatron_ksa.data_tools.tags.records import RecordSettings
 from megatron_ksa.data_tools.tags.report import report_step
@@ -24,6 +25,10 @@ from megatron_ksa.errors import UsageError
 TAGGERS = ("keyphrase", "llm", "data")
 TARGET = "target"
 CACHE = "tag_cache/answers.sqlite"
+# What instances need to be put on a tree.
+TREE_FILES = (
+    canonicalise.VOCABULARY, canonicalise.MERGES, canonicalise.EMBEDDINGS, canonicalise.EMBEDDER, tree.TREE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,13 +142,15 @@ class Pipeline:
         """Duplicates, canonical tags, the tree, and the pool on it."""
         self.duplicates(settings.duplicates)
         pool = self._own(read.RECORDS, tag.TAGS, duplicates.DUPLICATES)
-        outputs = [canonicalise.VOCABULARY, canonicalise.MERGES, canonicalise.EMBEDDINGS, canonicalise.EMBEDDER]
+        names = ("VOCABULARY", "MERGES", "CARRIED", "EMBEDDINGS", "EMBEDDER")
+        outputs = [getattr(canonicalise, name) for name in names]
         self.run(
             "canonicalise", asdict(settings.canonical), pool, outputs,
             lambda: canonicalise.canonicalise(self.folder, settings.canonical, self.engine),
         )  # fmt: skip
         self.run(
-            "tree", asdict(settings.tree), self._own(canonicalise.VOCABULARY, canonicalise.EMBEDDINGS), [tree.TREE],
+            "tree", asdict(settings.tree),
+            self._own(canonicalise.VOCABULARY, canonicalise.CARRIED, canonicalise.EMBEDDINGS), [tree.TREE],
             lambda: tree.tree(self.folder, settings.tree),
         )  # fmt: skip
         self.ground(settings.ground, self.folder)
@@ -151,14 +158,7 @@ class Pipeline:
     def ground(self, settings: ground.GroundSettings, tree_folder: Path) -> None:
         """The folder's instances on a tree, its own or an older one."""
         inputs = self._own(read.RECORDS, tag.TAGS, duplicates.DUPLICATES)
-        names = (
-            canonicalise.VOCABULARY,
-            canonicalise.MERGES,
-            canonicalise.EMBEDDINGS,
-            canonicalise.EMBEDDER,
-            tree.TREE,
-        )
-        inputs |= {f"tree/{name}": tree_folder / name for name in names}
+        inputs |= {f"tree/{name}": tree_folder / name for name in TREE_FILES}
         self.run(
             "ground", asdict(settings), inputs, [ground.GROUNDING, ground.PLACED, ground.UNPLACED],
             lambda: ground.ground(self.folder, tree_folder, settings, self.engine),
@@ -183,7 +183,7 @@ class Pipeline:
 
     def write(self, settings: WriteSettings, target: Path | None = None) -> None:
         """The blend that training reads."""
-        inputs = self._own(read.RECORDS, ground.GROUNDING, tree.TREE, "selection.jsonl")
+        inputs = self._own(read.RECORDS, ground.GROUNDING, tree.TREE, canonicalise.EMBEDDINGS, "selection.jsonl")
         inputs["tokenizer"] = Path(settings.tokenizer_model)
         if target is not None and settings.weights == "target":
             inputs["target"] = target / ground.GROUNDING
@@ -198,7 +198,15 @@ class Pipeline:
     def report(self, target: Path | None = None) -> None:
         """The report on whatever was done."""
         left_out = (read.REJECTED, tag.FAILED, duplicates.DUPLICATES, ground.UNPLACED, "blend")
-        names = (read.RECORDS, ground.GROUNDING, tree.TREE, "selection.jsonl", "selection.json", *left_out)
+        names = (
+            read.RECORDS,
+            ground.GROUNDING,
+            tree.TREE,
+            canonicalise.EMBEDDINGS,
+            "selection.jsonl",
+            "selection.json",
+            *left_out,
+        )
         inputs = self._own(*names)
         if target is not None:
             inputs["target"] = target / ground.GROUNDING
@@ -215,6 +223,20 @@ class Pipeline:
             raise UsageError(f"{tree_folder}: no {tree.TREE} there; run the tree step of that folder first")
         self.duplicates(settings.duplicates)
         self.ground(settings.ground, tree_folder)
+
+    def adopt_tree(self, settings: TreeStepSettings, tree_folder: Path) -> None:
+        """`ground_on`, with a copy of the tree in this folder, where the steps that follow look for it."""
+        if tree_folder.resolve() == self.folder.resolve():
+            raise UsageError(f"--tree {tree_folder}: name another work folder than --work")
+        self.ground_on(settings, tree_folder)
+        inputs = {f"tree/{name}": tree_folder / name for name in TREE_FILES}
+
+        def action() -> dict:
+            for name in TREE_FILES:
+                copy_whole(tree_folder / name, self.folder / name)
+            return {"nodes": len(tree.load_tree(self.folder / tree.TREE).parent)}
+
+        self.run("tree", {"adopted": True}, inputs, list(TREE_FILES), action)
 
 
 def _sentence(counts: dict) -> str:

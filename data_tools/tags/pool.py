@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl
-from megatron_ksa.data_tools.tags.objective import tag_shares
+from megatron_ksa.data_tools.tags.objective import ancestors, tag_shares
 from megatron_ksa.errors import UsageError
 
 
@@ -24,7 +24,8 @@ class Pool:
         parent: int32 [nodes], -1 at the root.
         depth: int [nodes], 0 at the root.
         tokens: int64 [instances], or None where they are not known.
-        leaf_vectors: float [leaf nodes in rising order, dimensions], for the label graph only.
+        leaf_vectors: float [leaf nodes in rising order, dimensions], for branches and the label graph.
+        count: int64 [nodes], tags of the tree's pool at or below; counted here where it is None.
         record: int64 [instances], lines of `records.jsonl`, rising.
         names: str [nodes].
     """
@@ -37,6 +38,7 @@ class Pool:
     depth: np.ndarray
     tokens: np.ndarray | None = None
     leaf_vectors: np.ndarray | None = None
+    count: np.ndarray | None = None
     record: np.ndarray | None = None
     names: np.ndarray | None = None
 
@@ -54,6 +56,12 @@ class Pool:
     def shares(self) -> csr_array:
         """float64 [instances, nodes], as `objective.tag_shares` gives them."""
         return tag_shares(self.indptr, self.leaves, len(self.parent))
+
+    @cached_property
+    def held(self) -> np.ndarray:
+        """float64 [nodes], share of the pool's tags at or below each node."""
+        mass = self.shares.sum(axis=0)
+        return (mass @ ancestors(self.parent)) / (mass.sum() or 1.0)
 
     def take(self, rows: np.ndarray) -> "Pool":
         """The pool of the given rows, int64 [rows]."""
@@ -82,10 +90,13 @@ def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) ->
         )
     pool = Pool(
         grounding["indptr"], leaves, grounding["quality"], grounding["difficulty"], parent, nodes["depth"],
-        record=grounding["record"], names=nodes["name"],
+        count=nodes["count"], record=grounding["record"], names=nodes["name"],
     )  # fmt: skip
     if vectors:
-        embeddings = np.load(tree / "embeddings.npy", mmap_mode="r")
+        try:
+            embeddings = np.load(tree / "embeddings.npy", mmap_mode="r")
+        except FileNotFoundError:
+            raise UsageError(f"{tree / 'embeddings.npy'} does not exist: run the tree step first") from None
         return replace(pool, leaf_vectors=embeddings[nodes["tag"][pool.leaf_nodes]])
     return pool
 

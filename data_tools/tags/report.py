@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
+from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.files import read_jsonl, whole_file, write_json
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.report_data import NodeStatistics, choose_samples, node_statistics
@@ -56,15 +57,25 @@ def left_out(work: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def branch_rows(pool: Pool, statistics: NodeStatistics) -> list[dict]:
-    """The top branches, the largest first, as they are in the summary."""
+def branch_rows(pool: Pool, statistics: NodeStatistics, chosen: np.ndarray) -> list[dict]:
+    """The top branches, the largest first, as they are in the summary.
+
+    An instance has a tag in each of several branches (`pool`, `selected`) and one branch (`own`, `own_selected`).
+    """
     branches = np.flatnonzero(pool.depth == 1)
+    branch = branch_of(pool, branches)
+    own, own_selected = (np.bincount(rows[rows >= 0], minlength=len(pool.parent)) for rows in (branch, branch[chosen]))
 
     def value(column: np.ndarray | None, node: int) -> float | int | None:
         return None if column is None or np.isnan(column[node]) else column[node].item()
 
     return [
-        {"name": str(pool.names[node]), **{name: value(column, node) for name, column in vars(statistics).items()}}
+        {
+            "name": str(pool.names[node]),
+            "own": int(own[node]),
+            "own_selected": int(own_selected[node]),
+            **{name: value(column, node) for name, column in vars(statistics).items()},
+        }  # fmt: skip
         for node in branches[np.argsort(-statistics.pool_share[branches], kind="stable")]
     ]
 
@@ -113,7 +124,7 @@ def report_step(work: Path, *, target: Path | None = None) -> dict:
     Raises:
         UsageError: a file of an earlier step is missing.
     """
-    pool, chosen = load_pool(work), read_selection(work)
+    pool, chosen = load_pool(work, vectors=True), read_selection(work)
     selection = read_summary(work / "selection.json")
     wanted: csr_array | None = None if target is None else load_pool(target, tree=work).shares
     statistics = node_statistics(pool, chosen, wanted)
@@ -135,7 +146,7 @@ def report_step(work: Path, *, target: Path | None = None) -> dict:
         "nodes": len(pool.parent),
         "nodes_shown": shown,
         "tag_mass_covered": float(np.nan_to_num(statistics.coverage[0])),
-        "branches": branch_rows(pool, statistics),
+        "branches": branch_rows(pool, statistics, chosen),
         "left_out": counts,
         "blend": blend,
     }

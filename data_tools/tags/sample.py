@@ -10,7 +10,7 @@ from megatron_ksa.data_tools.tags import baselines
 from megatron_ksa.data_tools.tags.alignment import ALIGN_WEIGHT, align, divergence, leaf_distribution
 from megatron_ksa.data_tools.tags.budget import Budget, parse_budget
 from megatron_ksa.data_tools.tags.greedy import Selection, greedy
-from megatron_ksa.data_tools.tags.objective import PHI, Coverage, strengths, tree_information
+from megatron_ksa.data_tools.tags.objective import PHI, Coverage, level_weights, strengths, tree_information
 from megatron_ksa.data_tools.tags.partition import random_parts, two_round_greedy
 from megatron_ksa.data_tools.tags.pool import Pool
 from megatron_ksa.errors import UsageError
@@ -27,7 +27,7 @@ class SampleSettings:
         method: one of `METHODS`.
         align_weight: lambda, nats of divergence against the whole information; used where there is a target.
         phi: one of `objective.PHI`.
-        depth_weight: a level counts this many times the one above it.
+        depth_weight: a level counts this many times the one above it (`objective.level_weights`).
         quality_weight, difficulty_weight: exponents of the scores in s_i.
         parts: greedy in this many random parts, then over the union; 1 is greedy over the whole pool.
         label_similarity: cosine from which labels are joined, for the label graph.
@@ -47,7 +47,9 @@ class SampleSettings:
         flag="--align-weight",
     )
     phi: str = option("power", "How mass on a node counts: x^0.8 or log(1 + x).", choices=PHI, flag="--phi")
-    depth_weight: float = option(1.0, "A level counts this many times the one above it.", flag="--depth-weight")
+    depth_weight: float = option(
+        1.0, "A level counts this many times the one above it, for each unit of mass.", flag="--depth-weight"
+    )
     quality_weight: float = option(1.0, "Exponent of the quality score.", flag="--quality-weight")
     difficulty_weight: float = option(1.0, "Exponent of the difficulty score.", flag="--difficulty-weight")
     parts: int = option(1, "Choose in this many random parts, then from their choices: less memory.", flag="--parts")
@@ -103,15 +105,17 @@ class _Problem:
             pool.quality, pool.difficulty,
             quality_weight=settings.quality_weight, difficulty_weight=settings.difficulty_weight,
         )  # fmt: skip
+        self.weight = level_weights(
+            pool.held, pool.depth, pool.instances * self.share(), phi=settings.phi, depth_weight=settings.depth_weight
+        )
         # What the selection's leaf distribution counts: instances, or tokens where they are what the budget counts.
         self.weighted_shares = pool.shares if self.cost is None else csr_array(diags_array(self.cost) @ pool.shares)
 
     def information(self, rows: np.ndarray) -> Coverage:
         """I on the given instances, int64 [rows]."""
         return tree_information(
-            self.pool.shares[rows], self.strength[rows], self.pool.parent, self.pool.depth,
-            depth_weight=self.settings.depth_weight, phi=self.settings.phi,
-        )  # fmt: skip
+            self.pool.shares[rows], self.strength[rows], self.pool.parent, self.weight, phi=self.settings.phi
+        )
 
     def maximise(self, objective) -> Selection:
         """Greedy on `objective`, a function of rows that gives their `Coverage`."""
@@ -164,7 +168,7 @@ class _Problem:
         elif settings.method == "top-quality":
             order = baselines.top_quality(pool.quality)
         else:
-            clusters = baselines.tree_clusters(pool.shares, pool.parent, pool.depth, pool.instances * self.share())
+            clusters = baselines.tree_clusters(pool, pool.instances * self.share())
             order = baselines.cluster_balanced(clusters, settings.seed)
         chosen = baselines.spend(order, self.budget.amount, self.cost)
         return Selection(chosen, np.full(len(chosen), np.nan), 0)

@@ -53,7 +53,7 @@ def sample_step(
     Raises:
         UsageError: from `sample`, or a file that is missing.
     """
-    pool = load_pool(work, vectors=settings.method == "label-graph")
+    pool = load_pool(work, vectors=settings.method in ("label-graph", "cluster-balanced"))
     rows, refused = np.arange(pool.instances), 0
     if tokens is not None and pool.instances:
         pool = replace(pool, tokens=count_tokens(work, pool, tokens, run))

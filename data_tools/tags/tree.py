@@ -1,32 +1,25 @@
 """The tree step: canonical tags are clustered bottom-up, level by level, into one tree with named inner nodes.
 
-Each level joins nodes with Ward's method on their mean vectors, within blocks of at most 2,048 neighbours that
-k-means splits off. Ward makes compact clusters of even size without a start to choose, but over n nodes it takes n^2
-distances: 160 GB for 200,000. Within blocks it takes 2,048^2 at a time, for any branching, where k-means alone with
-as many centres as a level has parents would take n^2/branching distances in each round.
+`clustering.py` tells how nodes of a level are joined, and why so.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, ward
-from scipy.sparse import csr_array
-from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS, VOCABULARY
+from megatron_ksa.data_tools.tags.canonicalise import CARRIED, EMBEDDINGS, VOCABULARY, read_carried
+from megatron_ksa.data_tools.tags.clustering import cluster, membership, refine, refine_by_instances
 from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays
 from megatron_ksa.errors import UsageError
 
 TREE = "tree.npz"
 ROOT_NAME = "root"
-BLOCK = 2048
-REFINE_ROUNDS = 5
-ROWS_AT_ONCE = 4096
+INSTANCES = 50_000
 FIELDS = ("parent", "depth", "name", "tag", "count")
 
 
@@ -110,132 +103,67 @@ def load_tree(path: Path) -> Tree:
     return Tree(**{field: arrays[field] for field in FIELDS})
 
 
-def blocks(vectors: np.ndarray, size: int = BLOCK) -> list[np.ndarray]:
-    """Neighbours in blocks of at most `size`: int64 [members] a block.
-
-    Args:
-        vectors: float32 [nodes, dimensions].
-    """
-    done, open_ = [], [np.arange(len(vectors))]
-    while open_:
-        members = open_.pop()
-        if len(members) <= size:
-            done.append(members)
-            continue
-        parts = min(64, -(-2 * len(members) // size))
-        kmeans = MiniBatchKMeans(parts, batch_size=4096, n_init=1, max_iter=20, random_state=0)
-        labels = kmeans.fit_predict(vectors[members])
-        found = [members[labels == label] for label in range(parts)]
-        if max(map(len, found)) == len(members):
-            # Vectors that are all equal: any division is as good.
-            found = np.array_split(members, -(-len(members) // size))
-        open_.extend(part for part in found if len(part))
-    return done
-
-
-def _shares(sizes: list[int], clusters: int) -> list[int]:
-    """Clusters for each block, at least 1, in proportion to its size, of sum `clusters` where that is possible."""
-    edges = np.round(np.cumsum([0, *sizes]) * clusters / sum(sizes)).astype(int)
-    return np.maximum(np.diff(edges), 1).tolist()
-
-
-def refine(vectors: np.ndarray, sums: np.ndarray, labels: np.ndarray, rounds: int = REFINE_ROUNDS) -> np.ndarray:
-    """Move nodes to the cluster with the nearest mean, a few times: spherical k-means from the labels given.
-
-    Args:
-        vectors: unit, float32 [nodes, dimensions], `sums` scaled.
-        sums: float32 [nodes, dimensions], sum of the vectors of each node's tags.
-        labels: int64 [nodes], from 0 without gaps.
-    """
-    for _ in range(rounds):
-        means = unit(_membership(labels) @ sums)
-        moved = np.empty_like(labels)
-        for first in range(0, len(vectors), ROWS_AT_ONCE):
-            moved[first : first + ROWS_AT_ONCE] = (vectors[first : first + ROWS_AT_ONCE] @ means.T).argmax(axis=1)
-        moved = np.unique(moved, return_inverse=True)[1]
-        if np.array_equal(moved, labels):
-            break
-        labels = moved
-    return labels
-
-
-def cluster(vectors: np.ndarray, clusters: int, progress: tqdm | None = None) -> np.ndarray:
-    """Join nodes into about as many clusters with Ward's method: int64 [nodes], numbered from 0 without gaps.
-
-    Args:
-        vectors: unit, float32 [nodes, dimensions].
-    """
-    labels, used = np.empty(len(vectors), np.int64), 0
-    parts = blocks(vectors)
-    for members, share in zip(parts, _shares([len(part) for part in parts], clusters), strict=True):
-        if len(members) > 1 and share < len(members):
-            found = fcluster(ward(vectors[members].astype(np.float64)), share, criterion="maxclust")
-        else:
-            found = np.arange(len(members)) if share >= len(members) else np.zeros(len(members))
-        found = np.unique(found, return_inverse=True)[1]
-        labels[members] = found + used
-        used += found.max() + 1
-        if progress is not None:
-            progress.update(len(members))
-    return labels
-
-
-def _membership(labels: np.ndarray) -> csr_array:
-    """[clusters, nodes], 1 where a node belongs to a cluster."""
-    shape = (int(labels.max()) + 1, len(labels))
-    return csr_array((np.ones(len(labels), np.float32), (labels, np.arange(len(labels)))), shape=shape)
-
-
-def _levels(vectors: np.ndarray, settings: TreeSettings) -> list[np.ndarray]:
+def _levels(vectors: np.ndarray, counts: np.ndarray, instances: np.ndarray, settings: TreeSettings) -> list[np.ndarray]:
     """Cluster of each node, level by level from the tags up; the last level's nodes hang from the root."""
     result: list[np.ndarray] = []
-    sums, nodes = vectors.astype(np.float32), len(vectors)
+    # Sums over the tags that instances carry: a parent's mean is theirs, however they are spread over its children.
+    sums, nodes = vectors * counts.astype(np.float32)[:, None], len(vectors)
     while nodes > settings.top and len(result) + 1 < settings.levels:
         wanted = round(nodes / settings.branching) if settings.branching else round(np.sqrt(nodes))
         wanted = max(wanted, min(settings.top, nodes // 2))
         with tqdm(total=nodes, desc=f"tree level {len(result) + 1}", unit=" nodes") as progress:
             labels = refine(unit(sums), sums, cluster(unit(sums), wanted, progress))
+            labels = refine_by_instances(unit(sums), instances, unit(membership(labels) @ sums), labels)
         found = int(labels.max()) + 1
         if found >= nodes:
             break
-        # Sums of the tags' vectors: a parent's mean is that of its tags, however they are spread over its children.
-        sums, nodes = _membership(labels) @ sums, found
+        sums, nodes = membership(labels) @ sums, found
         result.append(labels)
     return result
 
 
-def _medoids(vectors: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """int64 [groups], the tag nearest to each group's mean; ties go to the first.
+def _medoids(vectors: np.ndarray, counts: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """int64 [groups], the tag nearest to each group's mean over instances; ties go to the first.
 
     Args:
         vectors: unit, float32 [tags, dimensions].
+        counts: int64 [tags].
         group: int64 [tags].
     """
-    means = unit(_membership(group) @ vectors)
+    means = unit(membership(group) @ (vectors * counts.astype(np.float32)[:, None]))
     near = np.einsum("td,td->t", vectors, means[group])
     order = np.lexsort((np.arange(len(group)), -near, group))
     return order[np.unique(group[order], return_index=True)[1]]
 
 
-def build_tree(names: list[str], counts: np.ndarray, vectors: np.ndarray, settings: TreeSettings) -> Tree:
+def build_tree(
+    names: list[str],
+    counts: np.ndarray,
+    vectors: np.ndarray,
+    settings: TreeSettings,
+    instances: np.ndarray | None = None,
+) -> Tree:
     """The tree over canonical tags.
 
     Args:
         names: the tags.
         counts: int64 [tags], instances that carry each.
         vectors: unit, float32 [tags, dimensions].
+        instances: unit, float32 [instances, dimensions], mean vectors of instances' tags, a sample of them perhaps;
+            levels are clusters of tags alone where it is None.
     """
     tags = len(names)
+    instances = np.empty((0, vectors.shape[1]), np.float32) if instances is None else instances
     # k-means adds up by thread, in any order: with one thread the same tags give the same tree.
     with threadpool_limits(1):
-        levels = _levels(vectors, settings)
+        levels = _levels(vectors, counts, instances, settings)
     parent, name, ancestor = [], [np.array(names, object)], np.arange(tags)
     offset = 0
     for labels in levels:
         parent.append(labels + offset + len(labels))
         offset += len(labels)
         ancestor = labels[ancestor]
-        name.append(name[0][_medoids(vectors, ancestor)])
+        name.append(name[0][_medoids(vectors, counts, ancestor)])
     last = int(levels[-1].max()) + 1 if levels else tags
     parent += [np.full(last, offset + last), [-1]]
     name.append(np.array([ROOT_NAME], object))
@@ -295,7 +223,9 @@ def _ordered(parent: np.ndarray, name: np.ndarray, counts: np.ndarray) -> Tree:
 def tree(folder: Path, settings: TreeSettings) -> dict:
     """Write `tree.npz` over the folder's vocabulary; returns counts."""
     names, counts = read_vocabulary(folder)
-    built = build_tree(names, counts, np.load(folder / EMBEDDINGS), settings)
+    vectors, carried = np.load(folder / EMBEDDINGS), read_carried(folder / CARRIED, len(names))
+    sample = carried[:: -(-carried.shape[0] // INSTANCES)]
+    built = build_tree(names, counts, vectors, settings, unit(sample @ vectors))
     built.save(folder / TREE)
     return {"nodes": len(built.parent), "leaves": len(names), "levels": np.bincount(built.depth).tolist()}
 

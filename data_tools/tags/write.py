@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
-from megatron_ksa.data_tools.tags.baselines import main_branch
 from megatron_ksa.data_tools.tags.blend_check import check_blend
+from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.chat_template import TEMPLATES, encode_records
 from megatron_ksa.data_tools.tags.files import json_line, read_jsonl, whole_file, write_json
 from megatron_ksa.data_tools.tags.objective import ancestors
@@ -125,7 +125,7 @@ def make_groups(keys: list, names: dict, min_instances: int) -> list[Group]:
 
 def _groups_of(work: Path, pool: Pool, settings: WriteSettings) -> tuple[list[Group], np.ndarray]:
     """Group and top branch of each instance; the branch is int64 [instances], -1 where a tag is the root itself."""
-    branch = main_branch(pool.shares, pool.parent, np.flatnonzero(pool.depth == 1))
+    branch = branch_of(pool, np.flatnonzero(pool.depth == 1))
     if settings.group_by == "branch":
         keys, names = branch.tolist(), {node: REST if node < 0 else str(pool.names[node]) for node in branch.tolist()}
     else:
@@ -273,7 +273,7 @@ def write_step(
         grounded = load_pool(target, tree=work)
         mass = grounded.shares.sum(axis=0) @ ancestors(grounded.parent)
     tokenizer = load_tokenizer(settings.tokenizer_model)
-    pool = load_pool(work)
+    pool = load_pool(work, vectors=True)
     pool = pool.take(np.sort(read_selection(work)))
     if not pool.instances:
         raise UsageError(f"{work / 'selection.jsonl'}: nothing is chosen; run the sample step again")

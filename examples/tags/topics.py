@@ -1,8 +1,8 @@
-"""How well a tree's levels agree with known topics: adjusted mutual information, beside flat clusterings of the same vectors.
+"""How well a tree's levels agree with known topics: adjusted mutual information, beside flat clusterings.
 
-A record's branch on a level is the one with most of its tags. The flat clusterings have as many clusters as the level
-has branches: k-means of the tags' vectors (records by most of their tags, as on the tree), and k-means of each
-record's mean vector.
+A record's branch on a level is the one that the write step and the report use (`branches.py`). The flat clusterings are
+k-means with as many clusters as the level has branches: of the tags' vectors, with a record in the nearest of the
+clusters that hold a tag of it, as on the tree; and of each record's mean vector, which knows no tags.
 """
 
 import argparse
@@ -11,53 +11,63 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import csr_array
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
 
-from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
+from megatron_ksa.data_tools.benchmarks.document import replace_section, table
+from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.embed import unit
-from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, whole_file
-from megatron_ksa.data_tools.tags.ground import GROUNDING
+from megatron_ksa.data_tools.tags.files import read_jsonl, whole_file
+from megatron_ksa.data_tools.tags.objective import ancestors
+from megatron_ksa.data_tools.tags.pool import Pool, load_pool
 from megatron_ksa.data_tools.tags.read import RECORDS
-from megatron_ksa.data_tools.tags.tree import TREE, load_tree
 from megatron_ksa.errors import usage_errors_exit
 
+STARTS = 3
+COLUMNS = {"tree": "tree", "votes": "tree, by votes", "flat_tags": "flat, tags", "flat_records": "flat, records"}
 
-def majority(carried: csr_array, group: np.ndarray) -> np.ndarray:
-    """int64 [instances], the group with most of each instance's tags; the first among equals.
 
-    Args:
-        carried: [instances, tags], 1 where an instance carries a tag.
-        group: int64 [tags].
-    """
-    member = csr_array((np.ones(len(group)), (np.arange(len(group)), group)))
-    return (carried @ member).argmax(axis=1)
+def by_votes(pool: Pool, nodes: np.ndarray) -> np.ndarray:
+    """int64 [instances], place in `nodes` of the one with most of an instance's tags, the first among equals: what
+    `branches.py` is compared with."""
+    return (pool.shares @ ancestors(pool.parent)[:, nodes]).toarray().round(9).argmax(axis=1)
+
+
+def flat_tags(pool: Pool, clusters: int) -> np.ndarray:
+    """int64 [instances], the branch of each on a tree that has k-means of the tags as its only level."""
+    leaves = pool.leaf_nodes
+    weight = np.bincount(pool.leaves, minlength=len(pool.parent))[leaves]
+    found = KMeans(clusters, n_init=STARTS, random_state=0).fit_predict(pool.leaf_vectors, sample_weight=weight)
+    parent = np.concatenate([[-1], np.zeros(clusters, np.int64), 1 + found])
+    held = 1 + clusters + np.searchsorted(leaves, pool.leaves)
+    flat = Pool(
+        pool.indptr, held.astype(np.int32), pool.quality, pool.difficulty,
+        parent, np.minimum(np.arange(len(parent)), 1),
+        leaf_vectors=pool.leaf_vectors,
+    )  # fmt: skip
+    return branch_of(flat, 1 + np.arange(clusters))
 
 
 def agreement(work: Path) -> list[dict]:
-    """One row a level: branches, and the agreement of the tree and of the flat clusterings with the records' sources."""
-    tree, grounding = load_tree(work / TREE), read_arrays(work / GROUNDING)
-    vectors = np.load(work / EMBEDDINGS)
-    sources = np.array([record["source"] for record in read_jsonl(work / RECORDS)])[grounding["record"]]
-    tags, bounds = tree.tag[grounding["leaves"]], grounding["indptr"]
-    carried = csr_array((np.ones(len(tags)), tags, bounds), shape=(len(bounds) - 1, len(vectors)))
-    means = unit(carried @ vectors)
+    """One row a level: branches, and how well the tree and the flat clusterings agree with the records' sources."""
+    pool = load_pool(work, vectors=True)
+    sources = np.array([record["source"] for record in read_jsonl(work / RECORDS)])[pool.record]
+    records = unit(pool.shares[:, pool.leaf_nodes] @ pool.leaf_vectors)
     rows = []
-    for level in range(1, int(tree.depth.max())):
-        branch = np.unique(tree.branch_at(level)[tree.leaf_of_tag], return_inverse=True)[1]
-        clusters = int(branch.max()) + 1
-        if clusters > len(means) // 4:
+    for level in range(1, int(pool.depth.max())):
+        # Leaves above the level are branches of their own.
+        above = pool.leaf_nodes[pool.depth[pool.leaf_nodes] < level]
+        nodes = np.union1d(np.flatnonzero(pool.depth == level), above)
+        if len(nodes) > pool.instances // 4:
             break
-        flat_tags = KMeans(clusters, n_init=3, random_state=0).fit_predict(vectors)
-        flat_records = KMeans(clusters, n_init=3, random_state=0).fit_predict(means)
         found = {
-            "tree": majority(carried, branch),
-            "flat_tags": majority(carried, flat_tags),
-            "flat_records": flat_records,
+            "tree": branch_of(pool, nodes),
+            "votes": by_votes(pool, nodes),
+            "flat_tags": flat_tags(pool, len(nodes)),
+            "flat_records": KMeans(len(nodes), n_init=STARTS, random_state=0).fit_predict(records),
         }
         scores = {name: round(float(adjusted_mutual_info_score(sources, labels)), 4) for name, labels in found.items()}
-        rows.append({"level": level, "branches": clusters, **scores})
+        rows.append({"level": level, "branches": len(nodes), **scores})
     return rows
 
 
@@ -66,19 +76,26 @@ def main() -> None:
     with usage_errors_exit():
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
         parser.add_argument(
-            "--work", type=Path, required=True, help="work folder of tools/preprocess_tags.py, tree step done"
+            "--work",
+            type=Path,
+            nargs="+",
+            required=True,
+            help="work folders of tools/preprocess_tags.py, tree step done",
         )
+        parser.add_argument("--readme", type=Path, help="file with a section topics that takes the table")
         args = parser.parse_args()
-        rows = agreement(args.work)
-        with whole_file(args.work / "topics.json") as stream:
-            stream.write(json.dumps(rows, indent=1) + "\n")
-        print(
-            f"{'level':>5} {'branches':>8} {'tree':>8} {'flat tags':>10} {'flat records':>13}   (AMI with the sources)"
-        )
-        for row in rows:
-            print(
-                f"{row['level']:>5} {row['branches']:>8} {row['tree']:>8.3f} {row['flat_tags']:>10.3f} {row['flat_records']:>13.3f}"
-            )
+        cells = []
+        for work in args.work:
+            rows = agreement(work)
+            with whole_file(work / "topics.json") as stream:
+                stream.write(json.dumps(rows, indent=1) + "\n")
+            cells += [
+                [work.name, row["level"], row["branches"], *(f"{row[name]:.3f}" for name in COLUMNS)] for row in rows
+            ]
+        text = table(["pool", "level", "branches", *COLUMNS.values()], cells)
+        print(text)
+        if args.readme:
+            replace_section(args.readme, "topics", text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ def test_share_is_met_with_every_document(share, tmp_path):
     counts = upsample(str(tmp_path / "in"), str(tmp_path / "out"), 90, share)
     written = IndexedDataset(str(tmp_path / "out"))
     sizes = np.array([len(written[i]) for i in range(len(written))])
-    assert sizes[sizes > 90].sum() / sizes.sum() == pytest.approx(share, abs=0.01) == pytest.approx(counts.share_after, abs=0.01)
+    assert (
+        sizes[sizes > 90].sum() / sizes.sum()
+        == pytest.approx(share, abs=0.01)
+        == pytest.approx(counts.share_after, abs=0.01)
+    )
     times = np.bincount([written[i][0] for i in range(len(written))], minlength=300)
     lengths = np.array([len(document) for document in documents])
     assert (times[lengths <= 90] == 1).all() and (times[lengths > 90] >= 1).all() and np.ptp(times[lengths > 90]) <= 1
@@ -28,7 +32,11 @@ def test_share_is_met_with_every_document(share, tmp_path):
 
 @pytest.mark.parametrize(
     ("threshold", "share", "message"),
-    [(20, 0.5, "no document is longer, the longest has 10"), (5, 0.3, "hold 0.667 already"), (5, 1.0, "between 0 and 1")],
+    [
+        (20, 0.5, "no document is longer, the longest has 10"),
+        (5, 0.3, "hold 0.667 already"),
+        (5, 1.0, "between 0 and 1"),
+    ],
 )
 def test_refused(threshold, share, message):
     with pytest.raises(UsageError, match=message):

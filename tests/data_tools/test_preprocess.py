@@ -1,13 +1,16 @@
 """Preprocessing: the same bytes for any number of workers, ids that training agrees with, and nothing half-written."""
 
 import gzip
+import io
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +27,25 @@ from megatron_ksa.data_tools.tokenizers import load_tokenizer, train_sentencepie
 from megatron_ksa.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [f"def  f{i}(x):\n\treturn x ** {i}  # Größe {i * i}\n" for i in range(300)] + ["<|endoftext|> </s> as text", "  "]
+TEXTS = [f"def  f{i}(x):\n\treturn x ** {i}  # Größe {i * i}\n" for i in range(300)] + [
+    "<|endoftext|> </s> as text",
+    "  ",
+]
 
 
-def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_tool(name: str, *arguments: object) -> SimpleNamespace:
+    """A tool in this process, which has its imports already: returncode, stdout, stderr. A traceback fails the test."""
+    path, code = str(ROOT / "tools" / name), 0
+    with (
+        pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as error,
+    ):  # fmt: skip
+        patch.setattr(sys, "argv", [path, *map(str, arguments)])
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=error.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +53,19 @@ def tokenizers(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tokenizers")
     write_byte_level(folder / "bytes")
     train_sentencepiece(TEXTS, folder / "bpe", vocab_size=320, threads=1)
-    return {"bytes": folder / "bytes", "sentencepiece": folder / "bpe.model", "json": folder / "bytes" / "tokenizer.json"}
+    return {
+        "bytes": folder / "bytes",
+        "sentencepiece": folder / "bpe.model",
+        "json": folder / "bytes" / "tokenizer.json",
+    }
 
 
 @pytest.fixture(scope="module")
 def jsonl(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)), encoding="utf-8"
+    )
     return path
 
 
@@ -103,7 +125,8 @@ def test_folders_and_gzip_are_read_in_order(tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"text": "cut of', b'"a string"', b'{"body": "x"}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"[" * 100000]
+    "line",
+    [b'{"text": "cut of', b'"a string"', b'{"body": "x"}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b"[" * 100000],
 )
 def test_bad_line_is_named_and_skipped_only_when_asked(line, tokenizers, tmp_path):
     path = tmp_path / "bad.jsonl"
@@ -207,6 +230,8 @@ def test_train_tokenizer_makes_both_kinds(jsonl, tmp_path):
     assert load_tokenizer(str(tmp_path / "bytes")).vocab_size == 257
     again = run_tool("train_tokenizer.py", "--input", jsonl, "--output", model)
     assert again.returncode == 2 and "exists" in again.stderr
-    too_many = run_tool("train_tokenizer.py", "--input", jsonl, "--output", tmp_path / "big.model", "--vocab-size", 10**6)
+    too_many = run_tool(
+        "train_tokenizer.py", "--input", jsonl, "--output", tmp_path / "big.model", "--vocab-size", 10**6
+    )
     assert too_many.returncode == 2 and "--vocab-size" in too_many.stderr.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bpe.model", "bytes"]

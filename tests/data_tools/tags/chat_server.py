@@ -20,7 +20,7 @@ def completion(content: str) -> bytes:
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Answers `/v1/chat/completions` as `behave(text, attempt, request)` says: status, headers, body, or the name of a fault.
+    """Answers `/v1/chat/completions` as `behave(text, attempt, request)` says: status, headers, body, or a fault.
 
     Faults: `hang` (no reply in time), `drip` (a byte now and then), `reset` (the connection is reset), `cut` (closes
     in the middle of the body).

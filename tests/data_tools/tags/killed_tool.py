@@ -51,7 +51,8 @@ def _call(number: int | None, arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Answer each call with a JSON line: exit code (negative: the signal), and what was printed."""
+    """Answer each call with two lines: the process that does it, then JSON: exit code (negative: the signal), and what
+    was printed."""
     runpy.run_path(str(TOOL), run_name="imported")
     # What steps import when they need it: here once rather than in every fork.
     for module in ("matplotlib.pyplot", "transformers", "megatron.core.datasets.blended_megatron_dataset_builder"):
@@ -65,6 +66,7 @@ def main() -> None:
             os.dup2(writer, 2)
             _call(*json.loads(line))
         os.close(writer)
+        print(child, flush=True)
         with open(reader, encoding="utf-8", errors="replace") as stream:
             output = stream.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -6,7 +6,6 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from megatron_ksa.data_tools.tags.objective import Coverage, tag_shares, tree_information
-from megatron_ksa.data_tools.tags.pool import Pool as TreePool
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Pool:
         return len(np.setdiff1d(np.arange(len(self.parent)), self.parent))
 
     def coverage(self) -> Coverage:
-        return tree_information(self.shares, self.strength, self.parent, self.depth, depth_weight=0.9, phi=self.phi)
+        return tree_information(self.shares, self.strength, self.parent, 0.9 ** self.depth.astype(float), phi=self.phi)
 
     def value(self, chosen) -> float:
         """I(S) of SPEC-TAGS 4 and 5, in loops."""
@@ -57,29 +56,3 @@ def random_pool(seed: int, instances: int = 12, nodes: int = 15, phi: str = "pow
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     leaves = generator.choice(leaf_nodes, indptr[-1]).astype(np.int32)
     return Pool(indptr, leaves, generator.uniform(0.1, 2.0, instances), parent, depth, phi)
-
-
-def topic_pool(
-    instances: int = 4000, topics: int = 8, leaves: int = 10, tilt: float = 1.0, target_tilt: float = 1.0, seed: int = 0
-) -> tuple[TreePool, np.ndarray]:
-    """Instances of one topic each, five tags of it, topics as frequent as rank^-tilt; and a target with other
-    frequencies.
-
-    The tree is root, topics, leaves. The target, float64 [nodes], is uniform over the leaves of a topic.
-    """
-    generator = np.random.default_rng(seed)
-    nodes = 1 + topics + topics * leaves
-    parent = np.concatenate([[-1], np.zeros(topics, int), 1 + np.arange(topics * leaves) // leaves]).astype(np.int32)
-    depth = np.concatenate([[0], np.ones(topics, int), np.full(topics * leaves, 2)])
-    frequency = (1.0 + np.arange(topics)) ** -tilt
-    wanted = (1.0 + generator.permutation(topics)) ** -target_tilt
-    topic = generator.choice(topics, instances, p=frequency / frequency.sum())
-    tags = 1 + topics + topic[:, None] * leaves + generator.integers(0, leaves, (instances, 5))
-    target = np.zeros(nodes)
-    target[1 + topics :] = np.repeat(wanted / wanted.sum() / leaves, leaves)
-    quality, difficulty = generator.integers(1, 11, (2, instances)).astype(float)
-    tokens = generator.integers(5, 200, instances)
-    pool = TreePool(
-        np.arange(0, 5 * instances + 1, 5), tags.ravel().astype(np.int32), quality, difficulty, parent, depth, tokens
-    )
-    return pool, target

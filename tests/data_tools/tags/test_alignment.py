@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tag_pools import random_pool, topic_pool
+from tag_pools import random_pool
 
+from megatron_ksa.data_tools.benchmarks.tags_align import topic_pool
 from megatron_ksa.data_tools.tags.alignment import align, divergence, leaf_distribution
 from megatron_ksa.data_tools.tags.greedy import greedy
 from megatron_ksa.data_tools.tags.sample import SampleSettings, sample

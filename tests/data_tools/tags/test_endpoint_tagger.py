@@ -1,4 +1,4 @@
-"""The endpoint tagger against a real server on this machine: every record is tagged or listed, nothing is asked twice."""
+"""The endpoint tagger against a real server on this machine: each record is tagged or listed, none asked twice."""
 
 import json
 import socket

@@ -1,12 +1,16 @@
 """`kill -9` in every step and a rerun: the final bytes are those of a run that nobody disturbed."""
 
 import json
+import os
 import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from chat_server import chat_server, good
 from raw_pool import write_pool
 
 from megatron_ksa.data_tools.tokenizers import write_byte_level
@@ -20,12 +24,14 @@ class Tool:
 
     def __init__(self) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.child = 0
         self._process = subprocess.Popen([sys.executable, str(KILLED)], text=True, **pipes)
 
     def __call__(self, *arguments: object, die_at: int | None = None) -> tuple[int, str]:
         """Exit code, -9 where the run was killed at a rename, and everything printed."""
         self._process.stdin.write(json.dumps([die_at, [str(argument) for argument in arguments]]) + "\n")
         self._process.stdin.flush()
+        self.child = int(self._process.stdout.readline())
         code, output = json.loads(self._process.stdout.readline())
         return code, output
 
@@ -35,7 +41,7 @@ class Tool:
         self._process.wait(timeout=60)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tool():
     started = Tool()
     yield started
@@ -82,3 +88,42 @@ def test_kill_at_every_rename_and_rerun_gives_the_same_bytes(tmp_path, tool):
         number = number + 1 if before == after else 0
     assert killed_in == steps and kills > 3 * len(steps)
     assert contents(work) == undisturbed
+
+
+def test_kill_while_an_endpoint_answers_and_rerun_asks_for_the_missing_only(tmp_path, tool):
+    pool = write_pool(tmp_path / "pool.jsonl")
+    words = "baking chess sailing genetics".split()
+
+    def behave(text, attempt, request):
+        found = sorted({word for word in words if word in text} | set(text.split()[4:6]))
+        return good({"tags": found, "quality": len(text) % 10 + 1, "difficulty": 5})
+
+    def arguments(name, server):
+        flags = ("--tagger", "llm", "--llm-url", server.url, "--llm-concurrency", 4)
+        return ("tag", "--work", tmp_path / name, "--input", pool, *flags)
+
+    with chat_server(behave) as server:
+        code, output = tool(*arguments("undisturbed", server))
+        assert code == 0, output
+        everything = set(server.attempts)
+
+    def kill_at_thirty(text, attempt, request):
+        if len(server.requests) == 30:
+            os.kill(tool.child, signal.SIGKILL)
+        return behave(text, attempt, request)
+
+    with chat_server(kill_at_thirty) as server:
+        assert tool(*arguments("killed", server))[0] == -9
+    cache = tmp_path / "killed" / "tag_cache" / "answers.sqlite"
+    with sqlite3.connect(cache) as connection:
+        kept = connection.execute("SELECT count(*) FROM answers").fetchone()[0]
+    # Of the requests before the kill, at most those under way are lost.
+    assert 30 - 4 <= kept < len(everything)
+    with chat_server(behave) as server:
+        assert tool(*arguments("killed", server))[0] == 0
+        assert set(server.attempts.values()) == {1} and len(server.attempts) == len(everything) - kept
+    same = [
+        {name: content for name, content in contents(tmp_path / folder).items() if not name.startswith("tag_cache")}
+        for folder in ("undisturbed", "killed")
+    ]
+    assert same[0] == same[1] and {"tags.jsonl", "failed.jsonl", "manifest.json"} <= same[0].keys()

@@ -247,7 +247,9 @@ def test_browser_shows_fifty_thousand_nodes(tmp_path, open_page):
         depth=depth.astype(np.int16),
         name=names,
         tag=tag.astype(np.int32),
+        count=np.ones(len(parent), np.int64),
     )
+    np.save(tmp_path / "embeddings.npy", generator.normal(size=(60_000, 4)).astype(np.float32))
     leaves = np.sort(first[4] + generator.choice(60_000, 40_000 * 4)).reshape(40_000, 4)
     scores = generator.integers(1, 11, 40_000).astype(float)
     write_arrays(

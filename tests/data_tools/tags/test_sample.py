@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tag_pools import topic_pool
 
+from megatron_ksa.data_tools.benchmarks.tags_align import topic_pool
 from megatron_ksa.data_tools.tags.budget import parse_budget
-from megatron_ksa.data_tools.tags.objective import strengths
+from megatron_ksa.data_tools.tags.objective import PHI, level_weights, strengths
 from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings, sample
 from megatron_ksa.errors import UsageError
 
@@ -114,6 +114,23 @@ def test_quality_difficulty_and_depth_weights():
         for w in (0.01, 100.0)
     }
     assert leaves[0.01] < leaves[100.0]
+
+
+def test_levels_count_alike_for_a_selection_like_the_pool():
+    """Each unit of mass is worth the same on every level; with a third level of few leaves too."""
+    parent = np.array([-1, 0, 0, 0, 1, 1, 2, 2, 2, 4, 4])
+    depth = np.array([0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3])
+    held = np.zeros(11)
+    held[[3, 5, 6, 7, 8, 9, 10]] = [0.2, 0.1, 0.2, 0.2, 0.1, 0.1, 0.1]
+    for node in range(10, 0, -1):
+        held[parent[node]] += held[node]
+    for phi in PHI:
+        for factor in (1.0, 0.5):
+            weight = level_weights(held, depth, 50.0, phi=phi, depth_weight=factor)
+            reached = np.log1p(50 * held) if phi == "log1p" else (50 * held + 1e-6) ** 0.8 - 1e-6**0.8
+            worth = np.bincount(depth, weight * reached) / np.bincount(depth, held)
+            np.testing.assert_allclose(worth, worth[0] * factor ** np.arange(4))
+            assert weight[0] == pytest.approx(1)
 
 
 def test_parts_come_close_to_one_greedy():

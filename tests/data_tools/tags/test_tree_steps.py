@@ -14,13 +14,14 @@ from megatron_ksa.data_tools.tags.canonicalise import (
     merge_meanings,
     merge_spellings,
 )
+from megatron_ksa.data_tools.tags.clustering import blocks, refine_by_instances
 from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings, find_duplicates, word_shingles
 from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tags.ground import GroundSettings
 from megatron_ksa.data_tools.tags.taggers.keyphrase import KeyphraseTagger, phrases
-from megatron_ksa.data_tools.tags.tree import Tree, TreeSettings, blocks, build_tree, load_tree
+from megatron_ksa.data_tools.tags.tree import Tree, TreeSettings, build_tree, load_tree
 from megatron_ksa.errors import UsageError
 
 
@@ -200,6 +201,18 @@ def test_planted_groups_are_the_top_branches_named_by_their_middle():
         members = np.flatnonzero(branch == node)
         middle = members[(vectors[members] @ vectors[members].mean(axis=0)).argmax()]
         assert found.name[node] == f"{group[middle]} {middle}"
+
+
+def test_levels_follow_instances_where_there_are_enough():
+    """Two centres that sit on outlying tags move to where the instances are; too few instances move nothing."""
+    generator = np.random.default_rng(0)
+    instances = unit(np.eye(3)[np.repeat([0, 1], 100)] + 0.05 * generator.normal(size=(200, 3)))
+    tags = unit(np.array([[1, 0, 0], [0.8, 0.6, 0], [0.6, 0.8, 0], [0, 1, 0], [0.5, 0.4, 0.8]]))
+    labels = np.array([0, 0, 0, 0, 1])
+    centres = unit(np.array([[1, 0.2, 0], [0.5, 0.4, 0.8]]))
+    moved = refine_by_instances(tags, instances, centres, labels)
+    assert moved[0] == moved[1] != moved[2] == moved[3]
+    assert refine_by_instances(tags, instances[:60], centres, labels) is labels
 
 
 def test_a_saved_tree_is_the_same_and_another_file_is_refused(tmp_path):

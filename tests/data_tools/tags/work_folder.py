@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from tag_pools import topic_pool
 
+from megatron_ksa.data_tools.benchmarks.tags_align import topic_pool
 from megatron_ksa.data_tools.tags.files import write_arrays, write_jsonl
 from megatron_ksa.data_tools.tokenizers import write_byte_level
 
