@@ -100,7 +100,7 @@ class KSASelfAttention(RotatedSelfAttention):
             tensor-parallel rank.
         """
         text, summaries = self.layout.split(hidden_states)
-        if self._rotation is not None:
+        if self._positions is not None:
             return self._project_and_rotate(text, summaries)
         text_qkv = self._project(self.linear_qkv, self.q_layernorm, self.k_layernorm, text)
         summary_qkv = self._project_summaries(summaries)

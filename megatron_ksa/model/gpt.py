@@ -14,6 +14,7 @@ from megatron_ksa.layout.rows import RowLayout, document_starts, document_starts
 from megatron_ksa.layout.zigzag import ZigZag
 from megatron_ksa.model.attention import KSASelfAttention
 from megatron_ksa.model.layers import SummaryEmbedding
+from megatron_ksa.model.rotated_attention import RotatedSelfAttention
 from megatron_ksa.rotary.embedding import PositionedRotaryEmbedding
 
 
@@ -67,6 +68,9 @@ class KSAGPTModel(GPTModel):
                 self.rotary.rescale(
                     lambda freqs: RotaryEmbedding._apply_scaling(self.rotary, freqs, factor=rope_scaling_factor)
                 )
+            for module in self.decoder.modules():
+                if isinstance(module, RotatedSelfAttention):
+                    module.set_rotary(self.rotary)
 
     def set_summary_coefficient(self, a: float) -> None:
         """Set the weight of the summary projections on summary rows in every layer (annealing)."""
@@ -115,7 +119,7 @@ class KSAGPTModel(GPTModel):
     ) -> tuple:
         """GPTModel's: embedded rows, then what `RotatedSelfAttention` takes as rotary_pos_emb.
 
-        That is a pair of angles, or, where the rotation kernel runs, of integer positions and frequencies.
+        That is a pair of angles, or, where the rotation kernel runs, int64 positions [rows, batch or 1].
         """
         decoder_input, _, *rest = super()._preprocess(
             input_ids, position_ids, decoder_input, inference_context, packed_seq_params, padding_mask
@@ -130,8 +134,8 @@ class KSAGPTModel(GPTModel):
             document_start = self._document_start(position_ids, packed_seq_params)
             positions = row_positions(self.layout, num_text * self.split.size, document_start, rows.device)
             positions = torch.cat([self.split.take(part) for part in self.layout.split(positions)])
-            rotary = self.rotary.fixed_point if uses_triton(ROTATION, rows) else self.rotary
-            angles = rotary(positions + self.position_offset)
+            positions = positions + self.position_offset
+            angles = positions if uses_triton(ROTATION, rows) else self.rotary(positions)
         return decoder_input, angles, *rest
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:

@@ -8,7 +8,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ksa.layout.rows import RowLayout
-from megatron_ksa.model.rotated_attention import is_fixed_point
 
 
 class BypassTransformerLayer(TransformerLayer):
@@ -23,18 +22,16 @@ class BypassTransformerLayer(TransformerLayer):
 
         Args:
             hidden_states: [rows of the shard, batch, hidden], laid out `[text | summaries]`.
-            rotary_pos_emb: pair of [rows, ...] angles for all rows of the sequence, or of their positions and the
-                frequencies, or None.
+            rotary_pos_emb: [rows, ...] positions of all rows of the sequence, a pair of their angles, or None.
 
         Returns:
             [rows of the shard, batch, hidden], the summary rows unchanged, and the layer's context.
         """
         text, summaries = self.layout.split(hidden_states)
-        if rotary_pos_emb is not None:
-            first, second = rotary_pos_emb
-            if not is_fixed_point(rotary_pos_emb):
-                second = self.layout.split(second)[0]
-            rotary_pos_emb = (self.layout.split(first)[0], second)
+        if isinstance(rotary_pos_emb, Tensor):
+            rotary_pos_emb, _ = self.layout.split(rotary_pos_emb)
+        elif rotary_pos_emb is not None:
+            rotary_pos_emb = tuple(self.layout.split(angles)[0] for angles in rotary_pos_emb)
         text, context = super().forward(text, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         return torch.cat([text, summaries]), context
 

@@ -5,35 +5,35 @@ from torch import Tensor, nn
 
 from megatron_ksa.kernels.rotation import mix, rotate_heads
 from megatron_ksa.model.norm import Norm
+from megatron_ksa.rotary.embedding import PositionedRotaryEmbedding
 
 Heads = tuple[Tensor, Tensor, Tensor]
-Pair = tuple[Tensor, Tensor]
-
-
-def is_fixed_point(rotary_pos_emb: Pair) -> bool:
-    """Whether the pair is that of `PositionedRotaryEmbedding.fixed_point` and not one of angles."""
-    return not rotary_pos_emb[0].is_floating_point()
 
 
 class RotatedSelfAttention(SelfAttention):
-    """Self-attention that also takes integer positions and frequencies as rotary_pos_emb.
+    """Self-attention that also takes integer positions as rotary_pos_emb: a tensor, as recompute and CUDA graphs ask.
 
-    Those are kept from Megatron's forward pass, which knows angles only, and heads are rotated as soon as they are
+    They are kept from Megatron's forward pass, which knows angles only, and heads are rotated as soon as they are
     projected, together with their norm where it is an RMS norm of this project. Angles go Megatron's way.
     """
 
-    _rotation: Pair | None = None
+    _rotary: tuple[PositionedRotaryEmbedding] | None = None
+    _positions: Tensor | None = None
+
+    def set_rotary(self, rotary: PositionedRotaryEmbedding) -> None:
+        """Rotate by these frequencies; they stay the model's, of which this is no submodule."""
+        self._rotary = (rotary,)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args, rotary_pos_emb=None, **kwargs):
-        """Megatron's; rotary_pos_emb as `PositionedRotaryEmbedding` returns it."""
-        if not isinstance(rotary_pos_emb, tuple) or not is_fixed_point(rotary_pos_emb):
+        """Megatron's; rotary_pos_emb is int64 positions [rows, batch or 1], or angles as Megatron takes them."""
+        if not isinstance(rotary_pos_emb, Tensor) or rotary_pos_emb.is_floating_point():
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         without = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
-        self._rotation = None if without else rotary_pos_emb
+        self._positions = None if without else rotary_pos_emb
         try:
             return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=None, **kwargs)
         finally:
-            self._rotation = None
+            self._positions = None
 
     def _fuses(self, *norms: nn.Module | None) -> bool:
         """Whether the kernel does the norms too, or there are none; others run before it."""
@@ -53,13 +53,14 @@ class RotatedSelfAttention(SelfAttention):
         pairs = [None if pair is None or pair[0] is None else pair for pair in norms]
         weights = [None if pair is None else tuple(norm(None) for norm in pair) for pair in pairs]
         return rotate_heads(
-            mixed, queries, weights, *self._rotation, eps=config.layernorm_epsilon,
-            zero_centered=config.layernorm_zero_centered_gamma, interleaved=config.rotary_interleaved,
+            mixed, queries, weights, self._positions, self._rotary[0].frequencies(self._positions.device),
+            eps=config.layernorm_epsilon, zero_centered=config.layernorm_zero_centered_gamma,
+            interleaved=config.rotary_interleaved,
         )  # fmt: skip
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args, **kwargs):
-        """Megatron's; heads come normalised and rotated where `forward` was given positions and frequencies."""
-        if self._rotation is None:
+        """Megatron's; heads come normalised and rotated where `forward` was given positions."""
+        if self._positions is None:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         norms = (self.q_layernorm, self.k_layernorm)
         fused = self._fuses(*norms)

@@ -87,19 +87,16 @@ class PositionedRotaryEmbedding(nn.Module):
         self.inv_freq, self._exact_inv_freq = scale(self.inv_freq), scale(self._exact_inv_freq)
         self._frequencies = None
 
-    def fixed_point(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What `rotate_heads` forms this rank's angles from, in the kernel and exactly.
-
-        Args:
-            positions: int [rows, batch or 1].
+    def frequencies(self, device: torch.device) -> Tensor:
+        """What `rotate_heads` forms this rank's angles from, exactly.
 
         Returns:
-            int64 positions [rows, batch or 1] and frequencies [K/V heads or 1, d_rot / 2] in units of 2^-64 turn.
+            int64 [K/V heads of this rank or 1, d_rot / 2], in units of 2^-64 turn.
         """
-        if self._frequencies is None or self._frequencies.device != positions.device:
+        if self._frequencies is None or self._frequencies.device != device:
             exact = self._exact_inv_freq / (self.seq_len_interpolation_factor or 1.0)
-            self._frequencies = fixed_point(exact).to(positions.device)
-        return positions.long(), self._frequencies
+            self._frequencies = fixed_point(exact).to(device)
+        return self._frequencies
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Angles of this rank's query heads and K/V heads.
