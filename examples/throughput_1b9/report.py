@@ -14,27 +14,31 @@ NAMES = {"ksa": "KSA", "full": "full attention"}
 
 def tables(runs: list[dict]) -> str:
     """Markdown of both tables, and a line that says where and how."""
-    done = {(run["length"], run["model"]): run for run in runs if "error" not in run}
+    done = {
+        (run["length"], run.get("cuda_graphs", False), run["model"]): run for run in runs if "error" not in run
+    }
     if not done:
         return "Not measured yet."
     summary, parts = [], []
-    for length in sorted({length for length, _ in done}):
-        full = done.get((length, "full"))
+    for length, graphs in sorted({kind[:2] for kind in done}):
+        full = done.get((length, graphs, "full"))
         for model in NAMES:
-            run = done.get((length, model))
+            run = done.get((length, graphs, model))
             if run is None:
                 continue
+            name = NAMES[model] + ", CUDA graph" * graphs
             ratio = run["tokens_per_second"] / full["tokens_per_second"] if full and model == "ksa" else None
             mfu = run["mfu"]
             summary.append([
-                f"{length:,}", NAMES[model], f"{run['tokens_per_second']:,.0f}", f"{ratio:.2f}" if ratio else "",
+                f"{length:,}", name, f"{run['tokens_per_second']:,.0f}", f"{ratio:.2f}" if ratio else "",
                 f"{run['peak_gib']:.1f}", f"{mfu * 100:.1f} %" if mfu else "",
             ])  # fmt: skip
-            parts.append([f"{length:,}", NAMES[model], *(f"{ms:,.0f}" for ms in _parts(run))])
+            if not graphs:
+                parts.append([f"{length:,}", name, *(f"{ms:,.0f}" for ms in _parts(run))])
     return "\n\n".join([
         _where(list(done.values())),
         table(["text tokens", "attention", "tokens/s", "KSA / full", "peak GiB", "MFU"], summary),
-        "Milliseconds of an iteration by part; with recompute the forward pass counts twice:",
+        "Milliseconds of an iteration by part, without CUDA graphs; with recompute the forward pass counts twice:",
         table(
             ["text tokens", "attention", "all", "attention forward", "backward", "output layer, loss", "optimizer",
              "other layers"], parts,

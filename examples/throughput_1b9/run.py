@@ -33,6 +33,12 @@ REPLACED = {
     "--lr-decay-style": 1, "--lr-wsd-decay-style": 1, "--lr-wsd-decay-iters": 1, "--lr-warmup-iters": 1,
     "--seq-length": 1, "--global-batch-size": 1, "--train-iters": 1,
 }  # fmt: skip
+# One CUDA graph holds forward and backward passes of an iteration, after as many iterations without it.
+GRAPH_WARM_UP = 3
+GRAPHS = [
+    "--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", str(GRAPH_WARM_UP),
+    "--no-check-for-nan-in-loss-and-grad",
+]  # fmt: skip
 TINY = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --kv-channels 8 "
     "--vocab-size 127 --make-vocab-size-divisible-by 64"
@@ -67,12 +73,15 @@ def training_flags(model: str, length: int, options: argparse.Namespace) -> list
     ]  # fmt: skip
     if length >= RECOMPUTE_FROM or options.tiny:
         run += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
+    if options.cuda_graphs:
+        run += GRAPHS
     return [*kept, *attention, *map(str, run), *(TINY if options.tiny else []), *options.extra]
 
 
 def iterations(length: int, options: argparse.Namespace) -> tuple[int, int]:
     """Iterations before those that count, and those."""
-    return ITERATIONS.get(length, (1, 2)) if options.iterations is None else (1, options.iterations)
+    warm_up, measured = ITERATIONS.get(length, (1, 2)) if options.iterations is None else (1, options.iterations)
+    return warm_up + GRAPH_WARM_UP * options.cuda_graphs, measured
 
 
 def measure(model: str, length: int, options: argparse.Namespace) -> dict:
@@ -90,13 +99,14 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
         failure = None if done.returncode == 0 and record.exists() else _reason(done.stderr)
     except subprocess.TimeoutExpired:
         failure = f"not done after {options.limit:.0f} s"
+    run = {"model": model, "length": length, "cuda_graphs": options.cuda_graphs}
     if failure is not None:
-        return {"model": model, "length": length, "error": failure}
+        return {**run, "error": failure}
     result = json.loads(record.read_text())
     record.unlink()
     if options.commit:
         result["machine"]["commit"] = options.commit
-    return {"model": model, "length": length, **result}
+    return {**result, **run}
 
 
 def _reason(stderr: str) -> str:
@@ -114,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE / "results.json", help="results, read and added to")
     parser.add_argument("--report", type=Path, help="Markdown file whose throughput_1b9 section gets the tables")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="text tokens of a sequence")
+    parser.add_argument("--cuda-graphs", action="store_true", help="capture each iteration in a CUDA graph")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="which attention")
     parser.add_argument("--iterations", type=int, help="iterations that count; unset: 6 at 8k, 4 at 32k, 2 beyond")
     parser.add_argument("--loss-rows", type=int, default=4096, help="tokens whose logits exist at a time")
@@ -135,10 +146,11 @@ def main() -> None:
         runs = json.loads(options.out.read_text()) if options.out.exists() and not options.again else []
         for length in options.lengths:
             for model in options.models:
-                same = [run for run in runs if (run["model"], run["length"]) == (model, length)]
+                kind = (model, length, options.cuda_graphs)
+                same = [run for run in runs if (run["model"], run["length"], run.get("cuda_graphs", False)) == kind]
                 if any("error" not in run for run in same):
                     continue
-                print(f"== {model}, {length} tokens", flush=True)
+                print(f"== {model}, {length} tokens{', CUDA graphs' * options.cuda_graphs}", flush=True)
                 result = measure(model, length, options)
                 print(result.get("error") or f"{result['tokens_per_second']:.0f} tokens/s", flush=True)
                 runs = [run for run in runs if run not in same] + [result]

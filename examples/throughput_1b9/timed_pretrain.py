@@ -28,7 +28,7 @@ PEAKS = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "A10
 
 
 class Parts:
-    """Time between pairs of marks of one iteration, by part."""
+    """Time between pairs of marks of one iteration, by part; none inside a CUDA graph, where events tell no time."""
 
     def __init__(self) -> None:
         self.on_gpu = torch.cuda.is_available()
@@ -42,11 +42,16 @@ class Parts:
         event.record()
         return event
 
+    def _captured(self) -> bool:
+        return self.on_gpu and torch.cuda.is_current_stream_capturing()
+
     def start(self, part: str) -> None:
-        self.open[part] = self._mark()
+        if not self._captured():
+            self.open[part] = self._mark()
 
     def stop(self, part: str) -> None:
-        self.spans.append((part, self.open.pop(part), self._mark()))
+        if not self._captured():
+            self.spans.append((part, self.open.pop(part), self._mark()))
 
     def take(self) -> dict[str, float]:
         """Milliseconds of each part since the last call; the device must be done."""
@@ -173,9 +178,9 @@ class Measurement:
         if not all(math.isfinite(iteration["loss"]) for iteration in self.iterations):
             raise ArithmeticError(f"the loss is not finite: {[i['loss'] for i in self.iterations]}")
         ms = statistics.median(iteration["ms"] for iteration in counted)
-        names = sorted({name for iteration in counted for name in iteration["parts_ms"]})
+        names = sorted(set.intersection(*(set(iteration["parts_ms"]) for iteration in counted)))
         parts = {
-            name: statistics.median(iteration["parts_ms"].get(name, 0.0) for iteration in counted) for name in names
+            name: statistics.median(iteration["parts_ms"][name] for iteration in counted) for name in names
         }
         flops = training.num_floating_point_operations(args, args.global_batch_size)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -20,6 +20,7 @@ from torch.autograd.function import FunctionCtx
 
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.kernels.cross_entropy import gradients, statistics
+from megatron_ksa.platform.weight_gradients import add_product
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,8 @@ def _add_product(total: Tensor, d_logits: Tensor, rows: Tensor, fused: bool) -> 
         float32 = total.dtype == torch.float32
         add = kernels.wgrad_gemm_accum_fp32 if float32 else kernels.wgrad_gemm_accum_fp16
         add(rows, d_logits, total)
-    elif total.dtype == rows.dtype:
-        total.addmm_(d_logits.t(), rows)
     else:
-        total.add_(d_logits.t() @ rows)
+        add_product(rows, d_logits, total)
 
 
 def _tell_main_grad_is_done(weight: Tensor, main_grad: Tensor) -> Tensor | None:

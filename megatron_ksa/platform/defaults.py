@@ -9,6 +9,7 @@ import torch
 
 from megatron_ksa.platform.cpu import activate_cpu_platform
 from megatron_ksa.platform.ports import free_port
+from megatron_ksa.platform.weight_gradients import install_weight_gradients
 
 # Megatron leaves the interval unset and then divides by it.
 EVAL_INTERVAL = 1000
@@ -67,6 +68,8 @@ def prepare_platform(argv: Sequence[str]) -> dict[str, object]:
     _join_alone()
     _order_communication(argv)
     activate_cpu_platform()
+    if torch.cuda.is_available() and "--use-torch-fsdp2" not in argv:
+        install_weight_gradients()
     # These import Megatron, which must come after the CPU platform.
     from megatron_ksa.checkpoint.distributed_optimizer import install_resume_fix
     from megatron_ksa.platform.helpers import skip_helpers_build

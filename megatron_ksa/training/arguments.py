@@ -21,7 +21,7 @@ from megatron_ksa.training.layout_rules import check_layout
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
 # Those that train to the same numbers as without (tests/training/cuda_graph_check.py).
-CUDA_GRAPHS = ("none",)
+CUDA_GRAPHS = ("none", "full_iteration")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""Gradient accumulation fusion without NVIDIA's apex: the product that makes a weight's gradient adds it to its buffer.
+
+Megatron 0.19.2 takes `fused_weight_gradient_mlp_cuda` for that, a module that apex compiles. Without it the product is
+rounded to the weight's 16 bits, written, read and added by a kernel of its own, and autograd accumulates each gradient
+on the host.
+"""
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+NAME = "fused_weight_gradient_mlp_cuda"
+
+
+def add_product(rows: Tensor, d_out: Tensor, total: Tensor) -> None:
+    """total += d_out^T @ rows, with sums in float32.
+
+    Args:
+        rows: [..., n], inputs of a linear layer.
+        d_out: [..., m], gradients of its outputs, in rows' dtype.
+        total: [m, n], float32 or rows' dtype.
+    """
+    rows, d_out = rows.flatten(0, -2), d_out.flatten(0, -2)
+    if total.dtype == rows.dtype:
+        total.addmm_(d_out.t(), rows)
+    elif rows.is_cuda:
+        torch.addmm(total, d_out.t(), rows, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(d_out.t() @ rows)
+
+
+def install_weight_gradients() -> bool:
+    """Stand in for apex's module where it is not installed; before Megatron is imported.
+
+    Returns:
+        Whether this project's product is what Megatron takes from now on.
+    """
+    if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
+        module = ModuleType(NAME, __doc__)
+        module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = add_product
+        sys.modules[NAME] = module
+    return getattr(sys.modules.get(NAME), "wgrad_gemm_accum_fp32", None) is add_product

@@ -1,0 +1,44 @@
+"""Gradient accumulation fusion: the stand-in for apex's module adds what apex's kernel adds."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from compare import assert_close
+
+from megatron_ksa.platform import weight_gradients
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("dtype, total_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)])
+def test_the_product_is_added_to_what_is_there(device, dtype, total_dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows, d_out = (torch.randn(7, 3, width, generator=generator).to(device, dtype) for width in (16, 24))
+    # A slice of a larger buffer, as Megatron's gradient buffers have it.
+    total = torch.randn(3 * 24, 16, generator=generator).to(device, total_dtype)[24:48]
+    expected = total.double() + d_out.flatten(0, 1).double().t() @ rows.flatten(0, 1).double()
+    weight_gradients.add_product(rows, d_out, total)
+    assert total.is_contiguous()
+    assert_close("total", total.to(dtype), expected)
+
+
+def test_megatron_finds_the_stand_in_where_apex_is_missing():
+    if importlib.util.find_spec(weight_gradients.NAME) is not None:
+        pytest.skip("apex's module is installed")
+    code = (
+        "from megatron_ksa.platform.weight_gradients import *; assert install_weight_gradients();"
+        "from megatron.core.tensor_parallel import layers; assert layers._grad_accum_fusion_available;"
+        "assert layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32 is add_product"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_installed_module_is_left_alone(monkeypatch):
+    installed = type(sys)(weight_gradients.NAME)
+    monkeypatch.setitem(sys.modules, weight_gradients.NAME, installed)
+    assert not weight_gradients.install_weight_gradients()
+    assert sys.modules[weight_gradients.NAME] is installed
