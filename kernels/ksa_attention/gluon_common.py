@@ -18,6 +18,19 @@ from megatron_ksa.kernels.ksa_attention.triton_common import key_interval, tile_
 WARPS = gl.constexpr(4)
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
+# Waits for the warps of a partition; Triton 3.8 renamed it.
+partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def release(empty):
+    """A consumer whose warps have read a buffer leaves it.
+
+    One thread arrives for all of them. The products of a warpgroup end together, loads of its warps do not: without
+    the barrier the producer refilled the buffer under the slowest warp.
+    """
+    partition_barrier()
+    mbarrier.arrive(empty, count=1)
 
 
 @gluon.jit
@@ -37,7 +50,7 @@ def take(turn, queue):
     slot = turn % 2
     mbarrier.wait(full.index(slot), (turn // 2) & 1)
     item = gl.max(s_items.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)
-    mbarrier.arrive(empty.index(slot), count=1)
+    release(empty.index(slot))
     return item
 
 
@@ -45,6 +58,22 @@ def take(turn, queue):
 def following(p_dealt):
     """The producer's next work item: the first one that no program has taken."""
     return gl.num_programs(0) + gl.atomic_add(p_dealt, 1, sem="relaxed")
+
+
+@gluon.jit
+def await_turn(p_turn, turn):
+    """Wait until `turn` other consumers, in any programs, have passed theirs on."""
+    seen = gl.atomic_add(p_turn, 0, sem="acquire")
+    while seen < turn:
+        seen = gl.atomic_add(p_turn, 0, sem="acquire")
+    partition_barrier()
+
+
+@gluon.jit
+def pass_turn(p_turn):
+    """Let the next consumer see what the warps of this one have stored."""
+    partition_barrier()
+    gl.atomic_add(p_turn, 1, sem="release")
 
 
 @gluon.jit

@@ -21,6 +21,7 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     programs,
     query_item,
     queue,
+    release,
     row_intervals,
     take,
 )
@@ -125,7 +126,7 @@ def _consume(
         # [BM, BD]
         b_q = s_q.index(PART).reshape([BM, BD]).load(operand)
         b_do = s_do.index(PART).reshape([BM, BD]).load(operand)
-        mbarrier.arrive(rows_empty.index(PART), count=1)
+        release(rows_empty.index(PART))
         b_dq = gl.zeros([BM, BD], gl.float32, layout=output)
         if total > 0:
             slot = before % STAGES

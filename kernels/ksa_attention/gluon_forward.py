@@ -26,6 +26,7 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     programs,
     query_item,
     queue,
+    release,
     row_intervals,
     take,
 )
@@ -105,7 +106,7 @@ def _attend(
         mbarrier.wait(q_full.index(PART), turn & 1)
         # [BM, BD]
         b_q = s_q.index(PART).reshape([BM, BD]).load(gl.DotOperandLayout(0, scores, 2))
-        mbarrier.arrive(q_empty.index(PART), count=1)
+        release(q_empty.index(PART))
         if total > 0:
             slot = before % STAGES
             mbarrier.wait(k_full.index(slot), (before // STAGES) & 1)
