@@ -49,7 +49,7 @@ class Kernels:
         split = [(t[:, : shape.n], t[:, shape.n :]) for t in (q, k, v, out, d_out, *gradients)]
         self.q, self.k, self.v, self.out, self.d_out, self.dq, self.dk, self.dv = split
         self.keys = (self.k[0], self.v[0], self.k[1], self.v[1])
-        self.default = tiles_for(self.q[0], shape.groups)
+        self.default = tiles_for(self.q[0], shape.groups, shape.geometry)
         self.results = {
             "forward": [self.out[0]], "dq": [self.dq[0]], "dkv_text": [self.dk[0], self.dv[0]],
             "dkv_summary": [self.dk[1], self.dv[1]], "summary_forward": [self.out[1]],
