@@ -106,7 +106,7 @@ def merge(path: Path, records: Iterable[StoredTile]) -> None:
     """Add records to a file, in place of those of the same kernel and situation: wholly or not at all.
 
     Raises:
-        UsageError: the file holds something else, or cannot be written.
+        UsageError: the file holds something else or cannot be written, or a record is none.
     """
     stored = {(old.kernel, old.situation): old for old in (read(path) if path.exists() else [])}
     stored |= {(new.kernel, new.situation): new for new in records}
@@ -114,6 +114,11 @@ def merge(path: Path, records: Iterable[StoredTile]) -> None:
         json.dumps({"kernel": kept.kernel, **asdict(kept.situation), "tile": kept.tile, "measured": kept.measured})
         for kept in sorted(stored.values(), key=lambda kept: (list(asdict(kept.situation).values()), kept.kernel))
     ]
+    try:
+        for line in lines:
+            _parsed(json.loads(line))
+    except ValueError as error:
+        raise UsageError(f"not stored in {path}: {error}") from None
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
