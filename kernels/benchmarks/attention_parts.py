@@ -10,10 +10,11 @@ from megatron_ksa.kernels.benchmarks.check import TOLERANCE, ratio
 from megatron_ksa.kernels.benchmarks.measure import milliseconds
 from megatron_ksa.kernels.benchmarks.registry import Case, Op, Shape
 from megatron_ksa.kernels.ksa_attention.tile_store import KERNELS
-from megatron_ksa.kernels.ksa_attention.triton_backward import launch_dkv, launch_dq, new_statistics
+from megatron_ksa.kernels.ksa_attention.triton_backward import launch_dkv, launch_dq
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, tiles_for
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
+from megatron_ksa.kernels.ksa_attention.workspace import new_dealt, new_workspace
 
 
 class Kernels:
@@ -26,12 +27,13 @@ class Kernels:
         q, k, v = (shape.random(shape.rows, count, device).detach() for count in counts)
         d_out, out = torch.randn_like(q), torch.empty_like(q)
         self.lse = torch.empty(shape.batch, shape.heads, shape.n, device=device)
-        self.lse2, self.delta = new_statistics(self.lse)
         gradients = [torch.empty_like(t) for t in (q, k, v)]
         split = [(t[:, : shape.n], t[:, shape.n :]) for t in (q, k, v, out, d_out, *gradients)]
         self.q, self.k, self.v, self.out, self.d_out, self.dq, self.dk, self.dv = split
         self.keys = (self.k[0], self.v[0], self.k[1], self.v[1])
         self.default = tiles_for(self.q[0], shape.groups, shape.geometry)
+        # Written by dQ, read by dK/dV.
+        self.lse2, self.delta, *_ = new_workspace(self.q[0], self.k[0], self.k[1], None, self.lse, self.default)
         self.results = {
             "forward": [self.out[0]], "dq": [self.dq[0]], "dkv_text": [self.dk[0], self.dv[0]],
             "dkv_summary": [self.dk[1], self.dv[1]], "summary_forward": [self.out[1]],
@@ -48,19 +50,23 @@ class Kernels:
                 return launch_summary_forward(*options, self.out[1])
             gradients = (self.dq[1], self.dk[0], self.dv[0], self.dk[1], self.dv[1])
             return launch_summary_backward(*options, self.d_out[1], *gradients, accumulate=True)
-        tile = tile or getattr(self.default, name)
+        tiles = self.default if tile is None else self.default._replace(**{name: tile})
+        tile = getattr(tiles, name)
         settings = (*self.sizes, self.window)
-        if name.startswith("dkv"):
-            part = int(name == "dkv_summary")
-            statistics = (None, self.lse2, self.delta)
-            return launch_dkv(
-                self.q[0], self.d_out[0], self.k[part], self.v[part], *statistics, *settings, 0, 0, self.scale,
-                not part, tile, self.dk[part], self.dv[part],
-            )  # fmt: skip
-        options = (self.q[0], *self.keys, None, *settings, 0, 0, 0, self.scale, tile, self.out[0], self.lse)
         if name == "forward":
-            return launch_forward(*options)
-        return launch_dq(*options, self.d_out[0], None, self.lse2, self.delta, self.dq[0])
+            keys = (self.q[0], *self.keys, None)
+            out = (self.out[0], self.lse, *new_dealt(self.lse.device))
+            return launch_forward(*keys, *settings, 0, 0, 0, self.scale, tile, *out)
+        workspace = new_workspace(self.q[0], self.k[0], self.k[1], None, self.lse, tiles)
+        workspace = workspace._replace(lse2=self.lse2, delta=self.delta)
+        if name == "dq":
+            options = (self.q[0], *self.keys, None, *settings, 0, 0, 0, self.scale, tile, self.out[0], self.lse)
+            return launch_dq(*options, self.d_out[0], None, self.dq[0], workspace)
+        part = int(name == "dkv_summary")
+        return launch_dkv(
+            self.q[0], self.d_out[0], self.k[part], self.v[part], None, *settings, 0, 0, self.scale, not part, tile,
+            self.dk[part], self.dv[part], workspace,
+        )  # fmt: skip
 
     def try_tile(self, name: str, tile: Tile, expected: list[torch.Tensor]) -> dict:
         """Milliseconds of a kernel with a candidate tile, if its result agrees with `expected`."""

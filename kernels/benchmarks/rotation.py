@@ -1,4 +1,4 @@
-"""Norm and rotation of query and key heads (one base, HARPE's base for each K/V group), and a device copy."""
+"""Norm and rotation of projected heads (one base, HARPE's base for each K/V group), and a device copy."""
 
 from collections.abc import Callable
 
@@ -22,8 +22,9 @@ def frequencies(shape: Shape, harpe: bool, device: str) -> Tensor:
 def _rotation(harpe: bool, norm: bool) -> Callable[[Shape, str], Case]:
     def prepare(shape: Shape, device: str) -> Case:
         # Rows first, as the layer has them; positions beyond 2^19 show that angles are exact there.
-        heads = [shape.random(shape.rows, count, device) for count in (shape.heads, shape.groups)]
-        heads = [rows.detach().transpose(0, 1).contiguous().requires_grad_() for rows in heads]
+        queries = shape.heads // shape.groups
+        values = torch.randn(shape.rows, shape.batch, shape.groups, (queries + 2) * shape.head_dim, device=device)
+        mixed = values.to(shape.torch_dtype).requires_grad_()
         weights = [
             torch.rand(shape.head_dim, device=device).to(shape.torch_dtype).requires_grad_() for _ in range(2 * norm)
         ]
@@ -31,17 +32,17 @@ def _rotation(harpe: bool, norm: bool) -> Callable[[Shape, str], Case]:
         freqs = frequencies(shape, harpe, device)
 
         def by(rotate: Callable) -> Callable:
-            def run(query: Tensor, key: Tensor, *pair: Tensor) -> tuple[Tensor, Tensor]:
-                return rotate([query], [key], [pair or None], positions, freqs, eps=EPS)
+            def run(mixed: Tensor, *pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                return rotate([mixed], queries, [pair or None], positions, freqs, eps=EPS)
 
             return run
 
-        names = ("query", "key", "dquery", "dkey", *("dquery_weight", "dkey_weight")[: 2 * norm])
-        size = sum(rows.numel() * rows.element_size() for rows in heads)
+        names = ("query", "key", "value", "dmixed", *("dquery_weight", "dkey_weight")[: 2 * norm])
+        size = mixed.numel() * mixed.element_size()
         # With a norm the backward pass reads the heads as well as their gradients.
         moved = {FORWARD: 2.0 * size, BACKWARD: (3.0 if norm else 2.0) * size}
         return Case(
-            [*heads, *weights], by(triton_rotation.rotate), by(reference.rotate), names, (FORWARD, BACKWARD, BOTH),
+            [mixed, *weights], by(triton_rotation.rotate), by(reference.rotate), names, (FORWARD, BACKWARD, BOTH),
             moved_bytes=moved | {BOTH: sum(moved.values())}, needed_bytes=2 * size,
         )  # fmt: skip
 
@@ -50,7 +51,7 @@ def _rotation(harpe: bool, norm: bool) -> Callable[[Shape, str], Case]:
 
 def _copy(shape: Shape, device: str) -> Case:
     """Copies as many bytes as a rotation without a norm reads."""
-    source = shape.random(shape.rows, shape.heads + shape.groups, device).detach()
+    source = shape.random(shape.rows, shape.heads + 2 * shape.groups, device).detach()
     target = torch.empty_like(source)
     moved = {FORWARD: 2.0 * source.numel() * source.element_size()}
     return Case(
@@ -63,7 +64,7 @@ def _check_shapes(device: str) -> list[Shape]:
     return small_shapes(device, (4, 4), (4, 2))
 
 
-COPY = Op("copy", "device copy of the bytes of query and key heads", _copy, _check_shapes)
+COPY = Op("copy", "device copy of the bytes of query, key and value heads", _copy, _check_shapes)
 ROTATIONS = [
     Op(f"rotation_{name}{'_norm' * norm}", f"{what}{', with Q/K norm' * norm}", _rotation(harpe, norm), _check_shapes)
     for norm in (False, True)

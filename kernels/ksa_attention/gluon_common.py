@@ -199,6 +199,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def programs(items: int, device: torch.device) -> tuple[int, Tensor]:
-    """Programs for `items` work items, one for each multiprocessor, and a counter of items dealt beyond: int32 [1]."""
-    return min(items, _multiprocessors(device)), torch.zeros(1, dtype=torch.int32, device=device)
+def programs(items: int, device: torch.device) -> int:
+    """Programs for `items` work items: one for each multiprocessor. They deal what is beyond among themselves."""
+    return min(items, _multiprocessors(device))

@@ -6,7 +6,6 @@ left. A product in flight over the end of the loop would take more registers tha
 every one.
 """
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -35,6 +34,8 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
 )
 from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E, query_interval, tile_ranges
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_dim
+from megatron_ksa.kernels.ksa_attention.workspace import split_strides
+from megatron_ksa.kernels.launch import launch
 
 # Heads whose tiles are dealt together: their queries share the L2 cache.
 TOGETHER = 8
@@ -247,32 +248,24 @@ def _statistics(rows: Tensor, block_rows: int) -> TensorDescriptor:
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, 1, block_rows], STATISTICS)
 
 
-def _document_stop(document_start: Tensor) -> Tensor:
-    """The first position after each position's document: int32 [B, rows], from the first positions, int32 [B, rows]."""
-    positions = torch.arange(document_start.shape[1], dtype=torch.int32, device=document_start.device)
-    rows = document_start.contiguous()
-    return torch.searchsorted(rows, positions.expand_as(rows).contiguous(), right=True, out_int32=True)
-
-
 def launch_dkv(
-    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse2: Tensor, delta: Tensor,
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_stop: Tensor | None, lse2: Tensor, delta: Tensor,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
-    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor,
+    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor, dealt: Tensor,
 ) -> None:  # fmt: skip
-    """As `triton_backward.launch_dkv`, for bfloat16 and float16, into dk and dv [splits, B, keys, Hkv, D]."""
+    """As `triton_backward.launch_dkv`, for bfloat16 and float16; dk and dv have a split dimension where splits > 1."""
     batch, num_keys, groups, dim = k.shape
     block_dim = padded_head_dim(dim)
     tiles = triton.cdiv(num_keys, 2 * tile.keys)
-    document_stop = None if document_start is None else _document_stop(document_start)
-    count, dealt = programs(tiles * batch * groups * splits, q.device)
-    _dkv_kernel[(count,)](
+    launch(
+        _dkv_kernel, (programs(tiles * batch * groups * splits, q.device),),
         *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
         *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
         *(_statistics(rows, tile.queries) for rows in (lse2, delta)),
         dealt, document_stop, dk, dv,
         q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
         tiles, batch * groups, TOGETHER, splits,
-        document_stop.stride(0) if document_stop is not None else 0, *dk.stride()[:4],
+        document_stop.stride(0) if document_stop is not None else 0, *split_strides(dk),
         C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
         BM=tile.queries, BN=tile.keys, STAGES=tile.stages, IS_TEXT=is_text,
         HAS_DOCUMENTS=document_stop is not None, num_warps=WARPS.value,

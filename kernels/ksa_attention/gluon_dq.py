@@ -26,6 +26,7 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
 )
 from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_dim
+from megatron_ksa.kernels.launch import launch
 
 # Heads whose tiles are dealt together: their keys share the L2 cache.
 TOGETHER = 2
@@ -224,7 +225,7 @@ def launch_dq(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
     softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
-    lse2: Tensor, delta: Tensor, dq: Tensor,
+    lse2: Tensor, delta: Tensor, dq: Tensor, dealt: Tensor,
 ) -> None:  # fmt: skip
     """As `triton_backward.launch_dq`, for bfloat16 and float16."""
     batch, nq, heads, dim = q.shape
@@ -233,8 +234,8 @@ def launch_dq(
     nk, ns = k.shape[1], k_summary.shape[1]
     block_dim = padded_head_dim(dim)
     tiles = triton.cdiv(nq, 2 * tile.queries)
-    count, dealt = programs(tiles * batch * heads, q.device)
-    _dq_kernel[(count,)](
+    launch(
+        _dq_kernel, (programs(tiles * batch * heads, q.device),),
         *(descriptor(rows, tile.queries, block_dim) for rows in (q, out, d_out)),
         *(descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)),
         dealt, document_start, lse, d_lse, lse2, delta, dq,

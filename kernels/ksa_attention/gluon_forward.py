@@ -31,6 +31,7 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
 )
 from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_dim
+from megatron_ksa.kernels.launch import launch
 
 # Heads whose tiles are dealt together: their keys share the L2 cache.
 TOGETHER = 2
@@ -202,7 +203,7 @@ def _forward_kernel(
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
-    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor,
+    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, dealt: Tensor,
 ) -> None:  # fmt: skip
     """As `triton_forward.launch_forward`, for bfloat16 and float16."""
     batch, nq, heads, dim = q.shape
@@ -212,8 +213,8 @@ def launch_forward(
     block_dim = padded_head_dim(dim)
     d_keys = [descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)]
     tiles = triton.cdiv(nq, 2 * tile.queries)
-    count, dealt = programs(tiles * batch * heads, q.device)
-    _forward_kernel[(count,)](
+    launch(
+        _forward_kernel, (programs(tiles * batch * heads, q.device),),
         descriptor(q, tile.queries, block_dim), *d_keys, dealt, document_start, out, lse,
         nq, nk, ns, query_start, key_start, chunk_start, window, softmax_scale * LOG2E, heads,
         tiles, batch * heads, TOGETHER,

@@ -5,7 +5,6 @@ With P = exp(scale * Q K^T - lse), dP = dO V^T and delta = rowsum(dO * O) - dLSE
     dS = P * (dP - delta)      dQ = scale * dS K      dK = scale * dS^T Q      dV = P^T dO
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,12 +18,8 @@ from megatron_ksa.kernels.ksa_attention.triton_common import (
     tile_ranges,
 )
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles, padded_head_dim
-
-# dK/dV programs wanted at least: about four for each multiprocessor of a large GPU. Without them a part of the queries
-# makes a program of its own, whose float32 results cost less than an idle multiprocessor unless every query head has
-# its own keys and work items are dealt out.
-PROGRAMS, DEALT_PROGRAMS = 512, 256
-MOST_SPLITS = 16
+from megatron_ksa.kernels.ksa_attention.workspace import Workspace, split_strides
+from megatron_ksa.kernels.launch import call, launch
 
 
 @triton.jit
@@ -239,16 +234,17 @@ def _dkv_kernel(
 def launch_dq(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
-    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
-    lse2: Tensor, delta: Tensor, dq: Tensor,
+    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, dq: Tensor,
+    workspace: Workspace,
 ) -> None:  # fmt: skip
-    """Fill dq, delta and lse2 = lse * log2(e); lse and d_lse [B, Hq, nq] are contiguous."""
+    """Fill dq, and delta and lse2 of the workspace; lse and d_lse [B, Hq, nq] are contiguous."""
+    lse2, delta = workspace.lse2, workspace.delta
     if tile.specialised:
         from megatron_ksa.kernels.ksa_attention import gluon_dq
 
         gluon_dq.launch_dq(
             q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-            chunk_start, softmax_scale, tile, out, lse, d_out, d_lse, lse2, delta, dq,
+            chunk_start, softmax_scale, tile, out, lse, d_out, d_lse, lse2, delta, dq, workspace.dealt_dq,
         )  # fmt: skip
         return
     batch, nq, heads, dim = q.shape
@@ -256,7 +252,8 @@ def launch_dq(
         return
     nk, ns = k.shape[1], k_summary.shape[1]
     block_dim = padded_head_dim(dim)
-    _dq_kernel[(triton.cdiv(nq, tile.queries), batch * heads)](
+    launch(
+        _dq_kernel, (triton.cdiv(nq, tile.queries), batch * heads),
         *(descriptor(rows, tile.queries, block_dim) for rows in (q, out, d_out)),
         *(descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)),
         document_start, lse, d_lse, lse2, delta, dq,
@@ -269,36 +266,39 @@ def launch_dq(
 
 
 def launch_dkv(
-    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse2: Tensor, delta: Tensor,
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
-    is_text: bool, tile: Tile, dk: Tensor, dv: Tensor,
+    is_text: bool, tile: Tile, dk: Tensor, dv: Tensor, workspace: Workspace,
 ) -> None:  # fmt: skip
     """Fill dk and dv, [B, keys, Hkv, D] of equal strides, of the text keys or of the summaries.
 
     offset: position of the first text key, or chunk of the first summary.
     """
-    batch, num_keys, groups, _ = k.shape
-    if not num_keys or not q.shape[1]:
-        dk.zero_()
-        dv.zero_()
+    if not k.shape[1] or not q.shape[1]:
+        call(Tensor.zero_, dk)
+        call(Tensor.zero_, dv)
         return
-    programs = triton.cdiv(num_keys, tile.keys * (1 + tile.specialised)) * batch * groups
-    wanted = DEALT_PROGRAMS if tile.specialised and q.shape[2] == groups else PROGRAMS
-    splits = min(MOST_SPLITS, triton.cdiv(wanted, programs), triton.cdiv(q.shape[1], tile.queries))
-    # Parts of the queries are summed in float32 in a fixed order: too few keys to fill the GPU, still no atomics.
-    parts = (dk[None], dv[None])
-    if splits > 1:
-        parts = tuple(torch.empty((splits, *k.shape), dtype=torch.float32, device=k.device) for _ in range(2))
-    launch = _launch_plain_dkv
+    parts = workspace.text_parts if is_text else workspace.summary_parts
+    shared = (chunk_size, summary_tokens, window, query_start, offset, softmax_scale, is_text, tile)
+    splits, targets = (parts[0].shape[0], parts) if parts else (1, (dk, dv))
     if tile.specialised:
-        from megatron_ksa.kernels.ksa_attention.gluon_dkv import launch_dkv as launch
-    launch(
-        q, d_out, k, v, document_start, lse2, delta, chunk_size, summary_tokens, window, query_start, offset,
-        softmax_scale, is_text, tile, splits, *parts,
-    )  # fmt: skip
-    if splits > 1:
-        for gradient, part in zip((dk, dv), parts, strict=True):
-            gradient.copy_(part.sum(0))
+        from megatron_ksa.kernels.ksa_attention import gluon_dkv
+
+        gluon_dkv.launch_dkv(
+            q, d_out, k, v, workspace.document_stop, workspace.lse2, workspace.delta, *shared, splits, *targets,
+            workspace.dealt_text if is_text else workspace.dealt_summary,
+        )  # fmt: skip
+    else:
+        _launch_plain_dkv(
+            q, d_out, k, v, document_start, workspace.lse2, workspace.delta, *shared, splits, *targets
+        )
+    # Parts of the queries are summed in float32 in a fixed order: too few keys to fill the GPU, still no atomics.
+    for gradient, part in zip((dk, dv), parts or (), strict=bool(parts)):
+        call(_sum_parts, gradient, part)
+
+
+def _sum_parts(gradient: Tensor, parts: Tensor) -> None:
+    gradient.copy_(parts.sum(0))
 
 
 def _launch_plain_dkv(
@@ -306,40 +306,33 @@ def _launch_plain_dkv(
     chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
     is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """As `launch_dkv`, into dk and dv [splits, B, keys, Hkv, D]."""
+    """As `launch_dkv`, into dk and dv [B, keys, Hkv, D], or [splits, B, keys, Hkv, D]."""
     batch, num_keys, groups, dim = k.shape
     block_dim = padded_head_dim(dim)
-    _dkv_kernel[(triton.cdiv(num_keys, tile.keys), batch * groups, splits)](
+    launch(
+        _dkv_kernel, (triton.cdiv(num_keys, tile.keys), batch * groups, splits),
         *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
         *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
         *(TensorDescriptor(rows, rows.shape, rows.stride(), [1, 1, tile.queries]) for rows in (lse2, delta)),
         document_start, dk, dv,
         q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
-        document_start.stride(0) if document_start is not None else 0, *dk.stride()[:4],
+        document_start.stride(0) if document_start is not None else 0, *split_strides(dk),
         C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
         BM=tile.queries, BN=tile.keys, IS_TEXT=is_text, HAS_DOCUMENTS=document_start is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def new_statistics(lse: Tensor) -> list[Tensor]:
-    """Two uninitialised tensors like lse, [B, Hq, nq], each head's row beginning at a multiple of 16 bytes."""
-    batch, heads, nq = lse.shape
-    padded = triton.cdiv(nq, 4) * 4
-    return [torch.empty((batch, heads, padded), dtype=lse.dtype, device=lse.device)[..., :nq] for _ in range(2)]
-
-
 def launch_backward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
     softmax_scale: float, tiles: Tiles, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
-    dq: Tensor, dk: Tensor, dv: Tensor, dk_summary: Tensor, dv_summary: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, dk_summary: Tensor, dv_summary: Tensor, workspace: Workspace,
 ) -> None:  # fmt: skip
     """Fill the five gradients; lse and d_lse [B, Hq, nq] are contiguous, dk and dv have equal strides."""
-    lse2, delta = new_statistics(lse)
     launch_dq(
         q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-        chunk_start, softmax_scale, tiles.dq, out, lse, d_out, d_lse, lse2, delta, dq,
+        chunk_start, softmax_scale, tiles.dq, out, lse, d_out, d_lse, dq, workspace,
     )  # fmt: skip
     shared = (chunk_size, summary_tokens, window, query_start)
     for is_text, offset, tile, keys, values, d_keys, d_values in (
@@ -347,6 +340,6 @@ def launch_backward(
         (False, chunk_start, tiles.dkv_summary, k_summary, v_summary, dk_summary, dv_summary),
     ):
         launch_dkv(
-            q, d_out, keys, values, document_start, lse2, delta, *shared, offset, softmax_scale, is_text, tile,
-            d_keys, d_values,
+            q, d_out, keys, values, document_start, *shared, offset, softmax_scale, is_text, tile, d_keys, d_values,
+            workspace,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E, descriptor, key_interval, tile_ranges
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_dim
+from megatron_ksa.kernels.launch import launch
 
 
 @triton.jit
@@ -121,15 +122,18 @@ def _forward_kernel(
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
-    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor,
+    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, dealt: Tensor,
 ) -> None:  # fmt: skip
-    """Fill out [B, nq, Hq, D] (last dimension contiguous) and lse [B, Hq, nq] (contiguous)."""
+    """Fill out [B, nq, Hq, D] (last dimension contiguous) and lse [B, Hq, nq] (contiguous).
+
+    dealt: int32 [1], 0: counts the work items that are dealt (specialised tiles).
+    """
     if tile.specialised:
         from megatron_ksa.kernels.ksa_attention import gluon_forward
 
         gluon_forward.launch_forward(
             q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-            chunk_start, softmax_scale, tile, out, lse,
+            chunk_start, softmax_scale, tile, out, lse, dealt,
         )  # fmt: skip
         return
     batch, nq, heads, dim = q.shape
@@ -140,7 +144,8 @@ def launch_forward(
     d_q = descriptor(q, tile.queries, block_dim)
     # A descriptor of no rows cannot be made: an absent kind of keys borrows the queries' memory and is never read.
     d_keys = [descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)]
-    _forward_kernel[(triton.cdiv(nq, tile.queries), batch * heads)](
+    launch(
+        _forward_kernel, (triton.cdiv(nq, tile.queries), batch * heads),
         d_q, *d_keys, document_start, out, lse,
         nq, nk, ns, query_start, key_start, chunk_start, window, softmax_scale * LOG2E, heads,
         document_start.stride(0) if document_start is not None else 0, *out.stride()[:3],

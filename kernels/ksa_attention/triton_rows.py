@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
+from megatron_ksa.kernels.differentiable import differentiable
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_backward import launch_backward
 from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_rows, finite_window, row_starts
 from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tile_numbers
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
+from megatron_ksa.kernels.ksa_attention.workspace import Workspace, new_dealt, new_workspace
+from megatron_ksa.kernels.launch import repeatable
 
 
 def _split(text_rows: int, *tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -24,31 +27,49 @@ def _new_outputs(q: Tensor, text_rows: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("megatron_ksa::attention", mutates_args=())
-def _attention(
+@repeatable
+def _launch_forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
+    """tensors: q, k and v of the text, k and v of the summaries, document_start, their q; outputs; a counter."""
+    *keys, document_start, q_own, out, out_own, lse, dealt = tensors
+    chunk_size, summary_tokens, window, scale, tiles = settings
+    tile = Tiles.unpack(tiles).forward
+    launch_forward(
+        *keys, document_start, chunk_size, summary_tokens, window, 0, 0, 0, scale, tile, out, lse, dealt
+    )  # fmt: skip
+    launch_summary_forward(q_own, *keys[1:], document_start, chunk_size, summary_tokens, 0, scale, out_own)
+
+
+@repeatable
+def _launch_backward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
+    """tensors: as in the forward pass up to q of the summaries; out, lse, d_out, gradients, workspace."""
+    rows, q_own, (out, lse, d_out, d_out_own) = tensors[:6], tensors[6], tensors[7:11]
+    dq, dk, dv, dk_own, dv_own, dq_own = tensors[11:17]
+    chunk_size, summary_tokens, window, scale, tiles = settings
+    launch_backward(
+        *rows, chunk_size, summary_tokens, window, 0, 0, 0, scale, Tiles.unpack(tiles), out, lse, d_out, None,
+        dq, dk, dv, dk_own, dv_own, Workspace.unpack(tensors[17:]),
+    )  # fmt: skip
+    launch_summary_backward(
+        q_own, *rows[1:], chunk_size, summary_tokens, 0, scale, d_out_own, dq_own, dk, dv, dk_own, dv_own,
+        accumulate=True,
+    )  # fmt: skip
+
+
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, text_rows: int,
     chunk_size: int, summary_tokens: int, window: int, softmax_scale: float, tiles: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _new_outputs(q, text_rows)
     rows = [addressable(t) for t in (q, k, v)]
     (q_text, q_own), (k_text, k_own), (v_text, v_own), (out_text, out_own) = _split(text_rows, *rows, out)
-    launch_forward(
-        q_text, k_text, v_text, k_own, v_own, document_start, chunk_size, summary_tokens, window, 0, 0, 0,
-        softmax_scale, Tiles.unpack(tiles).forward, out_text, lse,
-    )  # fmt: skip
-    launch_summary_forward(
-        q_own, k_text, v_text, k_own, v_own, document_start, chunk_size, summary_tokens, 0, softmax_scale, out_own
+    _launch_forward(
+        (q_text, k_text, v_text, k_own, v_own, document_start, q_own, out_text, out_own, lse, *new_dealt(q.device)),
+        (chunk_size, summary_tokens, window, softmax_scale, tuple(tiles)),
     )
     return out, lse
 
 
-@_attention.register_fake
-def _(q, k, v, document_start, text_rows, *settings):
-    return _new_outputs(q, text_rows)
-
-
-@torch.library.custom_op("megatron_ksa::attention_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, text_rows: int,
     chunk_size: int, summary_tokens: int, window: int, softmax_scale: float, tiles: list[int],
     out: Tensor, lse: Tensor, d_out: Tensor,
@@ -57,14 +78,13 @@ def _attention_backward(
     gradients = _new_gradients(q, k, v)
     (q_text, q_own), (k_text, k_own), (v_text, v_own), (out_text, _), (d_out_text, d_out_own) = _split(text_rows, *rows)
     (dq_text, dq_own), (dk_text, dk_own), (dv_text, dv_own) = _split(text_rows, *gradients)
-    launch_backward(
-        q_text, k_text, v_text, k_own, v_own, document_start, chunk_size, summary_tokens, window, 0, 0, 0,
-        softmax_scale, Tiles.unpack(tiles), out_text, lse, d_out_text, None,
-        dq_text, dk_text, dv_text, dk_own, dv_own,
-    )  # fmt: skip
-    launch_summary_backward(
-        q_own, k_text, v_text, k_own, v_own, document_start, chunk_size, summary_tokens, 0, softmax_scale, d_out_own,
-        dq_own, dk_text, dv_text, dk_own, dv_own, accumulate=True,
+    workspace = new_workspace(q_text, k_text, k_own, document_start, lse, Tiles.unpack(tiles))
+    _launch_backward(
+        (
+            q_text, k_text, v_text, k_own, v_own, document_start, q_own, out_text, lse, d_out_text, d_out_own,
+            dq_text, dk_text, dv_text, dk_own, dv_own, dq_own, *workspace.pack(),
+        ),
+        (chunk_size, summary_tokens, window, softmax_scale, tuple(tiles)),
     )  # fmt: skip
     return gradients
 
@@ -73,24 +93,23 @@ def _new_gradients(*rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in rows)
 
 
-@_attention_backward.register_fake
-def _(q, k, v, *settings):
-    return _new_gradients(q, k, v)
-
-
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
     ctx.settings = inputs[4:]
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, d_out: Tensor, _):
+def _gradients(ctx, backward, d_out: Tensor, _):
     *inputs, out, lse = ctx.saved_tensors
-    gradients = torch.ops.megatron_ksa.attention_backward(*inputs, *ctx.settings, out, lse, d_out)
+    gradients = backward(*inputs, *ctx.settings, out, lse, d_out)
     return *gradients, *[None] * (1 + len(ctx.settings))
 
 
-_attention.register_autograd(_backward, setup_context=_save)
+_attention = differentiable(
+    "attention", _forward, _backward, save=_save, gradients=_gradients,
+    fake=lambda q, k, v, document_start, text_rows, *settings: _new_outputs(q, text_rows),
+    fake_backward=lambda *inputs: _new_gradients(*inputs[:3]),
+)  # fmt: skip
 
 
 def attention(

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_ksa.kernels.differentiable import differentiable
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E, check_rows, row_starts
+from megatron_ksa.kernels.launch import launch, repeatable
 
 # Elements of a block of text keys held by one program.
 BLOCK_ELEMENTS = 4096
@@ -194,7 +196,8 @@ def launch_summary_forward(
         return
     rows = (q, k, v, k_summary, v_summary)
     grid, constants, chunks, stride = _shape(q, k, chunk_size, summary_tokens, document_start)
-    _summary_forward_kernel[grid](
+    launch(
+        _summary_forward_kernel, grid,
         *rows, document_start, out, chunks, key_start, softmax_scale * LOG2E, k.shape[2], stride,
         *_strides(*rows, out), **constants, num_warps=4,
     )  # fmt: skip
@@ -211,7 +214,8 @@ def launch_summary_backward(
     rows = (q, k, v, k_summary, v_summary)
     gradients = (dq, dk, dv, dk_summary, dv_summary)
     grid, constants, chunks, stride = _shape(q, k, chunk_size, summary_tokens, document_start)
-    _summary_backward_kernel[grid](
+    launch(
+        _summary_backward_kernel, grid,
         *rows, document_start, d_out, *gradients, chunks, key_start, softmax_scale, softmax_scale * LOG2E, k.shape[2],
         stride, *_strides(*rows, d_out, *gradients), **constants, ACCUMULATE=accumulate, num_warps=4,
     )  # fmt: skip
@@ -221,33 +225,36 @@ def _last_contiguous(rows: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-@torch.library.custom_op("megatron_ksa::summary_attention", mutates_args=())
-def _summary_attention(
+@repeatable
+def _launch_forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
+    launch_summary_forward(*tensors[:6], *settings, tensors[6])
+
+
+@repeatable
+def _launch_backward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
+    launch_summary_backward(*tensors[:6], *settings, *tensors[6:], accumulate=False)
+
+
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = [_last_contiguous(t) for t in (q, k, v, k_summary, v_summary)]
-    launch_summary_forward(*rows, document_start, chunk_size, summary_tokens, key_start, softmax_scale, out)
+    _launch_forward((*rows, document_start, out), (chunk_size, summary_tokens, key_start, softmax_scale))
     return out
 
 
-@_summary_attention.register_fake
-def _(q, k, v, k_summary, v_summary, *settings):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@torch.library.custom_op("megatron_ksa::summary_attention_backward", mutates_args=())
-def _summary_attention_backward(
+def _backward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float, d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows = [_last_contiguous(t) for t in (q, k, v, k_summary, v_summary)]
     gradients = _new_gradients(*rows)
-    launch_summary_backward(
-        *rows, document_start, chunk_size, summary_tokens, key_start, softmax_scale, _last_contiguous(d_out),
-        *gradients, accumulate=False,
-    )  # fmt: skip
+    _launch_backward(
+        (*rows, document_start, _last_contiguous(d_out), *gradients),
+        (chunk_size, summary_tokens, key_start, softmax_scale),
+    )
     return gradients
 
 
@@ -255,22 +262,20 @@ def _new_gradients(*rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in rows)
 
 
-@_summary_attention_backward.register_fake
-def _(q, k, v, k_summary, v_summary, *settings):
-    return _new_gradients(q, k, v, k_summary, v_summary)
-
-
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:6])
     ctx.settings = inputs[6:]
 
 
-def _backward(ctx, d_out: Tensor):
-    gradients = torch.ops.megatron_ksa.summary_attention_backward(*ctx.saved_tensors, *ctx.settings, d_out)
+def _gradients(ctx, backward, d_out: Tensor):
+    gradients = backward(*ctx.saved_tensors, *ctx.settings, d_out)
     return *gradients, *[None] * (1 + len(ctx.settings))
 
 
-_summary_attention.register_autograd(_backward, setup_context=_save)
+_summary_attention = differentiable(
+    "summary_attention", _forward, _backward, save=_save, gradients=_gradients,
+    fake=lambda q, *rest: _new_gradients(q)[0], fake_backward=lambda *inputs: _new_gradients(*inputs[:5]),
+)  # fmt: skip
 
 
 def summary_attention(

@@ -3,56 +3,64 @@
 import torch
 from torch import Tensor
 
+from megatron_ksa.kernels.differentiable import differentiable
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_backward import launch_backward
 from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_rows, finite_window, row_starts
 from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tile_numbers
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward, new_outputs
+from megatron_ksa.kernels.ksa_attention.workspace import Workspace, new_dealt, new_workspace
+from megatron_ksa.kernels.launch import repeatable
 
 
-@torch.library.custom_op("megatron_ksa::text_attention", mutates_args=())
-def _text_attention(
+@repeatable
+def _launch_forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
+    """tensors: q, k, v, k_summary, v_summary, document_start, out, lse, counter of work items."""
+    *rows, out, lse, dealt = tensors
+    *geometry, tiles = settings
+    launch_forward(*rows, *geometry, Tiles.unpack(tiles).forward, out, lse, dealt)
+
+
+@repeatable
+def _launch_backward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
+    """tensors: as in the forward pass up to document_start; out, lse, d_out, d_lse, five gradients, workspace."""
+    *geometry, tiles = settings
+    workspace = Workspace.unpack(tensors[15:])
+    launch_backward(*tensors[:6], *geometry, Tiles.unpack(tiles), *tensors[6:15], workspace)
+
+
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
     softmax_scale: float, tiles: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = new_outputs(q)
     rows = [addressable(t) for t in (q, k, v, k_summary, v_summary)]
-    launch_forward(
-        *rows, document_start, chunk_size, summary_tokens, window, query_start, key_start, chunk_start,
-        softmax_scale, Tiles.unpack(tiles).forward, out, lse,
-    )  # fmt: skip
+    _launch_forward(
+        (*rows, document_start, out, lse, *new_dealt(q.device)),
+        (chunk_size, summary_tokens, window, query_start, key_start, chunk_start, softmax_scale, tuple(tiles)),
+    )
     return out, lse
 
 
-@_text_attention.register_fake
-def _(q, k, v, k_summary, v_summary, document_start, *settings):
-    return new_outputs(q)
-
-
-@torch.library.custom_op("megatron_ksa::text_attention_backward", mutates_args=())
-def _text_attention_backward(
+def _backward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
     softmax_scale: float, tiles: list[int], out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows = [addressable(t) for t in (q, k, v, k_summary, v_summary)]
     gradients = _new_gradients(*rows)
-    launch_backward(
-        *rows, document_start, chunk_size, summary_tokens, window, query_start, key_start, chunk_start,
-        softmax_scale, Tiles.unpack(tiles), out, lse, addressable(d_out),
-        None if d_lse is None else d_lse.contiguous(), *gradients,
-    )  # fmt: skip
+    workspace = new_workspace(rows[0], rows[1], rows[3], document_start, lse, Tiles.unpack(tiles))
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    _launch_backward(
+        (*rows, document_start, out, lse, addressable(d_out), d_lse, *gradients, *workspace.pack()),
+        (chunk_size, summary_tokens, window, query_start, key_start, chunk_start, softmax_scale, tuple(tiles)),
+    )
     return gradients
 
 
 def _new_gradients(*rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in rows)
-
-
-@_text_attention_backward.register_fake
-def _(q, k, v, k_summary, v_summary, *settings):
-    return _new_gradients(q, k, v, k_summary, v_summary)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -61,15 +69,18 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, d_out: Tensor | None, d_lse: Tensor | None):
+def _gradients(ctx, backward, d_out: Tensor | None, d_lse: Tensor | None):
     *inputs, out, lse = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
-    gradients = torch.ops.megatron_ksa.text_attention_backward(*inputs, *ctx.settings, out, lse, d_out, d_lse)
+    gradients = backward(*inputs, *ctx.settings, out, lse, d_out, d_lse)
     return *gradients, *[None] * (1 + len(ctx.settings))
 
 
-_text_attention.register_autograd(_backward, setup_context=_save)
+_text_attention = differentiable(
+    "text_attention", _forward, _backward, save=_save, gradients=_gradients,
+    fake=lambda q, *rest: new_outputs(q), fake_backward=lambda *inputs: _new_gradients(*inputs[:5]),
+)  # fmt: skip
 
 
 def text_attention(

@@ -9,8 +9,8 @@ OP = "norm and rotation of query and key heads"
 
 
 def rotate(
-    queries: list[Tensor],
-    keys: list[Tensor],
+    parts: list[Tensor],
+    queries: int,
     weights: list[tuple[Tensor, Tensor] | None],
     positions: Tensor,
     frequencies: Tensor,
@@ -18,15 +18,14 @@ def rotate(
     eps: float,
     zero_centered: bool = False,
     interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise and rotate query and key heads; arguments and results as in `reference.rotate`.
 
     Raises:
         UsageError: on CUDA, dtypes, head dimension, numbers of heads or positions that the kernels do not take.
     """
     run = reference.rotate
-    if uses_triton(OP, queries[0]):
+    if uses_triton(OP, parts[0]):
         from megatron_ksa.kernels.rotation.triton_rotation import rotate as run
-    return run(
-        queries, keys, weights, positions, frequencies, eps=eps, zero_centered=zero_centered, interleaved=interleaved
-    )
+    return run(parts, queries, weights, positions, frequencies, eps=eps, zero_centered=zero_centered,
+               interleaved=interleaved)  # fmt: skip

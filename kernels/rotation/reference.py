@@ -63,9 +63,22 @@ def _rotate(x: Tensor, theta: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([turned, rest], dim=-1)
 
 
+def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Heads as a projection gives them, group after group its query heads, its key and its value.
+
+    Args:
+        query: [rows, batch, Hq, D].
+        key, value: [rows, batch, Hkv, D].
+
+    Returns:
+        [rows, batch, Hkv, (Hq / Hkv + 2) * D].
+    """
+    return torch.cat([query.unflatten(2, (key.shape[2], -1)).flatten(3), key, value], dim=-1)
+
+
 def rotate(
-    queries: list[Tensor],
-    keys: list[Tensor],
+    parts: list[Tensor],
+    queries: int,
     weights: list[tuple[Tensor, Tensor] | None],
     positions: Tensor,
     frequencies: Tensor,
@@ -73,30 +86,33 @@ def rotate(
     eps: float,
     zero_centered: bool = False,
     interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Normalise and rotate the query and key heads of consecutive parts of the rows, and join the parts.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise and rotate query and key heads of consecutive parts of the rows, and join the parts.
 
     Args:
-        queries: parts [rows of the part, batch, Hq, D] of any strides.
-        keys: the same parts, [rows of the part, batch, Hkv, D].
+        parts: projected heads as `mix` lays them out, [rows of the part, batch, Hkv, (queries + 2) * D].
+        queries: query heads of a K/V group, Hq / Hkv.
         weights: for each part, the norm weights [D] of queries and keys, or None for no norm.
         positions: int [rows of all parts, batch or 1], from 0 to 2^31 - 1.
-        frequencies: int64 [Hkv or 1, d/2], see `fixed_point`; query head h takes those of K/V head h // (Hq / Hkv).
+        frequencies: int64 [Hkv or 1, d/2], see `fixed_point`; query head h takes those of K/V head h // queries.
         eps: added to the mean square.
         zero_centered: weights are added to 1.
         interleaved: rotate neighbouring channels instead of halves.
 
     Returns:
-        [rows, batch, Hq, D] and [rows, batch, Hkv, D] in the heads' dtype; sums and products are float32 or better.
+        query [rows, batch, Hq, D], key and value [rows, batch, Hkv, D] in the parts' dtype, the value as it is; sums
+        and products are float32 or better.
     """
     theta = angles(positions, frequencies)
+    dim = parts[0].shape[-1] // (queries + 2)
+    split = [part.split([queries * dim, dim, dim], dim=-1) for part in parts]
     results = []
-    for index, parts in enumerate((queries, keys)):
-        group = parts[0].shape[2] // keys[0].shape[2] if len(frequencies) > 1 else 1
+    for index, count in enumerate((queries, 1)):
         rows = []
-        for part, pair in zip(parts, weights, strict=True):
+        for heads, pair in zip(split, weights, strict=True):
+            part = heads[index].unflatten(-1, (count, dim)).flatten(2, 3)
             part = part.to(torch.promote_types(part.dtype, torch.float32))
             rows.append(part if pair is None else rms_norm(part, pair[index], eps, zero_centered))
-        turned = _rotate(torch.cat(rows), theta.repeat_interleave(group, dim=2), interleaved)
-        results.append(turned.to(parts[0].dtype))
-    return results[0], results[1]
+        own = theta.repeat_interleave(count, dim=2) if len(frequencies) > 1 else theta
+        results.append(_rotate(torch.cat(rows), own, interleaved).to(parts[0].dtype))
+    return *results, torch.cat([value for *_, value in split])

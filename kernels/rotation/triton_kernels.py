@@ -1,7 +1,7 @@
 """Triton kernels of the norm and rotation of query and key heads; formulas in `reference.py`.
 
-A program takes all query heads of one K/V group and the group's key head, over some rows: the sines and cosines of a
-row are formed once for the group, in the kernel, from the position and the group's frequencies.
+A program takes one K/V group over some rows: its query heads, its key head and its value head, which is copied. The
+sines and cosines of a row are formed once for the group, in the kernel, from the position and the group's frequencies.
 """
 
 import triton
@@ -154,15 +154,25 @@ def backward_head(
 
 
 @triton.jit
+def copy_head(p, p_out, o_row, o_out, m_row, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Copy one head over R rows."""
+    o_dim = tl.arange(0, BLOCK_DIM)
+    m_head = m_row[:, None] & (o_dim < DIM)[None, :]
+    b_head = tl.load(p + o_row[:, None] + o_dim[None, :], mask=m_head, other=0.0)
+    tl.store(p_out + o_out[:, None] + o_dim[None, :], b_head, mask=m_head)
+
+
+@triton.jit
 def rotate_forward_kernel(
-    p_q, p_k, p_q_weight, p_k_weight, p_positions, p_frequencies, p_q_out, p_k_out,
+    p_mixed, p_q_weight, p_k_weight, p_positions, p_frequencies, p_q_out, p_k_out, p_v_out,
     rows, groups, stride_position_row, stride_position_batch, stride_frequency,
-    stride_q_row, stride_q_batch, stride_q_head, stride_k_row, stride_k_batch, stride_k_head,
-    stride_qo_row, stride_qo_batch, stride_qo_head, stride_ko_row, stride_ko_batch, stride_ko_head, eps,
+    stride_row, stride_batch, stride_group, stride_qo_row, stride_qo_batch, stride_ko_row, stride_ko_batch, eps,
     QUERIES: tl.constexpr, HALF: tl.constexpr, PASS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
 ):  # fmt: skip
-    """The heads of one group, QUERIES query heads and a key head, over BLOCK_ROWS rows; grid (groups * tiles, batch)."""
+    """The heads of one group over BLOCK_ROWS rows; grid (groups * tiles, batch). Heads of a row are contiguous."""
+    DIM: tl.constexpr = 2 * HALF + PASS
     i_group, i_tile, i_batch = tl.program_id(0) % groups, tl.program_id(0) // groups, tl.program_id(1).to(tl.int64)
     o_row = i_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m_row = o_row < rows
@@ -175,50 +185,51 @@ def rotate_forward_kernel(
         b_gain_a, b_gain_b, b_gain_rest = load_gain(
             p_q_weight, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, ZERO_CENTERED
         )
-    p_q += i_batch * stride_q_batch + i_group.to(tl.int64) * QUERIES * stride_q_head
-    p_q_out += i_batch * stride_qo_batch + i_group.to(tl.int64) * QUERIES * stride_qo_head
+    p_mixed += i_batch * stride_batch + i_group.to(tl.int64) * stride_group
+    p_q_out += i_batch * stride_qo_batch + i_group * QUERIES * DIM
+    o_mixed, o_ko = o_row * stride_row, o_row * stride_ko_row
     for i_query in range(QUERIES):
         forward_head(
-            p_q + i_query * stride_q_head, p_q_out + i_query * stride_qo_head, b_cos, b_sin,
-            b_gain_a, b_gain_b, b_gain_rest, o_row * stride_q_row, o_row * stride_qo_row, m_row, eps,
-            HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, NORM,
+            p_mixed + i_query * DIM, p_q_out + i_query * DIM, b_cos, b_sin, b_gain_a, b_gain_b, b_gain_rest,
+            o_mixed, o_row * stride_qo_row, m_row, eps, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, NORM,
         )  # fmt: skip
     if NORM:
         b_gain_a, b_gain_b, b_gain_rest = load_gain(
             p_k_weight, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, ZERO_CENTERED
         )
+    o_key = i_batch * stride_ko_batch + i_group * DIM
     forward_head(
-        p_k + i_batch * stride_k_batch + i_group.to(tl.int64) * stride_k_head,
-        p_k_out + i_batch * stride_ko_batch + i_group.to(tl.int64) * stride_ko_head, b_cos, b_sin,
-        b_gain_a, b_gain_b, b_gain_rest, o_row * stride_k_row, o_row * stride_ko_row, m_row, eps,
-        HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, NORM,
+        p_mixed + QUERIES * DIM, p_k_out + o_key, b_cos, b_sin, b_gain_a, b_gain_b, b_gain_rest, o_mixed, o_ko, m_row,
+        eps, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, NORM,
     )  # fmt: skip
+    copy_head(p_mixed + (QUERIES + 1) * DIM, p_v_out + o_key, o_mixed, o_ko, m_row, DIM, BLOCK_DIM)
 
 
 @triton.jit
 def rotate_backward_kernel(
-    p_q, p_k, p_q_weight, p_k_weight, p_positions, p_frequencies, p_dq_out, p_dk_out, p_dq, p_dk, p_dgain,
+    p_mixed, p_q_weight, p_k_weight, p_positions, p_frequencies, p_dq_out, p_dk_out, p_dv_out, p_dmixed, p_dgain,
     rows, groups, tiles, tiles_per_program, stride_position_row, stride_position_batch, stride_frequency,
-    stride_q_row, stride_q_batch, stride_q_head, stride_k_row, stride_k_batch, stride_k_head,
-    stride_dqo_row, stride_dqo_batch, stride_dqo_head, stride_dko_row, stride_dko_batch, stride_dko_head,
-    stride_dq_row, stride_dq_batch, stride_dq_head, stride_dk_row, stride_dk_batch, stride_dk_head, eps,
+    stride_row, stride_batch, stride_group, stride_dqo_row, stride_dqo_batch, stride_dqo_head,
+    stride_dko_row, stride_dko_batch, stride_dko_head, stride_dvo_row, stride_dvo_batch, stride_dvo_head,
+    stride_d_row, stride_d_batch, stride_d_group, eps,
     QUERIES: tl.constexpr, HALF: tl.constexpr, PASS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_PASS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the heads of one group over several tiles of rows; grid (groups * programs, batch).
 
     p_dgain: float32 [programs of both axes, 2, 2 * HALF + PASS], each program's part of the gains' gradients.
     """
+    DIM: tl.constexpr = 2 * HALF + PASS
     i_group, i_part, i_batch = tl.program_id(0) % groups, tl.program_id(0) // groups, tl.program_id(1).to(tl.int64)
     p_positions += i_batch * stride_position_batch
     p_frequencies += i_group * stride_frequency
-    i_first = i_group.to(tl.int64) * QUERIES
-    p_q += i_batch * stride_q_batch + i_first * stride_q_head
-    p_dq_out += i_batch * stride_dqo_batch + i_first * stride_dqo_head
-    p_dq += i_batch * stride_dq_batch + i_first * stride_dq_head
-    p_k += i_batch * stride_k_batch + i_group.to(tl.int64) * stride_k_head
-    p_dk_out += i_batch * stride_dko_batch + i_group.to(tl.int64) * stride_dko_head
-    p_dk += i_batch * stride_dk_batch + i_group.to(tl.int64) * stride_dk_head
+    i_wide = i_group.to(tl.int64)
+    p_mixed += i_batch * stride_batch + i_wide * stride_group
+    p_dmixed += i_batch * stride_d_batch + i_wide * stride_d_group
+    p_dq_out += i_batch * stride_dqo_batch + i_wide * QUERIES * stride_dqo_head
+    p_dk_out += i_batch * stride_dko_batch + i_wide * stride_dko_head
+    p_dv_out += i_batch * stride_dvo_batch + i_wide * stride_dvo_head
     # Without a norm these are handed through and not read.
     b_zero = tl.zeros((BLOCK_ROWS, BLOCK_HALF), tl.float32)
     b_q_a, b_q_b, b_q_rest, b_k_a, b_k_b, b_k_rest = b_zero, b_zero, b_zero, b_zero, b_zero, b_zero
@@ -235,12 +246,13 @@ def rotate_backward_kernel(
     for i_tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
         o_row = tl.cast(i_tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         m_row = o_row < rows
+        o_mixed, o_dmixed = o_row * stride_row, o_row * stride_d_row
         b_cos, b_sin = cos_sin(p_positions, p_frequencies, o_row, m_row, stride_position_row, HALF, BLOCK_HALF)
         for i_query in range(QUERIES):
             b_a, b_b, b_rest = backward_head(
-                p_q + i_query * stride_q_head, p_dq_out + i_query * stride_dqo_head, p_dq + i_query * stride_dq_head,
-                b_cos, b_sin, b_q_a, b_q_b, b_q_rest, o_row * stride_q_row, o_row * stride_dqo_row,
-                o_row * stride_dq_row, m_row, eps, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, NORM,
+                p_mixed + i_query * DIM, p_dq_out + i_query * stride_dqo_head, p_dmixed + i_query * DIM,
+                b_cos, b_sin, b_q_a, b_q_b, b_q_rest, o_mixed, o_row * stride_dqo_row, o_dmixed, m_row, eps,
+                HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, NORM,
             )  # fmt: skip
             if NORM:
                 b_dq_a += b_a
@@ -248,9 +260,13 @@ def rotate_backward_kernel(
                 if PASS > 0:
                     b_dq_rest += b_rest
         b_a, b_b, b_rest = backward_head(
-            p_k, p_dk_out, p_dk, b_cos, b_sin, b_k_a, b_k_b, b_k_rest, o_row * stride_k_row, o_row * stride_dko_row,
-            o_row * stride_dk_row, m_row, eps, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, NORM,
+            p_mixed + QUERIES * DIM, p_dk_out, p_dmixed + QUERIES * DIM, b_cos, b_sin, b_k_a, b_k_b, b_k_rest,
+            o_mixed, o_row * stride_dko_row, o_dmixed, m_row, eps, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED,
+            NORM,
         )  # fmt: skip
+        copy_head(
+            p_dv_out, p_dmixed + (QUERIES + 1) * DIM, o_row * stride_dvo_row, o_dmixed, m_row, DIM, BLOCK_DIM
+        )
         if NORM:
             b_dk_a += b_a
             b_dk_b += b_b

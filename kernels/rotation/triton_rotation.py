@@ -1,10 +1,12 @@
-"""Norm and rotation of query and key heads by Triton kernels: launchers, custom ops, autograd, public function."""
+"""Norm and rotation of query and key heads by Triton kernels: launches, custom ops, autograd, public function."""
 
 import torch
 import triton
 from torch import Tensor
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels.differentiable import differentiable
+from megatron_ksa.kernels.launch import launch, repeatable
 from megatron_ksa.kernels.rotation.triton_kernels import rotate_backward_kernel, rotate_forward_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -17,20 +19,25 @@ WARPS = 4
 TILE_ELEMENTS = 1024
 
 
-def _sizes(query: Tensor, key: Tensor, frequencies: Tensor, interleaved: bool) -> dict[str, int]:
+def _block_rows(dim: int, half: int) -> int:
+    """Rows of a tile, for heads of dim channels of which 2 * half are rotated."""
+    widest = max(triton.next_power_of_2(half), triton.next_power_of_2(max(dim - 2 * half, 1)) // 2)
+    return max(TILE_ELEMENTS // widest, 1)
+
+
+def _sizes(mixed: Tensor, queries: int, frequencies: Tensor, interleaved: bool) -> dict[str, int]:
     """Compile-time sizes of the kernels."""
-    half, dim = frequencies.shape[1], query.shape[-1]
-    block_half, block_pass = triton.next_power_of_2(half), triton.next_power_of_2(max(dim - 2 * half, 1))
+    half, dim = frequencies.shape[1], mixed.shape[-1] // (queries + 2)
     return {
-        "QUERIES": query.shape[2] // key.shape[2], "HALF": half, "PASS": dim - 2 * half, "BLOCK_HALF": block_half,
-        "BLOCK_PASS": block_pass, "BLOCK_ROWS": max(TILE_ELEMENTS // max(block_half, block_pass // 2), 1),
-        "INTERLEAVED": interleaved, "num_warps": WARPS,
+        "QUERIES": queries, "HALF": half, "PASS": dim - 2 * half, "BLOCK_HALF": triton.next_power_of_2(half),
+        "BLOCK_PASS": triton.next_power_of_2(max(dim - 2 * half, 1)), "BLOCK_DIM": triton.next_power_of_2(dim),
+        "BLOCK_ROWS": _block_rows(dim, half), "INTERLEAVED": interleaved, "num_warps": WARPS,
     }  # fmt: skip
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """Row, batch and head strides of [rows, batch, heads, D] tensors."""
-    return [stride for rows in tensors for stride in rows.stride()[:3]]
+def _strides(*tensors: Tensor, count: int = 3) -> list[int]:
+    """The first strides of each tensor: of rows, batch, and heads or groups."""
+    return [stride for rows in tensors for stride in rows.stride()[:count]]
 
 
 def _shared_strides(positions: Tensor, frequencies: Tensor) -> tuple[int, int, int]:
@@ -41,46 +48,52 @@ def _shared_strides(positions: Tensor, frequencies: Tensor) -> tuple[int, int, i
     )  # fmt: skip
 
 
-def launch_forward(
-    query: Tensor, key: Tensor, weights: list[Tensor], positions: Tensor, frequencies: Tensor, eps: float,
-    zero_centered: bool, interleaved: bool, query_out: Tensor, key_out: Tensor,
-) -> None:  # fmt: skip
-    """Write the rotated heads of one part; `weights` is empty or those of queries and keys."""
-    rows, batch, groups, _ = key.shape
-    if not key.numel():
-        return
-    sizes = _sizes(query, key, frequencies, interleaved)
-    grid = (groups * triton.cdiv(rows, sizes["BLOCK_ROWS"]), batch)
-    rotate_forward_kernel[grid](
-        query, key, *(weights or (query, key)), positions, frequencies, query_out, key_out,
-        rows, groups, *_shared_strides(positions, frequencies), *_strides(query, key, query_out, key_out), eps,
+@repeatable
+def _launch_forward(tensors: tuple[Tensor, ...], settings: tuple[int, float, bool, bool]) -> None:
+    """Write query, key and value of one part of the rows.
+
+    tensors: positions, frequencies, mixed heads, query, key, value, and the weights of query and key or none.
+    """
+    positions, frequencies, mixed, query, key, value, *weights = tensors
+    queries, eps, zero_centered, interleaved = settings
+    rows, batch, groups, _ = mixed.shape
+    sizes = _sizes(mixed, queries, frequencies, interleaved)
+    launch(
+        rotate_forward_kernel, (groups * triton.cdiv(rows, sizes["BLOCK_ROWS"]), batch),
+        mixed, *(weights or (mixed, mixed)), positions, frequencies, query, key, value,
+        rows, groups, *_shared_strides(positions, frequencies), *_strides(mixed), *_strides(query, key, count=2), eps,
         NORM=bool(weights), ZERO_CENTERED=zero_centered, **sizes,
     )  # fmt: skip
 
 
-def launch_backward(
-    query: Tensor, key: Tensor, weights: list[Tensor], positions: Tensor, frequencies: Tensor, eps: float,
-    zero_centered: bool, interleaved: bool, d_query_out: Tensor, d_key_out: Tensor, d_query: Tensor, d_key: Tensor,
-) -> list[Tensor]:  # fmt: skip
-    """Write the gradients of one part's heads; return those of its weights. Without weights heads are not read."""
-    rows, batch, groups, dim = key.shape
-    if not key.numel():
-        return [torch.zeros_like(weight) for weight in weights]
-    sizes = _sizes(query, key, frequencies, interleaved)
-    tiles = triton.cdiv(rows, sizes["BLOCK_ROWS"])
+def _backward_programs(mixed: Tensor, block_rows: int) -> tuple[int, int, int]:
+    """Tiles of rows, tiles of a program, and programs for each sample, for mixed heads [rows, batch, groups, ...]."""
+    rows, batch, groups, _ = mixed.shape
+    tiles = triton.cdiv(rows, block_rows)
     tiles_per_program = triton.cdiv(tiles * groups * batch, PROGRAMS)
-    programs = groups * triton.cdiv(tiles, tiles_per_program)
-    shape = (batch * programs, 2, dim) if weights else (0,)
-    d_gain = torch.empty(shape, dtype=torch.float32, device=query.device)
-    rotate_backward_kernel[programs, batch](
-        query, key, *(weights or (query, key)), positions, frequencies, d_query_out, d_key_out, d_query, d_key, d_gain,
+    return tiles, tiles_per_program, groups * triton.cdiv(tiles, tiles_per_program)
+
+
+@repeatable
+def _launch_backward(tensors: tuple[Tensor | None, ...], settings: tuple[int, float, bool, bool]) -> None:
+    """Write the gradient of one part's mixed heads, and each program's part of those of the weights.
+
+    tensors: positions, frequencies, gradients of query, key, value and mixed heads, of the weights by program (or
+    None), then mixed heads and weights, or none of these without a norm.
+    """
+    positions, frequencies, d_query, d_key, d_value, d_mixed, d_gain, *normalised = tensors
+    queries, eps, zero_centered, interleaved = settings
+    mixed, *weights = normalised or [d_mixed] * 3
+    rows, batch, groups, _ = d_mixed.shape
+    sizes = _sizes(d_mixed, queries, frequencies, interleaved)
+    tiles, tiles_per_program, programs = _backward_programs(d_mixed, sizes["BLOCK_ROWS"])
+    launch(
+        rotate_backward_kernel, (programs, batch),
+        mixed, *weights, positions, frequencies, d_query, d_key, d_value, d_mixed, d_gain,
         rows, groups, tiles, tiles_per_program, *_shared_strides(positions, frequencies),
-        *_strides(query, key, d_query_out, d_key_out, d_query, d_key), eps,
-        NORM=bool(weights), ZERO_CENTERED=zero_centered, **sizes,
+        *_strides(mixed, d_query, d_key, d_value, d_mixed), eps,
+        NORM=bool(normalised), ZERO_CENTERED=zero_centered, **sizes,
     )  # fmt: skip
-    if not weights:
-        return []
-    return [part.sum(0).to(weight.dtype) for part, weight in zip(d_gain.unbind(1), weights, strict=True)]
 
 
 def _unit_stride(rows: Tensor) -> Tensor:
@@ -88,113 +101,153 @@ def _unit_stride(rows: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _by_part(weights: list[Tensor], normalized: list[bool]) -> list[list[Tensor]]:
-    """The pair of weights of each part, empty where it is not normalised."""
-    pairs = iter(zip(weights[::2], weights[1::2], strict=True))
-    return [list(next(pairs)) if has_norm else [] for has_norm in normalized]
+def _parts(
+    text: Tensor | None, summaries: Tensor | None, weights: tuple[Tensor | None, ...]
+) -> list[tuple[slice, Tensor, list[Tensor]]]:
+    """Place among the rows, heads, and weights of query and key (or none) of each part that has rows."""
+    parts, start = [], 0
+    for mixed, pair in ((text, weights[:2]), (summaries, weights[2:])):
+        if mixed is not None and mixed.shape[0]:
+            parts.append((slice(start, start + mixed.shape[0]), mixed, [w for w in pair if w is not None]))
+            start += mixed.shape[0]
+    return parts
 
 
-def _new_rows(parts: list[Tensor]) -> Tensor:
-    rows, (_, *shape) = sum(part.shape[0] for part in parts), parts[0].shape
-    return torch.empty((rows, *shape), dtype=parts[0].dtype, device=parts[0].device)
-
-
-@torch.library.custom_op("megatron_ksa::rotate", mutates_args=())
-def _rotate(
-    queries: list[Tensor], keys: list[Tensor], weights: list[Tensor], positions: Tensor, frequencies: Tensor,
-    normalized: list[bool], eps: float, zero_centered: bool, interleaved: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    query_out, key_out = _new_rows(queries), _new_rows(keys)
-    start = 0
-    for query, key, pair in zip(queries, keys, _by_part(weights, normalized), strict=True):
-        part = slice(start, start + query.shape[0])
-        launch_forward(
-            _unit_stride(query), _unit_stride(key), pair, positions[part], frequencies, eps, zero_centered, interleaved,
-            query_out[part], key_out[part],
-        )  # fmt: skip
-        start = part.stop
-    return query_out, key_out
-
-
-@_rotate.register_fake
-def _(queries, keys, *settings):
-    return _new_rows(queries), _new_rows(keys)
-
-
-@torch.library.custom_op("megatron_ksa::rotate_backward", mutates_args=())
-def _rotate_backward(
-    d_query_out: Tensor, d_key_out: Tensor, queries: list[Tensor], keys: list[Tensor], weights: list[Tensor],
-    positions: Tensor, frequencies: Tensor, normalized: list[bool], rows: list[int], eps: float, zero_centered: bool,
-    interleaved: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-    d_query_out, d_key_out = _unit_stride(d_query_out), _unit_stride(d_key_out)
-    heads = iter(zip(queries, keys, strict=True))
-    d_queries, d_keys, d_weights, start = [], [], [], 0
-    for pair, count in zip(_by_part(weights, normalized), rows, strict=True):
-        part = slice(start, start + count)
-        d_out = (d_query_out[part], d_key_out[part])
-        query, key = (_unit_stride(head) for head in next(heads)) if pair else d_out
-        d_heads = [torch.empty(d.shape, dtype=d.dtype, device=d.device) for d in d_out]
-        d_weights += launch_backward(
-            query, key, pair, positions[part], frequencies, eps, zero_centered, interleaved, *d_out, *d_heads
+def _forward(
+    text: Tensor, summaries: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None,
+    q_weight_summary: Tensor | None, k_weight_summary: Tensor | None, positions: Tensor, frequencies: Tensor,
+    queries: int, eps: float, zero_centered: bool, interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _new_heads(text, summaries, queries)
+    weights = (q_weight, k_weight, q_weight_summary, k_weight_summary)
+    parts = _parts(text, summaries, weights)
+    for place, mixed, pair in parts:
+        # A part that is everything needs no slices, which cost the host as much as a launch.
+        heads = out if len(parts) == 1 else [rows[place] for rows in out]
+        where = positions if len(parts) == 1 else positions[place]
+        _launch_forward(
+            (where, frequencies, _unit_stride(mixed), *heads, *pair), (queries, eps, zero_centered, interleaved)
         )
-        d_queries.append(d_heads[0])
-        d_keys.append(d_heads[1])
-        start = part.stop
-    return d_queries, d_keys, d_weights
+    return out
 
 
-@_rotate_backward.register_fake
-def _(d_query_out, d_key_out, queries, keys, weights, positions, frequencies, normalized, rows, *settings):
-    parts = [[d_out.new_empty((count, *d_out.shape[1:])) for count in rows] for d_out in (d_query_out, d_key_out)]
-    return parts[0], parts[1], [torch.empty_like(weight) for weight in weights]
+def _new_heads(text: Tensor, summaries: Tensor | None, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised query, key and value of all rows."""
+    rows, batch, groups, width = text.shape
+    rows += 0 if summaries is None else summaries.shape[0]
+    dim, options = width // (queries + 2), {"dtype": text.dtype, "device": text.device}
+    key, value = (torch.empty((rows, batch, groups, dim), **options) for _ in range(2))
+    return torch.empty((rows, batch, groups * queries, dim), **options), key, value
+
+
+def _backward(
+    d_query: Tensor, d_key: Tensor, d_value: Tensor, text: Tensor | None, summaries: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, q_weight_summary: Tensor | None,
+    k_weight_summary: Tensor | None, positions: Tensor, frequencies: Tensor, text_rows: int, queries: int, eps: float,
+    zero_centered: bool, interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the mixed heads of text and summaries, and of the weights of query and key of both, [2, D].
+
+    text and summaries are needed, and those of the weights have elements, where there are weights.
+    """
+    d_out = [_unit_stride(rows) for rows in (d_query, d_key, d_value)]
+    d_parts, d_pairs, start = [], [], 0
+    for mixed, rows, pair in (
+        (text, text_rows, (q_weight, k_weight)),
+        (summaries, d_key.shape[0] - text_rows, (q_weight_summary, k_weight_summary)),
+    ):
+        d_mixed = _new_mixed(d_key, rows, queries)
+        normalised, d_gain = (), None
+        if pair[0] is not None:
+            normalised, d_gain = (_unit_stride(mixed), *pair), _new_gain_parts(d_mixed, d_key.shape[-1], frequencies)
+        if rows:
+            place = slice(start, start + rows)
+            _launch_backward(
+                (positions[place], frequencies, *(d[place] for d in d_out), d_mixed, d_gain, *normalised),
+                (queries, eps, zero_centered, interleaved),
+            )
+        d_parts.append(d_mixed)
+        d_pairs.append(_new_pair(d_key, None) if d_gain is None else d_gain.sum(0).to(pair[0].dtype))
+        start += rows
+    return *d_parts, *d_pairs
+
+
+def _new_mixed(d_key: Tensor, rows: int, queries: int) -> Tensor:
+    _, batch, groups, dim = d_key.shape
+    return torch.empty((rows, batch, groups, (queries + 2) * dim), dtype=d_key.dtype, device=d_key.device)
+
+
+def _new_pair(d_key: Tensor, weight: Tensor | None) -> Tensor:
+    shape, dtype = ((0,), d_key.dtype) if weight is None else ((2, d_key.shape[-1]), weight.dtype)
+    return torch.empty(shape, dtype=dtype, device=d_key.device)
+
+
+def _new_gain_parts(d_mixed: Tensor, dim: int, frequencies: Tensor) -> Tensor:
+    """Uninitialised float32 [programs, 2, D]: the gradients of the weights of query and key by program."""
+    programs = _backward_programs(d_mixed, _block_rows(dim, frequencies.shape[1]))[2] if len(d_mixed) else 0
+    return torch.empty((d_mixed.shape[1] * programs, 2, dim), dtype=torch.float32, device=d_mixed.device)
 
 
 def _save(ctx, inputs, output) -> None:
-    queries, keys, weights, positions, frequencies, normalized, *settings = inputs
+    text, summaries, *weights, positions, frequencies, queries, eps, zero_centered, interleaved = inputs
     # A rotation alone needs no heads in its backward pass.
-    kept = [[part for part, norm in zip(parts, normalized, strict=True) if norm] for parts in (queries, keys)]
-    ctx.save_for_backward(*kept[0], *kept[1], *weights, positions, frequencies)
-    ctx.normalized, ctx.rows, ctx.settings = normalized, [part.shape[0] for part in queries], settings
+    kept = (text if weights[0] is not None else None, summaries if weights[2] is not None else None)
+    ctx.save_for_backward(*kept, *weights, positions, frequencies)
+    ctx.settings = (text.shape[0], queries, eps, zero_centered, interleaved)
+    ctx.has_summaries = summaries is not None
 
 
-def _backward(ctx, d_query_out: Tensor, d_key_out: Tensor):
-    *saved, positions, frequencies = ctx.saved_tensors
-    count = sum(ctx.normalized)
-    d_queries, d_keys, d_weights = torch.ops.megatron_ksa.rotate_backward(
-        d_query_out, d_key_out, saved[:count], saved[count : 2 * count], saved[2 * count :], positions, frequencies,
-        ctx.normalized, ctx.rows, *ctx.settings,
-    )  # fmt: skip
-    return d_queries, d_keys, d_weights, None, None, None, *[None] * len(ctx.settings)
+def _gradients(ctx, backward, d_query: Tensor, d_key: Tensor, d_value: Tensor):
+    d_text, d_summaries, *d_pairs = backward(d_query, d_key, d_value, *ctx.saved_tensors, *ctx.settings)
+    weights = ctx.saved_tensors[2:6]
+    d_weights = [
+        d_weight
+        for pair, weight in zip(d_pairs, weights[::2], strict=True)
+        for d_weight in ((None, None) if weight is None else pair.unbind())
+    ]
+    return d_text, d_summaries if ctx.has_summaries else None, *d_weights, *[None] * 6
 
 
-_rotate.register_autograd(_backward, setup_context=_save)
+def _fake_backward(
+    dq, d_key, dv, text, summaries, q_weight, kw, q_weight_summary, skw, positions, frequencies, rows, queries, *options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mixed = (_new_mixed(d_key, count, queries) for count in (rows, d_key.shape[0] - rows))
+    return *mixed, _new_pair(d_key, q_weight), _new_pair(d_key, q_weight_summary)
 
 
-def _check(queries: list[Tensor], keys: list[Tensor], positions: Tensor, frequencies: Tensor) -> None:
-    dtypes = {part.dtype for part in (*queries, *keys)}
-    if len(dtypes) > 1 or queries[0].dtype not in DTYPES:
+_rotate = differentiable(
+    "rotate", _forward, _backward, save=_save, gradients=_gradients, fake_backward=_fake_backward,
+    fake=lambda text, summaries, *inputs: _new_heads(text, summaries, inputs[6]),
+)  # fmt: skip
+
+
+def _check(parts: list[Tensor], queries: int, positions: Tensor, frequencies: Tensor) -> None:
+    dtypes = {part.dtype for part in parts}
+    if len(dtypes) > 1 or parts[0].dtype not in DTYPES:
         names = ", ".join(sorted(map(str, dtypes)))
         raise UsageError(f"rotation got dtypes {names}: one of bfloat16, float16 or float32 for all is needed")
-    dim, heads, groups = queries[0].shape[-1], queries[0].shape[2], keys[0].shape[2]
+    _, batch, groups, width = parts[0].shape
+    dim, ragged = divmod(width, queries + 2)
+    if ragged:
+        raise UsageError(f"{width} channels of a K/V group do not divide into {queries} query heads, a key and a value")
     if not 0 < 2 * frequencies.shape[1] <= dim <= LARGEST_HEAD_DIM:
         raise UsageError(
             f"{2 * frequencies.shape[1]} rotated channels of head_dim {dim}: the rotation kernel takes 2 to head_dim "
             f"of at most {LARGEST_HEAD_DIM}; set --rotary-percent or --kv-channels"
         )
-    if heads % groups or frequencies.shape[0] not in (1, groups):
+    if frequencies.shape[0] not in (1, groups):
         raise UsageError(
-            f"{heads} query heads, {groups} K/V heads and frequencies of {frequencies.shape[0]} groups do not fit: "
-            "query heads must divide into K/V heads, with one row of frequencies for each or for all of them"
+            f"frequencies of {frequencies.shape[0]} groups do not fit {groups} K/V heads: one row for each or for all "
+            "of them is needed"
         )
-    rows = sum(part.shape[0] for part in queries)
-    if positions.shape[0] != rows or positions.shape[1] not in (1, queries[0].shape[1]):
-        raise UsageError(f"positions {tuple(positions.shape)} do not fit {rows} rows of batch {queries[0].shape[1]}")
+    rows = sum(part.shape[0] for part in parts)
+    if positions.shape[0] != rows or positions.shape[1] not in (1, batch):
+        raise UsageError(f"positions {tuple(positions.shape)} do not fit {rows} rows of batch {batch}")
 
 
 def rotate(
-    queries: list[Tensor],
-    keys: list[Tensor],
+    parts: list[Tensor],
+    queries: int,
     weights: list[tuple[Tensor, Tensor] | None],
     positions: Tensor,
     frequencies: Tensor,
@@ -202,15 +255,17 @@ def rotate(
     eps: float,
     zero_centered: bool = False,
     interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in `reference.rotate`; sums and products are float32. Deterministic.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in `reference.rotate`, for one or two parts; sums and products are float32.
+
+    Deterministic.
 
     Raises:
         UsageError: dtypes, head dimension, numbers of heads or positions that the kernels do not take.
     """
-    _check(queries, keys, positions, frequencies)
-    flat = [weight for pair in weights if pair is not None for weight in pair]
-    normalized = [pair is not None for pair in weights]
+    _check(parts, queries, positions, frequencies)
+    text, summaries = parts if len(parts) == 2 else (*parts, None)
+    pairs = [weight for pair in (*weights, None)[:2] for weight in (pair or (None, None))]
     return _rotate(
-        queries, keys, flat, positions, _unit_stride(frequencies), normalized, eps, zero_centered, interleaved
+        text, summaries, *pairs, positions, _unit_stride(frequencies), queries, eps, zero_centered, interleaved
     )

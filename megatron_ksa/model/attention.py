@@ -89,8 +89,8 @@ class KSASelfAttention(RotatedSelfAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all rows, text rows first.
 
-        Projecting text and summary rows apart gives the same order with sequence parallelism, where each rank's shard is
-        laid out `[text | summaries]` and the projection gathers the shards.
+        Projecting text and summary rows apart gives the same order with sequence parallelism, where each rank's shard
+        is laid out `[text | summaries]` and the projection gathers the shards.
 
         Args:
             hidden_states: [rows of the shard, batch, hidden].
@@ -110,14 +110,24 @@ class KSASelfAttention(RotatedSelfAttention):
     def _project_and_rotate(self, text: Tensor, summaries: Tensor) -> Heads:
         """`get_query_key_value_tensors` with the rotation; only a blend of projections is normalised before it."""
         norms = (self.q_layernorm, self.k_layernorm)
-        summary_norms = (self.q_layernorm_summary or norms[0], self.k_layernorm_summary or norms[1])
-        fused, a = self._fuses(*norms), self.summary_coefficient
+        a = self.summary_coefficient
+        if not self._fuses(*norms):
+            text_heads = self._project(self.linear_qkv, *norms, text)
+            return self._rotate([text_heads, self._project_summaries(summaries)], [None, None])
+        text_heads = self._project_mixed(self.linear_qkv, text)
         shared = self.linear_qkv_summary is None or (a == 0.0 and not torch.is_grad_enabled())
-        text_qkv = self._project(self.linear_qkv, *((None, None) if fused else norms), text)
-        if not fused or not (shared or a == 1.0):
-            return self._rotate([text_qkv, self._project_summaries(summaries)], [norms if fused else None, None])
-        summary_qkv = self._project(self.linear_qkv if shared else self.linear_qkv_summary, None, None, summaries)
-        return self._rotate([text_qkv, summary_qkv], [norms, summary_norms])
+        if not (shared or a == 1.0):
+            return self._rotate([text_heads, self._project_summaries(summaries)], [norms, None])
+        summary_heads = self._project_mixed(self.linear_qkv if shared else self.linear_qkv_summary, summaries)
+        summary_norms = (self.q_layernorm_summary or norms[0], self.k_layernorm_summary or norms[1])
+        return self._rotate([text_heads, summary_heads], [norms, summary_norms])
+
+    def _project_mixed(self, linear: nn.Module, rows: Tensor) -> Tensor | Heads:
+        """Projected heads as they lie in memory (see `_rotate`), or apart where ranks share a group."""
+        if self.world_size > self.config.num_query_groups:
+            return self._project(linear, None, None, rows)
+        mixed, _ = linear(rows)
+        return mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))
 
     def _project_summaries(self, summaries: Tensor) -> Heads:
         a = self.summary_coefficient

@@ -1,10 +1,9 @@
 """Megatron's self-attention whose query and key heads are normalised and rotated by this project's kernel."""
 
-import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
-from megatron_ksa.kernels.rotation import rotate_heads
+from megatron_ksa.kernels.rotation import mix, rotate_heads
 from megatron_ksa.model.norm import Norm
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -37,25 +36,26 @@ class RotatedSelfAttention(SelfAttention):
             self._rotation = None
 
     def _fuses(self, *norms: nn.Module | None) -> bool:
-        """Whether the kernel normalises heads too; other norms run before it."""
-        return self._rotation is not None and all(isinstance(norm, Norm) and norm.is_rms for norm in norms)
+        """Whether the kernel does the norms too, or there are none; others run before it."""
+        return all(norm is None or (isinstance(norm, Norm) and norm.is_rms) for norm in norms)
 
-    def _rotate(self, parts: list[Heads], norms: list[tuple[Norm, Norm] | None]) -> Heads:
+    def _rotate(self, parts: list[Tensor | Heads], norms: list[tuple[Norm, Norm] | None]) -> Heads:
         """Rotate the heads of consecutive parts of the rows and join the parts.
 
         Args:
-            parts: query, key and value of each part, [rows, batch, heads, head_dim].
-            norms: of queries and keys of each part, or None where they are normalised already.
+            parts: each part as projected, [rows, batch, K/V heads, (queries per group + 2) * head_dim], or its query,
+                key and value, [rows, batch, heads, head_dim].
+            norms: of queries and keys of each part, of None, or None where they are normalised already.
         """
-        queries, keys, values = (list(heads) for heads in zip(*parts, strict=True))
-        value = values[0] if len(values) == 1 else torch.cat(values)
         config = self.config
-        query, key = rotate_heads(
-            queries, keys, [None if pair is None else tuple(norm(None) for norm in pair) for pair in norms],
-            *self._rotation, eps=config.layernorm_epsilon, zero_centered=config.layernorm_zero_centered_gamma,
-            interleaved=config.rotary_interleaved,
+        mixed = [part if isinstance(part, Tensor) else mix(*part) for part in parts]
+        queries = mixed[0].shape[-1] // self.hidden_size_per_attention_head - 2
+        pairs = [None if pair is None or pair[0] is None else pair for pair in norms]
+        weights = [None if pair is None else tuple(norm(None) for norm in pair) for pair in pairs]
+        return rotate_heads(
+            mixed, queries, weights, *self._rotation, eps=config.layernorm_epsilon,
+            zero_centered=config.layernorm_zero_centered_gamma, interleaved=config.rotary_interleaved,
         )  # fmt: skip
-        return query, key, value
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args, **kwargs):
         """Megatron's; heads come normalised and rotated where `forward` was given positions and frequencies."""
@@ -63,10 +63,13 @@ class RotatedSelfAttention(SelfAttention):
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         norms = (self.q_layernorm, self.k_layernorm)
         fused = self._fuses(*norms)
+        if fused and self.config.num_query_groups >= self.world_size:
+            mixed, _ = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+            return self._rotate([mixed], [norms])
         if fused:
             self.q_layernorm = self.k_layernorm = None
         try:
-            query, key, value, *gate = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+            heads = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         finally:
             self.q_layernorm, self.k_layernorm = norms
-        return *self._rotate([(query, key, value)], [norms if fused else None]), *gate
+        return self._rotate([heads], [norms if fused else None])

@@ -5,13 +5,19 @@ import torch
 from compare import assert_close
 
 from megatron_ksa.kernels.benchmarks.attention_features import joint_reference
-from megatron_ksa.kernels.ksa_attention import reference, triton_rows, triton_summary, triton_text
+from megatron_ksa.kernels.ksa_attention import reference, triton_rows, triton_summary, triton_text, workspace
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
 
 # An H100 has no room for float32 tiles of 64 rows at head_dim 256; the interpreter takes any.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmarks check these on a GPU")
 TILES = Tiles(Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 32, 4, 1))
+
+
+@pytest.fixture(autouse=True)
+def one_program_a_tile(monkeypatch):
+    """Splitting the queries to fill a large GPU would only multiply the interpreter's work."""
+    monkeypatch.setattr(workspace, "PROGRAMS", 1)
 
 
 def leaves(batch, dim, dtype, *counts):

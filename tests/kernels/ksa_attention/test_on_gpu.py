@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import assert_close
 
-from megatron_ksa.kernels.benchmarks import attention
+from megatron_ksa.kernels.benchmarks import attention, attention_features
 from megatron_ksa.kernels.benchmarks.check import errors
 from megatron_ksa.kernels.benchmarks.measure import peak_bytes
 from megatron_ksa.kernels.benchmarks.registry import Shape
@@ -80,3 +80,19 @@ def test_memory_is_that_of_outputs_and_gradients(groups):
         both()
         needed = sum(t.numel() * t.element_size() for t in (leaves[0], *leaves)) + 3 * 4 * shape.rows * 16
         assert peak_bytes(both, "cuda")["peak_over_inputs_bytes"] < needed + leaves[1].numel() * 2
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_a_repeated_call_computes_its_own_tensors(groups):
+    """Launches after the first of a kind take the addresses of their call (`kernels/launch.py`)."""
+    torch.manual_seed(0)
+    shape = Shape(1000, 4, groups, window_chunks=16)
+    for _ in range(3):
+        leaves = [shape.random(shape.rows, count, "cuda") for count in (4, groups, groups)]
+        found = errors(
+            ("out", "dq", "dk", "dv"),
+            lambda *rows: (triton_rows.attention(*rows, shape.geometry, text_rows=shape.n),),
+            lambda *rows: (attention_features.joint_reference(*rows, shape.geometry, shape.n),),
+            leaves,
+        )
+        assert all(error <= limit for error, limit in found.values()), found

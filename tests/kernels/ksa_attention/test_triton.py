@@ -18,10 +18,10 @@ from megatron_ksa.kernels import dispatch as device_dispatch
 from megatron_ksa.kernels.ksa_attention import (
     dispatch,
     reference,
-    triton_backward,
     triton_rows,
     triton_summary,
     triton_text,
+    workspace,
 )
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
@@ -40,7 +40,7 @@ needs_kernels = pytest.mark.skipif(not RUNS, reason="needs a GPU or TRITON_INTER
 @pytest.fixture(autouse=True)
 def one_program_a_tile(monkeypatch):
     """Splitting the queries to fill a large GPU would only multiply the interpreter's work."""
-    monkeypatch.setattr(triton_backward, "PROGRAMS", 1)
+    monkeypatch.setattr(workspace, "PROGRAMS", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_absent_kinds_of_keys(keys, chunks):
 @needs_kernels
 def test_parts_of_the_queries_are_summed(monkeypatch):
     """dK/dV of a tile of keys by several programs whose results are added up, some without any query."""
-    monkeypatch.setattr(triton_backward, "PROGRAMS", 40)
+    monkeypatch.setattr(workspace, "PROGRAMS", 40)
     text_case(KSAGeometry(4, 1, 4), 130, heads=(2, 1), cuts=[60])
 
 

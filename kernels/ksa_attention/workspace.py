@@ -1,0 +1,95 @@
+"""Memory that the kernels of one backward pass of the text queries share."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
+
+# dK/dV programs wanted at least: about four for each multiprocessor of a large GPU. Without them a part of the queries
+# makes a program of its own, whose float32 results cost less than an idle multiprocessor unless every query head has
+# its own keys and work items are dealt out.
+PROGRAMS, DEALT_PROGRAMS = 512, 256
+MOST_SPLITS = 16
+
+
+class Workspace(NamedTuple):
+    """Uninitialised but for the counters and document_stop.
+
+    Attributes:
+        lse2, delta: float32 [B, Hq, nq], each head's row at a multiple of 16 bytes: lse * log2(e), and
+            rowsum(dO * O) - dLSE. The dQ kernel writes both, the dK/dV kernels read them.
+        dealt_dq, dealt_text, dealt_summary: int32 [1], 0: work items that specialised kernels have dealt.
+        text_parts, summary_parts: float32 [splits, B, keys, Hkv, D] for dK and for dV, or None for one part.
+        document_stop: int32 [B, rows], the first position after each position's document, for specialised kernels.
+    """
+
+    lse2: Tensor
+    delta: Tensor
+    dealt_dq: Tensor
+    dealt_text: Tensor
+    dealt_summary: Tensor
+    text_parts: tuple[Tensor, Tensor] | None
+    summary_parts: tuple[Tensor, Tensor] | None
+    document_stop: Tensor | None
+
+    def pack(self) -> tuple[Tensor | None, ...]:
+        """The tensors alone, ten or None."""
+        return *self[:5], *(self.text_parts or (None, None)), *(self.summary_parts or (None, None)), self.document_stop
+
+    @classmethod
+    def unpack(cls, tensors: tuple[Tensor | None, ...]) -> "Workspace":
+        parts = (pair if pair[0] is not None else None for pair in (tensors[5:7], tensors[7:9]))
+        return cls(*tensors[:5], *parts, tensors[9])
+
+
+def new_dealt(device: torch.device, counters: int = 1) -> tuple[Tensor, ...]:
+    """Counters of work items, int32 [1] each, 0."""
+    return torch.zeros(counters, dtype=torch.int32, device=device).split(1)
+
+
+def _splits(q: Tensor, k: Tensor, tile: Tile) -> int:
+    """Parts of the queries that make programs of their own."""
+    batch, num_keys, groups, _ = k.shape
+    if not num_keys or not q.shape[1]:
+        return 1
+    programs = triton.cdiv(num_keys, tile.keys * (1 + tile.specialised)) * batch * groups
+    wanted = DEALT_PROGRAMS if tile.specialised and q.shape[2] == groups else PROGRAMS
+    return min(MOST_SPLITS, triton.cdiv(wanted, programs), triton.cdiv(q.shape[1], tile.queries))
+
+
+def _parts(q: Tensor, k: Tensor, tile: Tile) -> tuple[Tensor, Tensor] | None:
+    splits = _splits(q, k, tile)
+    if splits == 1:
+        return None
+    return tuple(torch.empty((splits, *k.shape), dtype=torch.float32, device=k.device) for _ in range(2))
+
+
+def split_strides(gradient: Tensor) -> tuple[int, ...]:
+    """Strides of the split, batch, row and head of dK or dV, [B, keys, Hkv, D] or [splits, B, keys, Hkv, D]."""
+    return (0, *gradient.stride()[:3]) if gradient.dim() == 4 else gradient.stride()[:4]
+
+
+def new_workspace(
+    q: Tensor, k: Tensor, k_summary: Tensor, document_start: Tensor | None, lse: Tensor, tiles: Tiles
+) -> Workspace:
+    """A workspace for queries [B, nq, Hq, D], text keys and summaries [B, keys, Hkv, D] and lse [B, Hq, nq]."""
+    batch, heads, nq = lse.shape
+    padded = triton.cdiv(nq, 4) * 4
+    lse2, delta = torch.empty((2, batch, heads, padded), dtype=lse.dtype, device=lse.device)[..., :nq]
+    document_stop = None
+    if document_start is not None and (tiles.dkv_text.specialised or tiles.dkv_summary.specialised):
+        document_stop = document_stops(document_start)
+    return Workspace(
+        lse2, delta, *new_dealt(lse.device, 3), _parts(q, k, tiles.dkv_text), _parts(q, k_summary, tiles.dkv_summary),
+        document_stop,
+    )  # fmt: skip
+
+
+def document_stops(document_start: Tensor) -> Tensor:
+    """The first position after each position's document: int32 [B, rows], from the first positions, int32 [B, rows]."""
+    positions = torch.arange(document_start.shape[1], dtype=torch.int32, device=document_start.device)
+    rows = document_start.contiguous()
+    return torch.searchsorted(rows, positions.expand_as(rows).contiguous(), right=True, out_int32=True)
