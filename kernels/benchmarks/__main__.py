@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.kernels.ksa_attention.tile_store import PACKAGE_STORE, merge, read
 
 RECORD, CHART = "kernels.json", "attention_time.png"
 
@@ -48,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs Triton's interpreter")
     options.add_argument("--limit", type=float, default=330.0, help="seconds after which nothing new is started")
     options.add_argument("--sweep", type=_positive, nargs="+", default=[], help="also time candidate tiles at lengths")
+    options.add_argument(
+        "--store", type=Path, nargs="?", const=PACKAGE_STORE, metavar="FILE",
+        help=f"merge the fastest tiles of --sweep, or of --merge, into FILE (this package's {PACKAGE_STORE.name})",
+    )  # fmt: skip
+    options.add_argument("--merge", type=Path, metavar="JSON", help="take the sweeps of a record for --store and stop")
     options.add_argument("--commit", help="commit of the code, where it is no git checkout")
     return options
 
@@ -58,6 +64,8 @@ def main() -> None:
     with usage_errors_exit():
         if options.draw is not None:
             return _draw(options)
+        if options.merge is not None:
+            return _merge(options)
         if options.device == "cpu":
             # Triton chooses between compiler and interpreter when it is first imported.
             os.environ["TRITON_INTERPRET"] = "1"
@@ -74,13 +82,38 @@ def _draw(options: argparse.Namespace) -> None:
     from megatron_ksa.kernels.benchmarks.chart import draw
 
     out = _out(options)
-    try:
-        record = json.loads(options.draw.read_text(encoding="utf-8"))
-        record["results"], record["header"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--draw {options.draw}: no record of this program ({error!r})") from None
+    record = _record("--draw", options.draw)
     draw(record, out / CHART)
     print(f"wrote {out / CHART}")
+
+
+def _record(flag: str, path: Path) -> dict:
+    """A record of an earlier run."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["results"], record["header"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{flag} {path}: no record of this program ({error!r})") from None
+    return record
+
+
+def _merge(options: argparse.Namespace) -> None:
+    if options.store is None:
+        raise UsageError(f"--merge {options.merge}: give --store too, for the tiles to go to")
+    _store(_record("--merge", options.merge), options.store)
+
+
+def _store(record: dict, store: Path) -> None:
+    from megatron_ksa.kernels.benchmarks.store import winners
+
+    if record["header"]["gpu"] is None and store.resolve() == PACKAGE_STORE.resolve():
+        raise UsageError(f"--store {store}: times of the interpreter do not belong there; give another file")
+    found = winners(record)
+    if found:
+        merge(store, found)
+    for tile in found:
+        print(f"stored {tile.kernel} {tile.tile}: {tile.situation}")
+    print(f"merged {len(found)} tiles into {store}" if found else "no kernel was swept to its end: nothing is stored")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -99,6 +132,14 @@ def _run(options: argparse.Namespace) -> None:
     if options.window_chunks < 0:
         raise UsageError(f"--window-chunks {options.window_chunks}: at least 0 is needed")
     out = _out(options)
+    if options.store is not None:
+        if not options.sweep:
+            raise UsageError("--store takes the fastest tiles of a sweep: give its lengths with --sweep")
+        if options.device == "cpu" and options.store == PACKAGE_STORE:
+            raise UsageError("--store: times of the interpreter do not belong in the package's tiles; give a FILE")
+        if options.store.exists():
+            # A file that cannot be merged into is found before the sweep, not after it.
+            read(options.store)
 
     def shapes(lengths: list[int]) -> tuple[Shape, ...]:
         sizes = (options.head_dim, options.batch, options.chunk_size, options.summary_tokens, options.window_chunks)
@@ -110,6 +151,8 @@ def _run(options: argparse.Namespace) -> None:
     )
     record = runner.run(plan)
     print(f"wrote {out / RECORD}")
+    if options.store is not None:
+        _store(record, options.store)
     if not options.no_chart and {"ksa", "full_attention"} <= set(ops):
         draw(record, out / CHART)
         print(f"wrote {out / CHART}")

@@ -16,6 +16,7 @@ ON_GPU = {
     "mha": (Shape(1000, 4, 4, 128, 1, 8, 1, 16), None, None),
     "gqa-batch-S2-documents": (Shape(900, 8, 2, 64, 2, 8, 2, 16), [1, 333, 610], None),
     "mqa-dim96": (Shape(777, 4, 1, 96, 1, 16, 1, 4), None, None),
+    "gqa-dim64-documents": (Shape(700, 4, 2, 64, 1, 8, 1, 16), [333], None),
     "dim256-documents": (Shape(600, 2, 2, 256, 1, 8, 1, 8), [250], None),
     "causal": (Shape(1000, 2, 2, 128, 1, 8, 1, 128), None, None),
     "no-window": (Shape(501, 2, 2, 128, 1, 5, 3, 0), None, None),

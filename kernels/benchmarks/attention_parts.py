@@ -1,38 +1,20 @@
-"""Each Triton kernel of KSA attention alone, and the sweep of candidate tiles behind `triton_config.py`."""
+"""Each Triton kernel of KSA attention alone, and the sweep of candidate tiles behind tiles.json."""
 
 import time
 
 import torch
 import triton
 
+from megatron_ksa.kernels.benchmarks.candidates import candidates
 from megatron_ksa.kernels.benchmarks.check import TOLERANCE, ratio
 from megatron_ksa.kernels.benchmarks.measure import milliseconds
 from megatron_ksa.kernels.benchmarks.registry import Case, Op, Shape
+from megatron_ksa.kernels.ksa_attention.tile_store import KERNELS
 from megatron_ksa.kernels.ksa_attention.triton_backward import launch_dkv, launch_dq
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, tiles_for
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
 from megatron_ksa.kernels.ksa_attention.workspace import new_dealt, new_workspace
-
-TILED = ("forward", "dq", "dkv_text", "dkv_summary")
-
-# Queries, keys, warps, stages, and 1 for the warp-specialised kernel of Hopper.
-CANDIDATES = {
-    "forward": [
-        (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 4, 3),
-        (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 8, 4), (64, 32, 4, 4),
-        (64, 128, 4, 2, 1), (64, 64, 4, 3, 1),
-    ],
-    "dq": [
-        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3),
-        (128, 128, 8, 2), (128, 32, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2, 1), (64, 64, 4, 3, 1),
-    ],
-    "dkv": [
-        (64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2),
-        (32, 128, 8, 3), (32, 128, 8, 4), (32, 64, 4, 3), (128, 128, 8, 2), (64, 64, 8, 3), (32, 128, 4, 3),
-        (64, 64, 4, 2, 1), (64, 64, 4, 3, 1),
-    ],
-}  # fmt: skip
 
 
 class Kernels:
@@ -49,7 +31,7 @@ class Kernels:
         split = [(t[:, : shape.n], t[:, shape.n :]) for t in (q, k, v, out, d_out, *gradients)]
         self.q, self.k, self.v, self.out, self.d_out, self.dq, self.dk, self.dv = split
         self.keys = (self.k[0], self.v[0], self.k[1], self.v[1])
-        self.default = tiles_for(self.q[0], shape.groups)
+        self.default = tiles_for(self.q[0], shape.groups, shape.geometry)
         # Written by dQ, read by dK/dV.
         self.lse2, self.delta, *_ = new_workspace(self.q[0], self.k[0], self.k[1], None, self.lse, self.default)
         self.results = {
@@ -86,42 +68,54 @@ class Kernels:
             self.dk[part], self.dv[part], workspace,
         )  # fmt: skip
 
-    def try_tile(self, name: str, numbers: tuple[int, ...], expected: list[torch.Tensor]) -> dict:
+    def try_tile(self, name: str, tile: Tile, expected: list[torch.Tensor]) -> dict:
         """Milliseconds of a kernel with a candidate tile, if its result agrees with `expected`."""
-        entry: dict[str, object] = {"kernel": name, "tile": numbers}
+        entry: dict[str, object] = {"kernel": name, "tile": tile}
         try:
             for rows in self.results[name]:
                 rows.fill_(float("nan"))
-            self.launch(name, Tile(*numbers))
+            self.launch(name, tile)
             entry["difference"] = max(ratio(*pair) for pair in zip(self.results[name], expected, strict=True))
             if entry["difference"] < TOLERANCE[self.q[0].dtype]:
-                entry |= milliseconds(lambda: self.launch(name, Tile(*numbers)), self.device, 50)
+                entry |= milliseconds(lambda: self.launch(name, tile), self.device, 50)
         except (RuntimeError, triton.runtime.errors.TritonError) as error:
             entry["error"] = str(error).split("\n")[0][:200]
         return entry
 
 
-def sweep(shape: Shape, device: str, deadline: float, candidates: dict[str, list] | None = None) -> list[dict]:
-    """Every candidate tile of each kernel at a shape, fastest first; stops at `deadline` (time.monotonic)."""
+def _candidates(kernel: str, shape: Shape, device: str) -> list[Tile]:
+    element_bytes = shape.torch_dtype.itemsize
+    if device == "cpu":
+        return candidates(kernel, shape.head_dim, element_bytes, None, False)
+    properties = torch.cuda.get_device_properties(device)
+    hopper = properties.major == 9 and element_bytes == 2
+    return candidates(kernel, shape.head_dim, element_bytes, properties.shared_memory_per_block_optin, hopper)
+
+
+def sweep(shape: Shape, device: str, deadline: float, given: dict[str, list[Tile]] | None = None) -> list[dict]:
+    """Every candidate tile of each kernel at a shape, fastest first; after `deadline` (time.monotonic) only listed.
+
+    Args:
+        given: candidates by kernel, in place of those of `candidates.py`.
+    """
     kernels, table = Kernels(shape, device), []
-    hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9 and shape.dtype != "float32"
-    for name in TILED:
+    for name in KERNELS:
         kernels.launch(name)
         expected = [rows.clone() for rows in kernels.results[name]]
         entries = []
-        for numbers in (candidates or CANDIDATES)[name.split("_")[0]]:
-            if numbers[4:] == (1,) and not hopper:
-                continue
+        for tile in given[name] if given else _candidates(name, shape, device):
             if time.monotonic() > deadline:
-                print(f"sweep: out of time at {name} {numbers}", flush=True)
-                break
-            entries.append(kernels.try_tile(name, numbers, expected))
+                entries.append({"kernel": name, "tile": tile, "skipped": "the run's time was over"})
+            else:
+                entries.append(kernels.try_tile(name, tile, expected))
         # The next kernel reads these results.
         kernels.launch(name)
         entries.sort(key=lambda entry: entry.get("median_ms", float("inf")))
         for entry in entries:
-            outcome = f"{entry['median_ms']:.3f} ms" if "median_ms" in entry else entry.get("error", "wrong result")
-            print(f"sweep {shape} {name} {entry['tile']}: {outcome}", flush=True)
+            outcome = entry.get("error") or entry.get("skipped") or "wrong result"
+            if "median_ms" in entry:
+                outcome = f"{entry['median_ms']:.3f} ms"
+            print(f"sweep {shape} {name} {tuple(entry['tile'])}: {outcome}", flush=True)
         table += entries
     return table
 

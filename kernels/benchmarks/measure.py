@@ -33,11 +33,13 @@ def header(device: str, commit: str | None) -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if device == "cpu":
-        return {"gpu": None, "device": "CPU, Triton interpreter", "driver": None, **versions, **code}
+        kind = {"gpu": None, "capability": "cpu", "device": "CPU, Triton interpreter", "driver": None}
+        return kind | versions | code
     driver = said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0]
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
     return {
-        "gpu": torch.cuda.get_device_name(), "driver": driver, "cudnn": torch.backends.cudnn.version(),
-        "cuda": torch.version.cuda, **versions, **code,
+        "gpu": torch.cuda.get_device_name(), "capability": capability, "driver": driver,
+        "cudnn": torch.backends.cudnn.version(), "cuda": torch.version.cuda, **versions, **code,
     }  # fmt: skip
 
 

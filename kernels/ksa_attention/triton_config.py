@@ -1,10 +1,17 @@
-"""Tile shapes of the KSA attention kernels: one table per head dimension, dtype size and kind of GPU."""
+"""Tile shapes of the KSA attention kernels: defaults by head dimension, dtype size and kind of GPU, and measured ones.
+
+Measured tiles are in tiles.json (see tile_store.py).
+"""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
+from megatron_ksa.kernels.ksa_attention.tile_store import PACKAGE_STORE, Situation, StoredTile, choose, read
 
 
 class Tile(NamedTuple):
@@ -31,14 +38,14 @@ class Tiles(NamedTuple):
 
     def pack(self) -> list[int]:
         """The twenty numbers, as custom ops take them."""
-        return [number for tile in self for number in tile]
+        return [*self.forward, *self.dq, *self.dkv_text, *self.dkv_summary]
 
     @classmethod
-    def unpack(cls, numbers: list[int]) -> "Tiles":
+    def unpack(cls, numbers: Sequence[int]) -> "Tiles":
         return cls(*(Tile(*numbers[start : start + 5]) for start in range(0, 20, 5)))
 
 
-# bf16 and fp16, by padded head dimension; measured on an H100 with the sweep of kernels/benchmarks (see its README).
+# bf16 and fp16, by padded head dimension; chosen on an H100 from sweeps of which no record is left for tiles.json.
 HALF = {
     64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
@@ -62,8 +69,8 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-@functools.cache
-def _stored(head_dim: int, dtype: torch.dtype, grouped: bool, hopper: bool) -> Tiles:
+def default_tiles(head_dim: int, dtype: torch.dtype, grouped: bool, hopper: bool) -> Tiles:
+    """The tiles where no measured ones are stored."""
     dim = max(64, padded_head_dim(head_dim))
     if dtype == torch.float32:
         return SINGLE[dim]
@@ -72,7 +79,45 @@ def _stored(head_dim: int, dtype: torch.dtype, grouped: bool, hopper: bool) -> T
     return (HALF_GROUPED if grouped else HALF)[dim]
 
 
-def tiles_for(q: Tensor, groups: int) -> Tiles:
-    """The stored tiles for queries [B, n, Hq, D <= 256] and `groups` K/V heads on the queries' device."""
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    return _stored(q.shape[-1], q.dtype, q.shape[2] > groups, hopper)
+@functools.cache
+def _package_store() -> list[StoredTile]:
+    return read(PACKAGE_STORE)
+
+
+def situation(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool, C: int, W: int) -> Situation:
+    """The key under which the tiles of these kernels are stored."""
+    gpu = capability = "cpu"
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_name(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return Situation(gpu, capability, dtype.itemsize, padded_head_dim(head_dim), grouped, C, W)
+
+
+@functools.cache
+def _look_up(device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool, C: int, W: int) -> tuple[int, ...]:
+    wanted = situation(device, dtype, head_dim, grouped, C, W)
+    tiles = default_tiles(head_dim, dtype, grouped, wanted.capability.startswith("9."))
+    stored = {kernel: choose(_package_store(), kernel, wanted) for kernel in Tiles._fields}
+    tiles = tiles._replace(**{kernel: Tile(*record.tile) for kernel, record in stored.items() if record is not None})
+    return tuple(tiles.pack())
+
+
+# torch.compile looks through a cache and would trace the reading of the file.
+@torch.compiler.assume_constant_result
+def _constants(*settings) -> tuple[int, ...]:
+    return _look_up(*settings)
+
+
+def tile_numbers(q: Tensor, groups: int, geometry: KSAGeometry) -> tuple[int, ...]:
+    """The tiles for queries [B, n, Hq, D <= 256] and `groups` K/V heads on the queries' device, as `Tiles.pack`.
+
+    Those stored in tiles.json for the GPU or its compute capability (rule: `tile_store.choose`), else the defaults.
+    Looked up once and then cached.
+    """
+    _, _, heads, dim = q.shape
+    return _constants(q.device, q.dtype, dim, heads > groups, geometry.chunk_size, geometry.window_chunks)
+
+
+def tiles_for(q: Tensor, groups: int, geometry: KSAGeometry) -> Tiles:
+    """The tiles of `tile_numbers` by name."""
+    return Tiles.unpack(tile_numbers(q, groups, geometry))

@@ -7,7 +7,7 @@ from megatron_ksa.kernels.differentiable import differentiable
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_backward import launch_backward
 from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_rows, finite_window, row_starts
-from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tiles_for
+from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tile_numbers
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
 from megatron_ksa.kernels.ksa_attention.workspace import Workspace, new_dealt, new_workspace
@@ -132,9 +132,9 @@ def attention(
     """
     scale = check_rows(q, (k, v), softmax_scale)
     window = finite_window(geometry.window_chunks, text_rows, geometry.chunk_size)
-    tiles = tiles or tiles_for(q, k.shape[2])
+    numbers = tiles.pack() if tiles else tile_numbers(q, k.shape[2], geometry)
     out, _ = _attention(
         q, k, v, row_starts(document_start, q.shape[0]), text_rows, geometry.chunk_size, geometry.summary_tokens,
-        window, scale, tiles.pack(),
+        window, scale, numbers,
     )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ from megatron_ksa.kernels.differentiable import differentiable
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_backward import launch_backward
 from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_rows, finite_window, row_starts
-from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tiles_for
+from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tile_numbers
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward, new_outputs
 from megatron_ksa.kernels.ksa_attention.workspace import Workspace, new_dealt, new_workspace
 from megatron_ksa.kernels.launch import repeatable
@@ -112,8 +112,8 @@ def text_attention(
     keys = (k, v, k_summary, v_summary)
     scale = check_rows(q, keys, softmax_scale)
     window = finite_window(geometry.window_chunks, query_start + q.shape[1], geometry.chunk_size)
-    tiles = tiles or tiles_for(q, k.shape[2])
+    numbers = tiles.pack() if tiles else tile_numbers(q, k.shape[2], geometry)
     return _text_attention(
         q, *keys, row_starts(document_start, q.shape[0]), geometry.chunk_size, geometry.summary_tokens,
-        window, query_start, key_start, chunk_start, scale, tiles.pack(),
+        window, query_start, key_start, chunk_start, scale, numbers,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.benchmarks import __main__ as program
-from megatron_ksa.kernels.benchmarks import attention, attention_parts, chart, runner
+from megatron_ksa.kernels.benchmarks import attention, chart, runner
 from megatron_ksa.kernels.benchmarks.measure import _summary
 from megatron_ksa.kernels.benchmarks.registry import BOTH, FORWARD, Case, Op, Shape
 
@@ -101,17 +101,6 @@ def test_nothing_starts_after_the_limit(tmp_path, monkeypatch):
     assert "skipped" in result and "modes" not in result
 
 
-@interpreted
-def test_sweep_times_right_tiles_and_refuses_wrong_ones(monkeypatch):
-    candidates = {"forward": [(16, 16, 4, 1), (16, 32, 4, 1)], "dq": [], "dkv": [(16, 16, 4, 1)]}
-    table = attention_parts.sweep(TINY, "cpu", float("inf"), candidates)
-    assert [entry["kernel"] for entry in table] == ["forward", "forward", "dkv_text", "dkv_summary"]
-    assert all(entry["median_ms"] > 0 for entry in table)
-    monkeypatch.setattr(attention_parts, "ratio", lambda *rows: 1.0)
-    kernels = attention_parts.Kernels(TINY, "cpu")
-    assert "median_ms" not in kernels.try_tile("forward", (16, 16, 4, 1), kernels.results["forward"])
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("summary_tokens", [1, 2])
 def test_mask_is_that_of_the_visible_pairs(interleaved, summary_tokens):
@@ -138,6 +127,10 @@ def test_percentiles():
         (["--draw", "{}/absent.json", "--out", "{}"], "absent.json"),
         (["--device", "cpu", "--out", "{}", "--window-chunks", "-1"], "--window-chunks -1"),
         (["--device", "cpu", "--out", "{}", "--heads", "32/5"], "multiple of K/V heads"),
+        (["--device", "cpu", "--out", "{}", "--store", "{}/tiles.json"], "give its lengths with --sweep"),
+        (["--device", "cpu", "--out", "{}", "--sweep", "24", "--store"], "give a FILE"),
+        (["--merge", "{}/absent.json", "--store", "{}/tiles.json"], "--merge {}/absent.json"),
+        (["--merge", "{}/absent.json"], "give --store too"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
@@ -145,5 +138,5 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         run_program(monkeypatch, *(argument.format(tmp_path) for argument in arguments))
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message.format(tmp_path) in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
