@@ -23,17 +23,6 @@ partition_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
-def release(empty):
-    """A consumer whose warps have read a buffer leaves it.
-
-    One thread arrives for all of them. The products of a warpgroup end together, loads of its warps do not: without
-    the barrier the producer refilled the buffer under the slowest warp.
-    """
-    partition_barrier()
-    mbarrier.arrive(empty, count=1)
-
-
-@gluon.jit
 def deal(item, turn, queue):
     """The producer hands the turn-th work item to the consumers."""
     full, empty, s_items = queue
@@ -50,7 +39,7 @@ def take(turn, queue):
     slot = turn % 2
     mbarrier.wait(full.index(slot), (turn // 2) & 1)
     item = gl.max(s_items.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)
-    release(empty.index(slot))
+    mbarrier.arrive(empty.index(slot), count=1)
     return item
 
 

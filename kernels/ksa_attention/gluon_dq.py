@@ -21,7 +21,6 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     programs,
     query_item,
     queue,
-    release,
     row_intervals,
     take,
 )
@@ -124,11 +123,10 @@ def _consume(
             b_delta -= gl.load(p_dlse + i_row + o_m, mask=m_m, other=0.0)
         gl.store(p_delta + i_statistics + o_m, b_delta, mask=m_m)
         # [BM, BD]
-        b_q = s_q.index(PART).reshape([BM, BD]).load(operand)
-        b_do = s_do.index(PART).reshape([BM, BD]).load(operand)
-        release(rows_empty.index(PART))
         b_dq = gl.zeros([BM, BD], gl.float32, layout=output)
         if total > 0:
+            b_q = s_q.index(PART).reshape([BM, BD]).load(operand)
+            b_do = s_do.index(PART).reshape([BM, BD]).load(operand)
             slot = before % STAGES
             phase = (before // STAGES) & 1
             mbarrier.wait(k_full.index(slot), phase)
@@ -139,6 +137,8 @@ def _consume(
             b_dp = warpgroup_mma(b_do, b_values, b_zero, use_acc=False, is_async=True)
             b_s, b_dp = warpgroup_mma_wait(0, deps=(b_s, b_dp))
             mbarrier.arrive(v_empty.index(slot), count=1)
+            # Not before products have used them: a barrier waits for no load, and the copy engine for no warp.
+            mbarrier.arrive(rows_empty.index(PART), count=1)
             b_ds = _ds(
                 b_s, b_dp, b_lse2, b_delta, scale_log2, 0, num_text, text_tiles, summary_tiles, text, summary, BN
             )
@@ -167,6 +167,8 @@ def _consume(
             b_dq = warpgroup_mma(b_left, s_k.index(slot).reshape([BN, BD]), b_dq, is_async=True)
             b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
             mbarrier.arrive(k_empty.index(slot), count=1)
+        else:
+            mbarrier.arrive(rows_empty.index(PART), count=1)
         before += total
         o_out = i_m + PART * BM + gl.arange(0, BM, layout=out_rows)
         o_d = gl.arange(0, BD, layout=gl.SliceLayout(0, output))

@@ -26,7 +26,6 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     programs,
     query_item,
     queue,
-    release,
     row_intervals,
     take,
 )
@@ -104,16 +103,17 @@ def _attend(
         b_sum = gl.zeros([BM], gl.float32, layout=rows)
         b_acc = gl.zeros([BM, BD], gl.float32, layout=output)
         mbarrier.wait(q_full.index(PART), turn & 1)
-        # [BM, BD]
-        b_q = s_q.index(PART).reshape([BM, BD]).load(gl.DotOperandLayout(0, scores, 2))
-        release(q_empty.index(PART))
         if total > 0:
+            # [BM, BD]
+            b_q = s_q.index(PART).reshape([BM, BD]).load(gl.DotOperandLayout(0, scores, 2))
             slot = before % STAGES
             mbarrier.wait(k_full.index(slot), (before // STAGES) & 1)
             b_keys = s_k.index(slot).reshape([BN, BD]).permute((1, 0))
             b_s = warpgroup_mma(b_q, b_keys, b_zero, use_acc=False, is_async=True)
             b_s = warpgroup_mma_wait(0, deps=(b_s,))
             mbarrier.arrive(k_empty.index(slot), count=1)
+            # Not before a product has used them: a barrier waits for no load, and the copy engine for no warp.
+            mbarrier.arrive(q_empty.index(PART), count=1)
             b_s = masked_scores(b_s, 0, num_text, text_tiles, summary_tiles, text, summary, BN)
             b_max = gl.maximum(b_max, gl.max(b_s, axis=1) * scale_log2)
             b_p = gl.exp2(b_s * scale_log2 - b_max[:, None])
@@ -145,6 +145,8 @@ def _attend(
             b_acc = warpgroup_mma(b_left, s_v.index(slot).reshape([BN, BD]), b_acc, is_async=True)
             b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
             mbarrier.arrive(v_empty.index(slot), count=1)
+        else:
+            mbarrier.arrive(q_empty.index(PART), count=1)
         before += total
 
         m_seen = b_sum > 0
