@@ -33,7 +33,7 @@ def add_product(rows: Tensor, d_out: Tensor, total: Tensor) -> None:
 
 
 def install_weight_gradients() -> bool:
-    """Stand in for apex's module where it is not installed; before Megatron is imported.
+    """Stand in for apex's module where it is not installed.
 
     Returns:
         Whether this project's product is what Megatron takes from now on.
@@ -42,4 +42,7 @@ def install_weight_gradients() -> bool:
         module = ModuleType(NAME, __doc__)
         module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = add_product
         sys.modules[NAME] = module
+        # Imported before this, Megatron has looked for the module already.
+        if layers := sys.modules.get("megatron.core.tensor_parallel.layers"):
+            layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = module, True
     return getattr(sys.modules.get(NAME), "wgrad_gemm_accum_fp32", None) is add_product

@@ -138,8 +138,8 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         (args.fp4, "--fp4-format", "its attention and summary projections are not checked in FP4; use --bf16"),
         (args.external_cuda_graph or args.cuda_graph_impl == "transformer_engine", "CUDA graphs of Transformer Engine",
          "it captures its own layers, and attention here is this project's; drop the flag"),
-        (args.enable_cuda_graph or args.cuda_graph_impl not in CUDA_GRAPHS, "CUDA graphs",
-         "they are not checked here; use --cuda-graph-impl none"),
+        (args.enable_cuda_graph or args.cuda_graph_impl not in CUDA_GRAPHS, "CUDA graphs of single layers",
+         "they are not checked here; use --cuda-graph-impl full_iteration"),
         (args.num_experts is None and args.qk_l2_norm, "--qk-l2-norm", "use --qk-layernorm"),
     ]
     for active, flag, way_out in refused:
@@ -152,6 +152,8 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         raise UsageError(f"{feature} resets documents with both flags or neither: {missing} is missing")
     if args.context_parallel_size > 1:
         _check_context_parallel(args, feature)
+    if args.cuda_graph_impl == "full_iteration":
+        _check_full_iteration_graph(args, settings)
     if settings.ksa.enabled:
         if args.position_embedding_type not in (*ROTARY_TYPES, "none"):
             raise UsageError(
@@ -166,6 +168,20 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         sequence_parallel=args.tensor_model_parallel_size if args.sequence_parallel else 1,
     )
     check_layout(args)
+
+
+def _check_full_iteration_graph(args: argparse.Namespace, settings: ModelSettings) -> None:
+    """Refuse what a graph of a whole iteration would freeze, or what was never captured."""
+    graph = "--cuda-graph-impl full_iteration"
+    if args.check_for_nan_in_loss_and_grad:
+        raise UsageError(f"{graph} cannot look at the loss: add --no-check-for-nan-in-loss-and-grad")
+    if settings.ksa.anneal_start is not None:
+        raise UsageError(f"{graph} would repeat one annealing coefficient: drop it or --ksa-anneal-start")
+    if args.context_parallel_size > 1:
+        raise UsageError(
+            f"{graph} is not checked with --context-parallel-size {args.context_parallel_size}: use 1, or "
+            "--cuda-graph-impl none"
+        )
 
 
 def _check_context_parallel(args: argparse.Namespace, feature: str) -> None:

@@ -29,12 +29,14 @@ def test_the_product_is_added_to_what_is_there(device, dtype, total_dtype):
 def test_megatron_finds_the_stand_in_where_apex_is_missing():
     if importlib.util.find_spec(weight_gradients.NAME) is not None:
         pytest.skip("apex's module is installed")
-    code = (
-        "from megatron_ksa.platform.weight_gradients import *; assert install_weight_gradients();"
-        "from megatron.core.tensor_parallel import layers; assert layers._grad_accum_fusion_available;"
+    install = "from megatron_ksa.platform.weight_gradients import *; assert install_weight_gradients();"
+    megatron = "from megatron.core.tensor_parallel import layers;"
+    found = (
+        "assert layers._grad_accum_fusion_available;"
         "assert layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32 is add_product"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    for code in (install + megatron + found, megatron + install + found):
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_installed_module_is_left_alone(monkeypatch):

@@ -54,8 +54,14 @@ def parse(monkeypatch, flags, processes=12):
         ("--ksa --position-embedding-type rope --async-save --ckpt-format torch", "use --ckpt-format torch_dist"),
         ("--ksa --position-embedding-type rope --fp8-format hybrid", "does not go with --fp8-format: .*use --bf16"),
         ("--ksa --position-embedding-type rope --fp4-format e2m1", "does not go with --fp4-format: .*use --bf16"),
-        ("--ksa --position-embedding-type rope --cuda-graph-impl local", "CUDA graphs: .*--cuda-graph-impl none"),
-        ("--position-embedding-type harpe --enable-cuda-graph", "CUDA graphs: .*--cuda-graph-impl none"),
+        ("--ksa --position-embedding-type rope --cuda-graph-impl local", "single layers: .*full_iteration"),
+        ("--position-embedding-type harpe --enable-cuda-graph", "single layers: .*full_iteration"),
+        ("--position-embedding-type harpe --cuda-graph-impl full_iteration", "add --no-check-for-nan-in-loss-and-grad"),
+        (
+            "--ksa --ksa-anneal-start 5 --ksa-anneal-end 9 --position-embedding-type rope "
+            "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad",
+            "would repeat one annealing coefficient",
+        ),
         ("--position-embedding-type harpe --external-cuda-graph", "CUDA graphs of Transformer Engine: it captures"),
         ("--ksa --position-embedding-type rope --loss-chunk-rows -3", "--loss-chunk-rows is -3"),
         ("--loss-chunk-rows 64 --defer-embedding-wgrad-compute", "does not go with --defer-embedding-wgrad-compute"),
