@@ -1,8 +1,8 @@
 """The helper processes of a save: they end with their rank, and not on a SIGTERM to everything that the job runs.
 
-Slurm sends the SIGTERM before a time limit to every process of a job step. A rank notes it and saves; Megatron's helpers
-have no handler and die of it, and the rank's save fails with them. A synchronous save needs no helper: what its threads
-have written is told within the process.
+Slurm sends the SIGTERM before a time limit to every process of a job step. A rank notes it and saves; Megatron's
+helpers have no handler and die of it, and the rank's save fails with them. A synchronous save needs no helper: what its
+threads have written is told within the process.
 """
 
 import argparse
@@ -20,13 +20,19 @@ from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAs
 
 def install_save_helpers(args: argparse.Namespace) -> None:
     """Let saves use the queue and the worker of this module; after Megatron's validation."""
-    filesystem_async.get_write_results_queue = _queue_of_processes if args.async_save else _queue_of_threads
+    results = _queue_of_processes if args.async_save else _queue_of_threads
+    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results()
     PersistentAsyncCaller.async_loop = staticmethod(_write_saves)
 
 
 @cache
-def _queue_of_threads(mp_mode: str = "") -> queue.Queue:
+def _queue_of_threads() -> queue.Queue:
     return queue.Queue()
+
+
+@cache
+def _queue_of_processes() -> queue.Queue:
+    return _manager().Queue()
 
 
 @cache
@@ -35,11 +41,6 @@ def _manager() -> SyncManager:
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(serve_one_rank)
     return manager
-
-
-@cache
-def _queue_of_processes(mp_mode: str = "") -> queue.Queue:
-    return _manager().Queue()
 
 
 def _write_saves(*args: object) -> None:
