@@ -1,12 +1,14 @@
 """The 70B job script, made tiny, on two nodes of a real Slurm: signals, cancelled jobs, lost nodes, time limits."""
 
+import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from two_nodes import NODES, Slurm, require_slurm, running_slurm
+from two_nodes import NODES, ROOT, Slurm, require_slurm, running_slurm
 
 LINE = re.compile(r"iteration +(\d+)/ +\d+ .*lm loss: ([0-9.E+-]+)")
 ENDLESS = 1_000_000
@@ -20,20 +22,25 @@ def slurm(tmp_path_factory):
         yield running
 
 
+def cluster_file(folder: Path, tokenizer: str = "unused") -> Path:
+    """What differs between clusters."""
+    path = folder / "cluster.env"
+    path.write_text(
+        f"RANKS_PER_NODE=1\nCPUS_PER_RANK=1\nVENV={sys.prefix}\nCONTAINER_IMAGE=\nCOMMAND_PREFIX=()\n"
+        f"OUTPUT={folder}/runs\nTOKENIZER_MODEL={tokenizer}\nDATA_ARGS_PATH=unused\nexport OMP_NUM_THREADS=1\n"
+    )
+    return path
+
+
 class Job:
     """A submitted job of two ranks, one a node: tensor and sequence parallelism between the nodes."""
 
     def __init__(self, slurm: Slurm, folder: Path, iterations: int, save_interval: int, *options: str) -> None:
         self.slurm, self.iterations = slurm, iterations
         self.run, self.log = folder / "runs/ksa_70b", folder / "job.log"
-        cluster = folder / "cluster.env"
-        cluster.write_text(
-            f"RANKS_PER_NODE=1\nCPUS_PER_RANK=1\nVENV={sys.prefix}\nCONTAINER_IMAGE=\nCOMMAND_PREFIX=()\n"
-            f"OUTPUT={folder}/runs\nTOKENIZER_MODEL=unused\nDATA_ARGS_PATH=unused\nexport OMP_NUM_THREADS=1\n"
-        )
         self.id = slurm(
             "sbatch", "--parsable", "--nodes=2", f"--output={self.log}", *options, "slurm/pretrain_ksa_70b.sh",
-            "--cluster", str(cluster), "--override", "slurm/overrides/tiny.args", "--",
+            "--cluster", str(cluster_file(folder)), "--override", "slurm/overrides/tiny.args", "--",
             "--train-iters", str(iterations), "--save-interval", str(save_interval),
         ).strip()  # fmt: skip
 
@@ -159,3 +166,21 @@ def test_time_limit_saves_requeues_and_resumes(slurm, tmp_path):
     job.wait(lambda: len(job.losses(1)) > 2, 90)
     job.cancel()
     assert min(job.losses(1)) == max(first) + 1
+
+
+@pytest.mark.long
+def test_tags_job_selects_data(slurm, tmp_path):
+    """The command of slurm/README.md, which ended for want of a tokenizer."""
+    tokenizer, pool, log = tmp_path / "tokenizer", tmp_path / "pool.jsonl", tmp_path / "job.log"
+    train = ["tools/train_tokenizer.py", "--type", "byte-level", "--output", str(tokenizer)]
+    subprocess.run([sys.executable, *train], cwd=ROOT, check=True, capture_output=True)
+    subjects = [f"{subject} {number}" for number in range(30) for subject in ("cat", "river", "house")]
+    pool.write_text(
+        "".join(json.dumps({"text": f"A text about a {subject} and no other."}) + "\n" for subject in subjects)
+    )
+    (tmp_path / "target.jsonl").write_text(json.dumps({"text": "A house near a river."}) + "\n")
+    options = f"--work {tmp_path}/tags --input {pool} --target {tmp_path}/target.jsonl --budget 20%".split()
+    cluster = str(cluster_file(tmp_path, str(tokenizer)))
+    slurm("sbatch", "--wait", f"--output={log}", "slurm/preprocess_tags.sh", "--cluster", cluster, "--", *options)
+    assert (tmp_path / "tags/blend/blend.txt").exists(), log.read_text()[-2000:]
+    slurm.wait_for_nodes()
