@@ -174,10 +174,8 @@ def test_tags_job_selects_data(slurm, tmp_path):
     tokenizer, pool, log = tmp_path / "tokenizer", tmp_path / "pool.jsonl", tmp_path / "job.log"
     train = ["tools/train_tokenizer.py", "--type", "byte-level", "--output", str(tokenizer)]
     subprocess.run([sys.executable, *train], cwd=ROOT, check=True, capture_output=True)
-    subjects = [f"{subject} {number}" for number in range(30) for subject in ("cat", "river", "house")]
-    pool.write_text(
-        "".join(json.dumps({"text": f"A text about a {subject} and no other."}) + "\n" for subject in subjects)
-    )
+    texts = [f"A text about a {subject} {number}." for number in range(30) for subject in ("cat", "river", "house")]
+    pool.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "target.jsonl").write_text(json.dumps({"text": "A house near a river."}) + "\n")
     options = f"--work {tmp_path}/tags --input {pool} --target {tmp_path}/target.jsonl --budget 20%".split()
     cluster = str(cluster_file(tmp_path, str(tokenizer)))

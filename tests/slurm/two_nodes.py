@@ -121,7 +121,7 @@ class Slurm:
     def __call__(self, *command: str) -> str:
         """What a command of Slurm prints; called in the repository's root."""
         done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=200, check=False
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=400, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
