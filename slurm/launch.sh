@@ -3,7 +3,8 @@
 #
 #   launch.sh MODEL [--cluster FILE] [--layout FILE] [--override FILE]... [--run NAME] [--dry-run] [-- FLAG...]
 #
-# The job saves on SIGTERM, which Slurm sends before the time limit, and requeues itself until --train-iters is reached.
+# The job saves on SIGTERM, which Slurm sends before the time limit, and requeues itself until --train-iters is reached. It does
+# so after a failure too, unless no checkpoint was saved since the start: a failure that repeats ends the job.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$ROOT/slurm/flags.sh"
@@ -86,21 +87,25 @@ saved() {
 mkdir -p "$logs"
 before=$(saved)
 echo "$run: $SLURM_JOB_NUM_NODES x $RANKS_PER_NODE ranks from iteration $before, rendezvous $MASTER_ADDR:$MASTER_PORT, logs $logs"
-# A requeue or a preemption signals this shell as well; it waits until the ranks have saved.
-trap ':' TERM
+# Before the time limit Slurm signals the ranks only. Where it signals this shell too, it stops the job itself: cancelled,
+# preempted, requeued, a node lost. The shell waits until the ranks have saved and leaves it at that.
+stopped=
+trap 'stopped=1' TERM
 code=0
 "${step[@]}" || code=$?
 after=$(saved)
-if ((code)); then
-  echo "error: $run ended with exit code $code at iteration $after; srun's message names the rank, its log is in $logs" >&2
+if [[ $stopped ]]; then
+  echo "$run: stopped by Slurm, saved at iteration $after of $iterations"
   exit "$code"
-fi
-if ((after >= iterations)); then
+elif ((code == 0 && after >= iterations)); then
   echo "$run: finished at iteration $after"
-elif ((after > before)); then
+  exit
+fi
+((code == 0)) || echo "error: $run ended with exit code $code; srun's message names the rank, its log is in $logs" >&2
+if ((after > before)); then
   echo "$run: saved at iteration $after of $iterations, requeueing"
   scontrol requeue "$SLURM_JOB_ID"
 else
-  echo "error: $run ended without progress after iteration $after of $iterations; logs $logs" >&2
-  exit 1
+  echo "error: $run got no further than iteration $after of $iterations; logs $logs" >&2
+  exit $((code ? code : 1))
 fi

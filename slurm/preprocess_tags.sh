@@ -9,7 +9,9 @@
 #SBATCH --output=%x-%j.log
 # Select data with TAGS on one node; submit from the repository's root. A requeued job continues where the last one stopped.
 #
-#   sbatch slurm/preprocess_tags.sh [--cluster FILE] [--dry-run] -- FLAG... (of tools/preprocess_tags.py; --workers is the node's)
+#   sbatch slurm/preprocess_tags.sh [--cluster FILE] [--dry-run] -- FLAG... (of tools/preprocess_tags.py)
+#
+# --tokenizer-model is cluster.env's and --workers the node's where FLAG does not say otherwise.
 set -euo pipefail
 ROOT=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 
@@ -46,7 +48,8 @@ python=$VENV/bin/python
 step=(srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}")
 [[ $CONTAINER_IMAGE ]] && step+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$CONTAINER_MOUNTS")
 step+=(
-  "${COMMAND_PREFIX[@]}" "$python" "$ROOT/tools/preprocess_tags.py" "$@" --workers "${SLURM_CPUS_ON_NODE:-1}"
+  "${COMMAND_PREFIX[@]}" "$python" "$ROOT/tools/preprocess_tags.py" --tokenizer-model "$TOKENIZER_MODEL"
+  --workers "${SLURM_CPUS_ON_NODE:-1}" "$@"
 )
 if [[ $dry_run ]]; then
   printf '%q ' "${step[@]}"

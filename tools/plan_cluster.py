@@ -6,8 +6,10 @@ Memory counts parameters, gradients, optimizer state, activations and logits, an
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import io
 import os
 import sys
 from pathlib import Path
@@ -94,7 +96,8 @@ def main() -> None:
     with usage_errors_exit():
         options = parse_arguments()
         flags = model_flags(options.model)
-        defaults = prepare_platform(flags)
+        with contextlib.redirect_stdout(io.StringIO()):  # what it says of this machine is not about the cluster
+            defaults = prepare_platform(flags)
         from megatron.training import training
 
         from megatron_ksa.training import cluster_plan

@@ -79,6 +79,11 @@ class HaloPlan:
         others = (other for other in range(self.split.size) if other != rank)
         return sum(len(piece) for other in others for piece in self.pieces(rank, other))
 
+    def rows_received(self, rank: int) -> int:
+        """Text rows that `rank` receives from others, whose gradients it sends back."""
+        others = (other for other in range(self.split.size) if other != rank)
+        return sum(len(piece) for other in others for piece in self.pieces(other, rank))
+
 
 @dataclass(frozen=True)
 class Route:

@@ -1,7 +1,7 @@
 """What context parallelism sends: K/V rows and bytes per rank and layer, beside the all-gather of full attention.
 
-Counts are of one sequence and one forward pass; the backward pass sends as much (gradients of what was received), and
-recomputed layers send the forward part once more.
+Counts are of one sequence. The backward pass sends gradients of what was received, all ranks together as much as in the
+forward pass; recomputed layers send the forward part once more.
 """
 
 import dataclasses
@@ -40,12 +40,14 @@ class HeadShape:
         return 2 * self.kv * self.dim * self.element_bytes
 
 
-def rows_sent(geometry: KSAGeometry, text_length: int, split: ZigZag) -> int:
-    """K/V rows that this rank sends in one layer: halos, and its share of the all-gather of summaries.
+def rows_sent(geometry: KSAGeometry, text_length: int, split: ZigZag, *, backward: bool = False) -> int:
+    """K/V rows, or rows of their gradients, that this rank sends in one pass of a layer: halos, and its share of the
+    all-gather of summaries or of the reduce-scatter of their gradients.
 
     Never more than n * S / C + 2 * W * C.
     """
-    text = HaloPlan.of(geometry, text_length, split).rows_sent(split.rank)
+    plan = HaloPlan.of(geometry, text_length, split)
+    text = plan.rows_received(split.rank) if backward else plan.rows_sent(split.rank)
     if not sees_summaries(geometry, text_length):
         return text
     summaries = text_length // geometry.chunk_size * geometry.summary_tokens
@@ -63,16 +65,32 @@ def all_to_all_bytes(rows: int, heads: HeadShape, size: int) -> int:
     return rows * row_heads * heads.dim * heads.element_bytes // size * (size - 1)
 
 
-def bytes_sent(layer: KSALayer, ksa: KSAConfig, text_length: int, size: int, comm: str, heads: HeadShape) -> int:
-    """Bytes that the busiest rank sends in one layer; `comm` is the layer's `--cp-comm-type`."""
+def bytes_sent(
+    layer: KSALayer,
+    ksa: KSAConfig,
+    text_length: int,
+    size: int,
+    comm: str,
+    heads: HeadShape,
+    *,
+    forwards: int = 1,
+    backwards: int = 0,
+) -> int:
+    """Bytes that the busiest rank sends in so many passes of one layer; `comm` is the layer's `--cp-comm-type`."""
     full = layer.kind == LayerKind.FULL
     if comm == "a2a":
         summaries = 0 if full else text_length // ksa.chunk_size * ksa.summary_tokens
-        return all_to_all_bytes((text_length + summaries) // size, heads, size)
+        return (forwards + backwards) * all_to_all_bytes((text_length + summaries) // size, heads, size)
     geometry = KSAGeometry(ksa.chunk_size, ksa.summary_tokens, layer.window_chunks)
     if full:
         geometry = KSAGeometry(1, 0, text_length)
-    return max(rows_sent(geometry, text_length, ZigZag(rank, size)) for rank in range(size)) * heads.kv_row_bytes
+    ranks = [ZigZag(rank, size) for rank in range(size)]
+    rows = [
+        forwards * rows_sent(geometry, text_length, rank)
+        + backwards * rows_sent(geometry, text_length, rank, backward=True)
+        for rank in ranks
+    ]
+    return max(rows) * heads.kv_row_bytes
 
 
 def report(

@@ -16,7 +16,7 @@ from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.dispatch import force_reference
-from megatron_ksa.training.layout_rules import check_layout
+from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_sizes
 
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
@@ -93,6 +93,7 @@ def settings_from_args(args: argparse.Namespace) -> ModelSettings:
     Raises:
         UsageError: flags that contradict each other or a length that does not fit.
     """
+    check_sizes(args)
     check_async_save(args)
     force_reference(config_from_args(KernelConfig, args, "kernels").reference)
     ksa = config_from_args(KSAConfig, args, "ksa")
@@ -125,6 +126,8 @@ def _loss_config(args: argparse.Namespace) -> LossConfig:
 def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
     """Refuse what KSA and HARPE cannot work with."""
     feature = "--ksa" if settings.ksa.enabled else "--position-embedding-type harpe"
+    for name in (name for name in REQUIRED if getattr(args, name) is None):
+        raise UsageError(f"{feature} needs --{name.replace('_', '-')}")
     refused = [
         (args.multi_latent_attention, "--multi-latent-attention", "it has no K/V heads to share; drop it"),
         (args.use_rope_scaling and settings.bases, "--use-rope-scaling", "HARPE's bases take its place; drop it"),

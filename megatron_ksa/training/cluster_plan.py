@@ -97,9 +97,10 @@ def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, in
 
     Tensor: with sequence parallelism, two all-gathers and two reduce-scatters of the rows a layer and pass, and one
     more all-gather in each of the two backward passes of a gathered input; the embedding scatters its rows and gathers
-    their gradients, the output layer gathers twice and scatters once. Context: `traffic.bytes_sent`. Both: forward,
-    backward, and forward again with full recompute. Pipeline: the rows at the borders of a stage. Data:
-    gradients reduce-scattered and parameters gathered once.
+    their gradients, the output layer gathers twice and scatters once. Context: `traffic.bytes_sent` of p2p. Both:
+    forward, backward, and forward again with full recompute. Pipeline: the rows at the borders of a stage. Data:
+    gradients reduce-scattered and parameters gathered once. Left out is what does not grow with rows times hidden size
+    or with parameters, about 1 % in small models (tests/training/test_wire.py).
     """
     tp, cp, pp = layout.tensor_parallel, layout.context_parallel, layout.pipeline_parallel
     stages = [stage_layers(shape, layout, stage) for stage in range(pp)]
@@ -115,8 +116,8 @@ def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, in
     def context(layer) -> int:
         if cp == 1:
             return 0
-        one = bytes_sent(layer, ksa, layout.text_length, cp, "p2p", heads)
-        return one * layout.micro_batch * (forwards + 1)
+        passes = {"forwards": forwards, "backwards": 1}
+        return layout.micro_batch * bytes_sent(layer, ksa, layout.text_length, cp, "p2p", heads, **passes)
 
     text = layout.parameter_bytes * layout.rank_text * shape.hidden * (tp - 1) // tp
     ends = [text * ((2 if stage == 0 else 0) + (3 if stage == pp - 1 else 0)) for stage in range(pp)]

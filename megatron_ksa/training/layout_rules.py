@@ -4,6 +4,26 @@ import argparse
 
 from megatron_ksa.errors import UsageError
 
+SIZES = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+    "seq_length", "max_position_embeddings", "micro_batch_size", "global_batch_size", "tensor_model_parallel_size",
+    "context_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
+)  # fmt: skip
+REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Check that sizes are at least 1, before anything divides by them; what is not given is Megatron's to choose.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    for name in SIZES:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+
 
 def check_layout(args: argparse.Namespace) -> None:
     """Check that processes, heads, layers, experts and batch divide as the parallel sizes ask.
@@ -17,9 +37,6 @@ def check_layout(args: argparse.Namespace) -> None:
     tp, cp, pp = (
         getattr(args, f"{kind}_parallel_size") for kind in ("tensor_model", "context", "pipeline_model")
     )  # fmt: skip
-    for name in ("tensor_model", "context", "pipeline_model", "expert_model"):
-        if getattr(args, f"{name}_parallel_size") < 1:
-            raise UsageError(f"--{name.replace('_', '-')}-parallel-size must be at least 1")
     _check_heads(args, tp)
     _check_processes(args.world_size, tp * cp * pp, f"--tensor-model-parallel-size {tp} x --context-parallel-size {cp} "
                      f"x --pipeline-model-parallel-size {pp}")  # fmt: skip

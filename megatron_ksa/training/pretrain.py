@@ -10,8 +10,10 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
 
 from megatron_ksa.checkpoint.dense import install_dense_start
+from megatron_ksa.checkpoint.helpers import install_save_helpers
 from megatron_ksa.checkpoint.identity import check_finetune, install_identity_check
 from megatron_ksa.checkpoint.stored_args import install_checkpoint_args
+from megatron_ksa.checkpoint.tracker import install_tracker_replacement
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
 from megatron_ksa.training.arguments import ModelSettings, adapt_trainer, settings_from_args
@@ -48,6 +50,8 @@ def configure(args: argparse.Namespace, settings: ModelSettings) -> PretrainConf
     """Megatron's configuration with this project's model; Megatron's own model where KSA and HARPE are off."""
     install_identity_check(settings)
     install_dense_start(args, settings)
+    install_save_helpers(args)
+    install_tracker_replacement()
     if settings.is_megatron:
         return pretrain_cfg_container_from_args(args, dense_config_from_args(args))
     model = model_config_from_args(args, settings.ksa, settings.bases)

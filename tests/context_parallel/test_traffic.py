@@ -1,5 +1,7 @@
 """What context parallelism sends, counted on the wire, and the numbers that the log reports."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from wire import bytes_sent, counts_sent_bytes
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.context_parallel import traffic
 from megatron_ksa.context_parallel.attention import context_parallel_attention
+from megatron_ksa.context_parallel.plan import sees_summaries
 from megatron_ksa.kernels.ksa_attention import KSAGeometry
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.layout.zigzag import ZigZag
@@ -25,29 +28,39 @@ GEOMETRIES = {
 }
 
 
-def measured() -> dict[str, int]:
-    """Bytes that this rank sends in one forward pass of each kind of layer."""
+def measured() -> dict[str, list[int]]:
+    """Bytes that this rank sends in the forward and the backward pass of each kind of layer."""
     group, split, sent = dist.group.WORLD, ZigZag(dist.get_rank(), SIZE), {}
     for name, geometry in GEOMETRIES.items():
         text_rows = TEXT // SIZE
         layout = RowLayout(geometry.chunk_size, geometry.summary_tokens)
-        rows = torch.randn(layout.total_rows(text_rows), 1, GROUPS, DIM)
+        rows = torch.randn(layout.total_rows(text_rows), 1, GROUPS, DIM, requires_grad=True)
         for _ in range(2):  # the first pass connects what gloo connects on demand
             dist.barrier()
-            before = bytes_sent()
-            context_parallel_attention(rows, rows, rows, geometry, text_rows=text_rows, split=split, group=group)
+            counts = [bytes_sent()]
+            out = context_parallel_attention(rows, rows, rows, geometry, text_rows=text_rows, split=split, group=group)
             dist.barrier()
-            sent[name] = bytes_sent() - before
+            counts.append(bytes_sent())
+            out.sum().backward()
+            dist.barrier()
+            sent[name] = [counts[1] - counts[0], bytes_sent() - counts[1]]
     return sent
 
 
 @pytest.mark.skipif(not counts_sent_bytes(), reason="TCP_INFO of this kernel does not count sent bytes")
 def test_the_wire_carries_what_is_reported(tmp_path):
-    """Gloo's headers and the barriers are the only bytes beside keys and values."""
+    """Gloo's headers and the barriers are the only bytes beside keys and values and their gradients. Its reduce-scatter
+    is an all-reduce, which sends twice as much.
+    """
     for rank, sent in enumerate(run_processes(measured, SIZE, tmp_path)):
         for name, geometry in GEOMETRIES.items():
-            expected = traffic.rows_sent(geometry, TEXT, ZigZag(rank, SIZE)) * HEADS.kv_row_bytes
-            assert expected <= sent[name] <= 1.01 * expected + 4096, (rank, name)
+            for backward in (False, True):
+                split = ZigZag(rank, SIZE)
+                rows = traffic.rows_sent(geometry, TEXT, split, backward=backward)
+                if backward and sees_summaries(geometry, TEXT):
+                    rows += TEXT // geometry.chunk_size // SIZE * (SIZE - 1)
+                expected = rows * HEADS.kv_row_bytes
+                assert expected <= sent[name][backward] <= 1.01 * expected + 4096, (rank, name, backward)
 
 
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 3), st.integers(1, 8), st.integers(0, 80))
@@ -55,8 +68,8 @@ def test_bound_of_rows_sent(chunk_size, chunks_a_segment, summary_tokens, size, 
     """No rank sends more than n * S / C + 2 * W * C rows, nor more text than the all-gather of full attention."""
     text = 2 * size * chunks_a_segment * chunk_size
     geometry = KSAGeometry(chunk_size, summary_tokens, window)
-    for rank in range(size):
-        rows = traffic.rows_sent(geometry, text, ZigZag(rank, size))
+    for rank, backward in itertools.product(range(size), (False, True)):
+        rows = traffic.rows_sent(geometry, text, ZigZag(rank, size), backward=backward)
         summaries = text // chunk_size * summary_tokens
         assert rows <= summaries + 2 * window * chunk_size
         assert rows <= summaries + traffic.all_gather_rows(text, size)

@@ -59,7 +59,9 @@ def test_later_flags_win_and_an_override_takes_flags_away(monkeypatch, megatron_
 def test_tags():
     done = script("preprocess_tags.sh", "--dry-run", "--", "--work", "w w", "--input", "a.jsonl")
     words = shlex.split(done.stdout)
-    assert words[0] == "srun" and words[-6:-2] == ["--work", "w w", "--input", "a.jsonl"], done.stderr
+    assert words[0] == "srun" and words[-4:] == ["--work", "w w", "--input", "a.jsonl"], done.stderr
+    tokenizer = words[words.index("--tokenizer-model") + 1]
+    assert tokenizer == str(ROOT / "data/tokenizer")
 
 
 @pytest.mark.parametrize("name", ["pretrain_ksa_70b.sh", "pretrain_ksa_1b9.sh", "preprocess_tags.sh"])

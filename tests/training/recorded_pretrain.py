@@ -1,10 +1,13 @@
 """`pretrain_gpt.py` that also writes every iteration's loss and gradient norm, at full precision, as JSON.
 
-Usage: recorded_pretrain.py RUNS.json, a list of {"record": path, "flags": [...]}. The runs go one after the other in
-one set of processes, each as in processes of its own; the last rank, which has the loss, writes the records.
+Usage: recorded_pretrain.py RUNS.json [SECONDS], a list of {"record": path, "flags": [...]}. The runs go one after the
+other in one set of processes, each as in processes of its own; the last rank, which has the loss, writes the records.
+After so many SECONDS each rank writes its stacks to stacksRANK.txt beside RUNS.json.
 """
 
+import faulthandler
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +30,11 @@ def forget_run() -> None:
 
 
 def main() -> None:
-    runs = json.loads(Path(sys.argv[1]).read_text())
+    description, *limit = sys.argv[1:]
+    if limit:
+        stacks = Path(description).with_name(f"stacks{os.environ['RANK']}.txt").open("w")
+        faulthandler.dump_traceback_later(float(limit[0]), file=stacks)
+    runs = json.loads(Path(description).read_text())
     prepare_platform(runs[0]["flags"])
     import torch
     from megatron.training import arguments, checkpointing, training

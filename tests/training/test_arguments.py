@@ -91,7 +91,13 @@ def test_refused_in_one_line(monkeypatch, flags, message):
         (2, "--num-experts 4 --expert-model-parallel-size 2 --tensor-model-parallel-size 2", "= 4: start 4 of them"),
         (3, "--global-batch-size 4", "--global-batch-size 4 .* data-parallel size 3 = 3: use 3 or 6"),
         (1, "--max-position-embeddings 32", "--max-position-embeddings 32 is below --seq-length 64: use 64 or more"),
-        (1, "--tensor-model-parallel-size 0", "--tensor-model-parallel-size must be at least 1"),
+        (1, "--tensor-model-parallel-size 0", "--tensor-model-parallel-size is 0: it must be at least 1"),
+        (1, "--seq-length 0", "--seq-length is 0: it must be at least 1"),
+        (1, "--seq-length=-64", "--seq-length is -64: it must be at least 1"),
+        (1, "--micro-batch-size 0", "--micro-batch-size is 0: it must be at least 1"),
+        (1, "--global-batch-size 0", "--global-batch-size is 0: it must be at least 1"),
+        (1, "--num-attention-heads 0", "--num-attention-heads is 0: it must be at least 1"),
+        (1, "--num-query-groups 0", "--num-query-groups is 0: it must be at least 1"),
     ],
 )
 def test_layouts_that_cannot_work_are_refused_with_the_nearest_that_does(monkeypatch, processes, flags, message):
@@ -133,6 +139,13 @@ def test_pipeline_stages_exchange_text_and_summary_rows(monkeypatch):
     adapt_trainer(args, settings)
     assert args.decoder_seq_length == 72
     assert settings.bases == (1e6, 5e6) and args.attention_dropout == 0.0
+
+
+def test_missing_sizes_are_named(monkeypatch):
+    args = parse(monkeypatch, "--ksa --position-embedding-type harpe")
+    args.hidden_size = None
+    with pytest.raises(UsageError, match="--ksa needs --hidden-size"):
+        settings_from_args(args)
 
 
 def test_exit_code_is_2_and_help_lists_the_flags():

@@ -37,7 +37,10 @@ class TwoRanks:
             self.logs.append(folder / f"rank{rank}.log")
             with self.logs[-1].open("w") as log:
                 command = [sys.executable, str(ENTRY), str(runs)]
-                self.ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+                # A session for each rank and its helpers, so that a signal can reach all of them.
+                self.ranks.append(
+                    subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                )
 
     def until(self, iterations: int, seconds: float = 120) -> None:
         """Wait for the record of so many iterations, or the end of the run."""
@@ -87,6 +90,51 @@ def test_rank_that_hangs_is_noticed_after_the_timeout(tmp_path):
         run.wait(10)
     (line,) = run.errors(0)
     assert line.startswith(f"error: rank 0 of 2 on host {socket.gethostname()} failed in ") and "imed out" in line
+
+
+def processes_of(session: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state, _, _, of, *_ = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(of) == session and state != "Z":
+            found.append(int(process))
+    return found
+
+
+@pytest.mark.parametrize("save", ["", "--async-save"])
+def test_sigterm_to_every_process_saves(save, tmp_path):
+    """As Slurm sends it before a time limit. The process in which Megatron queues the results of a save, there from the
+    first save on, died of it and the last save failed.
+    """
+    flags = f"--train-iters 100000 --save-interval 2 --save {tmp_path}/saved --exit-signal-handler {save}"
+    run = TwoRanks(tmp_path, tmp_path / "record.json", flags)
+    run.until(5)
+    helpers = [process for rank in run.ranks for process in processes_of(rank.pid) if process != rank.pid]
+    for rank in run.ranks:
+        os.killpg(rank.pid, signal.SIGTERM)
+    assert run.wait(60) == [0, 0], run.logs[1].read_text()[-3000:]
+    assert int((tmp_path / "saved/latest_checkpointed_iteration.txt").read_text()) == max(steps(run.record))
+    assert bool(helpers) == bool(save)
+
+
+def test_helpers_of_a_killed_rank_end(tmp_path):
+    """They stayed for ever, with half a gigabyte each."""
+    flags = f"--train-iters 100000 --save-interval 2 --save {tmp_path}/saved --async-save"
+    run = TwoRanks(tmp_path, tmp_path / "record.json", flags)
+    run.until(5)
+    helpers = [process for rank in run.ranks for process in processes_of(rank.pid)]
+    assert len(helpers) > 2
+    for rank in run.ranks:
+        rank.kill()
+    run.wait(10)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(processes_of(rank.pid) for rank in run.ranks):
+        time.sleep(0.2)
+    assert not any(processes_of(rank.pid) for rank in run.ranks)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ TRAINING = (
     "--eval-iters 0 --ckpt-format torch_dist"
 ).split()
 END_OF_DOCUMENT = 126
+# Ranks start this much later than their launcher, at most, and write their stacks.
+STACKS_SECONDS = 20
 
 
 def write_documents(prefix: Path) -> None:
@@ -37,9 +39,13 @@ def write_documents(prefix: Path) -> None:
 
 
 def launch(
-    runs: list[tuple[Path, str]], processes: int, entry: str = "recorded_pretrain.py"
+    runs: list[tuple[Path, str]], processes: int, entry: str = "recorded_pretrain.py", limit: float | None = None
 ) -> subprocess.CompletedProcess:
-    """Train once for each (record, flags), one after the other in the same processes."""
+    """Train once for each (record, flags), one after the other in the same processes.
+
+    Args:
+        limit: seconds after which each rank writes its stacks to stacksRANK.txt beside the first record, and is ended.
+    """
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     folder = runs[0][0].parent
     if not (folder / "documents.idx").exists():
@@ -47,11 +53,18 @@ def launch(
     common = [*MODEL, *TRAINING, "--data-path", str(folder / "documents")]
     description = [{"record": str(record), "flags": [*common, *flags.split()]} for record, flags in runs]
     (folder / "runs.json").write_text(json.dumps(description))
-    script = [str(Path(__file__).with_name(entry)), str(folder / "runs.json")]
-    return subprocess.run(
-        [sys.executable, *launcher, *script], capture_output=True, text=True, check=False,
+    script = [str(Path(__file__).with_name(entry)), str(folder / "runs.json"), *([] if limit is None else [str(limit)])]
+    launched = subprocess.Popen(
+        [sys.executable, *launcher, *script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    try:
+        out, errors = launched.communicate(timeout=limit and limit + STACKS_SECONDS)
+    except subprocess.TimeoutExpired:
+        # The launcher ends its ranks, with SIGKILL after half a minute.
+        launched.terminate()
+        out, errors = launched.communicate()
+    return subprocess.CompletedProcess(launched.args, launched.returncode, out, errors)
 
 
 def steps(record: Path) -> dict[int, dict[str, float]]:

@@ -1,0 +1,31 @@
+"""Helper processes of a save; with a trainer around them in tests/training/test_failure.py."""
+
+import multiprocessing
+import subprocess
+import time
+
+import pytest
+
+from megatron_ksa.checkpoint.helpers import serve_one_rank
+
+
+def serve(ready) -> None:
+    serve_one_rank()
+    ready.set()
+    time.sleep(600)
+
+
+# Megatron's worker comes from a forkserver.
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_only_the_rank_ends_its_helper(start):
+    context = multiprocessing.get_context(start)
+    ready = context.Event()
+    helper = context.Process(target=serve, args=(ready,), daemon=True)
+    helper.start()
+    assert ready.wait(120)
+    subprocess.run(["kill", "-TERM", str(helper.pid)], check=True)
+    helper.join(1)
+    assert helper.is_alive()
+    helper.terminate()
+    helper.join(20)
+    assert helper.exitcode == 0

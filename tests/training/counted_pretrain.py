@@ -1,0 +1,46 @@
+"""`recorded_pretrain.py` that also writes how many bytes each rank has sent after each iteration, to sentRANK.json.
+
+The counts of all runs stand one after the other. Gloo's reduce-scatter is an all-reduce, which sends twice as much as a
+reduce-scatter; the surplus is taken off.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import recorded_pretrain  # noqa: E402
+from wire import bytes_sent  # noqa: E402
+
+from megatron_ksa.platform import prepare_platform  # noqa: E402
+
+
+def main() -> None:
+    description = Path(sys.argv[1])
+    reduce_scatter, surplus, sent = dist.reduce_scatter_tensor, [0], []
+
+    def noted(output, input, *args, **kwargs):
+        surplus[0] += input.nbytes - output.nbytes
+        return reduce_scatter(output, input, *args, **kwargs)
+
+    # Before Megatron is imported, which binds the function to names of its own.
+    dist.reduce_scatter_tensor = noted
+    prepare_platform(json.loads(description.read_text())[0]["flags"])
+    from megatron.training import training
+
+    log = training.training_log
+
+    def counted(*args, **kwargs):
+        sent.append(bytes_sent() - surplus[0])
+        description.with_name(f"sent{os.environ['RANK']}.json").write_text(json.dumps(sent))
+        return log(*args, **kwargs)
+
+    training.training_log = counted
+    recorded_pretrain.main()
+
+
+if __name__ == "__main__":
+    main()
