@@ -29,6 +29,8 @@ def deal(item, turn, queue):
     slot = turn % 2
     mbarrier.wait(empty.index(slot), free_phase(turn // 2))
     s_items.index(slot).store(gl.full([1], item, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0])))
+    # Every lane stores and one arrives, which vouches for its own store only.
+    partition_barrier()
     mbarrier.arrive(full.index(slot), count=1)
 
 

@@ -21,7 +21,7 @@ from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_siz
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
 # Those that train to the same numbers as without (tests/training/cuda_graph_check.py).
-CUDA_GRAPHS = ("none", "full_iteration")
+CUDA_GRAPHS = ("none", "full_iteration", "local")
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         (args.fp4, "--fp4-format", "its attention and summary projections are not checked in FP4; use --bf16"),
         (args.external_cuda_graph or args.cuda_graph_impl == "transformer_engine", "CUDA graphs of Transformer Engine",
          "it captures its own layers, and attention here is this project's; drop the flag"),
-        (args.enable_cuda_graph or args.cuda_graph_impl not in CUDA_GRAPHS, "CUDA graphs of single layers",
-         "they are not checked here; use --cuda-graph-impl full_iteration"),
+        (args.cuda_graph_impl not in CUDA_GRAPHS, f"--cuda-graph-impl {args.cuda_graph_impl}",
+         f"use {', '.join(CUDA_GRAPHS)}"),
         (args.num_experts is None and args.qk_l2_norm, "--qk-l2-norm", "use --qk-layernorm"),
     ]
     for active, flag, way_out in refused:
@@ -155,8 +155,8 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
         raise UsageError(f"{feature} resets documents with both flags or neither: {missing} is missing")
     if args.context_parallel_size > 1:
         _check_context_parallel(args, feature)
-    if args.cuda_graph_impl == "full_iteration":
-        _check_full_iteration_graph(args, settings)
+    if args.enable_cuda_graph or args.cuda_graph_impl != "none":
+        _check_cuda_graphs(args, settings)
     if settings.ksa.enabled:
         if args.position_embedding_type not in (*ROTARY_TYPES, "none"):
             raise UsageError(
@@ -173,16 +173,16 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
     check_layout(args)
 
 
-def _check_full_iteration_graph(args: argparse.Namespace, settings: ModelSettings) -> None:
-    """Refuse what a graph of a whole iteration would freeze, or what was never captured."""
-    graph = "--cuda-graph-impl full_iteration"
-    if args.check_for_nan_in_loss_and_grad:
-        raise UsageError(f"{graph} cannot look at the loss: add --no-check-for-nan-in-loss-and-grad")
+def _check_cuda_graphs(args: argparse.Namespace, settings: ModelSettings) -> None:
+    """Refuse what a CUDA graph would freeze, or what was never captured."""
+    graphs = "--enable-cuda-graph" if args.enable_cuda_graph else f"--cuda-graph-impl {args.cuda_graph_impl}"
+    if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
+        raise UsageError(f"{graphs} cannot look at the loss: add --no-check-for-nan-in-loss-and-grad")
     if settings.ksa.anneal_start is not None:
-        raise UsageError(f"{graph} would repeat one annealing coefficient: drop it or --ksa-anneal-start")
+        raise UsageError(f"{graphs} would repeat one annealing coefficient: drop it or --ksa-anneal-start")
     if args.context_parallel_size > 1:
         raise UsageError(
-            f"{graph} is not checked with --context-parallel-size {args.context_parallel_size}: use 1, or "
+            f"{graphs} is not checked with --context-parallel-size {args.context_parallel_size}: use 1, or "
             "--cuda-graph-impl none"
         )
 

@@ -54,8 +54,10 @@ def parse(monkeypatch, flags, processes=12):
         ("--ksa --position-embedding-type rope --async-save --ckpt-format torch", "use --ckpt-format torch_dist"),
         ("--ksa --position-embedding-type rope --fp8-format hybrid", "does not go with --fp8-format: .*use --bf16"),
         ("--ksa --position-embedding-type rope --fp4-format e2m1", "does not go with --fp4-format: .*use --bf16"),
-        ("--ksa --position-embedding-type rope --cuda-graph-impl local", "single layers: .*full_iteration"),
-        ("--position-embedding-type harpe --enable-cuda-graph", "single layers: .*full_iteration"),
+        (
+            "--position-embedding-type harpe --cuda-graph-impl local --context-parallel-size 2",
+            "local is not checked with --context-parallel-size 2",
+        ),
         ("--position-embedding-type harpe --cuda-graph-impl full_iteration", "add --no-check-for-nan-in-loss-and-grad"),
         (
             "--ksa --ksa-anneal-start 5 --ksa-anneal-end 9 --position-embedding-type rope "

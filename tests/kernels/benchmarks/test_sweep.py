@@ -53,14 +53,13 @@ def test_sweep_and_store_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(candidates, "SINGLE", {64: two})
     monkeypatch.setattr(runner, "check_op", lambda op, device: ({}, []))
     times = {FAST: 1.0, SLOW: 2.0}
-    measured = attention_parts.Kernels.try_tile
+    measured = attention_parts.Kernels.time_tile
 
-    def timed(self, name, tile, expected):
-        entry = measured(self, name, tile, expected)
-        assert entry["median_ms"] > 0
-        return entry | {"median_ms": times[tile]}
+    def timed(self, name, tile):
+        assert measured(self, name, tile) > 0
+        return times[tile]
 
-    monkeypatch.setattr(attention_parts.Kernels, "try_tile", timed)
+    monkeypatch.setattr(attention_parts.Kernels, "time_tile", timed)
     path, out = tmp_path / "tiles.json", tmp_path / "out"
     run_program(
         monkeypatch, "--out", out, *SIZES, "--op", "ksa_parts", "--lengths", 16, "--sweep", 16, 24, "--store", path
@@ -75,6 +74,25 @@ def test_sweep_and_store_from_the_command_line(tmp_path, monkeypatch):
     again = tmp_path / "again.json"
     run_program(monkeypatch, "--merge", out / program.RECORD, "--store", again)
     assert again.read_text() == path.read_text()
+
+
+def test_a_gpu_that_slows_down_does_not_decide():
+    """Candidates timed one after the other won by being early: each was faster while the GPU was cool."""
+
+    class WarmingUp:
+        device, calls = "cuda", 0
+        true_ms = {FAST: 1.0, SLOW: 1.05}
+
+        def time_tile(self, name, tile):
+            self.calls += 1
+            return self.true_ms[tile] * 1.06**self.calls
+
+    kernels = WarmingUp()
+    entries = [{"kernel": "dq", "tile": tile, "rounds_ms": [kernels.time_tile("dq", tile)]} for tile in (SLOW, FAST)]
+    assert entries[0]["rounds_ms"] < entries[1]["rounds_ms"]
+    attention_parts._time_in_rounds(kernels, entries, float("inf"))
+    slow, fast = entries
+    assert fast["median_ms"] < slow["median_ms"] and len(fast["rounds_ms"]) == 1 + len(attention_parts.LATER_ROUNDS)
 
 
 def test_nothing_is_swept_where_the_check_fails(tmp_path, monkeypatch):
