@@ -1,4 +1,10 @@
-"""Tables of `results.json`: tokens/s, memory and MFU of both models, and the parts of an iteration."""
+"""Tables of a file of results: tokens/s, memory and MFU of both models, and the parts of an iteration.
+
+    python examples/throughput_1b9/report.py examples/throughput_1b9/results_h100.json README.md
+
+The tables of results.json go into the section `throughput_1b9` of the Markdown file, those of results_h100.json into
+`throughput_1b9_h100`.
+"""
 
 import argparse
 import json
@@ -65,13 +71,14 @@ def _where(runs: list[dict]) -> str:
     return f"{text}; medians of the iterations after the warm-up."
 
 
-def write_report(runs: list[dict], path: Path) -> None:
-    """Put the tables into the section `throughput_1b9` of a Markdown file."""
-    replace_section(path, SECTION, tables(runs))
+def write_report(results: Path, path: Path) -> None:
+    """Put the tables of a file of results into its section of a Markdown file."""
+    runs = json.loads(results.read_text(encoding="utf-8"))
+    replace_section(path, SECTION + results.stem.removeprefix("results"), tables(runs))
 
 
 def main() -> None:
-    """`report.py results.json README.md`."""
+    """Write one file's tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="results of run.py")
     parser.add_argument("output", type=Path, help="Markdown file with the section")
@@ -80,7 +87,7 @@ def main() -> None:
         print(f"error: {args.results} does not exist; run.py writes it", file=sys.stderr)
         sys.exit(2)
     with usage_errors_exit():
-        write_report(json.loads(args.results.read_text()), args.output)
+        write_report(args.results, args.output)
 
 
 if __name__ == "__main__":

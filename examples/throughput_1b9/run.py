@@ -158,7 +158,7 @@ def main() -> None:
         if options.report:
             from report import write_report
 
-            write_report(runs, options.report)
+            write_report(options.out, options.report)
     sys.exit(any("error" in run for run in runs))
 
 

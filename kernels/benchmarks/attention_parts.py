@@ -60,7 +60,7 @@ class Kernels:
         settings = (*self.sizes, self.window)
         if name == "forward":
             keys = (self.q[0], *self.keys, None)
-            out = (self.out[0], self.lse, *new_dealt(self.lse.device, 0))
+            out = (self.out[0], self.lse, *new_dealt(self.lse.device))
             return launch_forward(*keys, *settings, 0, 0, 0, self.scale, tile, *out)
         workspace = new_workspace(self.q[0], self.k[0], self.k[1], None, self.lse, tiles)
         workspace = workspace._replace(lse2=self.lse2, delta=self.delta)

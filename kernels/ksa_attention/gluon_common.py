@@ -52,22 +52,6 @@ def following(p_dealt):
 
 
 @gluon.jit
-def await_turn(p_turn, turn):
-    """Wait until `turn` other consumers, in any programs, have passed theirs on."""
-    seen = gl.atomic_add(p_turn, 0, sem="acquire")
-    while seen < turn:
-        seen = gl.atomic_add(p_turn, 0, sem="acquire")
-    partition_barrier()
-
-
-@gluon.jit
-def pass_turn(p_turn):
-    """Let the next consumer see what the warps of this one have stored."""
-    partition_barrier()
-    gl.atomic_add(p_turn, 1, sem="release")
-
-
-@gluon.jit
 def queue(CONSUMERS: gl.constexpr):
     """A queue of two work items from the producer to the consumers."""
     full, empty = barriers(2, CONSUMERS)

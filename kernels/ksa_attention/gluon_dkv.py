@@ -22,13 +22,11 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     WARPS,
-    await_turn,
     barriers,
     deal,
     descriptor,
     following,
     free_phase,
-    pass_turn,
     place,
     programs,
     queue,
@@ -36,6 +34,7 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
 )
 from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E, query_interval, tile_ranges
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_dim
+from megatron_ksa.kernels.ksa_attention.workspace import split_strides
 from megatron_ksa.kernels.launch import launch
 
 # Heads whose tiles are dealt together: their queries share the L2 cache.
@@ -128,11 +127,10 @@ def _load(
 
 @gluon.jit
 def _accumulate(
-    s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, p_stop, p_dk, p_dv, p_dk_sum, p_dv_sum,
-    stride_stop, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
+    s_k, s_v, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
+    stride_stop, stride_split, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
     PART: gl.constexpr, C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
-    SHARED: gl.constexpr,
 ):  # fmt: skip
     """A consumer, one warpgroup: dK and dV of BN keys of every work item."""
     full, empty, s_q, s_do, s_lse2, s_delta = ring
@@ -190,44 +188,26 @@ def _accumulate(
         o_out = i_n + PART * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, output))
         o_d = gl.arange(0, BD, layout=gl.SliceLayout(0, output))
         # [BN, BD]
+        o_head = i_s.to(gl.int64) * stride_split + i_b.to(gl.int64) * stride_b + i_g.to(gl.int64) * stride_g
+        o_rows = o_head + o_out[:, None].to(gl.int64) * stride_n + o_d[None, :]
         m_rows = (o_out < num_keys)[:, None] & (o_d < D)[None, :]
-        is_last = i_s + 1 == schedule[3]
-        if SHARED:
-            i_bg = i_b * groups + i_g
-            o_sum = (i_bg.to(gl.int64) * num_keys + o_out)[:, None] * BD + o_d[None, :]
-            p_turn = p_dealt + 1 + (i_bg * schedule[0] + i_n // (2 * BN)) * 2 + PART
-            await_turn(p_turn, i_s)
-            if i_s > 0:
-                # Past the first-level cache, which may hold what another multiprocessor has since added to.
-                b_dk += gl.load(p_dk_sum + o_sum, mask=m_rows, other=0.0, cache_modifier=".cg")
-                b_dv += gl.load(p_dv_sum + o_sum, mask=m_rows, other=0.0, cache_modifier=".cg")
-            if not is_last:
-                gl.store(p_dk_sum + o_sum, b_dk, mask=m_rows)
-                gl.store(p_dv_sum + o_sum, b_dv, mask=m_rows)
-                pass_turn(p_turn)
-        if is_last:
-            o_head = i_b.to(gl.int64) * stride_b + i_g.to(gl.int64) * stride_g
-            o_rows = o_head + o_out[:, None].to(gl.int64) * stride_n + o_d[None, :]
-            gl.store(p_dk + o_rows, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_rows)
-            gl.store(p_dv + o_rows, b_dv.to(p_dv.dtype.element_ty), mask=m_rows)
+        gl.store(p_dk + o_rows, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_rows)
+        gl.store(p_dv + o_rows, b_dv.to(p_dv.dtype.element_ty), mask=m_rows)
         turn += 1
         item = take(turn, items)
 
 
 @gluon.jit
 def _dkv_kernel(
-    d_k, d_v, d_q, d_do, d_lse2, d_delta, p_dealt, p_stop, p_dk, p_dv, p_dk_sum, p_dv_sum,
+    d_k, d_v, d_q, d_do, d_lse2, d_delta, p_dealt, p_stop, p_dk, p_dv,
     nq, num_keys, query_start, offset, window, scale, scale_log2, groups, tiles, all_heads, together, splits,
-    stride_stop, stride_b, stride_n, stride_g,
+    stride_stop, stride_split, stride_b, stride_n, stride_g,
     C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
-    SHARED: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the text keys (IS_TEXT) or of the summaries, summed over the query heads that read them.
 
-    A work item is two tiles of BN keys and one part in `splits` of the queries. Of several (SHARED) one after the other
-    adds to float32 sums, and the last writes dk and dv. A part waits for parts dealt before it only, and every program
-    that holds one is running, so that all of them end.
+    A work item is two tiles of BN keys and one part in `splits` of the queries, written to its own slice of dk and dv.
     """
     s_k = gl.allocate_shared_memory(d_k.dtype, [2] + d_k.block_type.shape, d_k.layout)
     s_v = gl.allocate_shared_memory(d_v.dtype, [2] + d_v.block_type.shape, d_v.layout)
@@ -244,14 +224,14 @@ def _dkv_kernel(
     gl.warp_specialize(
         [
             (_accumulate, (
-                s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, p_stop, p_dk, p_dv, p_dk_sum, p_dv_sum,
-                stride_stop, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
-                0, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS, SHARED,
+                s_k, s_v, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
+                stride_stop, stride_split, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
+                0, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS,
             )),
             (_accumulate, (
-                s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, p_stop, p_dk, p_dv, p_dk_sum, p_dv_sum,
-                stride_stop, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
-                1, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS, SHARED,
+                s_k, s_v, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
+                stride_stop, stride_split, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
+                1, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS,
             )),
             (_load, (
                 d_k, d_v, d_q, d_do, d_lse2, d_delta, s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, p_stop,
@@ -271,14 +251,9 @@ def _statistics(rows: Tensor, block_rows: int) -> TensorDescriptor:
 def launch_dkv(
     q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_stop: Tensor | None, lse2: Tensor, delta: Tensor,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
-    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor, sums: tuple[Tensor | None, Tensor | None],
-    dealt: Tensor,
+    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor, dealt: Tensor,
 ) -> None:  # fmt: skip
-    """As `triton_backward.launch_dkv`, for bfloat16 and float16.
-
-    sums: where splits > 1, uninitialised float32 [B, Hkv, keys, padded D] for dK and dV.
-    dealt: int32 [1 + turns(k, tile, splits)], 0.
-    """
+    """As `triton_backward.launch_dkv`, for bfloat16 and float16; dk and dv have a split dimension where splits > 1."""
     batch, num_keys, groups, dim = k.shape
     block_dim = padded_head_dim(dim)
     tiles = triton.cdiv(num_keys, 2 * tile.keys)
@@ -287,11 +262,11 @@ def launch_dkv(
         *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
         *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
         *(_statistics(rows, tile.queries) for rows in (lse2, delta)),
-        dealt, document_stop, dk, dv, *sums,
+        dealt, document_stop, dk, dv,
         q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
         tiles, batch * groups, TOGETHER, splits,
-        document_stop.stride(0) if document_stop is not None else 0, *dk.stride()[:3],
+        document_stop.stride(0) if document_stop is not None else 0, *split_strides(dk),
         C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
         BM=tile.queries, BN=tile.keys, STAGES=tile.stages, IS_TEXT=is_text,
-        HAS_DOCUMENTS=document_stop is not None, SHARED=splits > 1, num_warps=WARPS.value,
+        HAS_DOCUMENTS=document_stop is not None, num_warps=WARPS.value,
     )  # fmt: skip

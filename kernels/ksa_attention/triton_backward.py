@@ -18,7 +18,7 @@ from megatron_ksa.kernels.ksa_attention.triton_common import (
     tile_ranges,
 )
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles, padded_head_dim
-from megatron_ksa.kernels.ksa_attention.workspace import Workspace, splits
+from megatron_ksa.kernels.ksa_attention.workspace import Workspace, split_strides
 from megatron_ksa.kernels.launch import call, launch
 
 
@@ -278,23 +278,23 @@ def launch_dkv(
         call(Tensor.zero_, dk)
         call(Tensor.zero_, dv)
         return
-    sums = workspace.text_sums if is_text else workspace.summary_sums
-    shared = (chunk_size, summary_tokens, window, query_start, offset, softmax_scale, is_text, tile, splits(q, k, tile))
+    parts = workspace.text_parts if is_text else workspace.summary_parts
+    shared = (chunk_size, summary_tokens, window, query_start, offset, softmax_scale, is_text, tile)
+    splits, targets = (parts[0].shape[0], parts) if parts else (1, (dk, dv))
     if tile.specialised:
         from megatron_ksa.kernels.ksa_attention import gluon_dkv
 
         gluon_dkv.launch_dkv(
-            q, d_out, k, v, workspace.document_stop, workspace.lse2, workspace.delta, *shared, dk, dv, sums,
+            q, d_out, k, v, workspace.document_stop, workspace.lse2, workspace.delta, *shared, splits, *targets,
             workspace.dealt_text if is_text else workspace.dealt_summary,
         )  # fmt: skip
-        return
-    has_parts = sums[0] is not None
-    targets = sums if has_parts else (dk, dv)
-    _launch_plain_dkv(q, d_out, k, v, document_start, workspace.lse2, workspace.delta, *shared, *targets)
+    else:
+        _launch_plain_dkv(
+            q, d_out, k, v, document_start, workspace.lse2, workspace.delta, *shared, splits, *targets
+        )
     # Parts of the queries are summed in float32 in a fixed order: too few keys to fill the GPU, still no atomics.
-    for gradient, part in zip((dk, dv), sums, strict=True):
-        if has_parts:
-            call(_sum_parts, gradient, part)
+    for gradient, part in zip((dk, dv), parts or (), strict=bool(parts)):
+        call(_sum_parts, gradient, part)
 
 
 def _sum_parts(gradient: Tensor, parts: Tensor) -> None:
@@ -304,20 +304,19 @@ def _sum_parts(gradient: Tensor, parts: Tensor) -> None:
 def _launch_plain_dkv(
     q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse2: Tensor, delta: Tensor,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
-    is_text: bool, tile: Tile, parts: int, dk: Tensor, dv: Tensor,
+    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """As `launch_dkv`, into dk and dv [B, keys, Hkv, D], or [splits, B, keys, Hkv, D]."""
     batch, num_keys, groups, dim = k.shape
     block_dim = padded_head_dim(dim)
-    strides = (0, *dk.stride()) if dk.dim() == 4 else dk.stride()
     launch(
-        _dkv_kernel, (triton.cdiv(num_keys, tile.keys), batch * groups, parts),
+        _dkv_kernel, (triton.cdiv(num_keys, tile.keys), batch * groups, splits),
         *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
         *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
         *(TensorDescriptor(rows, rows.shape, rows.stride(), [1, 1, tile.queries]) for rows in (lse2, delta)),
         document_start, dk, dv,
         q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
-        document_start.stride(0) if document_start is not None else 0, *strides[:4],
+        document_start.stride(0) if document_start is not None else 0, *split_strides(dk),
         C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
         BM=tile.queries, BN=tile.keys, IS_TEXT=is_text, HAS_DOCUMENTS=document_start is not None,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -63,7 +63,7 @@ def _forward(
     rows = [addressable(t) for t in (q, k, v)]
     (q_text, q_own), (k_text, k_own), (v_text, v_own), (out_text, out_own) = _split(text_rows, *rows, out)
     _launch_forward(
-        (q_text, k_text, v_text, k_own, v_own, document_start, q_own, out_text, out_own, lse, *new_dealt(q.device, 0)),
+        (q_text, k_text, v_text, k_own, v_own, document_start, q_own, out_text, out_own, lse, *new_dealt(q.device)),
         (chunk_size, summary_tokens, window, softmax_scale, tuple(tiles)),
     )
     return out, lse

@@ -37,7 +37,7 @@ def _forward(
     out, lse = new_outputs(q)
     rows = [addressable(t) for t in (q, k, v, k_summary, v_summary)]
     _launch_forward(
-        (*rows, document_start, out, lse, *new_dealt(q.device, 0)),
+        (*rows, document_start, out, lse, *new_dealt(q.device)),
         (chunk_size, summary_tokens, window, query_start, key_start, chunk_start, softmax_scale, tuple(tiles)),
     )
     return out, lse

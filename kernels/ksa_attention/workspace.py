@@ -1,12 +1,13 @@
 """Memory that the kernels of one backward pass of the text queries share."""
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles, padded_head_dim
+from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
 
 # dK/dV programs wanted at least: about four for each multiprocessor of a large GPU. Without them a part of the queries
 # makes a program of its own, whose float32 results cost less than an idle multiprocessor unless every query head has
@@ -21,10 +22,8 @@ class Workspace(NamedTuple):
     Attributes:
         lse2, delta: float32 [B, Hq, nq], each head's row at a multiple of 16 bytes: lse * log2(e), and
             rowsum(dO * O) - dLSE. The dQ kernel writes both, the dK/dV kernels read them.
-        dealt_dq, dealt_text, dealt_summary: int32 [1 + turns], 0: work items that a specialised kernel has dealt, and
-            for each consumer's tile of keys the parts of the queries that it has added up.
-        text_sums, summary_sums: float32, for dK and for dV, where several programs share a tile of keys: for
-            specialised tiles [B, Hkv, keys, padded D], else [splits, B, keys, Hkv, D].
+        dealt_dq, dealt_text, dealt_summary: int32 [1], 0: work items that specialised kernels have dealt.
+        text_parts, summary_parts: float32 [splits, B, keys, Hkv, D] for dK and for dV, or None for one part.
         document_stop: int32 [B, rows], the first position after each position's document, for specialised kernels.
     """
 
@@ -33,27 +32,27 @@ class Workspace(NamedTuple):
     dealt_dq: Tensor
     dealt_text: Tensor
     dealt_summary: Tensor
-    text_sums: tuple[Tensor | None, Tensor | None]
-    summary_sums: tuple[Tensor | None, Tensor | None]
+    text_parts: tuple[Tensor, Tensor] | None
+    summary_parts: tuple[Tensor, Tensor] | None
     document_stop: Tensor | None
 
     def pack(self) -> tuple[Tensor | None, ...]:
         """The tensors alone, ten or None."""
-        return *self[:5], *self.text_sums, *self.summary_sums, self.document_stop
+        return *self[:5], *(self.text_parts or (None, None)), *(self.summary_parts or (None, None)), self.document_stop
 
     @classmethod
     def unpack(cls, tensors: tuple[Tensor | None, ...]) -> "Workspace":
-        return cls(*tensors[:5], tensors[5:7], tensors[7:9], tensors[9])
+        parts = (pair if pair[0] is not None else None for pair in (tensors[5:7], tensors[7:9]))
+        return cls(*tensors[:5], *parts, tensors[9])
 
 
-def new_dealt(device: torch.device, *turns: int) -> tuple[Tensor, ...]:
-    """Counters of work items, each followed by so many turns: int32 [1 + turns], 0."""
-    sizes = [1 + count for count in turns]
-    return torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+def new_dealt(device: torch.device, counters: int = 1) -> tuple[Tensor, ...]:
+    """Counters of work items, int32 [1] each, 0."""
+    return torch.zeros(counters, dtype=torch.int32, device=device).split(1)
 
 
-def splits(q: Tensor, k: Tensor, tile: Tile) -> int:
-    """Parts of the queries that make work items of their own in the dK/dV kernel."""
+def _splits(q: Tensor, k: Tensor, tile: Tile) -> int:
+    """Parts of the queries that make programs of their own."""
     batch, num_keys, groups, _ = k.shape
     if not num_keys or not q.shape[1]:
         return 1
@@ -62,16 +61,17 @@ def splits(q: Tensor, k: Tensor, tile: Tile) -> int:
     return min(MOST_SPLITS, triton.cdiv(wanted, programs), triton.cdiv(q.shape[1], tile.queries))
 
 
-def _sums_and_turns(q: Tensor, k: Tensor, tile: Tile) -> tuple[tuple[Tensor | None, Tensor | None], int]:
-    parts = splits(q, k, tile)
-    if parts == 1:
-        return (None, None), 0
-    batch, num_keys, groups, dim = k.shape
-    shape, turns = (parts, *k.shape), 0
-    if tile.specialised:
-        shape = (batch, groups, num_keys, padded_head_dim(dim))
-        turns = 2 * triton.cdiv(num_keys, 2 * tile.keys) * batch * groups
-    return tuple(torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(2)), turns
+def _parts(q: Tensor, keys: tuple[Tensor, ...], tiles: tuple[Tile, ...]) -> list[tuple[Tensor, Tensor] | None]:
+    """Parts of dK and dV of each kind of keys, all in the same memory: one kind is summed before the next is begun."""
+    shapes = [(2, _splits(q, k, tile), *k.shape) for k, tile in zip(keys, tiles, strict=True)]
+    sizes = [math.prod(shape) if shape[1] > 1 else 0 for shape in shapes]
+    memory = torch.empty(max(sizes), dtype=torch.float32, device=q.device) if any(sizes) else None
+    return [memory[:size].view(shape).unbind() if size else None for size, shape in zip(sizes, shapes, strict=True)]
+
+
+def split_strides(gradient: Tensor) -> tuple[int, ...]:
+    """Strides of the split, batch, row and head of dK or dV, [B, keys, Hkv, D] or [splits, B, keys, Hkv, D]."""
+    return (0, *gradient.stride()[:3]) if gradient.dim() == 4 else gradient.stride()[:4]
 
 
 def new_workspace(
@@ -81,13 +81,11 @@ def new_workspace(
     batch, heads, nq = lse.shape
     padded = triton.cdiv(nq, 4) * 4
     lse2, delta = torch.empty((2, batch, heads, padded), dtype=lse.dtype, device=lse.device)[..., :nq]
-    text_sums, text_turns = _sums_and_turns(q, k, tiles.dkv_text)
-    summary_sums, summary_turns = _sums_and_turns(q, k_summary, tiles.dkv_summary)
     document_stop = None
     if document_start is not None and (tiles.dkv_text.specialised or tiles.dkv_summary.specialised):
         document_stop = document_stops(document_start)
-    dealt = new_dealt(lse.device, 0, text_turns, summary_turns)
-    return Workspace(lse2, delta, *dealt, text_sums, summary_sums, document_stop)
+    parts = _parts(q, (k, k_summary), (tiles.dkv_text, tiles.dkv_summary))
+    return Workspace(lse2, delta, *new_dealt(lse.device, 3), *parts, document_stop)
 
 
 def document_stops(document_start: Tensor) -> Tensor:

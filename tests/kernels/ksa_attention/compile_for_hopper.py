@@ -18,7 +18,7 @@ from megatron_ksa.kernels.ksa_attention.triton_config import HOPPER_GROUPED, Til
 
 POINTERS = dict.fromkeys(("p_dealt", "p_start", "p_stop"), "*i32")
 POINTERS |= dict.fromkeys(("p_out", "p_dq", "p_dk", "p_dv"), "*bf16")
-POINTERS |= dict.fromkeys(("p_lse", "p_dlse", "p_lse2", "p_delta", "p_dk_sum", "p_dv_sum"), "*fp32")
+POINTERS |= dict.fromkeys(("p_lse", "p_dlse", "p_lse2", "p_delta"), "*fp32")
 
 
 def compiled(kernel, tile: Tile, documents: bool):
@@ -34,9 +34,9 @@ def compiled(kernel, tile: Tile, documents: bool):
 
     sizes = {"C": 8, "S": 1, "GROUP": 4, "D": 128, "BD": 128}
     constants = sizes | {"BM": tile.queries, "BN": tile.keys, "STAGES": tile.stages}
-    constants |= {"HAS_DOCUMENTS": documents, "HAS_DLSE": documents, "IS_TEXT": documents, "SHARED": documents}
+    constants |= {"HAS_DOCUMENTS": documents, "HAS_DLSE": documents, "IS_TEXT": documents}
     if not documents:
-        constants |= dict.fromkeys(("p_start", "p_stop", "p_dlse", "p_dk_sum", "p_dv_sum"))
+        constants |= {"p_start": None, "p_stop": None, "p_dlse": None}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:

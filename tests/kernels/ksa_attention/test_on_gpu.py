@@ -8,7 +8,7 @@ from megatron_ksa.kernels.benchmarks import attention, attention_features
 from megatron_ksa.kernels.benchmarks.check import errors
 from megatron_ksa.kernels.benchmarks.measure import peak_bytes
 from megatron_ksa.kernels.benchmarks.registry import Shape
-from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference, triton_rows, triton_text
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference, triton_rows, triton_text, workspace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +67,12 @@ def test_errors_are_no_worse_than_cudnns():
 
 @pytest.mark.parametrize("groups", [16, 4])
 def test_memory_is_that_of_outputs_and_gradients(groups):
-    """Nothing quadratic and no copy of K or V: less than one of them on top, at a length and at twice that."""
+    """Nothing quadratic and no copy of K or V: less than one of them on top, at a length and at twice that.
+
+    Where there are fewer K/V heads than fill the GPU, the float32 parts of as many work items as do come on top,
+    whatever the length.
+    """
+    parts = 0 if groups == 16 else workspace.PROGRAMS * 2 * (2 * 64) * 128 * 4
     for n in (16384, 32768):
         shape = Shape(n, 16, groups)
         leaves = [shape.random(shape.rows, count, "cuda") for count in (16, groups, groups)]
@@ -79,7 +84,7 @@ def test_memory_is_that_of_outputs_and_gradients(groups):
 
         both()
         needed = sum(t.numel() * t.element_size() for t in (leaves[0], *leaves)) + 3 * 4 * shape.rows * 16
-        assert peak_bytes(both, "cuda")["peak_over_inputs_bytes"] < needed + leaves[1].numel() * 2
+        assert peak_bytes(both, "cuda")["peak_over_inputs_bytes"] < needed + parts + leaves[1].numel() * 2
 
 
 @pytest.mark.parametrize("groups", [4, 2])
