@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Kinds of calls remembered for each op. Lengths that never repeat (generation) must not pile up.
 KINDS = 256
@@ -42,7 +41,7 @@ class _Step:
             if isinstance(argument, Tensor):
                 self.tensors.append((position, _place(places, argument)))
                 arguments[position] = None
-            elif isinstance(argument, TensorDescriptor) or hasattr(argument, "block_shape"):
+            elif hasattr(argument, "block_shape"):  # a tensor descriptor, Triton's or Gluon's
                 fields = vars(argument) | {"base": None}
                 self.descriptors.append((position, _place(places, argument.base), type(argument), fields))
                 arguments[position] = None

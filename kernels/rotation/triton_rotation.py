@@ -12,8 +12,10 @@ from megatron_ksa.kernels.rotation.triton_kernels import rotate_backward_kernel,
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
 # Programs of the backward pass: several for each multiprocessor of a large GPU, few enough that their parts of the
-# gains' gradients are small. A constant, so that the order of sums does not depend on the GPU.
-PROGRAMS = 2048
+# gains' gradients are small beside what they read, as with this many tiles each. No number of the GPU's, so that the
+# order of sums does not depend on it.
+FEWEST_PROGRAMS, MOST_PROGRAMS = 1024, 8192
+TILES_OF_A_PROGRAM = 18
 WARPS = 4
 # Elements of half a head in a tile: 8 for each thread of WARPS warps.
 TILE_ELEMENTS = 1024
@@ -70,7 +72,9 @@ def _backward_programs(mixed: Tensor, block_rows: int) -> tuple[int, int, int]:
     """Tiles of rows, tiles of a program, and programs for each sample, for mixed heads [rows, batch, groups, ...]."""
     rows, batch, groups, _ = mixed.shape
     tiles = triton.cdiv(rows, block_rows)
-    tiles_per_program = triton.cdiv(tiles * groups * batch, PROGRAMS)
+    all_tiles = tiles * groups * batch
+    programs = min(max(all_tiles // TILES_OF_A_PROGRAM, FEWEST_PROGRAMS), MOST_PROGRAMS)
+    tiles_per_program = triton.cdiv(all_tiles, programs)
     return tiles, tiles_per_program, groups * triton.cdiv(tiles, tiles_per_program)
 
 

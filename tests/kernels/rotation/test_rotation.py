@@ -104,7 +104,8 @@ def test_angles_at_the_millionth_position(rotate):
 
 @needs_kernels
 def test_compiles_into_one_graph_and_is_deterministic(monkeypatch):
-    monkeypatch.setattr(triton_rotation, "PROGRAMS", 2)
+    monkeypatch.setattr(triton_rotation, "FEWEST_PROGRAMS", 2)
+    monkeypatch.setattr(triton_rotation, "MOST_PROGRAMS", 2)
     for options in ({}, {"norm": False}):
         parts, queries, weights, positions, freqs = case(rows=(5, 2), batch=1, **options)
         torch.library.opcheck(
