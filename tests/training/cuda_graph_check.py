@@ -25,23 +25,12 @@ KINDS = {
 TOLERANCE = 1e-3
 
 
-def train(runs: str) -> None:
-    """The trainer with the refusal of these graphs lifted."""
-    import recorded_pretrain
-
-    from megatron_ksa.training import arguments
-
-    arguments.CUDA_GRAPHS = tuple(KINDS)
-    sys.argv = [sys.argv[0], runs]
-    recorded_pretrain.main()
-
-
 def check(folder: Path) -> dict:
     """Deviation from the run without graphs of each kind, or why it failed."""
     results, plain = {}, {}
     for kind, flags in KINDS.items():
         record = folder / f"{kind}.json"
-        done = launch([(record, f"{COMMON} {flags}")], 1, entry=Path(__file__).name)
+        done = launch([(record, f"{COMMON} {flags}")], 1)
         trained = steps(record) if record.exists() else {}
         plain = plain or trained
         if len(trained) < STEPS:
@@ -56,9 +45,6 @@ def check(folder: Path) -> dict:
 
 
 def main() -> None:
-    if len(sys.argv) == 2 and sys.argv[1].endswith("runs.json"):
-        train(sys.argv[1])
-        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON of the deviations")
     args = parser.parse_args()
