@@ -12,10 +12,10 @@ from megatron_ksa.kernels.benchmarks.measure import milliseconds
 from megatron_ksa.kernels.benchmarks.registry import Case, Op, Shape
 from megatron_ksa.kernels.ksa_attention.tile_store import KERNELS
 from megatron_ksa.kernels.ksa_attention.triton_backward import launch_dkv, launch_dq
-from megatron_ksa.kernels.ksa_attention.triton_config import Tile, tiles_for
+from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles, tiles_for
 from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
-from megatron_ksa.kernels.ksa_attention.workspace import new_dealt, new_workspace
+from megatron_ksa.kernels.ksa_attention.workspace import Workspace, new_dealt, new_workspace
 
 # Each candidate is timed for so long, in rounds that turn the order of the one before; one that takes so much longer
 # than the fastest in the first round is out.
@@ -23,7 +23,10 @@ ROUND_MS, LATER_ROUNDS, HOPELESS = 25, (-1, 1, -1), 1.25
 
 
 class Kernels:
-    """Each kernel alone at one shape, on inputs made once."""
+    """Each kernel alone at one shape, on inputs made once.
+
+    With the stored tiles, kernels that serve the summaries' own queries do; with tiles that are tried, none does.
+    """
 
     def __init__(self, shape: Shape, device: str) -> None:
         self.device, self.n, self.sizes = device, shape.n, (shape.chunk_size, shape.summary_tokens)
@@ -37,8 +40,9 @@ class Kernels:
         self.q, self.k, self.v, self.out, self.d_out, self.dq, self.dk, self.dv = split
         self.keys = (self.k[0], self.v[0], self.k[1], self.v[1])
         self.default = tiles_for(self.q[0], shape.groups, shape.geometry)
-        # Written by dQ, read by dK/dV.
-        self.lse2, self.delta, *_ = new_workspace(self.q[0], self.k[0], self.k[1], None, self.lse, self.default)
+        self.own = self.default.serve_summaries(*self.sizes)
+        # Statistics are written by dQ and read by dK/dV.
+        self.statistics = self._workspace(self.default)
         self.results = {
             "forward": [self.out[0]], "dq": [self.dq[0]], "dkv_text": [self.dk[0], self.dv[0]],
             "dkv_summary": [self.dk[1], self.dv[1]], "summary_forward": [self.out[1]],
@@ -46,6 +50,9 @@ class Kernels:
         }  # fmt: skip
         for name in self.results:
             self.launch(name)
+
+    def _workspace(self, tiles: Tiles) -> Workspace:
+        return new_workspace(self.q[0], self.k[0], self.k[1], None, self.lse, tiles, self.own)
 
     def launch(self, name: str, tile: Tile | None = None) -> None:
         """Run a kernel; those with tiles take other ones than the stored."""
@@ -55,22 +62,26 @@ class Kernels:
                 return launch_summary_forward(*options, self.out[1])
             gradients = (self.dq[1], self.dk[0], self.dv[0], self.dk[1], self.dv[1])
             return launch_summary_backward(*options, self.d_out[1], *gradients, accumulate=True)
+        own = self.own and tile is None
         tiles = self.default if tile is None else self.default._replace(**{name: tile})
         tile = getattr(tiles, name)
         settings = (*self.sizes, self.window)
         if name == "forward":
             keys = (self.q[0], *self.keys, None)
-            out = (self.out[0], self.lse, *new_dealt(self.lse.device))
+            out = (self.out[0], self.lse, *new_dealt(self.lse.device), (self.q[1], self.out[1]) if own else None)
             return launch_forward(*keys, *settings, 0, 0, 0, self.scale, tile, *out)
-        workspace = new_workspace(self.q[0], self.k[0], self.k[1], None, self.lse, tiles)
-        workspace = workspace._replace(lse2=self.lse2, delta=self.delta)
+        kept = self.statistics
+        workspace = self._workspace(tiles)._replace(
+            lse2=kept.lse2, delta=kept.delta, own_statistics=kept.own_statistics
+        )
         if name == "dq":
             options = (self.q[0], *self.keys, None, *settings, 0, 0, 0, self.scale, tile, self.out[0], self.lse)
-            return launch_dq(*options, self.d_out[0], None, self.dq[0], workspace)
+            rows = (self.q[1], self.d_out[1], self.dq[1]) if own else None
+            return launch_dq(*options, self.d_out[0], None, self.dq[0], workspace, rows)
         part = int(name == "dkv_summary")
         return launch_dkv(
             self.q[0], self.d_out[0], self.k[part], self.v[part], None, *settings, 0, 0, self.scale, not part, tile,
-            self.dk[part], self.dv[part], workspace,
+            self.dk[part], self.dv[part], workspace, (self.q[1], self.d_out[1]) if own else None,
         )  # fmt: skip
 
     def try_tile(self, name: str, tile: Tile, expected: list[torch.Tensor]) -> dict:
@@ -121,7 +132,7 @@ def sweep(shape: Shape, device: str, deadline: float, given: dict[str, list[Tile
     """
     kernels, table = Kernels(shape, device), []
     for name in KERNELS:
-        kernels.launch(name)
+        kernels.launch(name, getattr(kernels.default, name))
         expected = [rows.clone() for rows in kernels.results[name]]
         entries = []
         for tile in given[name] if given else _candidates(name, shape, device):
@@ -131,7 +142,7 @@ def sweep(shape: Shape, device: str, deadline: float, given: dict[str, list[Tile
                 entries.append(kernels.try_tile(name, tile, expected))
         _time_in_rounds(kernels, [entry for entry in entries if "rounds_ms" in entry], deadline)
         # The next kernel reads these results.
-        kernels.launch(name)
+        kernels.launch(name, getattr(kernels.default, name))
         entries.sort(key=lambda entry: entry.get("median_ms", float("inf")))
         for entry in entries:
             outcome = entry.get("error") or entry.get("skipped") or "wrong result"

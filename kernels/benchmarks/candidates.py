@@ -60,10 +60,10 @@ def shared_bytes(kernel: str, tile: Tile, head_dim: int) -> int:
     row = padded_head_dim(head_dim) * 2
     pair = 1 + tile.specialised
     if kernel.startswith("dkv"):
-        # K and V stay; Q and dO pass.
-        return pair * 2 * tile.keys * row + tile.stages * 2 * tile.queries * row
-    # Q stays, with dO in dQ, where the specialised kernel has a place of its own for O too.
-    kept = 1 if kernel == "forward" else 2 + tile.specialised
+        # K and V stay; Q and dO pass. Specialised kernels write results, float32 at most, by way of shared memory.
+        return pair * (2 + 2 * tile.specialised) * tile.keys * row + tile.stages * 2 * tile.queries * row
+    # Q stays, with dO in dQ; the specialised kernels have a place for results too, and one for O.
+    kept = {"forward": 1, "dq": 2}[kernel] * (1 + tile.specialised)
     return pair * kept * tile.queries * row + tile.stages * 2 * tile.keys * row
 
 

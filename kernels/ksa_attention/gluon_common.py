@@ -1,7 +1,7 @@
 """What the Hopper kernels of KSA attention share: two consumers of 64 rows each, and one warp that feeds them.
 
 A program holds two tiles of queries (of keys, for dK and dV), each with a warpgroup of its own, so that a tile of the
-other XX
+other side is read once for both.
 """
 
 import functools
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from megatron_ksa.kernels.ksa_attention.triton_common import key_interval, tile_ranges
+from megatron_ksa.kernels.ksa_attention.triton_common import key_interval
 
 WARPS = gl.constexpr(4)
 CONSUMER_REGISTERS = gl.constexpr(240)
@@ -77,47 +77,63 @@ def query_item(item, schedule, BM: gl.constexpr):
 
 
 @gluon.jit
+def keys_seen(row, i_b, p_start, stride_start, sizes, C: gl.constexpr, S: gl.constexpr, HAS_DOCUMENTS: gl.constexpr):
+    """`key_interval` of the text keys and of the summaries, (lower, upper) each; rows beyond the last count as it."""
+    nq, nk, ns, query_start, key_start, chunk_start, window = sizes
+    i = query_start + gl.minimum(row, nq - 1)
+    start = i * 0
+    if HAS_DOCUMENTS:
+        start = gl.load(p_start + i_b.to(gl.int64) * stride_start + i)
+    text = key_interval(i, start, key_start, nk, window, C, S, True)
+    return text, key_interval(i, start, chunk_start, ns, window, C, S, False)
+
+
+@gluon.jit
+def _span(first, last, BN: gl.constexpr):
+    """Tiles of BN keys that rows see of which the first one and the last one see keys [lower, upper).
+
+    Returns the first tile, the number of tiles, and two tiles: those before the one need a mask at the lower bound,
+    those from the other on at the upper bound.
+    """
+    lower, full_upper = first
+    full_lower, upper = last
+    tile = lower // BN
+    return tile, gl.where(upper > lower, gl.cdiv(upper, BN) - tile, 0), gl.cdiv(full_lower, BN), full_upper // BN
+
+
+@gluon.jit
 def key_tiles(
     i_m, i_b, p_start, stride_start, sizes,
     C: gl.constexpr, S: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
-    """`tile_ranges` of the text keys and of the summaries that 2 * BM queries from row i_m see.
+    """The key tiles that 2 * BM queries from row i_m see, in the order of the ring.
 
-    Returns the number of text tiles, the number of tiles in all, and both ranges.
+    Text tiles up to `cut`, then the summaries, then the other text tiles: so the tiles that one consumer sees are
+    neighbours, and the last ones are those beside its queries. Returns how many tiles there are (one at least, seen or
+    not), the first one that the second consumer sees, the end of those that the first one sees, and the order for
+    `tile_at`.
     """
-    nq, nk, ns, query_start, key_start, chunk_start, window = sizes
-    first_query = query_start + i_m
-    last_query = query_start + gl.minimum(i_m + 2 * BM, nq) - 1
-    if HAS_DOCUMENTS:
-        p_start += i_b.to(gl.int64) * stride_start
-        first_start = gl.load(p_start + first_query)
-        last_start = gl.load(p_start + last_query)
-    else:
-        first_start = 0
-        last_start = 0
-    lower, full_upper = key_interval(first_query, first_start, key_start, nk, window, C, S, True)
-    full_lower, upper = key_interval(last_query, last_start, key_start, nk, window, C, S, True)
-    text_tiles = tile_ranges(lower, full_lower, full_upper, upper, BN)
-    lower, full_upper = key_interval(first_query, first_start, chunk_start, ns, window, C, S, False)
-    full_lower, upper = key_interval(last_query, last_start, chunk_start, ns, window, C, S, False)
-    summary_tiles = tile_ranges(lower, full_lower, full_upper, upper, BN)
-    num_text = text_tiles[3] - text_tiles[0]
-    return num_text, num_text + summary_tiles[3] - summary_tiles[0], text_tiles, summary_tiles
+    i_middle = i_m + BM
+    first = keys_seen(i_m, i_b, p_start, stride_start, sizes, C, S, HAS_DOCUMENTS)
+    before = keys_seen(i_middle - 1, i_b, p_start, stride_start, sizes, C, S, HAS_DOCUMENTS)
+    middle = keys_seen(i_middle, i_b, p_start, stride_start, sizes, C, S, HAS_DOCUMENTS)
+    last = keys_seen(i_middle + BM - 1, i_b, p_start, stride_start, sizes, C, S, HAS_DOCUMENTS)
+    text = _span(first[0], last[0], BN)
+    summary = _span(first[1], last[1], BN)
+    total = gl.maximum(text[1] + summary[1], 1)
+    cut = gl.minimum(gl.maximum(gl.cdiv(before[0][1], BN) - 1 - text[0], 0), text[1])
+    begin = gl.minimum(gl.maximum(gl.minimum(middle[0][0] // BN - text[0], cut), 0), total - 1)
+    return total, begin, gl.minimum(cut + summary[1] + 1, total), (cut, text, summary)
 
 
 @gluon.jit
-def row_intervals(
-    o_m, i_b, p_start, stride_start, sizes, C: gl.constexpr, S: gl.constexpr, HAS_DOCUMENTS: gl.constexpr
-):  # fmt: skip
-    """`key_interval` of the text keys and of the summaries, for each of the query rows o_m."""
-    nq, nk, ns, query_start, key_start, chunk_start, window = sizes
-    o_i = query_start + o_m
-    if HAS_DOCUMENTS:
-        b_start = gl.load(p_start + i_b.to(gl.int64) * stride_start + o_i, mask=o_m < nq, other=0)
-    else:
-        b_start = gl.zeros_like(o_m)
-    text = key_interval(o_i, b_start, key_start, nk, window, C, S, True)
-    return text, key_interval(o_i, b_start, chunk_start, ns, window, C, S, False)
+def tile_at(tile, order):
+    """Whether tile `tile` of the ring is of text, its number among its kind, and the last two of its kind's `_span`."""
+    cut, text, summary = order
+    is_text = (tile < cut) | (tile >= cut + summary[1])
+    number = gl.where(tile < cut, text[0] + tile, text[0] + tile - summary[1])
+    number = gl.where(is_text, number, summary[0] + tile - cut)
+    return is_text, number, gl.where(is_text, text[2], summary[2]), gl.where(is_text, text[3], summary[3])
 
 
 @gluon.jit
@@ -141,48 +157,80 @@ def free_phase(turn):
 
 
 @gluon.jit
-def load_keys(
-    d_keys, i_b, i_g, num_text, total, text_tiles, summary_tiles, ring, step, BN: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def load_keys(d_keys, i_b, i_g, total, order, ring, step, BN: gl.constexpr, STAGES: gl.constexpr):
     """Fill the ring of key and value tiles in the order in which the consumers read them; returns the next step."""
     d_k, d_v, d_ks, d_vs = d_keys
     k_full, v_full, k_empty, v_empty, s_k, s_v = ring
     for tile in range(total):
         slot = step % STAGES
         free = free_phase(step // STAGES)
-        is_text = tile < num_text
-        row = gl.where(is_text, text_tiles[0] + tile, summary_tiles[0] + tile - num_text) * BN
+        is_text, number, _, _ = tile_at(tile, order)
+        row = number * BN
         bar = k_full.index(slot)
         mbarrier.wait(k_empty.index(slot), free)
         mbarrier.expect(bar, d_k.block_type.nbytes)
         tma.async_copy_global_to_shared(d_k, [i_b, i_g, row, 0], bar, s_k.index(slot), pred=is_text)
-        tma.async_copy_global_to_shared(d_ks, [i_b, i_g, row, 0], bar, s_k.index(slot), pred=tile >= num_text)
+        tma.async_copy_global_to_shared(d_ks, [i_b, i_g, row, 0], bar, s_k.index(slot), pred=is_text == 0)
         bar = v_full.index(slot)
         mbarrier.wait(v_empty.index(slot), free)
         mbarrier.expect(bar, d_v.block_type.nbytes)
         tma.async_copy_global_to_shared(d_v, [i_b, i_g, row, 0], bar, s_v.index(slot), pred=is_text)
-        tma.async_copy_global_to_shared(d_vs, [i_b, i_g, row, 0], bar, s_v.index(slot), pred=tile >= num_text)
+        tma.async_copy_global_to_shared(d_vs, [i_b, i_g, row, 0], bar, s_v.index(slot), pred=is_text == 0)
         step += 1
     return step
 
 
 @gluon.jit
-def masked_scores(b_s, tile, num_text, text_tiles, summary_tiles, text_interval, summary_interval, BN: gl.constexpr):
-    """Scores of key tile `tile`, -inf where the query does not see the key."""
-    o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, b_s.type.layout))
-    if tile < num_text:
-        i_n = text_tiles[0] + tile
-        if (i_n < text_tiles[1]) | (i_n >= text_tiles[2]):
-            o_key = (i_n * BN + o_n)[None, :]
-            m_seen = (o_key >= text_interval[0][:, None]) & (o_key < text_interval[1][:, None])
-            b_s = gl.where(m_seen, b_s, float("-inf"))
-    else:
-        i_n = summary_tiles[0] + tile - num_text
-        if (i_n < summary_tiles[1]) | (i_n >= summary_tiles[2]):
-            o_key = (i_n * BN + o_n)[None, :]
-            m_seen = (o_key >= summary_interval[0][:, None]) & (o_key < summary_interval[1][:, None])
-            b_s = gl.where(m_seen, b_s, float("-inf"))
+def pass_over(ring, begin, end, STAGES: gl.constexpr):
+    """A consumer leaves the tiles of steps [begin, end) to the other one.
+
+    It waits for each all the same: giving a buffer back twice in one turn would count for the other consumer.
+    """
+    k_full, v_full, k_empty, v_empty, _, _ = ring
+    for step in range(begin, end):
+        slot = step % STAGES
+        phase = (step // STAGES) & 1
+        mbarrier.wait(k_full.index(slot), phase)
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        mbarrier.wait(v_full.index(slot), phase)
+        mbarrier.arrive(v_empty.index(slot), count=1)
+
+
+@gluon.jit
+def between(o, lower, upper):
+    """Whether lower <= o < upper, by one comparison: what is below `lower` wraps around to large numbers."""
+    return (o - lower).to(gl.uint32) < gl.maximum(upper - lower, 0).to(gl.uint32)
+
+
+@gluon.jit
+def masked_scores(b_s, tile, order, seen, BN: gl.constexpr):
+    """Scores of key tile `tile`, -inf where the query does not see the key; seen: `keys_seen` of the queries."""
+    is_text, number, full_first, full_stop = tile_at(tile, order)
+    if (number < full_first) | (number >= full_stop):
+        o_key = (number * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, b_s.type.layout)))[None, :]
+        # One bound after the other: both comparisons at once would not fit in registers.
+        b_s = gl.where(o_key >= gl.where(is_text, seen[0][0], seen[1][0])[:, None], b_s, float("-inf"))
+        b_s = gl.where(o_key < gl.where(is_text, seen[0][1], seen[1][1])[:, None], b_s, float("-inf"))
     return b_s
+
+
+@gluon.jit
+def store_rows(p, b_rows, s_rows, first, stop, stride_n, D: gl.constexpr):
+    """Store a tile [rows, BD] of results as rows first and on of a tensor, those below `stop`, in its dtype.
+
+    By way of s_rows, shared memory of that dtype with as many elements that the copy engine may write to afterwards:
+    from where they lie after products, threads would write half a sector each time.
+    """
+    ROWS: gl.constexpr = b_rows.shape[0]
+    BD: gl.constexpr = b_rows.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([BD // 16, 8], [256 // BD, BD // 8], [gl.num_warps(), 1], [1, 0])
+    s_rows = s_rows.reshape([ROWS, BD])
+    s_rows.store(b_rows.to(s_rows.dtype))
+    o_n = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, BD, layout=gl.SliceLayout(0, layout))
+    m_rows = (o_n < stop)[:, None] & (o_d < D)[None, :]
+    gl.store(p + o_n[:, None].to(gl.int64) * stride_n + o_d[None, :], s_rows.load(layout), mask=m_rows)
+    fence_async_shared()
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 Keys and values stay in shared memory; a warp feeds queries, dO, lse and delta through a ring of buffers. The
 exponentials of a tile are computed while dP is, and dS while dV is; the other consumer's products fill what gaps are
 left. A product in flight over the end of the loop would take more registers than there are: the compiler then waits for
-every one.
+every one. Each work item ends with those of the summaries' own queries that read its keys.
 """
 
 import triton
@@ -23,6 +23,7 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     PRODUCER_REGISTERS,
     WARPS,
     barriers,
+    between,
     deal,
     descriptor,
     following,
@@ -30,11 +31,12 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     place,
     programs,
     queue,
+    store_rows,
     take,
 )
 from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E, query_interval, tile_ranges
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_dim
-from megatron_ksa.kernels.ksa_attention.workspace import split_strides
+from megatron_ksa.kernels.ksa_attention.workspace import Workspace, split_strides
 from megatron_ksa.kernels.launch import launch
 
 # Heads whose tiles are dealt together: their queries share the L2 cache.
@@ -48,7 +50,7 @@ def _readers(
     HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     """`query_interval` of key rows, with the end of each position's document looked up instead of searched."""
-    nq, num_keys, query_start, offset, window = sizes
+    nq, _, num_keys, query_start, offset, window = sizes
     lower, upper = query_interval(key, p_stop, offset, query_start, nq, window, C, S, IS_TEXT, False)
     if HAS_DOCUMENTS:
         newest = key + offset if IS_TEXT else (key // S + offset) * C + C - 1
@@ -59,47 +61,101 @@ def _readers(
 
 
 @gluon.jit
-def _key_item(
-    item, schedule, p_stop, stride_stop, sizes, groups,
-    C: gl.constexpr, S: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, IS_TEXT: gl.constexpr,
+def _own_readers(
+    key, i_b, p_stop, stride_stop, sizes, C: gl.constexpr, S: gl.constexpr, IS_TEXT: gl.constexpr,
     HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
-    """A work item: first key row, batch, K/V head and part of the queries, and the query tiles of that part.
+    """Summaries [lower, upper) whose own queries see key rows: those of a text key's chunk, those from a summary on."""
+    nq, num_own = sizes[0], sizes[1]
+    chunk = key // C if IS_TEXT else key // S
+    lower = chunk * S if IS_TEXT else key
+    upper = chunk * S + S
+    if HAS_DOCUMENTS:
+        if IS_TEXT:
+            # The summaries belong to the document of the chunk's last token.
+            stop = gl.load(p_stop + i_b.to(gl.int64) * stride_stop + gl.minimum(key, nq - 1))
+            upper = gl.where(stop >= chunk * C + C, upper, lower)
+    return gl.minimum(lower, num_own), gl.minimum(upper, num_own)
 
-    Of the tiles [first, stop), those in [full_first, full_stop) need no mask.
-    """
-    tiles, all_heads, together, splits = schedule
-    tile, i_bgs = place(item, tiles, all_heads * splits, together)
-    i_n = tile * 2 * BN
-    i_s = i_bgs % splits
-    i_bg = i_bgs // splits
-    i_b = i_bg // groups
-    last_key = gl.minimum(i_n + 2 * BN, sizes[1]) - 1
+
+@gluon.jit
+def _query_tiles(
+    i_n, i_b, p_stop, stride_stop, sizes, C: gl.constexpr, S: gl.constexpr, BM: gl.constexpr, KEYS: gl.constexpr,
+    IS_TEXT: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """`tile_ranges` of the text queries that see some of the KEYS key rows from i_n on."""
+    i_n = gl.minimum(i_n, sizes[2] - 1)
+    last_key = gl.minimum(i_n + KEYS, sizes[2]) - 1
     lower, full_upper = _readers(i_n, i_b, p_stop, stride_stop, sizes, C, S, IS_TEXT, HAS_DOCUMENTS)
     full_lower, upper = _readers(last_key, i_b, p_stop, stride_stop, sizes, C, S, IS_TEXT, HAS_DOCUMENTS)
-    first, full_first, full_stop, stop = tile_ranges(lower, full_lower, full_upper, upper, BM)
+    return tile_ranges(lower, full_lower, full_upper, upper, BM)
+
+
+@gluon.jit
+def _own_tiles(
+    i_n, sizes, C: gl.constexpr, S: gl.constexpr, BM: gl.constexpr, KEYS: gl.constexpr, IS_TEXT: gl.constexpr
+):  # fmt: skip
+    """Tiles [first, stop) of the summaries' own queries that see some of the KEYS key rows from i_n on."""
+    i_n = gl.minimum(i_n, sizes[2] - 1)
+    last_key = gl.minimum(i_n + KEYS, sizes[2]) - 1
+    lower, _ = _own_readers(i_n, i_n, None, 0, sizes, C, S, IS_TEXT, False)
+    _, upper = _own_readers(last_key, i_n, None, 0, sizes, C, S, IS_TEXT, False)
+    first = lower // BM
+    return first, gl.where(upper > lower, gl.cdiv(upper, BM), first)
+
+
+@gluon.jit
+def _key_item(item, schedule, groups, BN: gl.constexpr):
+    """A work item: first key row, batch, K/V head, and part of the queries."""
+    tiles, all_heads, together, splits = schedule
+    tile, i_bgs = place(item, tiles, all_heads * splits, together)
+    i_bg = i_bgs // splits
+    return tile * 2 * BN, i_bg // groups, i_bg % groups, i_bgs % splits
+
+
+@gluon.jit
+def _part(tiles, i_s, splits):
+    """The i_s-th part of the query tiles [first, stop)."""
+    first, _, _, stop = tiles
     part = gl.cdiv(stop - first, splits)
     first = gl.minimum(first + i_s * part, stop)
-    stop = gl.minimum(first + part, stop)
-    return i_n, i_b, i_bg % groups, i_s, first, full_first, full_stop, stop
+    return first, gl.minimum(first + part, stop)
+
+
+@gluon.jit
+def _load_queries(d_rows, i_b, i_h, first, stop, ring, step, BM: gl.constexpr, STAGES: gl.constexpr):
+    """Fill the ring with the query tiles [first, stop), the last one first; returns the next step."""
+    d_q, d_do, d_lse2, d_delta = d_rows
+    full, empty, s_q, s_do, s_lse2, s_delta = ring
+    for i_m in range(stop - first):
+        row = (stop - 1 - i_m) * BM
+        slot = step % STAGES
+        bar = full.index(slot)
+        mbarrier.wait(empty.index(slot), free_phase(step // STAGES))
+        mbarrier.expect(bar, 2 * (d_q.block_type.nbytes + d_lse2.block_type.nbytes))
+        tma.async_copy_global_to_shared(d_q, [i_b, i_h, row, 0], bar, s_q.index(slot))
+        tma.async_copy_global_to_shared(d_lse2, [i_b, i_h, row], bar, s_lse2.index(slot))
+        tma.async_copy_global_to_shared(d_do, [i_b, i_h, row, 0], bar, s_do.index(slot))
+        tma.async_copy_global_to_shared(d_delta, [i_b, i_h, row], bar, s_delta.index(slot))
+        step += 1
+    return step
 
 
 @gluon.jit
 def _load(
-    d_k, d_v, d_q, d_do, d_lse2, d_delta, s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, p_stop, stride_stop,
+    d_k, d_v, d_rows, d_own, s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, p_stop, stride_stop,
     sizes, schedule, groups, C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, IS_TEXT: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+    STAGES: gl.constexpr, IS_TEXT: gl.constexpr, OWN: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
-    """The producer: keys and values of a work item, then its query tiles of every query head, the last one first."""
-    full, empty, s_q, s_do, s_lse2, s_delta = ring
+    """The producer: keys and values of a work item, then its query tiles of every query head."""
     step = 0
     turn = 0
     item = gl.program_id(0)
     while item < schedule[0] * schedule[1] * schedule[3]:
         deal(item, turn, items)
-        i_n, i_b, i_g, _, first, _, _, stop = _key_item(
-            item, schedule, p_stop, stride_stop, sizes, groups, C, S, BM, BN, IS_TEXT, HAS_DOCUMENTS
-        )
+        i_n, i_b, i_g, i_s = _key_item(item, schedule, groups, BN)
+        tiles = _query_tiles(i_n, i_b, p_stop, stride_stop, sizes, C, S, BM, 2 * BN, IS_TEXT, HAS_DOCUMENTS)
+        first, stop = _part(tiles, i_s, schedule[3])
         for part in gl.static_range(2):
             bar = keys_full.index(part)
             mbarrier.wait(keys_empty.index(part), free_phase(turn))
@@ -108,106 +164,144 @@ def _load(
             tma.async_copy_global_to_shared(d_v, [i_b, i_g, i_n + part * BN, 0], bar, s_v.index(part))
         after = following(p_dealt)
         for i_q in range(GROUP):
-            i_h = i_g * GROUP + i_q
-            for i_m in range(stop - first):
-                row = (stop - 1 - i_m) * BM
-                slot = step % STAGES
-                bar = full.index(slot)
-                mbarrier.wait(empty.index(slot), free_phase(step // STAGES))
-                mbarrier.expect(bar, 2 * (d_q.block_type.nbytes + d_lse2.block_type.nbytes))
-                tma.async_copy_global_to_shared(d_q, [i_b, i_h, row, 0], bar, s_q.index(slot))
-                tma.async_copy_global_to_shared(d_lse2, [i_b, i_h, row], bar, s_lse2.index(slot))
-                tma.async_copy_global_to_shared(d_do, [i_b, i_h, row, 0], bar, s_do.index(slot))
-                tma.async_copy_global_to_shared(d_delta, [i_b, i_h, row], bar, s_delta.index(slot))
-                step += 1
+            step = _load_queries(d_rows, i_b, i_g * GROUP + i_q, first, stop, ring, step, BM, STAGES)
+        if OWN:
+            if i_s == 0:
+                first, stop = _own_tiles(i_n, sizes, C, S, BM, 2 * BN, IS_TEXT)
+                for i_q in range(GROUP):
+                    step = _load_queries(d_own, i_b, i_g * GROUP + i_q, first, stop, ring, step, BM, STAGES)
         turn += 1
         item = after
     deal(item, turn, items)
 
 
 @gluon.jit
+def _pass_over(ring, begin, end, STAGES: gl.constexpr):
+    """A consumer leaves the query tiles of steps [begin, end) to the other one (`gluon_common.pass_over`)."""
+    full, empty = ring[0], ring[1]
+    for step in range(begin, end):
+        mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+        mbarrier.arrive(empty.index(step % STAGES), count=1)
+
+
+@gluon.jit
 def _accumulate(
-    s_k, s_v, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
+    b_k, b_v, b_dk, b_dv, ring, before, first, stop, seen, b_lower, b_upper, scale_log2,
+    BM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Add to dK and dV [BN, BD] what comes of one head's query tiles [first, stop), the last one first.
+
+    before: steps of the ring before them. seen: of the tiles, `tile_ranges` of those that see some of the keys. Key
+    row j is seen by queries b_lower[j] to b_upper[j] - 1. Returns dK and dV.
+    """
+    full, empty, s_q, s_do, s_lse2, s_delta = ring
+    BN: gl.constexpr = b_k.shape[0]
+    BD: gl.constexpr = b_k.shape[1]
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BM, 16])
+    columns: gl.constexpr = gl.SliceLayout(0, scores)
+    left: gl.constexpr = gl.DotOperandLayout(0, b_dk.type.layout, 2)
+    b_zero = gl.zeros([BN, BM], gl.float32, layout=scores)
+    seen_stop = gl.maximum(gl.minimum(seen[3], stop), first)
+    begin = stop - seen_stop
+    end = stop - gl.minimum(gl.maximum(seen[0], first), seen_stop)
+    _pass_over(ring, before, before + begin, STAGES)
+    for i_m in range(begin, end):
+        tile = stop - 1 - i_m
+        slot = (before + i_m) % STAGES
+        # [BM, BD]
+        b_q = s_q.index(slot).reshape([BM, BD])
+        b_do = s_do.index(slot).reshape([BM, BD])
+        # [BN, BM]
+        mbarrier.wait(full.index(slot), ((before + i_m) // STAGES) & 1)
+        b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        b_dp = warpgroup_mma(b_v, b_do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        b_s = warpgroup_mma_wait(1, deps=(b_s,))
+        b_lse2 = s_lse2.index(slot).reshape([BM]).load(columns)
+        b_p = gl.exp2(b_s * scale_log2 - b_lse2[None, :])
+        if (tile < seen[1]) | (tile >= seen[2]):
+            o_m = tile * BM + gl.arange(0, BM, layout=columns)
+            b_p = gl.where(between(o_m[None, :], b_lower[:, None], b_upper[:, None]), b_p, 0.0)
+        b_dv = warpgroup_mma(gl.convert_layout(b_p.to(b_k.dtype), left), b_do, b_dv, is_async=True)
+        b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
+        b_delta = s_delta.index(slot).reshape([BM]).load(columns)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(b_k.dtype), left), b_q, b_dk, is_async=True)
+        b_dv, b_dk = warpgroup_mma_wait(0, deps=(b_dv, b_dk))
+        mbarrier.arrive(empty.index(slot), count=1)
+    _pass_over(ring, before + end, before + stop - first, STAGES)
+    return b_dk, b_dv
+
+
+@gluon.jit
+def _consume(
+    s_k, s_v, s_out, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
     stride_stop, stride_split, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
     PART: gl.constexpr, C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, OWN: gl.constexpr,
+    HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     """A consumer, one warpgroup: dK and dV of BN keys of every work item."""
-    full, empty, s_q, s_do, s_lse2, s_delta = ring
-    num_keys = sizes[1]
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BM, 16])
     output: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BD, 16])
-    columns: gl.constexpr = gl.SliceLayout(0, scores)
-    left: gl.constexpr = gl.DotOperandLayout(0, output, 2)
-    dtype: gl.constexpr = s_k.dtype
-    b_zero = gl.zeros([BN, BM], gl.float32, layout=scores)
     # [BN, BD]
     b_k = s_k.index(PART).reshape([BN, BD])
     b_v = s_v.index(PART).reshape([BN, BD])
-    step = 0
+    # Steps of the ring before the next query tile.
+    before = 0
     turn = 0
     item = take(turn, items)
     while item < schedule[0] * schedule[1] * schedule[3]:
-        i_n, i_b, i_g, i_s, first, full_first, full_stop, stop = _key_item(
-            item, schedule, p_stop, stride_stop, sizes, groups, C, S, BM, BN, IS_TEXT, HAS_DOCUMENTS
-        )
-        # [BN]
-        o_n = i_n + PART * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, scores))
+        i_n, i_b, i_g, i_s = _key_item(item, schedule, groups, BN)
+        i_part = i_n + PART * BN
+        tiles = _query_tiles(i_n, i_b, p_stop, stride_stop, sizes, C, S, BM, 2 * BN, IS_TEXT, HAS_DOCUMENTS)
+        first, stop = _part(tiles, i_s, schedule[3])
+        seen = _query_tiles(i_part, i_b, p_stop, stride_stop, sizes, C, S, BM, BN, IS_TEXT, HAS_DOCUMENTS)
+        # [BN]; rows beyond the last key are not stored.
+        o_n = gl.minimum(i_part + gl.arange(0, BN, layout=gl.SliceLayout(1, scores)), sizes[2] - 1)
         b_lower, b_upper = _readers(o_n, i_b, p_stop, stride_stop, sizes, C, S, IS_TEXT, HAS_DOCUMENTS)
         # [BN, BD]
         b_dk = gl.zeros([BN, BD], gl.float32, layout=output)
         b_dv = gl.zeros([BN, BD], gl.float32, layout=output)
         mbarrier.wait(keys_full.index(PART), turn & 1)
         for _ in range(GROUP):
-            for i_m in range(stop - first):
-                tile = stop - 1 - i_m
-                slot = step % STAGES
-                # [BM, BD]
-                b_q = s_q.index(slot).reshape([BM, BD])
-                b_do = s_do.index(slot).reshape([BM, BD])
-                # [BN, BM]
-                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-                b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-                b_dp = warpgroup_mma(b_v, b_do.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-                b_s = warpgroup_mma_wait(1, deps=(b_s,))
-                b_lse2 = s_lse2.index(slot).reshape([BM]).load(columns)
-                b_p = gl.exp2(b_s * scale_log2 - b_lse2[None, :])
-                if (tile < full_first) | (tile >= full_stop):
-                    o_m = tile * BM + gl.arange(0, BM, layout=columns)
-                    m_seen = (o_m[None, :] >= b_lower[:, None]) & (o_m[None, :] < b_upper[:, None])
-                    b_p = gl.where(m_seen, b_p, 0.0)
-                b_dv = warpgroup_mma(gl.convert_layout(b_p.to(dtype), left), b_do, b_dv, is_async=True)
-                b_dp = warpgroup_mma_wait(1, deps=(b_dp,))
-                b_delta = s_delta.index(slot).reshape([BM]).load(columns)
-                b_ds = b_p * (b_dp - b_delta[None, :])
-                b_dk = warpgroup_mma(gl.convert_layout(b_ds.to(dtype), left), b_q, b_dk, is_async=True)
-                b_dv, b_dk = warpgroup_mma_wait(0, deps=(b_dv, b_dk))
-                mbarrier.arrive(empty.index(slot), count=1)
-                step += 1
+            b_dk, b_dv = _accumulate(
+                b_k, b_v, b_dk, b_dv, ring, before, first, stop, seen, b_lower, b_upper, scale_log2, BM, STAGES
+            )
+            before += stop - first
+        if OWN:
+            if i_s == 0:
+                first, stop = _own_tiles(i_n, sizes, C, S, BM, 2 * BN, IS_TEXT)
+                part_first, part_stop = _own_tiles(i_part, sizes, C, S, BM, BN, IS_TEXT)
+                # All of them need the mask.
+                own_seen = (part_first, part_stop, part_stop, part_stop)
+                b_lower, b_upper = _own_readers(o_n, i_b, p_stop, stride_stop, sizes, C, S, IS_TEXT, HAS_DOCUMENTS)
+                for _ in range(GROUP):
+                    b_dk, b_dv = _accumulate(
+                        b_k, b_v, b_dk, b_dv, ring, before, first, stop, own_seen, b_lower, b_upper, scale_log2, BM,
+                        STAGES,
+                    )  # fmt: skip
+                    before += stop - first
         mbarrier.arrive(keys_empty.index(PART), count=1)
-        o_out = i_n + PART * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, output))
-        o_d = gl.arange(0, BD, layout=gl.SliceLayout(0, output))
-        # [BN, BD]
         o_head = i_s.to(gl.int64) * stride_split + i_b.to(gl.int64) * stride_b + i_g.to(gl.int64) * stride_g
-        o_rows = o_head + o_out[:, None].to(gl.int64) * stride_n + o_d[None, :]
-        m_rows = (o_out < num_keys)[:, None] & (o_d < D)[None, :]
-        gl.store(p_dk + o_rows, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_rows)
-        gl.store(p_dv + o_rows, b_dv.to(p_dv.dtype.element_ty), mask=m_rows)
+        store_rows(p_dk + o_head, b_dk * scale, s_out.index(PART), i_part, sizes[2], stride_n, D)
+        store_rows(p_dv + o_head, b_dv, s_out.index(PART), i_part, sizes[2], stride_n, D)
         turn += 1
         item = take(turn, items)
 
 
 @gluon.jit
 def _dkv_kernel(
-    d_k, d_v, d_q, d_do, d_lse2, d_delta, p_dealt, p_stop, p_dk, p_dv,
-    nq, num_keys, query_start, offset, window, scale, scale_log2, groups, tiles, all_heads, together, splits,
+    d_k, d_v, d_q, d_do, d_lse2, d_delta, d_own_q, d_own_do, d_own_lse2, d_own_delta, p_dealt, p_stop, p_dk, p_dv,
+    nq, num_own, num_keys, query_start, offset, window, scale, scale_log2, groups, tiles, all_heads, together, splits,
     stride_stop, stride_split, stride_b, stride_n, stride_g,
     C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, OWN: gl.constexpr,
+    HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the text keys (IS_TEXT) or of the summaries, summed over the query heads that read them.
 
-    A work item is two tiles of BN keys and one part in `splits` of the queries, written to its own slice of dk and dv.
+    A work item is two tiles of BN keys and one part in `splits` of the queries, written to its own slice of dk and dv;
+    the first part has the summaries' own queries too (OWN).
     """
     s_k = gl.allocate_shared_memory(d_k.dtype, [2] + d_k.block_type.shape, d_k.layout)
     s_v = gl.allocate_shared_memory(d_v.dtype, [2] + d_v.block_type.shape, d_v.layout)
@@ -215,27 +309,31 @@ def _dkv_kernel(
     s_do = gl.allocate_shared_memory(d_do.dtype, [STAGES] + d_do.block_type.shape, d_do.layout)
     s_lse2 = gl.allocate_shared_memory(gl.float32, [STAGES] + d_lse2.block_type.shape, d_lse2.layout)
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES] + d_delta.block_type.shape, d_delta.layout)
+    out_type: gl.constexpr = p_dk.dtype.element_ty
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BD], out_type)
+    s_out = gl.allocate_shared_memory(out_type, [2, BN, BD], out_layout)
     keys_full, keys_empty = barriers(2, 1)
     full, empty = barriers(STAGES, 2)
     items = queue(2)
     ring = (full, empty, s_q, s_do, s_lse2, s_delta)
-    sizes = (nq, num_keys, query_start, offset, window)
+    sizes = (nq, num_own, num_keys, query_start, offset, window)
     schedule = (tiles, all_heads, together, splits)
     gl.warp_specialize(
         [
-            (_accumulate, (
-                s_k, s_v, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
+            (_consume, (
+                s_k, s_v, s_out, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
                 stride_stop, stride_split, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
-                0, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS,
+                0, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, OWN, HAS_DOCUMENTS,
             )),
-            (_accumulate, (
-                s_k, s_v, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
+            (_consume, (
+                s_k, s_v, s_out, keys_full, keys_empty, ring, items, p_stop, p_dk, p_dv,
                 stride_stop, stride_split, stride_b, stride_n, stride_g, sizes, schedule, groups, scale, scale_log2,
-                1, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS,
+                1, C, S, GROUP, D, BD, BM, BN, STAGES, IS_TEXT, OWN, HAS_DOCUMENTS,
             )),
             (_load, (
-                d_k, d_v, d_q, d_do, d_lse2, d_delta, s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, p_stop,
-                stride_stop, sizes, schedule, groups, C, S, GROUP, BM, BN, STAGES, IS_TEXT, HAS_DOCUMENTS,
+                d_k, d_v, (d_q, d_do, d_lse2, d_delta), (d_own_q, d_own_do, d_own_lse2, d_own_delta), s_k, s_v,
+                keys_full, keys_empty, ring, items, p_dealt, p_stop, stride_stop, sizes, schedule, groups,
+                C, S, GROUP, BM, BN, STAGES, IS_TEXT, OWN, HAS_DOCUMENTS,
             )),
         ],
         [WARPS, 1],
@@ -249,24 +347,31 @@ def _statistics(rows: Tensor, block_rows: int) -> TensorDescriptor:
 
 
 def launch_dkv(
-    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_stop: Tensor | None, lse2: Tensor, delta: Tensor,
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
-    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor, dealt: Tensor,
+    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor, workspace: Workspace,
+    own: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     """As `triton_backward.launch_dkv`, for bfloat16 and float16; dk and dv have a split dimension where splits > 1."""
     batch, num_keys, groups, dim = k.shape
     block_dim = padded_head_dim(dim)
     tiles = triton.cdiv(num_keys, 2 * tile.keys)
+    document_stop = workspace.document_stop
+
+    def queries(rows: tuple[Tensor, Tensor], statistics: tuple[Tensor, Tensor]) -> list[TensorDescriptor]:
+        d_rows = [descriptor(t, tile.queries, block_dim) for t in rows]
+        return d_rows + [_statistics(t, tile.queries) for t in statistics]
+
     launch(
         _dkv_kernel, (programs(tiles * batch * groups * splits, q.device),),
         *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
-        *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
-        *(_statistics(rows, tile.queries) for rows in (lse2, delta)),
-        dealt, document_stop, dk, dv,
-        q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
-        tiles, batch * groups, TOGETHER, splits,
+        *queries((q, d_out), (workspace.lse2, workspace.delta)),
+        *(queries(own, workspace.own_statistics) if own else [None] * 4),
+        workspace.dealt_text if is_text else workspace.dealt_summary, document_stop, dk, dv,
+        q.shape[1], own[0].shape[1] if own else 0, num_keys, query_start, offset, window,
+        softmax_scale, softmax_scale * LOG2E, groups, tiles, batch * groups, TOGETHER, splits,
         document_stop.stride(0) if document_stop is not None else 0, *split_strides(dk),
         C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
-        BM=tile.queries, BN=tile.keys, STAGES=tile.stages, IS_TEXT=is_text,
+        BM=tile.queries, BN=tile.keys, STAGES=tile.stages, IS_TEXT=is_text, OWN=own is not None,
         HAS_DOCUMENTS=document_stop is not None, num_warps=WARPS.value,
     )  # fmt: skip

@@ -235,22 +235,25 @@ def launch_dq(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
     softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, dq: Tensor,
-    workspace: Workspace,
+    workspace: Workspace, own: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Fill dq, and delta and lse2 of the workspace; lse and d_lse [B, Hq, nq] are contiguous."""
-    lse2, delta = workspace.lse2, workspace.delta
+    """Fill dq, and delta and lse2 of the workspace; lse and d_lse [B, Hq, nq] are contiguous.
+
+    own: the summaries' own queries, their dO, and their dQ, which is filled too (as in `triton_forward`).
+    """
     if tile.specialised:
         from megatron_ksa.kernels.ksa_attention import gluon_dq
 
         gluon_dq.launch_dq(
             q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-            chunk_start, softmax_scale, tile, out, lse, d_out, d_lse, lse2, delta, dq, workspace.dealt_dq,
+            chunk_start, softmax_scale, tile, out, lse, d_out, d_lse, dq, workspace, own,
         )  # fmt: skip
         return
     batch, nq, heads, dim = q.shape
     if not nq:
         return
     nk, ns = k.shape[1], k_summary.shape[1]
+    lse2, delta = workspace.lse2, workspace.delta
     block_dim = padded_head_dim(dim)
     launch(
         _dq_kernel, (triton.cdiv(nq, tile.queries), batch * heads),
@@ -268,11 +271,12 @@ def launch_dq(
 def launch_dkv(
     q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
-    is_text: bool, tile: Tile, dk: Tensor, dv: Tensor, workspace: Workspace,
+    is_text: bool, tile: Tile, dk: Tensor, dv: Tensor, workspace: Workspace, own: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Fill dk and dv, [B, keys, Hkv, D] of equal strides, of the text keys or of the summaries.
 
     offset: position of the first text key, or chunk of the first summary.
+    own: the summaries' own queries and their dO, whose part is added (as in `triton_forward`).
     """
     if not k.shape[1] or not q.shape[1]:
         call(Tensor.zero_, dk)
@@ -284,10 +288,7 @@ def launch_dkv(
     if tile.specialised:
         from megatron_ksa.kernels.ksa_attention import gluon_dkv
 
-        gluon_dkv.launch_dkv(
-            q, d_out, k, v, workspace.document_stop, workspace.lse2, workspace.delta, *shared, splits, *targets,
-            workspace.dealt_text if is_text else workspace.dealt_summary,
-        )  # fmt: skip
+        gluon_dkv.launch_dkv(q, d_out, k, v, *shared, splits, *targets, workspace, own)
     else:
         _launch_plain_dkv(
             q, d_out, k, v, document_start, workspace.lse2, workspace.delta, *shared, splits, *targets
@@ -328,11 +329,15 @@ def launch_backward(
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
     softmax_scale: float, tiles: Tiles, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, dk_summary: Tensor, dv_summary: Tensor, workspace: Workspace,
+    own: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Fill the five gradients; lse and d_lse [B, Hq, nq] are contiguous, dk and dv have equal strides."""
+    """Fill the five gradients; lse and d_lse [B, Hq, nq] are contiguous, dk and dv have equal strides.
+
+    own: as in `launch_dq`.
+    """
     launch_dq(
         q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-        chunk_start, softmax_scale, tiles.dq, out, lse, d_out, d_lse, dq, workspace,
+        chunk_start, softmax_scale, tiles.dq, out, lse, d_out, d_lse, dq, workspace, own,
     )  # fmt: skip
     shared = (chunk_size, summary_tokens, window, query_start)
     for is_text, offset, tile, keys, values, d_keys, d_values in (
@@ -341,5 +346,5 @@ def launch_backward(
     ):
         launch_dkv(
             q, d_out, keys, values, document_start, *shared, offset, softmax_scale, is_text, tile, d_keys, d_values,
-            workspace,
+            workspace, own and own[:2],
         )  # fmt: skip

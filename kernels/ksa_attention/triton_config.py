@@ -36,6 +36,16 @@ class Tiles(NamedTuple):
     dkv_text: Tile
     dkv_summary: Tile
 
+    def serve_summaries(self, chunk_size: int, summary_tokens: int) -> bool:
+        """Whether these kernels serve the summaries' own queries beside the text queries of their chunks.
+
+        All of them must be specialised, the last tile of keys must hold the text beside the queries and no more than
+        that of both consumers, and a thread has room for the keys of a short chunk.
+        """
+        beside = all(tile.keys in (tile.queries, 2 * tile.queries) for tile in (self.forward, self.dq))
+        short = chunk_size.bit_count() == 1 and chunk_size <= 8 and summary_tokens <= 8
+        return beside and short and all(tile.specialised for tile in self)
+
     def pack(self) -> list[int]:
         """The twenty numbers, as custom ops take them."""
         return [*self.forward, *self.dq, *self.dkv_text, *self.dkv_summary]
@@ -54,8 +64,7 @@ HALF = {
 # Several query heads share a K/V head: larger tiles of its summaries read the queries less often.
 HALF_GROUPED = HALF | {128: HALF[128]._replace(dkv_summary=Tile(64, 128, 8, 3))}
 # Compute capability 9: warp-specialised kernels where they are faster.
-HOPPER = HALF | {128: Tiles(Tile(64, 128, 4, 2, 1), Tile(64, 64, 4, 3, 1), HALF[128].dkv_text, Tile(64, 64, 4, 3, 1))}
-HOPPER_GROUPED = HOPPER | {128: HOPPER[128]._replace(dkv_text=Tile(64, 64, 4, 3, 1))}
+HOPPER = {128: Tiles(Tile(64, 128, 4, 2, 1), Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 3, 1))}
 # float32 products run on the plain arithmetic units: small tiles.
 SINGLE = {
     64: Tiles(*[Tile(32, 32, 4, 2)] * 4),
@@ -74,8 +83,8 @@ def default_tiles(head_dim: int, dtype: torch.dtype, grouped: bool, hopper: bool
     dim = max(64, padded_head_dim(head_dim))
     if dtype == torch.float32:
         return SINGLE[dim]
-    if hopper:
-        return (HOPPER_GROUPED if grouped else HOPPER)[dim]
+    if hopper and dim in HOPPER:
+        return HOPPER[dim]
     return (HALF_GROUPED if grouped else HALF)[dim]
 
 

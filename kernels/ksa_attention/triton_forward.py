@@ -122,18 +122,20 @@ def _forward_kernel(
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
-    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, dealt: Tensor,
+    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, dealt: Tensor, own: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Fill out [B, nq, Hq, D] (last dimension contiguous) and lse [B, Hq, nq] (contiguous).
 
     dealt: int32 [1], 0: counts the work items that are dealt (specialised tiles).
+    own: the summaries' own queries and their output, which is filled too, of the strides of q and out; for specialised
+        tiles, where all offsets are 0 and keys of text and summaries have equal strides.
     """
     if tile.specialised:
         from megatron_ksa.kernels.ksa_attention import gluon_forward
 
         gluon_forward.launch_forward(
             q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-            chunk_start, softmax_scale, tile, out, lse, dealt,
+            chunk_start, softmax_scale, tile, out, lse, dealt, own,
         )  # fmt: skip
         return
     batch, nq, heads, dim = q.shape

@@ -27,16 +27,24 @@ def _new_outputs(q: Tensor, text_rows: int) -> tuple[Tensor, Tensor]:
     )
 
 
+def _with_text(tiles: tuple[int, ...], chunk_size: int, summary_tokens: int) -> bool:
+    """Whether the kernels of the text queries serve the summaries' own queries too."""
+    return Tiles.unpack(tiles).serve_summaries(chunk_size, summary_tokens)
+
+
 @repeatable
 def _launch_forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
     """tensors: q, k and v of the text, k and v of the summaries, document_start, their q; outputs; a counter."""
     *keys, document_start, q_own, out, out_own, lse, dealt = tensors
     chunk_size, summary_tokens, window, scale, tiles = settings
-    tile = Tiles.unpack(tiles).forward
+    with_text = q_own.shape[1] and _with_text(tiles, chunk_size, summary_tokens)
+    own = (q_own, out_own) if with_text else None
     launch_forward(
-        *keys, document_start, chunk_size, summary_tokens, window, 0, 0, 0, scale, tile, out, lse, dealt
+        *keys, document_start, chunk_size, summary_tokens, window, 0, 0, 0, scale, Tiles.unpack(tiles).forward, out, lse,
+        dealt, own,
     )  # fmt: skip
-    launch_summary_forward(q_own, *keys[1:], document_start, chunk_size, summary_tokens, 0, scale, out_own)
+    if own is None:
+        launch_summary_forward(q_own, *keys[1:], document_start, chunk_size, summary_tokens, 0, scale, out_own)
 
 
 @repeatable
@@ -45,14 +53,17 @@ def _launch_backward(tensors: tuple[Tensor | None, ...], settings: tuple) -> Non
     rows, q_own, (out, lse, d_out, d_out_own) = tensors[:6], tensors[6], tensors[7:11]
     dq, dk, dv, dk_own, dv_own, dq_own = tensors[11:17]
     chunk_size, summary_tokens, window, scale, tiles = settings
+    workspace = Workspace.unpack(tensors[17:])
+    own = (q_own, d_out_own, dq_own) if workspace.own_statistics else None
     launch_backward(
         *rows, chunk_size, summary_tokens, window, 0, 0, 0, scale, Tiles.unpack(tiles), out, lse, d_out, None,
-        dq, dk, dv, dk_own, dv_own, Workspace.unpack(tensors[17:]),
+        dq, dk, dv, dk_own, dv_own, workspace, own,
     )  # fmt: skip
-    launch_summary_backward(
-        q_own, *rows[1:], chunk_size, summary_tokens, 0, scale, d_out_own, dq_own, dk, dv, dk_own, dv_own,
-        accumulate=True,
-    )  # fmt: skip
+    if own is None:
+        launch_summary_backward(
+            q_own, *rows[1:], chunk_size, summary_tokens, 0, scale, d_out_own, dq_own, dk, dv, dk_own, dv_own,
+            accumulate=True,
+        )  # fmt: skip
 
 
 def _forward(
@@ -78,7 +89,8 @@ def _backward(
     gradients = _new_gradients(q, k, v)
     (q_text, q_own), (k_text, k_own), (v_text, v_own), (out_text, _), (d_out_text, d_out_own) = _split(text_rows, *rows)
     (dq_text, dq_own), (dk_text, dk_own), (dv_text, dv_own) = _split(text_rows, *gradients)
-    workspace = new_workspace(q_text, k_text, k_own, document_start, lse, Tiles.unpack(tiles))
+    own = _with_text(tiles, chunk_size, summary_tokens) and q_own.shape[1] > 0
+    workspace = new_workspace(q_text, k_text, k_own, document_start, lse, Tiles.unpack(tiles), own)
     _launch_backward(
         (
             q_text, k_text, v_text, k_own, v_own, document_start, q_own, out_text, lse, d_out_text, d_out_own,

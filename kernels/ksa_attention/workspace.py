@@ -25,6 +25,7 @@ class Workspace(NamedTuple):
         dealt_dq, dealt_text, dealt_summary: int32 [1], 0: work items that specialised kernels have dealt.
         text_parts, summary_parts: float32 [splits, B, keys, Hkv, D] for dK and for dV, or None for one part.
         document_stop: int32 [B, rows], the first position after each position's document, for specialised kernels.
+        own_statistics: lse2 and delta of the summaries' own queries, or None where another kernel serves those.
     """
 
     lse2: Tensor
@@ -35,15 +36,19 @@ class Workspace(NamedTuple):
     text_parts: tuple[Tensor, Tensor] | None
     summary_parts: tuple[Tensor, Tensor] | None
     document_stop: Tensor | None
+    own_statistics: tuple[Tensor, Tensor] | None
 
     def pack(self) -> tuple[Tensor | None, ...]:
-        """The tensors alone, ten or None."""
-        return *self[:5], *(self.text_parts or (None, None)), *(self.summary_parts or (None, None)), self.document_stop
+        """The tensors alone, twelve or None."""
+        pairs = (self.text_parts, self.summary_parts, self.own_statistics)
+        return *self[:5], self.document_stop, *(tensor for pair in pairs for tensor in pair or (None, None))
 
     @classmethod
     def unpack(cls, tensors: tuple[Tensor | None, ...]) -> "Workspace":
-        parts = (pair if pair[0] is not None else None for pair in (tensors[5:7], tensors[7:9]))
-        return cls(*tensors[:5], *parts, tensors[9])
+        text, summary, own = (
+            pair if pair[0] is not None else None for pair in (tensors[6:8], tensors[8:10], tensors[10:])
+        )
+        return cls(*tensors[:5], text, summary, tensors[5], own)
 
 
 def new_dealt(device: torch.device, counters: int = 1) -> tuple[Tensor, ...]:
@@ -74,18 +79,27 @@ def split_strides(gradient: Tensor) -> tuple[int, ...]:
     return (0, *gradient.stride()[:3]) if gradient.dim() == 4 else gradient.stride()[:4]
 
 
+def _statistics(batch: int, heads: int, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """lse2 and delta, [batch, heads, rows] each."""
+    padded = triton.cdiv(rows, 4) * 4
+    return torch.empty((2, batch, heads, padded), dtype=like.dtype, device=like.device)[..., :rows].unbind()
+
+
 def new_workspace(
-    q: Tensor, k: Tensor, k_summary: Tensor, document_start: Tensor | None, lse: Tensor, tiles: Tiles
+    q: Tensor, k: Tensor, k_summary: Tensor, document_start: Tensor | None, lse: Tensor, tiles: Tiles, own: bool = False
 ) -> Workspace:
-    """A workspace for queries [B, nq, Hq, D], text keys and summaries [B, keys, Hkv, D] and lse [B, Hq, nq]."""
+    """A workspace for queries [B, nq, Hq, D], text keys and summaries [B, keys, Hkv, D] and lse [B, Hq, nq].
+
+    own: with statistics of the summaries' own queries.
+    """
     batch, heads, nq = lse.shape
-    padded = triton.cdiv(nq, 4) * 4
-    lse2, delta = torch.empty((2, batch, heads, padded), dtype=lse.dtype, device=lse.device)[..., :nq]
     document_stop = None
     if document_start is not None and (tiles.dkv_text.specialised or tiles.dkv_summary.specialised):
         document_stop = document_stops(document_start)
     parts = _parts(q, (k, k_summary), (tiles.dkv_text, tiles.dkv_summary))
-    return Workspace(lse2, delta, *new_dealt(lse.device, 3), *parts, document_stop)
+    own_statistics = _statistics(batch, heads, k_summary.shape[1], lse) if own else None
+    statistics = _statistics(batch, heads, nq, lse)
+    return Workspace(*statistics, *new_dealt(lse.device, 3), *parts, document_stop, own_statistics)
 
 
 def document_stops(document_start: Tensor) -> Tensor:

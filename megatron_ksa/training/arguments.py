@@ -20,7 +20,7 @@ from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_siz
 
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
-# Those that train to the same numbers as without (tests/training/cuda_graph_check.py).
+# Those that train to the same numbers as without (tests/training/gpu_check.py).
 CUDA_GRAPHS = ("none", "full_iteration", "local")
 
 

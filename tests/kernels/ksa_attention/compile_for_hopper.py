@@ -14,19 +14,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from megatron_ksa.kernels.ksa_attention import gluon_dkv, gluon_dq, gluon_forward
-from megatron_ksa.kernels.ksa_attention.triton_config import HOPPER_GROUPED, Tile
+from megatron_ksa.kernels.ksa_attention.triton_config import HOPPER, Tile
 
 POINTERS = dict.fromkeys(("p_dealt", "p_start", "p_stop"), "*i32")
 POINTERS |= dict.fromkeys(("p_out", "p_dq", "p_dk", "p_dv"), "*bf16")
-POINTERS |= dict.fromkeys(("p_lse", "p_dlse", "p_lse2", "p_delta"), "*fp32")
+POINTERS |= dict.fromkeys(("p_k", "p_v", "p_ks", "p_vs", "p_own_q", "p_own_out", "p_own_do", "p_own_dq"), "*bf16")
+POINTERS |= dict.fromkeys(("p_own_lse2", "p_own_delta", "p_lse", "p_dlse", "p_lse2", "p_delta"), "*fp32")
+QUERIES = ("d_q", "d_out", "d_do", "d_lse2", "d_delta", "d_own_q", "d_own_do", "d_own_lse2", "d_own_delta")
 
 
 def compiled(kernel, tile: Tile, documents: bool):
     """A kernel for head_dim 128."""
 
     def descriptor(name: str) -> str:
-        rows = tile.queries if name in ("d_q", "d_out", "d_do", "d_lse2", "d_delta") else tile.keys
-        if name in ("d_lse2", "d_delta"):
+        rows = tile.queries if name in QUERIES else tile.keys
+        if name.endswith(("lse2", "delta")):
             layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
             return f"tensordesc<fp32{[1, 1, rows]},{layout!r}>"
         block = [1, 1, rows, 128]
@@ -34,7 +36,7 @@ def compiled(kernel, tile: Tile, documents: bool):
 
     sizes = {"C": 8, "S": 1, "GROUP": 4, "D": 128, "BD": 128}
     constants = sizes | {"BM": tile.queries, "BN": tile.keys, "STAGES": tile.stages}
-    constants |= {"HAS_DOCUMENTS": documents, "HAS_DLSE": documents, "IS_TEXT": documents}
+    constants |= {"HAS_DOCUMENTS": documents, "HAS_DLSE": documents, "IS_TEXT": documents, "OWN": True}
     if not documents:
         constants |= {"p_start": None, "p_stop": None, "p_dlse": None}
     signature = {}
@@ -46,12 +48,16 @@ def compiled(kernel, tile: Tile, documents: bool):
         else:
             signature[name] = POINTERS.get(name, "fp32" if name.startswith("scale") else "i32")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in kernel.arg_names}
-    source = GluonASTSource(fn=kernel, signature=signature, constexprs=places)
+    # What a launch finds out about its arguments: addresses and strides are multiples of 16.
+    aligned = [name for name in kernel.arg_names if name in POINTERS or name.startswith("stride")]
+    divisible = [["tt.divisibility", 16]]
+    attributes = {(kernel.arg_names.index(name),): divisible for name in aligned if name not in constants}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
     target = GPUTarget("cuda", 90, 32)
     return triton.compile(source, target=target, options={"num_warps": tile.warps})
 
 
-tiles = HOPPER_GROUPED[128]
+tiles = HOPPER[128]
 for kernel, tile in (
     (gluon_forward._forward_kernel, tiles.forward),
     (gluon_dq._dq_kernel, tiles.dq),

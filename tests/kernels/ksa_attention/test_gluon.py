@@ -11,7 +11,7 @@ import torch
 from compare import assert_close
 
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, triton_rows, triton_text
-from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER_GROUPED
+from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
 
 SHARED_MEMORY = 227 * 1024
 
@@ -62,11 +62,11 @@ def test_short_work_items_give_the_same_bits_every_time(n, batch, groups):
         out = triton_rows.attention(*leaves, KSAGeometry(8, 1, 128), text_rows=n, tiles=tiles)
         return out, *torch.autograd.grad(out, leaves, d_out)
 
-    plain, first = run(HALF[128]), run(HOPPER_GROUPED[128])
+    plain, first = run(HALF[128]), run(HOPPER[128])
     for name, actual, expected in zip(("out", "dq", "dk", "dv"), first, plain, strict=True):
         assert_close(name, actual, expected)
     for _ in range(20):
-        assert all(torch.equal(again, once) for again, once in zip(run(HOPPER_GROUPED[128]), first, strict=True))
+        assert all(torch.equal(again, once) for again, once in zip(run(HOPPER[128]), first, strict=True))
 
 
 @pytest.mark.gpu
@@ -92,7 +92,7 @@ def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, 
     rows = [torch.randn(batch, r, h, dim, device="cuda", dtype=dtype).requires_grad_() for r, h in counts]
     start = documents(*options["document_start"], rows=n) if "document_start" in options else None
     found = []
-    for tiles in (HOPPER_GROUPED[128], HALF[128]):
+    for tiles in (HOPPER[128], HALF[128]):
         out, lse = triton_text.text_attention(
             *rows, geometry, document_start=start, query_start=first, tiles=tiles
         )
@@ -101,3 +101,40 @@ def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, 
     for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv", "dks", "dvs"), *found, strict=True):
         assert torch.isfinite(actual).all(), name
         assert_close(name, actual, expected)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "n, batch, heads, groups, dim, sizes, firsts",
+    [
+        (2048, 1, 4, 4, 128, (8, 1, 16), ()),
+        (2048, 2, 8, 2, 128, (8, 1, 128), ()),
+        (1003, 2, 4, 1, 96, (8, 2, 4), ()),
+        (12, 1, 2, 2, 128, (8, 1, 1), ()),
+        (1001, 1, 4, 2, 128, (8, 1, 4), (300, 701)),
+        (1500, 1, 4, 4, 128, (6, 4, 3), (77, 901)),
+        (640, 1, 4, 2, 128, (4, 8, 2), (333,)),
+        (5, 1, 2, 2, 128, (8, 1, 1), ()),
+    ],
+)
+def test_summaries_own_queries_as_work_items_equal_the_kernel_for_them(
+    n, batch, heads, groups, dim, sizes, firsts, dtype
+):
+    torch.manual_seed(0)
+    rows = n + n // sizes[0] * sizes[1]
+    leaves = [
+        torch.randn(batch, rows, count, dim, device="cuda", dtype=dtype).requires_grad_()
+        for count in (heads, groups, groups)
+    ]
+    start, d_out = documents(*firsts, rows=n) if firsts else None, torch.randn_like(leaves[0])
+    found = []
+    for tiles in (HOPPER[128], HALF[128]):
+        out = triton_rows.attention(*leaves, KSAGeometry(*sizes), text_rows=n, document_start=start, tiles=tiles)
+        found.append((out, *torch.autograd.grad(out, leaves, d_out)))
+    for name, actual, expected in zip(("out", "dq", "dk", "dv"), *found, strict=True):
+        assert torch.isfinite(actual).all(), name
+        for kind, part in (("text", slice(n)), ("summaries", slice(n, None))):
+            if actual[:, part].numel():
+                assert_close(f"{name} of {kind}", actual[:, part], expected[:, part])

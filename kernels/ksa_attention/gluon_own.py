@@ -1,0 +1,178 @@
+"""The summaries' own queries in the Hopper kernels: a consumer serves those of the chunks that its text queries are in.
+
+Each has C + S keys, too few for a tile of products: plain arithmetic, on the tile of keys beside the queries, which a
+consumer reads last and keeps until its summaries are done. A thread holds 8 channels of all keys of a chunk; blocks are
+[chunks, rows of a chunk, channels]. With p = softmax(scale * q . k):
+
+    dp = dO . v      delta = sum(p * dp)      ds = p * (dp - delta)      dq = scale * ds k
+
+What they add to dK and dV is left to the kernels for those, which get log-sum-exp and delta from here.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def _chunk_rows(
+    p, first, chunks, stride_n, ROWS: gl.constexpr, CHUNKS: gl.constexpr, D: gl.constexpr, BD: gl.constexpr
+):
+    """The ROWS rows of each of CHUNKS chunks from `first` on: [CHUNKS, rows padded to a power of two, BD]."""
+    PADDED: gl.constexpr = gl.constexpr(1 << (ROWS - 1).bit_length())
+    layout: gl.constexpr = gl.BlockedLayout([1, PADDED, 8], [256 // BD, 1, BD // 8], [gl.num_warps(), 1, 1], [2, 1, 0])
+    o_c = first + gl.arange(0, CHUNKS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    o_r = gl.arange(0, PADDED, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    o_d = gl.arange(0, BD, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    o_n = o_c[:, None] * ROWS + o_r[None, :]
+    m_n = (o_c < chunks)[:, None] & (o_r < ROWS)[None, :]
+    p_rows = p + o_n[:, :, None].to(gl.int64) * stride_n + o_d[None, None, :]
+    return gl.load(p_rows, mask=m_n[:, :, None] & (o_d < D)[None, None, :], other=0.0)
+
+
+@gluon.jit
+def _head(p, i_b, i_h, strides):
+    """First row of a head."""
+    return p + i_b.to(gl.int64) * strides[0] + i_h.to(gl.int64) * strides[2]
+
+
+@gluon.jit
+def load_own(
+    own, queries, first, i_b, i_h, i_g, C: gl.constexpr, S: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
+    BD: gl.constexpr,
+):  # fmt: skip
+    """Rows of the summaries of the chunks in text rows [first, first + BM): their K and V, and `queries`.
+
+    own: pointers to their K and V, strides of both, and the number of chunks.
+    queries: pointers and strides of their q, and of their dO in the backward pass.
+    """
+    p_ks, p_vs, k_strides, v_strides, chunks = own
+    CHUNKS: gl.constexpr = BM // C
+    chunk = first // C
+    b_ks = _chunk_rows(_head(p_ks, i_b, i_g, k_strides), chunk, chunks, k_strides[1], S, CHUNKS, D, BD)
+    b_vs = _chunk_rows(_head(p_vs, i_b, i_g, v_strides), chunk, chunks, v_strides[1], S, CHUNKS, D, BD)
+    p_q, p_do, q_strides, do_strides = queries
+    b_q = _chunk_rows(_head(p_q, i_b, i_h, q_strides), chunk, chunks, q_strides[1], S, CHUNKS, D, BD)
+    b_do = b_q
+    if p_do is not None:
+        b_do = _chunk_rows(_head(p_do, i_b, i_h, do_strides), chunk, chunks, do_strides[1], S, CHUNKS, D, BD)
+    return b_ks, b_vs, b_q, b_do
+
+
+@gluon.jit
+def chunk_keys(s_rows, PART: gl.constexpr, C: gl.constexpr, BM: gl.constexpr):
+    """Keys or values beside a consumer's queries, [BM // C, C, BD]: a tile of BM rows, or half of one of 2 * BM."""
+    BN: gl.constexpr = s_rows.shape[2]
+    BD: gl.constexpr = s_rows.shape[3]
+    layout: gl.constexpr = gl.BlockedLayout([1, C, 8], [256 // BD, 1, BD // 8], [gl.num_warps(), 1, 1], [2, 1, 0])
+    s_chunks = s_rows.reshape([BN // C, C, BD])
+    if BN == BM:
+        return s_chunks.load(layout)
+    return s_chunks.slice(PART * (BM // C), BM // C).load(layout)
+
+
+@gluon.jit
+def _row(b_rows, i_s, layout: gl.constexpr):
+    """Row i_s of each chunk, float32 [chunks, BD] as a slice of `layout` along its rows."""
+    own: gl.constexpr = b_rows.type.layout
+    o_r = gl.arange(0, b_rows.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, own)))
+    b_row = gl.sum(gl.where((o_r == i_s)[None, :, None], b_rows.to(gl.float32), 0.0), axis=1)
+    return gl.convert_layout(b_row, gl.SliceLayout(1, layout))
+
+
+@gluon.jit
+def _dots(b_row, b_keys):
+    """Products of each chunk's row [chunks, BD] with its keys [chunks, rows, BD]: [chunks, rows]."""
+    b_row = gl.convert_layout(b_row, gl.SliceLayout(1, b_keys.type.layout))
+    return gl.sum(b_row[:, None, :] * b_keys.to(gl.float32), axis=2)
+
+
+@gluon.jit
+def _weighted(b_weights, b_keys, layout: gl.constexpr):
+    """Sums of each chunk's keys by weights [chunks, rows]: [chunks, BD] as a slice of `layout`."""
+    b_sum = gl.sum(b_weights[:, :, None] * b_keys.to(gl.float32), axis=1)
+    return gl.convert_layout(b_sum, gl.SliceLayout(1, layout))
+
+
+@gluon.jit
+def _probabilities(
+    b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, C: gl.constexpr, HAS_DOCUMENTS: gl.constexpr
+):
+    """p over the text [chunks, C] and over the summaries [chunks, S], and the log-sum-exp to base 2 [chunks]."""
+    text: gl.constexpr = gl.SliceLayout(2, b_k.type.layout)
+    own: gl.constexpr = gl.SliceLayout(2, b_ks.type.layout)
+    b_text = _dots(b_row, b_k) * scale_log2
+    b_own = _dots(b_row, b_ks) * scale_log2
+    if HAS_DOCUMENTS:
+        # The summaries belong to the document of the chunk's last token.
+        o_c = chunk + gl.arange(0, b_k.shape[0], layout=gl.SliceLayout(1, text))
+        o_t = o_c[:, None] * C + gl.arange(0, C, layout=gl.SliceLayout(0, text))[None, :]
+        b_start = gl.load(p_start + o_c * C + C - 1, mask=o_c < chunks, other=0)
+        b_text = gl.where(o_t >= b_start[:, None], b_text, float("-inf"))
+    o_r = gl.arange(0, b_ks.shape[1], layout=gl.SliceLayout(0, own))
+    b_own = gl.where((o_r <= i_s)[None, :], b_own, float("-inf"))
+    b_max = gl.maximum(gl.max(b_text, axis=1), gl.convert_layout(gl.max(b_own, axis=1), gl.SliceLayout(1, text)))
+    b_text = gl.exp2(b_text - b_max[:, None])
+    b_own = gl.exp2(b_own - gl.convert_layout(b_max, gl.SliceLayout(1, own))[:, None])
+    b_sum = gl.sum(b_text, axis=1) + gl.convert_layout(gl.sum(b_own, axis=1), gl.SliceLayout(1, text))
+    b_scale = 1.0 / b_sum
+    b_own *= gl.convert_layout(b_scale, gl.SliceLayout(1, own))[:, None]
+    return b_text * b_scale[:, None], b_own, b_max + gl.log2(b_sum)
+
+
+@gluon.jit
+def _store(p, b_row, i_s, chunk, chunks, stride_n, S: gl.constexpr, D: gl.constexpr):
+    """Store a row [chunks, BD] of each chunk as that of its summary i_s."""
+    layout: gl.constexpr = b_row.type.layout
+    o_c = chunk + gl.arange(0, b_row.shape[0], layout=gl.SliceLayout(1, layout))
+    o_d = gl.arange(0, b_row.shape[1], layout=gl.SliceLayout(0, layout))
+    p_rows = p + (o_c * S + i_s)[:, None].to(gl.int64) * stride_n + o_d[None, :]
+    gl.store(p_rows, b_row.to(p.dtype.element_ty), mask=(o_c < chunks)[:, None] & (o_d < D)[None, :])
+
+
+@gluon.jit
+def attend_own(
+    b_k, b_v, loaded, chunk, chunks, p_start, p_out, stride_n, scale_log2,
+    C: gl.constexpr, S: gl.constexpr, D: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """Outputs of the own queries, from `chunk_keys` and `load_own`.
+
+    p_out: first row of their head. p_start: first positions of documents, of their sequence.
+    """
+    b_ks, b_vs, b_q, b_do = loaded
+    layout: gl.constexpr = b_k.type.layout
+    for i_s in range(S):
+        b_row = _row(b_q, i_s, layout)
+        b_text, b_own, b_lse2 = _probabilities(
+            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, C, HAS_DOCUMENTS
+        )
+        b_out = _weighted(b_text, b_v, layout) + _weighted(b_own, b_vs, layout)
+        _store(p_out, b_out, i_s, chunk, chunks, stride_n, S, D)
+
+
+@gluon.jit
+def own_dq(
+    b_k, b_v, loaded, chunk, chunks, p_start, p_dq, p_lse2, p_delta, stride_n, scale, scale_log2,
+    C: gl.constexpr, S: gl.constexpr, D: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """dQ of the own queries, their log-sum-exp to base 2 and delta; arguments as in `attend_own`."""
+    b_ks, b_vs, b_q, b_do = loaded
+    layout: gl.constexpr = b_k.type.layout
+    text: gl.constexpr = gl.SliceLayout(2, layout)
+    own: gl.constexpr = gl.SliceLayout(2, b_ks.type.layout)
+    for i_s in range(S):
+        b_row = _row(b_q, i_s, layout)
+        b_text, b_own, b_lse2 = _probabilities(
+            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, C, HAS_DOCUMENTS
+        )
+        b_row = _row(b_do, i_s, layout)
+        b_dtext = _dots(b_row, b_v)
+        b_down = _dots(b_row, b_vs)
+        b_delta = gl.sum(b_text * b_dtext, axis=1)
+        b_delta += gl.convert_layout(gl.sum(b_own * b_down, axis=1), gl.SliceLayout(1, text))
+        b_dtext = b_text * (b_dtext - b_delta[:, None])
+        b_down = b_own * (b_down - gl.convert_layout(b_delta, gl.SliceLayout(1, own))[:, None])
+        b_dq = (_weighted(b_dtext, b_k, layout) + _weighted(b_down, b_ks, layout)) * scale
+        _store(p_dq, b_dq, i_s, chunk, chunks, stride_n, S, D)
+        o_c = chunk + gl.arange(0, b_k.shape[0], layout=gl.SliceLayout(1, text))
+        gl.store(p_lse2 + o_c * S + i_s, b_lse2, mask=o_c < chunks)
+        gl.store(p_delta + o_c * S + i_s, b_delta, mask=o_c < chunks)
