@@ -40,8 +40,8 @@ def _launch_forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None
     with_text = q_own.shape[1] and _with_text(tiles, chunk_size, summary_tokens)
     own = (q_own, out_own) if with_text else None
     launch_forward(
-        *keys, document_start, chunk_size, summary_tokens, window, 0, 0, 0, scale, Tiles.unpack(tiles).forward, out, lse,
-        dealt, own,
+        *keys, document_start, chunk_size, summary_tokens, window, 0, 0, 0, scale, Tiles.unpack(tiles).forward,
+        out, lse, dealt, own,
     )  # fmt: skip
     if own is None:
         launch_summary_forward(q_own, *keys[1:], document_start, chunk_size, summary_tokens, 0, scale, out_own)
