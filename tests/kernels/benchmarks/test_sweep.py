@@ -210,6 +210,13 @@ def test_every_default_tile_fits_an_h100():
                 assert candidates.accumulators(kernel, tile, dim) <= candidates.REGISTERS
 
 
+def test_statistics_of_a_dkv_tile_fill_128_bytes():
+    """Those of 16 queries took 64: the copy engine was sent to an odd half, and the sweep of head_dim 256 ended there."""
+    for head_dim in (64, 128, 256):
+        for tile in candidates.candidates("dkv_text", head_dim, 2, H100_SHARED, True):
+            assert tile.queries * 4 % 128 == 0
+
+
 @pytest.mark.parametrize("hopper", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("kernel", KERNELS)
