@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ try:
 except ModuleNotFoundError as error:
     print(f"error: {error.name} is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
     sys.exit(2)
+from megatron_ksa.files import whole_file
 from megatron_ksa.platform import prepare_platform
 
 
@@ -144,15 +144,12 @@ def main() -> None:
             print(f"\n{table(plans, options.show, title)}")
             best = best or plans[0]
         if options.write:
-            temporary = options.write.with_name(options.write.name + ".part")
             heading = f"# {options.gpus} GPUs, {args.seq_length} tokens; written by tools/plan_cluster.py"
             try:
-                temporary.write_text(
-                    "\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]), encoding="utf-8"
-                )
+                with whole_file(options.write) as stream:
+                    stream.write("\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]))
             except OSError as error:
-                raise UsageError(f"--write {options.write}: {error.strerror}; use a folder that exists") from None
-            os.replace(temporary, options.write)
+                raise UsageError(f"--write {options.write}: {error.strerror}; use a folder that can be written") from None
             print(f"\nflags of the fastest layout: {options.write}")
 
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_ksa.data_tools.tags.files import whole_file
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file
 
 
 def table(columns: list[str], rows: list[list]) -> str:

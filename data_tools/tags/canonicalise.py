@@ -20,9 +20,10 @@ from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags.duplicates import DUPLICATES, Index, letter_shingles, signatures, tagged_records
 from megatron_ksa.data_tools.tags.embed import LatentEmbedder, SentenceEmbedder
 from megatron_ksa.data_tools.tags.engine import Engine
-from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, whole_file, write_arrays, write_jsonl
+from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays, write_jsonl
 from megatron_ksa.data_tools.tags.records import record_text
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file
 
 VOCABULARY, MERGES, EMBEDDINGS, EMBEDDER = "vocabulary.jsonl", "tag_merges.jsonl", "embeddings.npy", "embedder"
 CARRIED = "carried.npz"

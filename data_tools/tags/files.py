@@ -1,34 +1,15 @@
-"""Files between the steps: written under a temporary name, renamed when whole, the same bytes for the same content."""
+"""Files between the steps: each appears when it is whole, with the same bytes for the same content."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from megatron_ksa.errors import UsageError
-
-
-@contextmanager
-def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """A stream to a temporary file that takes the name `path` when the body ends, and is removed if it fails."""
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(
-            partial, mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "\n"
-        ) as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
+from megatron_ksa.files import whole_file
 
 
 def copy_whole(source: Path, path: Path) -> None:

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from megatron_ksa.data_tools.readers import JSONL_SUFFIXES, PARQUET_SUFFIX, BadDocument, RawDocument, read_documents
 from megatron_ksa.data_tools.tags.engine import Engine
-from megatron_ksa.data_tools.tags.files import json_line, whole_file
+from megatron_ksa.data_tools.tags.files import json_line
 from megatron_ksa.data_tools.tags.records import RecordSettings, parse_record
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file
 
 RECORDS, REJECTED = "records.jsonl", "rejected.jsonl"
 DUPLICATE = "duplicate id"

@@ -7,12 +7,13 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from megatron_ksa.data_tools.tags.branches import branch_of
-from megatron_ksa.data_tools.tags.files import read_jsonl, whole_file, write_json
+from megatron_ksa.data_tools.tags.files import read_jsonl, write_json
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.report_data import NodeStatistics, choose_samples, node_statistics
 from megatron_ksa.data_tools.tags.report_image import draw_report
 from megatron_ksa.data_tools.tags.report_page import node_columns, render
 from megatron_ksa.data_tools.tags.selection import read_selection, read_summary
+from megatron_ksa.files import whole_file
 
 SAMPLES = 3000
 EXCERPT = 500

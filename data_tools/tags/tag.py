@@ -5,10 +5,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ksa.data_tools.tags.files import json_line, read_jsonl, whole_file
+from megatron_ksa.data_tools.tags.files import json_line, read_jsonl
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.taggers import Answer, Tagger
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file
 
 TAGS, FAILED, DROPPED = "tags.jsonl", "failed.jsonl", "dropped_tags.jsonl"
 

@@ -22,12 +22,13 @@ from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_pref
 from megatron_ksa.data_tools.tags.blend_check import check_blend
 from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.chat_template import TEMPLATES, encode_records
-from megatron_ksa.data_tools.tags.files import json_line, read_jsonl, whole_file, write_json
+from megatron_ksa.data_tools.tags.files import json_line, read_jsonl, write_json
 from megatron_ksa.data_tools.tags.objective import ancestors
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.selection import read_selection
 from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file
 
 GROUPS = ("branch", "source")
 WEIGHTS = ("tokens", "equal", "target")

@@ -17,11 +17,12 @@ from sklearn.metrics import adjusted_mutual_info_score
 from megatron_ksa.data_tools.benchmarks.document import replace_section, table
 from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.embed import unit
-from megatron_ksa.data_tools.tags.files import read_jsonl, whole_file
+from megatron_ksa.data_tools.tags.files import read_jsonl
 from megatron_ksa.data_tools.tags.objective import ancestors
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.errors import usage_errors_exit
+from megatron_ksa.files import whole_file
 
 STARTS = 3
 COLUMNS = {"tree": "tree", "votes": "tree, by votes", "flat_tags": "flat, tags", "flat_records": "flat, records"}

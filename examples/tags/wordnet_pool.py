@@ -15,8 +15,8 @@ from pathlib import Path
 
 from debian_pool import fetch_lists
 
-from megatron_ksa.data_tools.tags.files import whole_file
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.files import whole_file
 
 # Lexicographer files 4 to 28 of lexnames(5WN); 3 holds the few nouns above all of them.
 FILES = (

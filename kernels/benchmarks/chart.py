@@ -1,9 +1,9 @@
 """The chart of a record: time against sequence length for KSA, FlexAttention and full attention."""
 
-import os
 from pathlib import Path
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file
 from megatron_ksa.kernels.benchmarks.registry import BOTH, FORWARD
 
 SERIES = {
@@ -72,8 +72,6 @@ def draw(record: dict, path: Path) -> None:
         f"W {shape['window_chunks']}; torch {header['torch']}, triton {header['triton']}",
         fontsize=9,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=160, format="png")
+    with whole_file(path, "wb") as stream:
+        figure.savefig(stream, dpi=160, format="png")
     plt.close(figure)
-    os.replace(temporary, path)

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file
 from megatron_ksa.kernels.benchmarks import attention, attention_parts, rotation
 from megatron_ksa.kernels.benchmarks.check import check_op
 from megatron_ksa.kernels.benchmarks.measure import header, milliseconds, peak_bytes
@@ -50,11 +50,9 @@ class Plan:
 
 
 def write_record(record: dict, path: Path) -> None:
-    """Write JSON under a temporary name and rename it, so that a run cut short leaves a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON; a run cut short leaves the record of the step before."""
+    with whole_file(path) as stream:
+        stream.write(json.dumps(record, indent=1) + "\n")
 
 
 def calls(case: Case) -> Iterable[tuple[str, Callable[[], object]]]:

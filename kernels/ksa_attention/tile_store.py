@@ -5,12 +5,12 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file
 
 PACKAGE_STORE = Path(__file__).with_name("tiles.json")
 KERNELS = ("forward", "dq", "dkv_text", "dkv_summary")
@@ -119,12 +119,10 @@ def merge(path: Path, records: Iterable[StoredTile]) -> None:
             _parsed(json.loads(line))
     except ValueError as error:
         raise UsageError(f"not stored in {path}: {error}") from None
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # One record a line, so that a sweep changes the lines that it measured.
-        temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with whole_file(path) as stream:
+            # One record a line, so that a sweep changes the lines that it measured.
+            stream.write("[\n" + ",\n".join(lines) + "\n]\n")
     except OSError as error:
         raise UsageError(f"stored tiles {path}: {error}") from None
 
