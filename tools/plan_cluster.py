@@ -149,7 +149,9 @@ def main() -> None:
                 with whole_file(options.write) as stream:
                     stream.write("\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]))
             except OSError as error:
-                raise UsageError(f"--write {options.write}: {error.strerror}; use a folder that can be written") from None
+                raise UsageError(
+                    f"--write {options.write}: {error.strerror}; use a folder that can be written"
+                ) from None
             print(f"\nflags of the fastest layout: {options.write}")
 
 

@@ -18,7 +18,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="JSONL files (.jsonl, .json, also .gz) or folders")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--tokenizer-model", required=True, help="SentencePiece .model, or a folder with tokenizer.json")
+    parser.add_argument(
+        "--tokenizer-model", required=True, help="SentencePiece .model, or a folder with tokenizer.json"
+    )
     parser.add_argument("--json-key", default="text", help="field of a JSONL record that holds the text")
     parser.add_argument("--glob", default="**/*.txt", help="files of a folder that are documents")
     parser.add_argument("--no-append-eod", action="store_true", help="do not end documents with the end-of-document id")

@@ -20,13 +20,17 @@ from megatron_ksa.errors import UsageError, usage_errors_exit
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--type", choices=("sentencepiece", "byte-level"), default="sentencepiece", help="kind of tokenizer")
+    parser.add_argument(
+        "--type", choices=("sentencepiece", "byte-level"), default="sentencepiece", help="kind of tokenizer"
+    )
     parser.add_argument("--output", required=True, help="a .model file (sentencepiece) or a folder (byte-level)")
     parser.add_argument("--input", nargs="+", default=[], help="JSONL files or folders to train on")
     parser.add_argument("--glob", default="**/*.txt", help="files of a folder that are documents")
     parser.add_argument("--json-key", default="text", help="field of a JSONL record that holds the text")
     parser.add_argument("--vocab-size", type=int, default=32000, help="pieces of the SentencePiece model")
-    parser.add_argument("--sample-megabytes", type=float, default=100.0, help="text to train on, from the start of the input")
+    parser.add_argument(
+        "--sample-megabytes", type=float, default=100.0, help="text to train on, from the start of the input"
+    )
     return parser.parse_args()
 
 

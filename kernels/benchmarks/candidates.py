@@ -2,8 +2,8 @@
 
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_dim
 
-# By padded head dimension: queries, keys, warps, stages, and 1 for the warp-specialised kernel of Hopper. dK/dV takes 32
-# queries at least: the copy engine writes their statistics to addresses that are multiples of 128 bytes.
+# By padded head dimension: queries, keys, warps, stages, and 1 for the warp-specialised kernel of Hopper. dK/dV takes
+# 32 queries at least: the copy engine writes their statistics to multiples of 128 bytes.
 HALF = {
     64: {
         "forward": [

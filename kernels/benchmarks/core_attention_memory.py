@@ -60,7 +60,13 @@ def _status_bytes(field: str) -> int:
 
 def measure_apart(num_text: int, repeats: int) -> list[int]:
     """`measure` in processes of their own."""
-    command = [sys.executable, "-m", "megatron_ksa.kernels.benchmarks.core_attention_memory", "--measure", str(num_text)]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_ksa.kernels.benchmarks.core_attention_memory",
+        "--measure",
+        str(num_text),
+    ]
     return [int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(repeats)]
 
 
@@ -93,7 +99,9 @@ def machine() -> dict[str, object]:
 def main() -> None:
     """Measure, print the table and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 3072, 4096, 6144, 8192], help="text tokens")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 2048, 3072, 4096, 6144, 8192], help="text tokens"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="processes for each length; the median counts")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file")
     parser.add_argument("--measure", type=int, metavar="TOKENS", help="measure one length here and print bytes")

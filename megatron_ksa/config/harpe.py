@@ -30,7 +30,9 @@ class HarpeConfig:
     )  # fmt: skip
     base_min: float = option(1e6, "Smallest base of the uniform set.")
     base_max: float = option(5e6, "Largest base of the uniform set.")
-    order: str = option("ascending", "Order of the uniform set over the KV groups.", choices=("ascending", "descending"))
+    order: str = option(
+        "ascending", "Order of the uniform set over the KV groups.", choices=("ascending", "descending")
+    )
     override_checkpoint: bool = option(
         False, "Load a checkpoint that was written with other bases, or without HARPE; the log says so.",
         flag="--harpe-override-checkpoint-bases",

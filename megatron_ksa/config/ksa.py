@@ -44,7 +44,9 @@ class KSAConfig:
         "k", "Kind of each layer: k (KSA), l (KSA with a window over the whole sequence), f (full attention; summary "
         "rows skip the layer). One letter for all layers or one a layer, such as kkkf*6."
     )  # fmt: skip
-    independent_projections: bool = option(True, "Give summary rows their own Q, K and V projections in each KSA layer.")
+    independent_projections: bool = option(
+        True, "Give summary rows their own Q, K and V projections in each KSA layer."
+    )
     independent_qk_norm: bool = option(False, "Give summary rows their own Q and K norms (with --qk-layernorm).")
     independent_layernorm: bool = option(False, "Give summary rows their own input layer norm in each KSA layer.")
     anneal_start: int | None = option(

@@ -26,7 +26,21 @@ def test_letter_patterns():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "__import__('os')", "[1]*3+", "[1]**2", "-1", "1.5", "(1", "1)", "[1]*[2]", "[]", "[1]*3", "[1]*99999999999", "k"],
+    [
+        "",
+        "__import__('os')",
+        "[1]*3+",
+        "[1]**2",
+        "-1",
+        "1.5",
+        "(1",
+        "1)",
+        "[1]*[2]",
+        "[]",
+        "[1]*3",
+        "[1]*99999999999",
+        "k",
+    ],
 )
 def test_bad_integer_patterns_name_the_flag(text):
     with pytest.raises(UsageError, match="--ksa-window-chunks") as error:

@@ -16,7 +16,9 @@ def test_cuda_devices_become_the_cpu(device):
     assert cpu_for_cuda(device) == CPU
 
 
-@pytest.mark.parametrize("value", ["cpu", "meta", torch.device("meta"), None, True, False, torch.float16, 1.0, "cudart"])
+@pytest.mark.parametrize(
+    "value", ["cpu", "meta", torch.device("meta"), None, True, False, torch.float16, 1.0, "cudart"]
+)
 def test_everything_else_is_unchanged(value):
     assert cpu_for_cuda(value) is value
 

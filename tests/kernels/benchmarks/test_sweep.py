@@ -211,7 +211,7 @@ def test_every_default_tile_fits_an_h100():
 
 
 def test_statistics_of_a_dkv_tile_fill_128_bytes():
-    """Those of 16 queries took 64: the copy engine was sent to an odd half, and the sweep of head_dim 256 ended there."""
+    """Those of 16 queries took 64: the copy engine was sent between, and the sweep of head_dim 256 ended there."""
     for head_dim in (64, 128, 256):
         for tile in candidates.candidates("dkv_text", head_dim, 2, H100_SHARED, True):
             assert tile.queries * 4 % 128 == 0

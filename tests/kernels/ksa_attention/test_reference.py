@@ -18,9 +18,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "ksa_attention"
 def attend(q, k, v, geometry, n, document_start=None):
     """KSA over rows laid out `[text | summaries]`."""
     whole = n // geometry.chunk_size * geometry.chunk_size
-    text, _ = text_attention(
-        q[:, :n], k[:, :n], v[:, :n], k[:, n:], v[:, n:], geometry, document_start=document_start
-    )
+    text, _ = text_attention(q[:, :n], k[:, :n], v[:, :n], k[:, n:], v[:, n:], geometry, document_start=document_start)
     if n == q.shape[1]:
         return text
     summaries = summary_attention(

@@ -120,7 +120,8 @@ def test_compiles_into_one_graph_and_is_deterministic(monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "options, message", [({"dtype": torch.float64}, "float64"), ({"bases": (1e4,) * 3}, "3 groups do not fit 2 K/V heads")]
+    "options, message",
+    [({"dtype": torch.float64}, "float64"), ({"bases": (1e4,) * 3}, "3 groups do not fit 2 K/V heads")],
 )
 def test_refuses_what_it_cannot_compute(options, message):
     with pytest.raises(UsageError, match=message):
