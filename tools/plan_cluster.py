@@ -145,6 +145,8 @@ def main() -> None:
             best = best or plans[0]
         if options.write:
             heading = f"# {options.gpus} GPUs, {args.seq_length} tokens; written by tools/plan_cluster.py"
+            if not options.write.parent.is_dir():
+                raise UsageError(f"--write {options.write}: no such folder; use a folder that exists")
             try:
                 with whole_file(options.write) as stream:
                     stream.write("\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]))

@@ -67,6 +67,7 @@ def test_flags_train_and_memory_is_the_trainers(tmp_path):
         (["--gpus", 8, "--seq-length", 131075], "use 131072 or 131080"),
         (["--gpus", 0], "above 0"),
         (["--gpus", 8, "--model", "no-such-file"], "slurm/models/ksa_70b.args"),
+        (["--gpus", 8, "--write", "no-such-folder/layout.args"], "use a folder that exists"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, part):
@@ -75,4 +76,4 @@ def test_bad_input_is_one_line(tmp_path, flags, part):
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and part in errors[0] and "Traceback" not in done.stderr, done.stderr
-    assert not written.exists()
+    assert not written.exists() and not (ROOT / "no-such-folder").exists()
