@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from megatron_ksa.kernels.ksa_attention.triton_common import key_interval
+from megatron_ksa.kernels.ksa_attention.triton_common import key_interval, tile_ranges
 
 WARPS = gl.constexpr(4)
 CONSUMER_REGISTERS = gl.constexpr(240)
@@ -89,19 +89,6 @@ def keys_seen(row, i_b, p_start, stride_start, sizes, C: gl.constexpr, S: gl.con
 
 
 @gluon.jit
-def _span(first, last, BN: gl.constexpr):
-    """Tiles of BN keys that rows see of which the first one and the last one see keys [lower, upper).
-
-    Returns the first tile, the number of tiles, and two tiles: those before the one need a mask at the lower bound,
-    those from the other on at the upper bound.
-    """
-    lower, full_upper = first
-    full_lower, upper = last
-    tile = lower // BN
-    return tile, gl.where(upper > lower, gl.cdiv(upper, BN) - tile, 0), gl.cdiv(full_lower, BN), full_upper // BN
-
-
-@gluon.jit
 def key_tiles(
     i_m, i_b, p_start, stride_start, sizes,
     C: gl.constexpr, S: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
@@ -118,22 +105,41 @@ def key_tiles(
     before = keys_seen(i_middle - 1, i_b, p_start, stride_start, sizes, C, S, HAS_DOCUMENTS)
     middle = keys_seen(i_middle, i_b, p_start, stride_start, sizes, C, S, HAS_DOCUMENTS)
     last = keys_seen(i_middle + BM - 1, i_b, p_start, stride_start, sizes, C, S, HAS_DOCUMENTS)
-    text = _span(first[0], last[0], BN)
-    summary = _span(first[1], last[1], BN)
-    total = gl.maximum(text[1] + summary[1], 1)
-    cut = gl.minimum(gl.maximum(gl.cdiv(before[0][1], BN) - 1 - text[0], 0), text[1])
+    text = tile_ranges(first[0][0], last[0][0], first[0][1], last[0][1], BN)
+    summary = tile_ranges(first[1][0], last[1][0], first[1][1], last[1][1], BN)
+    num_text, num_summary = text[3] - text[0], summary[3] - summary[0]
+    total = gl.maximum(num_text + num_summary, 1)
+    cut = gl.minimum(gl.maximum(gl.cdiv(before[0][1], BN) - 1 - text[0], 0), num_text)
     begin = gl.minimum(gl.maximum(gl.minimum(middle[0][0] // BN - text[0], cut), 0), total - 1)
-    return total, begin, gl.minimum(cut + summary[1] + 1, total), (cut, text, summary)
+    return total, begin, gl.minimum(cut + num_summary + 1, total), (cut, cut + num_summary, text, summary)
+
+
+@gluon.jit
+def consumer_item(
+    item, schedule, heads, p_start, stride_start, sizes, PART: gl.constexpr,
+    C: gl.constexpr, S: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """A work item for one consumer: batch x heads, its first query row, and the key tiles (`key_tiles`).
+
+    Of `total` tiles in the ring, it reads those from `begin` to before `end`.
+    """
+    i_m, i_bh = query_item(item, schedule, BM)
+    total, begin, end, order = key_tiles(i_m, i_bh // heads, p_start, stride_start, sizes, C, S, BM, BN, HAS_DOCUMENTS)
+    if PART == 0:
+        begin = begin * 0
+    else:
+        end = total
+    return i_bh, i_m + PART * BM, total, begin, end, order
 
 
 @gluon.jit
 def tile_at(tile, order):
-    """Whether tile `tile` of the ring is of text, its number among its kind, and the last two of its kind's `_span`."""
-    cut, text, summary = order
-    is_text = (tile < cut) | (tile >= cut + summary[1])
-    number = gl.where(tile < cut, text[0] + tile, text[0] + tile - summary[1])
+    """Whether tile `tile` of the ring is of text, its number among its kind, and which numbers need no mask: a range."""
+    cut, summaries_end, text, summary = order
+    is_text = (tile < cut) | (tile >= summaries_end)
+    number = gl.where(tile < cut, text[0] + tile, text[0] + cut + tile - summaries_end)
     number = gl.where(is_text, number, summary[0] + tile - cut)
-    return is_text, number, gl.where(is_text, text[2], summary[2]), gl.where(is_text, text[3], summary[3])
+    return is_text, number, gl.where(is_text, text[1], summary[1]), gl.where(is_text, text[2], summary[2])
 
 
 @gluon.jit
@@ -181,19 +187,23 @@ def load_keys(d_keys, i_b, i_g, total, order, ring, step, BN: gl.constexpr, STAG
 
 
 @gluon.jit
-def pass_over(ring, begin, end, STAGES: gl.constexpr):
-    """A consumer leaves the tiles of steps [begin, end) to the other one.
+def leave(full, empty, step, STAGES: gl.constexpr):
+    """A consumer leaves what a step brought to the other one.
 
-    It waits for each all the same: giving a buffer back twice in one turn would count for the other consumer.
+    It waits for it all the same: giving a buffer back twice in one turn would count for the other consumer.
     """
+    slot = step % STAGES
+    mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+    mbarrier.arrive(empty.index(slot), count=1)
+
+
+@gluon.jit
+def pass_over(ring, begin, end, STAGES: gl.constexpr):
+    """A consumer leaves the key and value tiles of steps [begin, end) to the other one."""
     k_full, v_full, k_empty, v_empty, _, _ = ring
     for step in range(begin, end):
-        slot = step % STAGES
-        phase = (step // STAGES) & 1
-        mbarrier.wait(k_full.index(slot), phase)
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        mbarrier.wait(v_full.index(slot), phase)
-        mbarrier.arrive(v_empty.index(slot), count=1)
+        leave(k_full, k_empty, step, STAGES)
+        leave(v_full, v_empty, step, STAGES)
 
 
 @gluon.jit

@@ -28,6 +28,7 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     descriptor,
     following,
     free_phase,
+    leave,
     place,
     programs,
     queue,
@@ -61,21 +62,12 @@ def _readers(
 
 
 @gluon.jit
-def _own_readers(
-    key, i_b, p_stop, stride_stop, sizes, C: gl.constexpr, S: gl.constexpr, IS_TEXT: gl.constexpr,
-    HAS_DOCUMENTS: gl.constexpr,
-):  # fmt: skip
+def _own_readers(key, sizes, C: gl.constexpr, S: gl.constexpr, IS_TEXT: gl.constexpr):
     """Summaries [lower, upper) whose own queries see key rows: those of a text key's chunk, those from a summary on."""
-    nq, num_own = sizes[0], sizes[1]
+    num_own = sizes[1]
     chunk = key // C if IS_TEXT else key // S
     lower = chunk * S if IS_TEXT else key
-    upper = chunk * S + S
-    if HAS_DOCUMENTS:
-        if IS_TEXT:
-            # The summaries belong to the document of the chunk's last token.
-            stop = gl.load(p_stop + i_b.to(gl.int64) * stride_stop + gl.minimum(key, nq - 1))
-            upper = gl.where(stop >= chunk * C + C, upper, lower)
-    return gl.minimum(lower, num_own), gl.minimum(upper, num_own)
+    return gl.minimum(lower, num_own), gl.minimum(chunk * S + S, num_own)
 
 
 @gluon.jit
@@ -98,8 +90,8 @@ def _own_tiles(
     """Tiles [first, stop) of the summaries' own queries that see some of the KEYS key rows from i_n on."""
     i_n = gl.minimum(i_n, sizes[2] - 1)
     last_key = gl.minimum(i_n + KEYS, sizes[2]) - 1
-    lower, _ = _own_readers(i_n, i_n, None, 0, sizes, C, S, IS_TEXT, False)
-    _, upper = _own_readers(last_key, i_n, None, 0, sizes, C, S, IS_TEXT, False)
+    lower, _ = _own_readers(i_n, sizes, C, S, IS_TEXT)
+    _, upper = _own_readers(last_key, sizes, C, S, IS_TEXT)
     first = lower // BM
     return first, gl.where(upper > lower, gl.cdiv(upper, BM), first)
 
@@ -177,11 +169,9 @@ def _load(
 
 @gluon.jit
 def _pass_over(ring, begin, end, STAGES: gl.constexpr):
-    """A consumer leaves the query tiles of steps [begin, end) to the other one (`gluon_common.pass_over`)."""
-    full, empty = ring[0], ring[1]
+    """A consumer leaves the query tiles of steps [begin, end) to the other one."""
     for step in range(begin, end):
-        mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
-        mbarrier.arrive(empty.index(step % STAGES), count=1)
+        leave(ring[0], ring[1], step, STAGES)
 
 
 @gluon.jit
@@ -274,7 +264,11 @@ def _consume(
                 part_first, part_stop = _own_tiles(i_part, sizes, C, S, BM, BN, IS_TEXT)
                 # All of them need the mask.
                 own_seen = (part_first, part_stop, part_stop, part_stop)
-                b_lower, b_upper = _own_readers(o_n, i_b, p_stop, stride_stop, sizes, C, S, IS_TEXT, HAS_DOCUMENTS)
+                b_lower, b_upper = _own_readers(o_n, sizes, C, S, IS_TEXT)
+                if HAS_DOCUMENTS and IS_TEXT:
+                    # The summaries belong to the document of the chunk's last token.
+                    b_stop = gl.load(p_stop + i_b.to(gl.int64) * stride_stop + gl.minimum(o_n, sizes[0] - 1))
+                    b_upper = gl.where(b_stop >= o_n // C * C + C, b_upper, b_lower)
                 for _ in range(GROUP):
                     b_dk, b_dv = _accumulate(
                         b_k, b_v, b_dk, b_dv, ring, before, first, stop, own_seen, b_lower, b_upper, scale_log2, BM,

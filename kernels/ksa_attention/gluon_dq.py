@@ -14,6 +14,7 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     PRODUCER_REGISTERS,
     WARPS,
     barriers,
+    consumer_item,
     deal,
     descriptor,
     following,
@@ -116,15 +117,11 @@ def _consume(
     turn = 0
     item = take(turn, items)
     while item < schedule[0] * schedule[1]:
-        i_m, i_bh = query_item(item, schedule, BM)
+        i_bh, first, total, begin, end, order = consumer_item(
+            item, schedule, heads, p_start, stride_start, sizes, PART, C, S, BM, BN, HAS_DOCUMENTS
+        )
         i_b, i_h = i_bh // heads, i_bh % heads
-        total, begin, end, order = key_tiles(i_m, i_b, p_start, stride_start, sizes, C, S, BM, BN, HAS_DOCUMENTS)
-        if PART == 0:
-            begin = begin * 0
-        else:
-            end = total
         # [BM]
-        first = i_m + PART * BM
         o_m = first + gl.arange(0, BM, layout=rows)
         m_m = o_m < nq
         seen = keys_seen(o_m, i_b, p_start, stride_start, sizes, C, S, HAS_DOCUMENTS)
@@ -179,8 +176,8 @@ def _consume(
             i_own = i_bh.to(gl.int64) * stride_own
             p_document = p_start + i_b.to(gl.int64) * stride_start if HAS_DOCUMENTS else p_start
             own_dq(
-                b_k, b_v, loaded, first // C, own[4], p_document, p_own_dq + o_head, p_own_lse2 + i_own,
-                p_own_delta + i_own, dq_strides[1], scale, scale_log2, C, S, D, HAS_DOCUMENTS,
+                b_k, b_v, loaded, p_document, p_own_dq + o_head, p_own_lse2 + i_own, p_own_delta + i_own,
+                dq_strides[1], scale, scale_log2, C, S, D, HAS_DOCUMENTS,
             )  # fmt: skip
         mbarrier.arrive(k_empty.index(last), count=1)
         mbarrier.arrive(v_empty.index(last), count=1)

@@ -17,6 +17,7 @@ from megatron_ksa.kernels.ksa_attention.gluon_common import (
     PRODUCER_REGISTERS,
     WARPS,
     barriers,
+    consumer_item,
     deal,
     descriptor,
     following,
@@ -89,15 +90,11 @@ def _attend(
     turn = 0
     item = take(turn, items)
     while item < schedule[0] * schedule[1]:
-        i_m, i_bh = query_item(item, schedule, BM)
+        i_bh, first, total, begin, end, order = consumer_item(
+            item, schedule, heads, p_start, stride_start, sizes, PART, C, S, BM, BN, HAS_DOCUMENTS
+        )
         i_b, i_h = i_bh // heads, i_bh % heads
-        total, begin, end, order = key_tiles(i_m, i_b, p_start, stride_start, sizes, C, S, BM, BN, HAS_DOCUMENTS)
-        if PART == 0:
-            begin = begin * 0
-        else:
-            end = total
         # [BM]
-        first = i_m + PART * BM
         o_m = first + gl.arange(0, BM, layout=rows)
         seen = keys_seen(o_m, i_b, p_start, stride_start, sizes, C, S, HAS_DOCUMENTS)
         mbarrier.wait(q_full.index(PART), turn & 1)
@@ -157,8 +154,7 @@ def _attend(
             b_v = chunk_keys(s_v.index(slot), PART, C, BM)
             p_document = p_start + i_b.to(gl.int64) * stride_start if HAS_DOCUMENTS else p_start
             attend_own(
-                b_k, b_v, loaded, first // C, own[4], p_document, p_own_out + o_head, out_strides[1], scale_log2,
-                C, S, D, HAS_DOCUMENTS,
+                b_k, b_v, loaded, p_document, p_own_out + o_head, out_strides[1], scale_log2, C, S, D, HAS_DOCUMENTS
             )  # fmt: skip
         mbarrier.arrive(k_empty.index(slot), count=1)
         mbarrier.arrive(v_empty.index(slot), count=1)

@@ -42,6 +42,8 @@ def load_own(
 ):  # fmt: skip
     """Rows of the summaries of the chunks in text rows [first, first + BM): their K and V, and `queries`.
 
+    Returns these, the first of the chunks, and the number of all.
+
     own: pointers to their K and V, strides of both, and the number of chunks.
     queries: pointers and strides of their q, and of their dO in the backward pass.
     """
@@ -55,7 +57,7 @@ def load_own(
     b_do = b_q
     if p_do is not None:
         b_do = _chunk_rows(_head(p_do, i_b, i_h, do_strides), chunk, chunks, do_strides[1], S, CHUNKS, D, BD)
-    return b_ks, b_vs, b_q, b_do
+    return b_ks, b_vs, b_q, b_do, chunk, chunks
 
 
 @gluon.jit
@@ -131,14 +133,14 @@ def _store(p, b_row, i_s, chunk, chunks, stride_n, S: gl.constexpr, D: gl.conste
 
 @gluon.jit
 def attend_own(
-    b_k, b_v, loaded, chunk, chunks, p_start, p_out, stride_n, scale_log2,
+    b_k, b_v, loaded, p_start, p_out, stride_n, scale_log2,
     C: gl.constexpr, S: gl.constexpr, D: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     """Outputs of the own queries, from `chunk_keys` and `load_own`.
 
     p_out: first row of their head. p_start: first positions of documents, of their sequence.
     """
-    b_ks, b_vs, b_q, b_do = loaded
+    b_ks, b_vs, b_q, b_do, chunk, chunks = loaded
     layout: gl.constexpr = b_k.type.layout
     for i_s in range(S):
         b_row = _row(b_q, i_s, layout)
@@ -151,11 +153,11 @@ def attend_own(
 
 @gluon.jit
 def own_dq(
-    b_k, b_v, loaded, chunk, chunks, p_start, p_dq, p_lse2, p_delta, stride_n, scale, scale_log2,
+    b_k, b_v, loaded, p_start, p_dq, p_lse2, p_delta, stride_n, scale, scale_log2,
     C: gl.constexpr, S: gl.constexpr, D: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     """dQ of the own queries, their log-sum-exp to base 2 and delta; arguments as in `attend_own`."""
-    b_ks, b_vs, b_q, b_do = loaded
+    b_ks, b_vs, b_q, b_do, chunk, chunks = loaded
     layout: gl.constexpr = b_k.type.layout
     text: gl.constexpr = gl.SliceLayout(2, layout)
     own: gl.constexpr = gl.SliceLayout(2, b_ks.type.layout)

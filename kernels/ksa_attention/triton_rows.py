@@ -27,21 +27,15 @@ def _new_outputs(q: Tensor, text_rows: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _with_text(tiles: tuple[int, ...], chunk_size: int, summary_tokens: int) -> bool:
-    """Whether the kernels of the text queries serve the summaries' own queries too."""
-    return Tiles.unpack(tiles).serve_summaries(chunk_size, summary_tokens)
-
-
 @repeatable
 def _launch_forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
     """tensors: q, k and v of the text, k and v of the summaries, document_start, their q; outputs; a counter."""
     *keys, document_start, q_own, out, out_own, lse, dealt = tensors
     chunk_size, summary_tokens, window, scale, tiles = settings
-    with_text = q_own.shape[1] and _with_text(tiles, chunk_size, summary_tokens)
-    own = (q_own, out_own) if with_text else None
+    tiles = Tiles.unpack(tiles)
+    own = (q_own, out_own) if q_own.shape[1] and tiles.serve_summaries(chunk_size, summary_tokens) else None
     launch_forward(
-        *keys, document_start, chunk_size, summary_tokens, window, 0, 0, 0, scale, Tiles.unpack(tiles).forward,
-        out, lse, dealt, own,
+        *keys, document_start, chunk_size, summary_tokens, window, 0, 0, 0, scale, tiles.forward, out, lse, dealt, own
     )  # fmt: skip
     if own is None:
         launch_summary_forward(q_own, *keys[1:], document_start, chunk_size, summary_tokens, 0, scale, out_own)
@@ -89,8 +83,9 @@ def _backward(
     gradients = _new_gradients(q, k, v)
     (q_text, q_own), (k_text, k_own), (v_text, v_own), (out_text, _), (d_out_text, d_out_own) = _split(text_rows, *rows)
     (dq_text, dq_own), (dk_text, dk_own), (dv_text, dv_own) = _split(text_rows, *gradients)
-    own = _with_text(tiles, chunk_size, summary_tokens) and q_own.shape[1] > 0
-    workspace = new_workspace(q_text, k_text, k_own, document_start, lse, Tiles.unpack(tiles), own)
+    named = Tiles.unpack(tiles)
+    own = q_own.shape[1] > 0 and named.serve_summaries(chunk_size, summary_tokens)
+    workspace = new_workspace(q_text, k_text, k_own, document_start, lse, named, own)
     _launch_backward(
         (
             q_text, k_text, v_text, k_own, v_own, document_start, q_own, out_text, lse, d_out_text, d_out_own,

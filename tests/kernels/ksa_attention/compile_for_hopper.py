@@ -18,16 +18,16 @@ from megatron_ksa.kernels.ksa_attention.triton_config import HOPPER, Tile
 
 POINTERS = dict.fromkeys(("p_dealt", "p_start", "p_stop"), "*i32")
 POINTERS |= dict.fromkeys(("p_out", "p_dq", "p_dk", "p_dv"), "*bf16")
-POINTERS |= dict.fromkeys(("p_k", "p_v", "p_ks", "p_vs", "p_own_q", "p_own_out", "p_own_do", "p_own_dq"), "*bf16")
+POINTERS |= dict.fromkeys(("p_ks", "p_vs", "p_own_q", "p_own_out", "p_own_do", "p_own_dq"), "*bf16")
 POINTERS |= dict.fromkeys(("p_own_lse2", "p_own_delta", "p_lse", "p_dlse", "p_lse2", "p_delta"), "*fp32")
-QUERIES = ("d_q", "d_out", "d_do", "d_lse2", "d_delta", "d_own_q", "d_own_do", "d_own_lse2", "d_own_delta")
+KEYS = ("d_k", "d_v", "d_ks", "d_vs")
 
 
 def compiled(kernel, tile: Tile, documents: bool):
     """A kernel for head_dim 128."""
 
     def descriptor(name: str) -> str:
-        rows = tile.queries if name in QUERIES else tile.keys
+        rows = tile.keys if name in KEYS else tile.queries
         if name.endswith(("lse2", "delta")):
             layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
             return f"tensordesc<fp32{[1, 1, rows]},{layout!r}>"

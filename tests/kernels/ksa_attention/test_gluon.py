@@ -119,9 +119,7 @@ def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, 
         (5, 1, 2, 2, 128, (8, 1, 1), ()),
     ],
 )
-def test_summaries_own_queries_as_work_items_equal_the_kernel_for_them(
-    n, batch, heads, groups, dim, sizes, firsts, dtype
-):
+def test_own_queries_of_summaries_equal_the_kernel_for_them(n, batch, heads, groups, dim, sizes, firsts, dtype):
     torch.manual_seed(0)
     rows = n + n // sizes[0] * sizes[1]
     leaves = [
