@@ -3,14 +3,12 @@
 import sys
 
 try:
-    import megatron_ksa.kernels  # noqa: F401
-except ModuleNotFoundError:
-    print("error: megatron_ksa is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
+    from megatron_ksa.platform import prepare_platform
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
     sys.exit(2)
-
 from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.failure import failures_named
-from megatron_ksa.platform import prepare_platform
 
 
 def main() -> None:

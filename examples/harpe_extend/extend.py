@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError:
-    print("error: megatron_ksa is not installed here: run `pip install -e .` in the repository", file=sys.stderr)
+    print("error: megatron_ksa is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
     sys.exit(2)
 
 METHODS = ("harpe", "single-base", "multi-stage")
