@@ -20,15 +20,15 @@ def main() -> None:
         from megatron.training import pretrain
 
         from megatron_ksa.training.arguments import install_arguments
+        from megatron_ksa.training.configure import configure, read_command_line
         from megatron_ksa.training.datasets import DatasetProvider
-        from megatron_ksa.training.pretrain import configure, read_command_line
         from megatron_ksa.training.step import ForwardStep
 
         install_arguments(defaults)
         args, settings = read_command_line()
         pretrain(
             configure(args, settings),
-            DatasetProvider(args),
+            DatasetProvider(args, settings.data),
             ModelType.encoder_or_decoder,
             ForwardStep(args, settings),
         )

@@ -42,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_import(args: argparse.Namespace, output: Path) -> str:
     """Import into the empty folder `output`; return what to say at the end."""
-    from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint
-    from megatron_ksa.checkpoint.huggingface.training_flags import training_flags
+    from megatron_ksa.huggingface.importer import import_checkpoint
+    from megatron_ksa.huggingface.training_flags import training_flags
 
     arch = import_checkpoint(args.input, output, args.seq_length)
     flags = shlex.join(training_flags(arch))
@@ -52,9 +52,9 @@ def run_import(args: argparse.Namespace, output: Path) -> str:
 
 def run_export(args: argparse.Namespace, output: Path) -> str:
     """Export into the empty folder `output`; return what to say at the end."""
-    from megatron_ksa.checkpoint.huggingface.config_json import OWN_MODEL_TYPE, family
-    from megatron_ksa.checkpoint.huggingface.exporter import export_checkpoint
     from megatron_ksa.checkpoint.load import find_checkpoint
+    from megatron_ksa.huggingface.config_json import OWN_MODEL_TYPE, family
+    from megatron_ksa.huggingface.exporter import export_checkpoint
 
     if args.shard_gigabytes <= 0:
         raise UsageError(f"--shard-gigabytes {args.shard_gigabytes}: more than 0")

@@ -100,10 +100,11 @@ def main() -> None:
             defaults = prepare_platform(flags)
         from megatron.training import training
 
-        from megatron_ksa.training import cluster_plan
+        from megatron_ksa.cost import cluster_plan
+        from megatron_ksa.cost.flops import ksa_flops
+        from megatron_ksa.cost.memory import TrainingLayout
+        from megatron_ksa.cost.run_report import model_shape
         from megatron_ksa.training.arguments import install_arguments, settings_from_args
-        from megatron_ksa.training.flops import ksa_flops
-        from megatron_ksa.training.memory import ModelShape, TrainingLayout
 
         cluster = cluster_plan.Cluster(
             options.gpus, options.gpus_per_node, options.memory * 1e9, options.flops * 1e12, options.efficiency,
@@ -113,14 +114,7 @@ def main() -> None:
         install_arguments(defaults)
         args = read_model(flags, options)
         settings = settings_from_args(copy.copy(args))
-        shape = ModelShape(
-            ksa=settings.ksa, num_layers=args.num_layers, hidden=args.hidden_size, ffn=args.ffn_hidden_size,
-            heads=args.num_attention_heads,
-            kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-            head_dim=args.kv_channels, vocabulary=args.padded_vocab_size, gated=args.swiglu,
-            tied=not args.untie_embeddings_and_output_weights, qk_norm=args.qk_layernorm, bias=args.add_bias_linear,
-            norm_vectors=1 if args.normalization == "RMSNorm" else 2, angles_per_head=settings.bases is not None,
-        )  # fmt: skip
+        shape = model_shape(args, settings)
         base = TrainingLayout(
             args.seq_length, micro_batch=args.micro_batch_size, parameter_bytes=2 if args.bf16 or args.fp16 else 4
         )
@@ -129,7 +123,7 @@ def main() -> None:
             ("full attention", dataclasses.replace(shape, ksa=dataclasses.replace(shape.ksa, enabled=False)), dense)
         ]
         if settings.ksa.enabled:
-            models.insert(0, ("KSA", shape, ksa_flops(dense, settings)))
+            models.insert(0, ("KSA", shape, ksa_flops(dense, settings.ksa)))
         print(" ".join((cluster_plan.__doc__ or "").split("\n\n", 1)[1].split()))
         best = None
         for title, model, count in models:

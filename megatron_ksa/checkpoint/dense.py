@@ -18,16 +18,16 @@ from megatron.training import checkpointing, training
 
 from megatron_ksa.checkpoint.load import stored_settings
 from megatron_ksa.checkpoint.norm_names import ask_for_stored_names
+from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
 from megatron_ksa.model.attention import KSASelfAttention
 from megatron_ksa.model.layers import SplitLayerNorm
-from megatron_ksa.training.arguments import ModelSettings
 
 AdaptKeys = Callable[[ShardedStateDict], ShardedStateDict]
 SUMMARY_PARAMETERS = ("summary_embedding.", ".linear_qkv_summary.", ".q_layernorm_summary.", ".k_layernorm_summary.")
 
 
-def install_dense_start(args: argparse.Namespace, settings: ModelSettings) -> None:
+def install_dense_start(args: argparse.Namespace, settings: RunSettings) -> None:
     """Let `--load --finetune` take a dense checkpoint for a KSA model, and an annealed one for a dense model."""
     load_checkpoint = training.load_checkpoint
 

@@ -10,11 +10,11 @@ from megatron.training.utils import print_rank_0
 from megatron_ksa.checkpoint.load import TRACKER, find_checkpoint
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination, flag
+from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
-from megatron_ksa.training.arguments import ModelSettings
 
 
-def check_identity(checkpoint_args: argparse.Namespace, settings: ModelSettings) -> None:
+def check_identity(checkpoint_args: argparse.Namespace, settings: RunSettings) -> None:
     """Compare the settings that a checkpoint's weights depend on with the flags.
 
     Args:
@@ -38,7 +38,7 @@ def check_identity(checkpoint_args: argparse.Namespace, settings: ModelSettings)
         print_rank_0(difference)
 
 
-def check_bases(checkpoint_args: argparse.Namespace, settings: ModelSettings) -> str | None:
+def check_bases(checkpoint_args: argparse.Namespace, settings: RunSettings) -> str | None:
     """Compare the checkpoint's base set with that of the flags.
 
     `--harpe-override-checkpoint-bases` says that another is meant.
@@ -65,7 +65,7 @@ def _describe(bases: tuple[float, ...] | None) -> str:
     return "no HARPE" if bases is None else ",".join(f"{base:g}" for base in bases)
 
 
-def install_identity_check(settings: ModelSettings) -> None:
+def install_identity_check(settings: RunSettings) -> None:
     """Run `check_identity` wherever Megatron compares a checkpoint's arguments with the flags."""
     check_checkpoint_args = checkpointing.check_checkpoint_args
 
@@ -76,7 +76,7 @@ def install_identity_check(settings: ModelSettings) -> None:
     checkpointing.check_checkpoint_args = check
 
 
-def check_finetune(args: argparse.Namespace, settings: ModelSettings) -> None:
+def check_finetune(args: argparse.Namespace, settings: RunSettings) -> None:
     """Check the bases of the checkpoint that `--finetune` starts from.
 
     Megatron compares nothing then, and other KSA settings are meant; other bases are not, unless the flag says so.

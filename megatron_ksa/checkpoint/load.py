@@ -14,11 +14,11 @@ from megatron_ksa.checkpoint.norm_names import ask_for_stored_names
 from megatron_ksa.checkpoint.streaming import DistributedReader, failure
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination
+from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
 from megatron_ksa.model.builder import KSAGPTModelBuilder, model_config_from_args
 from megatron_ksa.model.gpt import KSAGPTModel
 from megatron_ksa.platform.ports import free_port
-from megatron_ksa.training.arguments import ModelSettings
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # What Megatron's tracker says where there is no iteration: weights to start from, without optimizer.
@@ -64,7 +64,7 @@ class StoredCheckpoint:
     folder: Path
     iteration: int
     args: argparse.Namespace
-    settings: ModelSettings
+    settings: RunSettings
 
 
 def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpoint:
@@ -96,7 +96,7 @@ def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpo
     return StoredCheckpoint(path, iteration, args, stored_settings(args))
 
 
-def stored_settings(args: argparse.Namespace) -> ModelSettings:
+def stored_settings(args: argparse.Namespace) -> RunSettings:
     """KSA and HARPE settings among the trainer's arguments as saved in a checkpoint; those of Megatron's have none."""
     ksa = KSAConfig(
         **{
@@ -104,7 +104,7 @@ def stored_settings(args: argparse.Namespace) -> ModelSettings:
             for field in KSAConfig.__dataclass_fields__.values()
         }
     )
-    return ModelSettings(ksa, getattr(args, "harpe_resolved_bases", None))
+    return RunSettings(ksa, getattr(args, "harpe_resolved_bases", None))
 
 
 def single_process_groups() -> ProcessGroupCollection:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.inference.ksa_cache import KSACache
 from megatron_ksa.layout.rows import RowLayout
-from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention, KVCache
+from megatron_ksa.model.cache import KSACache, KVCache
+from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention
 from megatron_ksa.model.gpt import KSAGPTModel
 
 

@@ -13,15 +13,11 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
-from megatron.training.utils import print_rank_0
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_ksa.config.ksa import KSAConfig
-from megatron_ksa.context_parallel import traffic
 from megatron_ksa.model.gpt import KSAGPTModel
 from megatron_ksa.model.layer_specs import ksa_block_spec, row_layout
-from megatron_ksa.training import memory
-from megatron_ksa.training.memory_report import model_shape
 
 
 @dataclass(kw_only=True)
@@ -33,7 +29,6 @@ class KSAGPTModelConfig(GPTModelConfig):
         bases: HARPE bases, one for each KV group, or None for the single `rotary_base`.
         text_length: n, text tokens in a sequence.
         reset_documents: documents of a sequence do not see each other.
-        layout: how the model is trained, for the memory report; None for no report.
     """
 
     builder: ClassVar[str] = "megatron_ksa.model.builder.KSAGPTModelBuilder"
@@ -41,7 +36,6 @@ class KSAGPTModelConfig(GPTModelConfig):
     bases: tuple[float, ...] | None = None
     text_length: int = 0
     reset_documents: bool = False
-    layout: memory.TrainingLayout | None = None
 
 
 def dense_config_from_args(args: argparse.Namespace, config: type[GPTModelConfig] = GPTModelConfig) -> GPTModelConfig:
@@ -86,10 +80,6 @@ class KSAGPTModelBuilder(GPTModelBuilder):
             vocab_size = calculate_padded_vocab_size(
                 vocab_size, config.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size
             )
-        if transformer.context_parallel_size > 1 and not vp_stage:
-            print_rank_0(_context_parallel_report(config))
-        if config.layout is not None and not vp_stage:
-            print_rank_0(memory.report(model_shape(config, vocab_size), config.layout))
         return KSAGPTModel(
             config=transformer,
             transformer_layer_spec=ksa_block_spec(transformer, config.ksa, config.text_length, vp_stage),
@@ -114,11 +104,3 @@ class KSAGPTModelBuilder(GPTModelBuilder):
             reset_documents=config.reset_documents,
         )
 
-
-def _context_parallel_report(config: KSAGPTModelConfig) -> str:
-    """What each kind of layer sends, and how much less than full attention that is."""
-    transformer = config.transformer
-    heads = traffic.HeadShape.of(transformer)
-    comm = transformer.cp_comm_type or "p2p"
-    size = transformer.context_parallel_size
-    return traffic.report(config.ksa, transformer.num_layers, config.text_length, size, comm, heads)

@@ -6,10 +6,8 @@ pipeline stages and activation recompute to every layer, and text-by-text masks 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,12 +25,10 @@ from megatron_ksa.kernels.ksa_attention import (
 )
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.layout.zigzag import ZigZag
+from megatron_ksa.model.cache import KSACache, KVCache
 from megatron_ksa.model.causal_attention import causal_attention
 
 TEXT_ONLY = RowLayout(1, 0)
-
-if TYPE_CHECKING:
-    from megatron_ksa.inference.ksa_cache import KSACache
 
 
 class _CoreAttention(MegatronModule):
@@ -88,7 +84,7 @@ class KSACoreAttention(_CoreAttention):
     With a `cache` (see `megatron_ksa.inference`) the rows given are the newest, and see those in the cache too.
     """
 
-    cache: "KSACache | None" = None
+    cache: KSACache | None = None
 
     def __init__(self, *args, layout: RowLayout, window_chunks: int, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -151,48 +147,6 @@ class KSACoreAttention(_CoreAttention):
         return torch.cat([text, summaries.transpose(0, 1)])
 
 
-class KVCache:
-    """Rotated keys and the values of one layer's rows, for incremental decoding.
-
-    The buffers grow by doubling; rows that are no longer seen can be dropped, which makes room for new ones.
-
-    Attributes:
-        first: number of the oldest row that is kept.
-        length: rows so far, dropped ones included.
-    """
-
-    def __init__(self) -> None:
-        self.first = self.length = 0
-        self._begin = 0  # place of row `first` in the buffers
-        self._buffers: list[Tensor] = []
-
-    def append(self, *rows: Tensor) -> list[Tensor]:
-        """Keep new rows; return all rows kept, from `first` on.
-
-        Args:
-            rows: keys and values, [new rows, batch, K/V heads, head_dim] each.
-
-        Returns:
-            Views [rows, batch, K/V heads, head_dim] of each.
-        """
-        new, kept = rows[0].shape[0], self.length - self.first
-        if not self._buffers or self._begin + kept + new > self._buffers[0].shape[0]:
-            grown = [row.new_empty(2 * kept + new, *row.shape[1:]) for row in rows]
-            for buffer, old in zip(grown, self._buffers, strict=bool(self._buffers)):
-                buffer[:kept] = old[self._begin : self._begin + kept]
-            self._begin, self._buffers = 0, grown
-        end = self._begin + kept + new
-        for buffer, row in zip(self._buffers, rows, strict=True):
-            buffer[end - new : end] = row
-        self.length += new
-        return [buffer[self._begin : end] for buffer in self._buffers]
-
-    def drop_before(self, row: int) -> None:
-        """Forget the rows before number `row`."""
-        dropped = max(row - self.first, 0)
-        self.first, self._begin = self.first + dropped, self._begin + dropped
-
-
 class CausalCoreAttention(_CoreAttention):
     """Causal attention among text rows, within documents where they are given: the attention of full layers.
 
@@ -213,7 +167,7 @@ class CausalCoreAttention(_CoreAttention):
     ) -> Tensor:
         """Attention output [text rows, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
         if self.cache is not None:
-            return self._decode(query, *self.cache.append(key, value)).flatten(2)
+            return self.cache.attend(query, key, value, self.softmax_scale)
         # A window over everything, in chunks of one token.
         geometry = KSAGeometry(1, 1, query.shape[0] * self.split.size)
 
@@ -228,17 +182,3 @@ class CausalCoreAttention(_CoreAttention):
             return out.transpose(0, 1)
 
         return self._attend(whole, (query, key, value), TEXT_ONLY, geometry, attention_mask).flatten(2)
-
-    def _decode(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The newest rows of the sequence against all rows: query [new, ...], key and value [rows, ...]."""
-        new, rows = query.shape[0], key.shape[0]
-        # [batch, heads, rows, head_dim]
-        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, key, value))
-        visible = None
-        if 1 < new < rows:
-            visible = torch.ones(new, rows, dtype=torch.bool, device=q.device).tril(rows - new)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=new == rows > 1, scale=self.softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        return out.permute(2, 0, 1, 3)

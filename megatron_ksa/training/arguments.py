@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-from dataclasses import dataclass, field
 
 from megatron.training import arguments as megatron_arguments
 
@@ -14,36 +13,14 @@ from megatron_ksa.config.kernels import KernelConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
+from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
-from megatron_ksa.kernels.dispatch import force_reference
 from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_sizes
 
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
 # Those that train to the same numbers as without (tests/training/gpu_check.py).
 CUDA_GRAPHS = ("none", "full_iteration", "local")
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """What the flags say about the model beyond Megatron's own settings.
-
-    Attributes:
-        ksa: KSA settings.
-        bases: HARPE bases, one for each KV group, or None without `--position-embedding-type harpe`.
-        override_bases: a checkpoint may have been written with other bases.
-        loss: how the loss is computed, for Megatron's own model too.
-    """
-
-    ksa: KSAConfig
-    bases: tuple[float, ...] | None
-    override_bases: bool = False
-    loss: LossConfig = field(default_factory=LossConfig)
-
-    @property
-    def is_megatron(self) -> bool:
-        """Neither KSA nor HARPE is on: the model is Megatron's own."""
-        return not self.ksa.enabled and self.bases is None
 
 
 def install_arguments(defaults: dict[str, object]) -> None:
@@ -87,22 +64,28 @@ def _escape_percent(action: argparse.Action) -> None:
         action.help = action.help.replace("%", "%%")
 
 
-def settings_from_args(args: argparse.Namespace) -> ModelSettings:
-    """Check the flags and return the model's settings.
+def settings_from_args(args: argparse.Namespace) -> RunSettings:
+    """Check the flags and return this project's settings; nothing else changes.
 
     Raises:
         UsageError: flags that contradict each other or a length that does not fit.
     """
     check_sizes(args)
     check_async_save(args)
-    force_reference(config_from_args(KernelConfig, args, "kernels").reference)
     ksa = config_from_args(KSAConfig, args, "ksa")
     harpe = config_from_args(HarpeConfig, args, "harpe")
     bases = None
     if args.position_embedding_type == "harpe":
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         bases = harpe.resolve(groups)
-    settings = ModelSettings(ksa, bases, harpe.override_checkpoint, _loss_config(args))
+    settings = RunSettings(
+        ksa,
+        bases,
+        harpe.override_checkpoint,
+        _loss_config(args),
+        config_from_args(DataConfig, args, "data"),
+        config_from_args(KernelConfig, args, "kernels"),
+    )
     if not settings.is_megatron:
         _check(args, settings)
     return settings
@@ -123,7 +106,7 @@ def _loss_config(args: argparse.Namespace) -> LossConfig:
     return loss
 
 
-def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
+def _check(args: argparse.Namespace, settings: RunSettings) -> None:
     """Refuse what KSA and HARPE cannot work with."""
     feature = "--ksa" if settings.ksa.enabled else "--position-embedding-type harpe"
     for name in (name for name in REQUIRED if getattr(args, name) is None):
@@ -173,7 +156,7 @@ def _check(args: argparse.Namespace, settings: ModelSettings) -> None:
     check_layout(args)
 
 
-def _check_cuda_graphs(args: argparse.Namespace, settings: ModelSettings) -> None:
+def _check_cuda_graphs(args: argparse.Namespace, settings: RunSettings) -> None:
     """Refuse what a CUDA graph would freeze, or what was never captured."""
     graphs = "--enable-cuda-graph" if args.enable_cuda_graph else f"--cuda-graph-impl {args.cuda_graph_impl}"
     if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
@@ -214,7 +197,7 @@ def _check_context_parallel(args: argparse.Namespace, feature: str) -> None:
         )
 
 
-def adapt_trainer(args: argparse.Namespace, settings: ModelSettings) -> None:
+def adapt_trainer(args: argparse.Namespace, settings: RunSettings) -> None:
     """Tell Megatron's trainer, after its own validation, what the summary rows change.
 
     The dataset makes no text-by-text mask, and pipeline stages exchange text and summary rows.

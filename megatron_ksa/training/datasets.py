@@ -9,6 +9,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_ksa.config.data import DataConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.training.loss_mask import ResponseLossDataset
 
@@ -56,11 +57,11 @@ def dataset_prefixes(args: argparse.Namespace) -> list[str]:
     return [prefix for named in blends if named is not None for prefix in named[0]]
 
 
-def dataset_class(args: argparse.Namespace) -> type[GPTDataset]:
+def dataset_class(args: argparse.Namespace, data: DataConfig) -> type[GPTDataset]:
     """The kind of dataset that the data flags ask for."""
     if args.mock_data:
         return MockGPTDataset
-    return ResponseLossDataset if args.response_loss_only else GPTDataset
+    return ResponseLossDataset if data.response_loss_only else GPTDataset
 
 
 class DatasetProvider:
@@ -68,8 +69,8 @@ class DatasetProvider:
 
     is_distributed = True
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, data: DataConfig) -> None:
+        self.args, self.data = args, data
 
     def _reads_data(self, vp_stage: int | None = None) -> bool:
         stage = self.args.reset_position_ids or is_first_or_last_pipeline_stage(vp_stage)
@@ -78,6 +79,9 @@ class DatasetProvider:
     def __call__(self, num_samples: list[int | None], vp_stage: int | None = None) -> tuple:
         """Datasets with the given numbers of train, validation and test samples."""
         builder = BlendedMegatronDatasetBuilder(
-            dataset_class(self.args), num_samples, lambda: self._reads_data(vp_stage), dataset_config(self.args)
+            dataset_class(self.args, self.data),
+            num_samples,
+            lambda: self._reads_data(vp_stage),
+            dataset_config(self.args),
         )
         return builder.build()

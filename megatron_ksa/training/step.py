@@ -10,8 +10,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.model.chunked_loss import ChunkedLoss
-from megatron_ksa.training.arguments import ModelSettings
 from megatron_ksa.training.batch import get_batch
 
 
@@ -47,7 +47,7 @@ def masked_loss(
 class ForwardStep:
     """The forward step that `pretrain` calls for every micro-batch."""
 
-    def __init__(self, args: argparse.Namespace, settings: ModelSettings) -> None:
+    def __init__(self, args: argparse.Namespace, settings: RunSettings) -> None:
         self.args = args
         self.settings = settings
         self.loss = ChunkedLoss(settings.loss)

@@ -6,11 +6,11 @@ import pytest
 from huggingface.models import save_family
 
 from megatron_ksa.checkpoint import identity, stored_args
-from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint
 from megatron_ksa.checkpoint.stored_args import take_stored_args
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
-from megatron_ksa.training.arguments import ModelSettings
+from megatron_ksa.huggingface.importer import import_checkpoint
 
 WRITTEN, OTHER = (1e4, 123456.7), (1e4, 2e5)
 
@@ -18,10 +18,10 @@ WRITTEN, OTHER = (1e4, 123456.7), (1e4, 2e5)
 @pytest.mark.parametrize("written", [None, WRITTEN])
 def test_other_bases(written):
     stored = argparse.Namespace(harpe_resolved_bases=written)
-    assert identity.check_bases(stored, ModelSettings(KSAConfig(), written)) is None
+    assert identity.check_bases(stored, RunSettings(KSAConfig(), written)) is None
     with pytest.raises(UsageError, match="the flags say 10000,200000: .*--harpe-override-checkpoint-bases"):
-        identity.check_bases(stored, ModelSettings(KSAConfig(), OTHER))
-    line = identity.check_bases(stored, ModelSettings(KSAConfig(), OTHER, override_bases=True))
+        identity.check_bases(stored, RunSettings(KSAConfig(), OTHER))
+    line = identity.check_bases(stored, RunSettings(KSAConfig(), OTHER, override_bases=True))
     before = "no HARPE" if written is None else "10000,123457"
     assert f"was written with {before}, the flags say 10000,200000: training goes on" in line
 
@@ -29,7 +29,7 @@ def test_other_bases(written):
 def test_override_is_logged_where_megatron_compares(monkeypatch, capsys):
     compared = []
     monkeypatch.setattr(identity.checkpointing, "check_checkpoint_args", lambda args, skip=None: compared.append(args))
-    identity.install_identity_check(ModelSettings(KSAConfig(), OTHER, override_bases=True))
+    identity.install_identity_check(RunSettings(KSAConfig(), OTHER, override_bases=True))
     stored = argparse.Namespace(harpe_resolved_bases=WRITTEN)
     identity.checkpointing.check_checkpoint_args(stored)
     assert compared == [stored] and "--harpe-override-checkpoint-bases" in capsys.readouterr().out
@@ -43,10 +43,10 @@ def test_finetuning_checks_too(megatron_flags, tmp_path, capsys):
     flags = argparse.Namespace(
         finetune=True, load=str(tmp_path / "megatron"), ckpt_format="torch_dist", ckpt_step=None, rank=0
     )
-    identity.check_finetune(flags, ModelSettings(KSAConfig(), None))
+    identity.check_finetune(flags, RunSettings(KSAConfig(), None))
     with pytest.raises(UsageError, match="written with no HARPE"):
-        identity.check_finetune(flags, ModelSettings(KSAConfig(), OTHER))
-    identity.check_finetune(flags, ModelSettings(KSAConfig(), OTHER, override_bases=True))
+        identity.check_finetune(flags, RunSettings(KSAConfig(), OTHER))
+    identity.check_finetune(flags, RunSettings(KSAConfig(), OTHER, override_bases=True))
     assert "--harpe-override-checkpoint-bases" in capsys.readouterr().out
 
 

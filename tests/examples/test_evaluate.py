@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 from megatron_ksa.evaluation.needle import FORMS
 from megatron_ksa.evaluation.token_language import VOCABULARY
+from megatron_ksa.huggingface.importer import import_checkpoint
 
 TOOLS = Path(__file__).parents[2] / "examples" / "evaluate"
 

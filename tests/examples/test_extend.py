@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint
+from megatron_ksa.huggingface.importer import import_checkpoint
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "harpe_extend"
 

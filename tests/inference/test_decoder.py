@@ -9,11 +9,11 @@ import torch
 from compare import assert_close
 from single_process import build_model, random_tokens, transformer_config
 
-from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint
 from megatron_ksa.checkpoint.load import find_checkpoint, load_model
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.evaluation.needle import Case, score_cases
+from megatron_ksa.huggingface.importer import import_checkpoint
 from megatron_ksa.inference.decoder import Decoder, greedy
 from megatron_ksa.platform import trainer_defaults
 

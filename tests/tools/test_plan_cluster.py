@@ -29,7 +29,7 @@ def plan(*flags: object) -> subprocess.CompletedProcess:
 
 def test_flags_train_and_memory_is_the_trainers(tmp_path):
     from megatron_ksa.config.ksa import KSAConfig
-    from megatron_ksa.training.memory import ModelShape, TrainingLayout, fullest_stage
+    from megatron_ksa.cost.memory import ModelShape, TrainingLayout, fullest_stage
 
     model, layout = tmp_path / "model.args", tmp_path / "layout.args"
     model.write_text(MODEL)

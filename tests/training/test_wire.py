@@ -7,8 +7,8 @@ from trainer import launch
 from wire import counts_sent_bytes
 
 from megatron_ksa.config.ksa import KSAConfig
-from megatron_ksa.training.cluster_plan import bytes_on_the_wire
-from megatron_ksa.training.memory import ModelShape, TrainingLayout
+from megatron_ksa.cost.cluster_plan import bytes_on_the_wire
+from megatron_ksa.cost.memory import ModelShape, TrainingLayout
 
 STEPS = 3
 SIZE = "--hidden-size 128 --ffn-hidden-size 256 --kv-channels 32 --seq-length 256 --max-position-embeddings 256"

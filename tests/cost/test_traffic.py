@@ -11,9 +11,9 @@ from processes import run_processes
 from wire import bytes_sent, counts_sent_bytes
 
 from megatron_ksa.config.ksa import KSAConfig
-from megatron_ksa.context_parallel import traffic
 from megatron_ksa.context_parallel.attention import context_parallel_attention
 from megatron_ksa.context_parallel.plan import sees_summaries
+from megatron_ksa.cost import traffic
 from megatron_ksa.kernels.ksa_attention import KSAGeometry
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.layout.zigzag import ZigZag

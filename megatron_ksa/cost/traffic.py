@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron.core.transformer.transformer_config import TransformerConfig
-
 from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
 from megatron_ksa.context_parallel.plan import HaloPlan, sees_summaries
 from megatron_ksa.kernels.ksa_attention import KSAGeometry
@@ -19,20 +17,15 @@ from megatron_ksa.layout.zigzag import ZigZag
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Heads of one tensor-parallel rank: query heads, K/V heads, head_dim, and bytes of an element."""
+    """Heads of one tensor-parallel rank: query heads, K/V heads, head_dim, and bytes of an element.
+
+    Fewer K/V heads than tensor-parallel ranks are one a rank.
+    """
 
     query: int
     kv: int
     dim: int
     element_bytes: int
-
-    @classmethod
-    def of(cls, config: TransformerConfig) -> "HeadShape":
-        """The heads of a model; fewer K/V heads than tensor-parallel ranks are one a rank."""
-        tp = config.tensor_model_parallel_size
-        groups = config.num_query_groups or config.num_attention_heads
-        itemsize = config.params_dtype.itemsize
-        return cls(config.num_attention_heads // tp, max(groups // tp, 1), config.kv_channels, itemsize)
 
     @property
     def kv_row_bytes(self) -> int:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ksa.checkpoint.huggingface.architecture import Architecture
-from megatron_ksa.checkpoint.huggingface.config_json import read_config
-from megatron_ksa.checkpoint.huggingface.shards import ShardReader
-from megatron_ksa.checkpoint.huggingface.tensors import Group, empty_objects, groups
-from megatron_ksa.checkpoint.huggingface.training_flags import training_args
 from megatron_ksa.checkpoint.load import RELEASE, TRACKER
 from megatron_ksa.checkpoint.streaming import Slot, save_distributed
 from megatron_ksa.errors import UsageError
+from megatron_ksa.huggingface.architecture import Architecture
+from megatron_ksa.huggingface.config_json import read_config
+from megatron_ksa.huggingface.shards import ShardReader
+from megatron_ksa.huggingface.tensors import Group, empty_objects, groups
+from megatron_ksa.huggingface.training_flags import training_args
 
 # Angles that old Llama checkpoints store; they follow from the configuration.
 DERIVED = ".rotary_emb.inv_freq"

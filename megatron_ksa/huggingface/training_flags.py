@@ -6,9 +6,9 @@ import io
 
 from megatron.training import arguments as megatron_arguments
 
-from megatron_ksa.checkpoint.huggingface.architecture import Architecture
 from megatron_ksa.checkpoint.load import StoredCheckpoint
 from megatron_ksa.errors import UsageError
+from megatron_ksa.huggingface.architecture import Architecture
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 
 # What an exported model cannot have: argument -> value that it can have, and flag to name.

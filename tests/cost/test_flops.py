@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.cost.flops import ksa_flops, visible_pairs
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.reference import text_attention
-from megatron_ksa.training.arguments import ModelSettings
-from megatron_ksa.training.flops import ksa_flops, visible_pairs
 
 
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 4), st.integers(1, 10))
@@ -35,7 +34,7 @@ def dense(args, batch_size, squared=None, tokens=None):
 def test_hybrid_model_counts_each_layer_kind():
     args = argparse.Namespace(num_layers=2, seq_length=16)
     ksa = KSAConfig(enabled=True, chunk_size=4, window_chunks="1", layer_pattern="kf")
-    flops = ksa_flops(dense, ModelSettings(ksa, None))(args, 2)
+    flops = ksa_flops(dense, ksa)(args, 2)
     tokens, pairs = 32, visible_pairs(16, 4, 1, 1)
     expected = 1000 * tokens + (100 * tokens + 3 * 2 * 16**2) + (100 * tokens * 1.25 + 3 * 2 * pairs * 2)
     assert flops == pytest.approx(expected)
@@ -44,4 +43,4 @@ def test_hybrid_model_counts_each_layer_kind():
 def test_full_attention_is_megatrons_count():
     args = argparse.Namespace(num_layers=2, seq_length=16)
     ksa = KSAConfig(enabled=True, chunk_size=4, layer_pattern="f")
-    assert ksa_flops(dense, ModelSettings(ksa, None))(args, 2) == pytest.approx(dense(args, 2))
+    assert ksa_flops(dense, ksa)(args, 2) == pytest.approx(dense(args, 2))

@@ -5,10 +5,7 @@ import copy
 from collections.abc import Callable
 from functools import lru_cache
 
-from megatron.training import training
-
-from megatron_ksa.config.ksa import LayerKind
-from megatron_ksa.training.arguments import ModelSettings
+from megatron_ksa.config.ksa import KSAConfig, LayerKind
 
 
 @lru_cache
@@ -27,20 +24,12 @@ def visible_pairs(num_text: int, chunk_size: int, summary_tokens: int, window_ch
     return pairs
 
 
-def install_flops(settings: ModelSettings) -> None:
-    """Make the trainer count a KSA model's work.
+def ksa_flops(dense: Callable, ksa: KSAConfig) -> Callable:
+    """Megatron's `num_floating_point_operations` (`dense`) for a KSA model, with the same signature.
 
     Megatron's count is linear in the number of tokens and in the sum of squared lengths, two pairs to a squared token.
     KSA layers work on 1 + S/C rows a token and on the visible pairs; full layers and the output layer are unchanged.
     """
-    if not settings.ksa.enabled:
-        return
-    training.num_floating_point_operations = ksa_flops(training.num_floating_point_operations, settings)
-
-
-def ksa_flops(dense: Callable, settings: ModelSettings) -> Callable:
-    """Megatron's `num_floating_point_operations` (`dense`) for a KSA model, with the same signature."""
-    ksa = settings.ksa
 
     def num_floating_point_operations(
         args: argparse.Namespace,

@@ -6,11 +6,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from megatron_ksa.checkpoint.huggingface.exporter import export_checkpoint  # noqa: E402
-from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint  # noqa: E402
 from megatron_ksa.checkpoint.load import find_checkpoint  # noqa: E402
+from megatron_ksa.huggingface.exporter import export_checkpoint  # noqa: E402
+from megatron_ksa.huggingface.importer import import_checkpoint  # noqa: E402
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True, scope="module")

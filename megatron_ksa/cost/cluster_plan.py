@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_ksa.config.ksa import LayerKind
-from megatron_ksa.context_parallel.traffic import HeadShape, bytes_sent
+from megatron_ksa.cost.memory import MemoryReport, ModelShape, TrainingLayout, fullest_stage, stage_layers
+from megatron_ksa.cost.traffic import HeadShape, bytes_sent
 from megatron_ksa.errors import UsageError
-from megatron_ksa.training.memory import MemoryReport, ModelShape, TrainingLayout, fullest_stage, stage_layers
 
 # Share of a GPU's memory left to communication buffers, the allocator's fragments and the CUDA context.
 RESERVED = 0.1

@@ -8,10 +8,10 @@ import torch
 from models import GOLDEN, read_tensors, save_family
 from safetensors.torch import save_file
 
-from megatron_ksa.checkpoint.huggingface.exporter import export_checkpoint
-from megatron_ksa.checkpoint.huggingface.importer import import_checkpoint
 from megatron_ksa.checkpoint.load import RELEASE, find_checkpoint
 from megatron_ksa.errors import UsageError
+from megatron_ksa.huggingface.exporter import export_checkpoint
+from megatron_ksa.huggingface.importer import import_checkpoint
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ksa.checkpoint.huggingface.architecture import Architecture
 from megatron_ksa.checkpoint.streaming import Slot
 from megatron_ksa.config.ksa import KSALayer, LayerKind
+from megatron_ksa.huggingface.architecture import Architecture
 
 # Tensors that a released checkpoint has and the model does not use are kept in the Megatron checkpoint under this
 # prefix, which the trainer passes over: the way back then gives the released bytes.

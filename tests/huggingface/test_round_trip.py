@@ -12,13 +12,13 @@ from models import FAMILIES, GOLDEN, VOCABULARY, assert_same_tensors, read_tenso
 from safetensors.torch import save_file
 from single_process import build_model, transformer_config
 
-from megatron_ksa.checkpoint.huggingface.architecture import Architecture
-from megatron_ksa.checkpoint.huggingface.config_json import read_config, write_config
-from megatron_ksa.checkpoint.huggingface.shards import ShardReader
-from megatron_ksa.checkpoint.huggingface.tensors import UNUSED, empty_objects, groups
 from megatron_ksa.checkpoint.load import find_checkpoint
 from megatron_ksa.checkpoint.streaming import DistributedReader
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.huggingface.architecture import Architecture
+from megatron_ksa.huggingface.config_json import read_config, write_config
+from megatron_ksa.huggingface.shards import ShardReader
+from megatron_ksa.huggingface.tensors import UNUSED, empty_objects, groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

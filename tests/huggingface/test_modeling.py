@@ -11,14 +11,14 @@ from models import assert_same_tensors
 from test_logits import TOLERANCE, assert_near, megatron_logits, transformers_logits
 from transformers import AutoModelForCausalLM
 
-from megatron_ksa.checkpoint.huggingface import modeling
-from megatron_ksa.checkpoint.huggingface.architecture import Architecture
-from megatron_ksa.checkpoint.huggingface.config_json import OWN_FILES, write_config
-from megatron_ksa.checkpoint.huggingface.exporter import export_checkpoint
-from megatron_ksa.checkpoint.huggingface.modeling.configuration_megatron_ksa import MegatronKSAConfig
-from megatron_ksa.checkpoint.huggingface.modeling.modeling_megatron_ksa import MegatronKSAForCausalLM
 from megatron_ksa.checkpoint.load import find_checkpoint, load_model
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.huggingface import modeling
+from megatron_ksa.huggingface.architecture import Architecture
+from megatron_ksa.huggingface.config_json import OWN_FILES, write_config
+from megatron_ksa.huggingface.exporter import export_checkpoint
+from megatron_ksa.huggingface.modeling.configuration_megatron_ksa import MegatronKSAConfig
+from megatron_ksa.huggingface.modeling.modeling_megatron_ksa import MegatronKSAForCausalLM
 from megatron_ksa.platform import trainer_defaults
 
 DENSE = Architecture(

@@ -12,9 +12,9 @@
 import json
 from pathlib import Path
 
-from megatron_ksa.checkpoint.huggingface.architecture import Architecture
 from megatron_ksa.config.ksa import KSAConfig, LayerKind
 from megatron_ksa.errors import UsageError
+from megatron_ksa.huggingface.architecture import Architecture
 
 OWN_MODEL_TYPE = "megatron_ksa"
 OWN_FILES = ("configuration_megatron_ksa", "modeling_megatron_ksa")

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ksa.checkpoint.huggingface import modeling
-from megatron_ksa.checkpoint.huggingface.architecture import Architecture
-from megatron_ksa.checkpoint.huggingface.config_json import OWN_FILES, OWN_MODEL_TYPE, family, read_json, write_config
-from megatron_ksa.checkpoint.huggingface.shards import write_shards
-from megatron_ksa.checkpoint.huggingface.tensors import UNUSED, Group, groups
-from megatron_ksa.checkpoint.huggingface.training_flags import architecture_of
 from megatron_ksa.checkpoint.load import StoredCheckpoint
 from megatron_ksa.checkpoint.streaming import DistributedReader, Slot
 from megatron_ksa.errors import UsageError
+from megatron_ksa.huggingface import modeling
+from megatron_ksa.huggingface.architecture import Architecture
+from megatron_ksa.huggingface.config_json import OWN_FILES, OWN_MODEL_TYPE, family, read_json, write_config
+from megatron_ksa.huggingface.shards import write_shards
+from megatron_ksa.huggingface.tensors import UNUSED, Group, groups
+from megatron_ksa.huggingface.training_flags import architecture_of
 
 # What a tokenizer, and generation with it, need: copied from another Hugging Face folder.
 COMPANIONS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",

@@ -1,0 +1,34 @@
+"""What the flags of this project say, as one object that is handed down from the entry point."""
+
+from dataclasses import dataclass, field
+
+from megatron_ksa.config.data import DataConfig
+from megatron_ksa.config.kernels import KernelConfig
+from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.config.loss import LossConfig
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the flags say beyond Megatron's own settings.
+
+    Attributes:
+        ksa: KSA settings.
+        bases: HARPE bases, one for each KV group, or None without `--position-embedding-type harpe`.
+        override_bases: a checkpoint may have been written with other bases.
+        loss: how the loss is computed, for Megatron's own model too.
+        data: which tokens of the datasets count in the loss.
+        kernels: which implementation attention and rotation take.
+    """
+
+    ksa: KSAConfig
+    bases: tuple[float, ...] | None
+    override_bases: bool = False
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+
+    @property
+    def is_megatron(self) -> bool:
+        """Neither KSA nor HARPE is on: the model is Megatron's own."""
+        return not self.ksa.enabled and self.bases is None

@@ -1,0 +1,1 @@
+"""Every replacement of something in Megatron or torch, one file a cause."""
