@@ -7,6 +7,7 @@ from enum import StrEnum
 from megatron_ksa.config.options import option
 from megatron_ksa.config.patterns import parse_integers, parse_letters
 from megatron_ksa.errors import UsageError
+from megatron_ksa.layout.rows import RowLayout
 
 
 class LayerKind(StrEnum):
@@ -15,6 +16,7 @@ class LayerKind(StrEnum):
     KSA = "k"
     LARGE_WINDOW = "l"
     FULL = "f"
+    WINDOW = "w"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class KSALayer:
 
     kind: LayerKind
     window_chunks: int
+
+    @property
+    def has_summaries(self) -> bool:
+        """Summary rows take part in the layer; they skip the others."""
+        return self.kind in (LayerKind.KSA, LayerKind.LARGE_WINDOW)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class KSAConfig:
     )  # fmt: skip
     layer_pattern: str = option(
         "k", "Kind of each layer: k (KSA), l (KSA with a window over the whole sequence), f (full attention; summary "
-        "rows skip the layer). One letter for all layers or one a layer, such as kkkf*6."
+        "rows skip the layer), w (the window alone: text in the window, no summaries, which skip the layer). One letter for all layers or one a layer, such as kkkf*6."
     )  # fmt: skip
     independent_projections: bool = option(
         True, "Give summary rows their own Q, K and V projections in each KSA layer."
@@ -82,16 +89,27 @@ class KSAConfig:
             for kind, window in zip(kinds, windows, strict=True)
         )
 
+    @property
+    def has_summaries(self) -> bool:
+        """Some layer has summary rows: a model of w and f layers alone has text rows only."""
+        return self.enabled and any(kind in self.layer_pattern for kind in (LayerKind.KSA, LayerKind.LARGE_WINDOW))
+
+    @property
+    def rows(self) -> RowLayout:
+        """Text and summary rows of a model."""
+        return RowLayout(self.chunk_size, self.summary_tokens) if self.has_summaries else RowLayout(1, 0)
+
     def kv_rows(self, num_layers: int, seq_length: int) -> int:
         """K/V rows of all layers that the next token after seq_length tokens can see: what a decoder keeps.
 
-        A full layer keeps every token; a KSA layer the text of its window and the running chunk, and every summary.
+        A full layer keeps every token; a window layer the text of its window and the running chunk; a KSA layer every
+        summary too.
         """
-        summaries = seq_length // self.chunk_size * self.summary_tokens
+        summaries = self.rows.summary_rows(seq_length)
         return sum(
             seq_length
             if layer.kind == LayerKind.FULL
-            else min(seq_length, (layer.window_chunks + 1) * self.chunk_size) + summaries
+            else min(seq_length, (layer.window_chunks + 1) * self.chunk_size) + summaries * layer.has_summaries
             for layer in self.layers(num_layers, seq_length)
         )
 

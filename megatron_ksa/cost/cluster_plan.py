@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_ksa.config.ksa import LayerKind
 from megatron_ksa.cost.memory import MemoryReport, ModelShape, TrainingLayout, fullest_stage, stage_layers
 from megatron_ksa.cost.traffic import HeadShape, bytes_sent
 from megatron_ksa.errors import UsageError
@@ -105,11 +104,11 @@ def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, in
     tp, cp, pp = layout.tensor_parallel, layout.context_parallel, layout.pipeline_parallel
     stages = [stage_layers(shape, layout, stage) for stage in range(pp)]
     ksa, forwards = shape.ksa, 2 if layout.recompute == "full" else 1
-    summaries = layout.rank_text // ksa.chunk_size * ksa.summary_tokens if ksa.enabled else 0
+    summaries = ksa.rows.summary_rows(layout.rank_text)
     heads = HeadShape(shape.heads // tp, shape.kv_heads // tp, shape.head_dim, layout.parameter_bytes)
 
     def tensor(layer) -> int:
-        rows = layout.rank_text + (0 if layer.kind == LayerKind.FULL else summaries)
+        rows = layout.rank_text + summaries * layer.has_summaries
         gathered = layout.parameter_bytes * rows * shape.hidden * (tp - 1) // tp
         return gathered * (4 * forwards + 4 + 2)
 

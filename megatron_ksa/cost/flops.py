@@ -53,8 +53,9 @@ def ksa_flops(dense: Callable, ksa: KSAConfig) -> Callable:
                 squared = seqlen_squared_sum_in_batch or batch_size * args.seq_length**2
                 total += linear + per_squared_token * squared
             else:
-                rows_per_token = 1 + ksa.summary_tokens / ksa.chunk_size
-                pairs = visible_pairs(args.seq_length, ksa.chunk_size, ksa.summary_tokens, layer.window_chunks)
+                summary_tokens = ksa.summary_tokens * layer.has_summaries
+                rows_per_token = 1 + summary_tokens / ksa.chunk_size
+                pairs = visible_pairs(args.seq_length, ksa.chunk_size, summary_tokens, layer.window_chunks)
                 total += linear * rows_per_token + per_squared_token * 2 * pairs * batch_size
         return total
 

@@ -133,7 +133,7 @@ class MemoryReport:
 
 def layer_parameters(shape: ModelShape, layer: KSALayer, tensor_parallel: int = 1) -> int:
     """Parameters of a decoder layer on one tensor-parallel rank."""
-    ksa, attends = shape.ksa, layer.kind != LayerKind.FULL
+    ksa, attends = shape.ksa, layer.has_summaries
     qkv_width = shape.query + 2 * shape.kv
     qkv = qkv_width * (shape.hidden + (shape.bias or shape.qkv_bias))
     projections = qkv * (2 if attends and ksa.independent_projections else 1)
@@ -160,7 +160,7 @@ def stage_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) -> i
     total = sum(layer_parameters(shape, layer, tp) for layer in stage_layers(shape, layout, stage))
     words = shape.vocabulary * shape.hidden // tp
     if stage == 0:
-        total += words + (shape.ksa.summary_tokens * shape.hidden if shape.ksa.enabled else 0)
+        total += words + shape.ksa.rows.summary_tokens * shape.hidden
     if stage == last:
         total += shape.norm_vectors * shape.hidden
         total += words if not shape.tied or last > 0 else 0
@@ -183,11 +183,12 @@ def layer_activations(shape: ModelShape, layer: KSALayer, layout: TrainingLayout
     recompute = recompute or layout.recompute
     size, tp, shards = layout.parameter_bytes, layout.tensor_parallel, layout.row_shards
     text = layout.rank_text
-    all_rows = text + (text // shape.ksa.chunk_size * shape.ksa.summary_tokens if shape.ksa.enabled else 0)
+    all_rows = shape.ksa.rows.total_rows(text)
     stream = size * all_rows * shape.hidden // shards
     if recompute == "full":
         return stream
-    full = layer.kind == LayerKind.FULL
+    # Full and window layers: text rows alone, and values where the projection left them.
+    full = not layer.has_summaries
     rows = text if full else all_rows
     query, kv, heads = size * rows * shape.query // tp, size * rows * shape.kv // tp, shape.heads // tp
     row_states = size * rows * shape.hidden // shards
@@ -242,7 +243,7 @@ def saved_activations(shape: ModelShape, layout: TrainingLayout, stage: int) -> 
     layers = stage_layers(shape, layout, stage)
     each = [layer_activations(shape, layer, layout) for layer in layers]
     text, size = layout.rank_text, layout.parameter_bytes
-    rows = text + (text // shape.ksa.chunk_size * shape.ksa.summary_tokens if shape.ksa.enabled else 0)
+    rows = shape.ksa.rows.total_rows(text)
     total = sum(each)
     if layout.recompute == "full":
         # Each unit keeps its input; float32 angles of queries and keys are an input of all.

@@ -72,9 +72,9 @@ def bytes_sent(
     """Bytes that the busiest rank sends in so many passes of one layer; `comm` is the layer's `--cp-comm-type`."""
     full = layer.kind == LayerKind.FULL
     if comm == "a2a":
-        summaries = 0 if full else text_length // ksa.chunk_size * ksa.summary_tokens
+        summaries = ksa.rows.summary_rows(text_length) * layer.has_summaries
         return (forwards + backwards) * all_to_all_bytes((text_length + summaries) // size, heads, size)
-    geometry = KSAGeometry(ksa.chunk_size, ksa.summary_tokens, layer.window_chunks)
+    geometry = KSAGeometry(ksa.chunk_size, ksa.summary_tokens * layer.has_summaries, layer.window_chunks)
     if full:
         geometry = KSAGeometry(1, 0, text_length)
     ranks = [ZigZag(rank, size) for rank in range(size)]

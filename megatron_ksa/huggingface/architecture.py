@@ -55,4 +55,4 @@ class Architecture:
     @property
     def summary_rows(self) -> int:
         """S, rows of the summary embedding; 0 without KSA."""
-        return self.ksa.summary_tokens if self.ksa.enabled else 0
+        return self.ksa.rows.summary_tokens

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ksa.checkpoint.streaming import Slot
-from megatron_ksa.config.ksa import KSALayer, LayerKind
+from megatron_ksa.config.ksa import KSALayer
 from megatron_ksa.huggingface.architecture import Architecture
 
 # Tensors that a released checkpoint has and the model does not use are kept in the Megatron checkpoint under this
@@ -80,7 +80,7 @@ def _vocabulary(arch: Architecture, text: str, summaries: str, name: str) -> Gro
 def _layer_groups(arch: Architecture, index: int, layer: KSALayer) -> Iterator[Group]:
     hidden, ffn, dim = arch.hidden_size, arch.ffn_hidden_size, arch.head_dim
     theirs = f"model.layers.{index}"
-    is_ksa = layer.kind != LayerKind.FULL
+    is_ksa = layer.has_summaries
 
     def slot(name: str, shape: tuple[int, ...], prefix: str = "") -> Slot:
         # Layers of a KSA model differ in their parameters, so Megatron does not stack them.
@@ -140,7 +140,7 @@ def empty_objects(arch: Architecture) -> Iterator[tuple[str, int, int]]:
 
 def _with_extra_state(arch: Architecture, layer: KSALayer) -> Iterator[str]:
     """Prefixes of a layer's `_extra_state` objects."""
-    is_ksa = layer.kind != LayerKind.FULL
+    is_ksa = layer.has_summaries
     yield from ("self_attention.linear_proj.", "self_attention.linear_qkv.", "mlp.linear_fc1.", "mlp.linear_fc2.")
     if is_ksa and arch.ksa.independent_projections:
         yield "self_attention.linear_qkv_summary."

@@ -116,7 +116,7 @@ class KSACache:
             softmax_scale=softmax_scale,
         )  # fmt: skip
         chunk, end = start // chunk_size, self.text.length // chunk_size
-        if end > chunk:
+        if end > chunk and layout.summary_tokens:
             completed = [rows[:, chunk * chunk_size - first : end * chunk_size - first] for rows in text]
             read = ksa_summary_attention(
                 summary_queries.transpose(0, 1), *completed, *(rows.transpose(0, 1) for rows in own), geometry,

@@ -1,4 +1,4 @@
-"""Core attention of KSA and full layers: Megatron's `[rows, batch, heads, head_dim]` in, visibility decided here.
+"""Core attention of KSA, window and full layers: Megatron's `[rows, batch, heads, head_dim]` in, visibility decided here.
 
 Both take Megatron's `attention_mask` argument as `document_start` (int32 [batch, n], see
 `megatron_ksa.layout.rows.document_starts`) or None: the argument is the one tensor that Megatron hands through
@@ -78,6 +78,27 @@ class _CoreAttention(MegatronModule):
         )  # fmt: skip
 
 
+def _text_attention(
+    q: Tensor, k: Tensor, v: Tensor, geometry: KSAGeometry, document_start: Tensor | None, softmax_scale: float | None
+) -> Tensor:
+    """Attention among the text rows of a whole sequence, within the window of `geometry` and within documents.
+
+    Args:
+        q, k, v: [n, batch, heads, head_dim], K/V heads for k and v.
+
+    Returns:
+        [n, batch, heads, head_dim].
+    """
+    if document_start is None and geometry.window_chunks * geometry.chunk_size >= q.shape[0]:
+        return causal_attention(q, k, v, softmax_scale)
+    q, k, v = (rows.transpose(0, 1) for rows in (q, k, v))
+    none = k[:, :0]
+    out, _ = ksa_text_attention(
+        q, k, v, none, none, geometry, document_start=document_start, softmax_scale=softmax_scale
+    )
+    return out.transpose(0, 1)
+
+
 class KSACoreAttention(_CoreAttention):
     """KSA among rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432, visibility rules).
 
@@ -147,6 +168,38 @@ class KSACoreAttention(_CoreAttention):
         return torch.cat([text, summaries.transpose(0, 1)])
 
 
+class WindowCoreAttention(_CoreAttention):
+    """A window of past chunks among text rows, without summaries: what KSA is measured against.
+
+    With a `cache` (see `megatron_ksa.inference`) the rows given are the newest, and see those in the cache too.
+    """
+
+    cache: KSACache | None = None
+
+    def __init__(self, *args, chunk_size: int, window_chunks: int, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.geometry = KSAGeometry(chunk_size, 1, window_chunks)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attention output [text rows, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
+        if self.cache is not None:
+            return self.cache.attend(query, key, value, TEXT_ONLY, self.geometry, self.softmax_scale)
+
+        def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _text_attention(q, k, v, self.geometry, attention_mask, self.softmax_scale)
+
+        return self._attend(whole, (query, key, value), TEXT_ONLY, self.geometry, attention_mask).flatten(2)
+
+
 class CausalCoreAttention(_CoreAttention):
     """Causal attention among text rows, within documents where they are given: the attention of full layers.
 
@@ -172,13 +225,6 @@ class CausalCoreAttention(_CoreAttention):
         geometry = KSAGeometry(1, 1, query.shape[0] * self.split.size)
 
         def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if attention_mask is None:
-                return causal_attention(q, k, v, self.softmax_scale)
-            q, k, v = (rows.transpose(0, 1) for rows in (q, k, v))
-            none = k[:, :0]
-            out, _ = ksa_text_attention(
-                q, k, v, none, none, geometry, document_start=attention_mask, softmax_scale=self.softmax_scale
-            )
-            return out.transpose(0, 1)
+            return _text_attention(q, k, v, geometry, attention_mask, self.softmax_scale)
 
         return self._attend(whole, (query, key, value), TEXT_ONLY, geometry, attention_mask).flatten(2)

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.model.attention import KSASelfAttention, KSASelfAttentionSubmodules
-from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention
+from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention, WindowCoreAttention
 from megatron_ksa.model.layers import BypassTransformerLayer, SplitLayerNorm
 from megatron_ksa.model.norm import Norm
 from megatron_ksa.model.rotated_attention import RotatedSelfAttention
@@ -57,9 +57,11 @@ def _layer_spec(
     attention = dict(
         linear_qkv=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear(), **heads
     )  # fmt: skip
-    if layer.kind == LayerKind.FULL:
-        module, params = RotatedSelfAttention, {}
-        attention = type(base.submodules.self_attention.submodules)(core_attention=CausalCoreAttention, **attention)
+    if not layer.has_summaries:
+        module, params, core = RotatedSelfAttention, {}, CausalCoreAttention
+        if layer.kind == LayerKind.WINDOW:
+            core = partial(WindowCoreAttention, chunk_size=ksa.chunk_size, window_chunks=layer.window_chunks)
+        attention = type(base.submodules.self_attention.submodules)(core_attention=core, **attention)
     else:
         core = partial(KSACoreAttention, layout=layout, window_chunks=layer.window_chunks)
         module, params = KSASelfAttention, {"layout": layout}
@@ -73,7 +75,7 @@ def _layer_spec(
     submodules.self_attention = ModuleSpec(
         module=module, params={"attn_mask_type": AttnMaskType.causal, **params}, submodules=attention
     )
-    if layer.kind == LayerKind.FULL and ksa.enabled:
+    if ksa.has_summaries and not layer.has_summaries:
         return ModuleSpec(module=BypassTransformerLayer, params={"layout": layout}, submodules=submodules)
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
@@ -111,4 +113,4 @@ def ksa_block_spec(
 
 def row_layout(ksa: KSAConfig) -> RowLayout:
     """The row layout of a model; without KSA there are text rows only."""
-    return RowLayout(ksa.chunk_size, ksa.summary_tokens) if ksa.enabled else RowLayout(1, 0)
+    return ksa.rows

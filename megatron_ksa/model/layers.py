@@ -11,7 +11,7 @@ from megatron_ksa.layout.rows import RowLayout
 
 
 class BypassTransformerLayer(TransformerLayer):
-    """A full-attention layer of a hybrid model: text rows pass through it, summary rows skip it."""
+    """A full-attention or window layer of a hybrid model: text rows pass through it, summary rows skip it."""
 
     def __init__(self, *args, layout: RowLayout, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -211,9 +211,7 @@ def adapt_trainer(args: argparse.Namespace, settings: RunSettings) -> None:
     args.apply_rope_fusion = False
     if settings.ksa.enabled and args.pipeline_model_parallel_size > 1:
         if args.virtual_pipeline_model_parallel_size is None:
-            args.decoder_seq_length = args.seq_length + args.seq_length // settings.ksa.chunk_size * (
-                settings.ksa.summary_tokens
-            )
+            args.decoder_seq_length = settings.ksa.rows.total_rows(args.seq_length)
         else:
             args.variable_seq_lengths = True
             # Megatron's check of variable lengths looks at the MoE dispatcher even of dense models.

@@ -1,5 +1,7 @@
 """Theoretical memory against models, optimizers and saved tensors that exist."""
 
+import dataclasses
+
 import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -78,15 +80,17 @@ def saved_bytes(model: torch.nn.Module, micro_batch: int) -> int:
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("bases", [None, (1e4, 1e5)])
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_activations_are_the_saved_tensors(recompute, bases, qk_norm):
+@pytest.mark.parametrize("pattern", ["kklf", "wkwf", "w"])
+def test_activations_are_the_saved_tensors(recompute, bases, qk_norm, pattern):
     process_groups()
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     config = transformer_config(qk_layernorm=qk_norm, **RECOMPUTE[recompute])
+    ksa = dataclasses.replace(HYBRID, layer_pattern=pattern)
     model = build_model(
-        HYBRID, config, bases=bases, vocab_size=WORDS, text_length=N, share_embeddings_and_output_weights=False
+        ksa, config, bases=bases, vocab_size=WORDS, text_length=N, share_embeddings_and_output_weights=False
     )
     plan = layout(recompute=recompute, recompute_layers=2, micro_batch=2)
-    expected = memory.saved_activations(shape(angles_per_head=bases is not None, qk_norm=qk_norm), plan, 0)
+    expected = memory.saved_activations(shape(angles_per_head=bases is not None, qk_norm=qk_norm, ksa=ksa), plan, 0)
     assert saved_bytes(model, 2) == pytest.approx(expected, rel=0.02)
 
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "ksa_hf_tiny"
+GOLDEN = Path(__file__).parents[1] / "golden" / "ksa_hf_tiny"
 VOCABULARY = 96
 LENGTH = 64
 SIZES = dict(

@@ -55,6 +55,8 @@ KSA_MODELS = {
     "two summaries, all of their own": dataclasses.replace(
         KSA, summary_tokens=2, independent_qk_norm=True, independent_layernorm=True
     ),
+    "windows without summaries": dataclasses.replace(KSA, layer_pattern="w"),
+    "windows beside summaries": dataclasses.replace(KSA, layer_pattern="wkwf"),
     "more summaries than text": dataclasses.replace(KSA, chunk_size=3, summary_tokens=4, layer_pattern="k"),
 }
 

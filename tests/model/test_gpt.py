@@ -28,7 +28,7 @@ def packed(draw):
         chunk_size=draw(st.integers(1, 6)),
         summary_tokens=draw(st.integers(1, 2)),
         window_chunks=f"[{draw(st.integers(0, 3))}]*4",
-        layer_pattern=draw(st.sampled_from(["kkkf", "klkf", "k"])),
+        layer_pattern=draw(st.sampled_from(["kkkf", "klkf", "k", "w", "wkwf"])),
     )
     return ksa, lengths, draw(st.integers(0, sum(lengths) - 1))
 
@@ -61,6 +61,23 @@ def test_full_layers_see_their_whole_document():
     assert_close("logits", packed_logits, whole)
 
 
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_a_window_layer_reaches_no_further_than_its_window(window):
+    """One window layer: logits depend on the token's own chunk and the window's, and there are no summary rows."""
+    ksa = KSAConfig(enabled=True, chunk_size=4, window_chunks=str(window), layer_pattern="w")
+    model = build_model(ksa, transformer_config(num_layers=1)).eval()
+    assert not any("summary" in name for name, _ in model.named_parameters())
+    tokens, place = random_tokens(1, 40), 9
+    changed = tokens.clone()
+    changed[0, place] = (changed[0, place] + 1) % 64
+    with torch.no_grad():
+        before, after = (model(t, None)[0] for t in (tokens, changed))
+    moved = (before != after).any(-1)
+    sees = torch.arange(40)
+    sees = (sees >= place) & (sees // 4 - place // 4 <= window)
+    assert torch.equal(moved, sees)
+
+
 def test_documents_give_the_logits_they_have_alone():
     """With chunk boundaries at document boundaries, a packed document is a sequence of its own."""
     model = build_model(HYBRID, reset_documents=True).eval()
@@ -76,7 +93,7 @@ def test_windows_over_the_sequence_equal_full_attention_on_text():
     ksa = KSAConfig(enabled=True, chunk_size=4, window_chunks="16", layer_pattern="kl+kl")
     model = build_model(ksa).eval()
     full = build_model(dataclasses.replace(ksa, layer_pattern="f"), seed=1).eval()
-    full.load_state_dict({k: v for k, v in model.state_dict().items() if "qkv_summary" not in k})
+    full.load_state_dict({k: v for k, v in model.state_dict().items() if "summary" not in k})
     tokens = random_tokens(2, 64)
     with torch.no_grad():
         assert_close("logits", model(tokens, None), full(tokens, None))

@@ -44,7 +44,7 @@ def sent(tmp_path_factory) -> dict[str, list[int]]:
 @pytest.mark.parametrize("flags", LAYOUTS)
 def test_a_step_sends_what_the_planner_says(sent, flags):
     changes, kinds = LAYOUTS[flags]
-    ksa = KSAConfig(enabled=True, layer_pattern="klkf", window_chunks="2")
+    ksa = KSAConfig(enabled=True, layer_pattern="kwlf", window_chunks="2")
     shape = ModelShape(ksa, 4, 128, 256, 4, 2, 32, 128, qk_norm=True, angles_per_head=True)
     layout = TrainingLayout(256, num_micro_batches=4 // changes.get("data_parallel", 1), parameter_bytes=4, **changes)
     planned = bytes_on_the_wire(shape, layout)

@@ -16,7 +16,7 @@ MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
     "--num-query-groups 2 --seq-length 64 --max-position-embeddings 64 --normalization RMSNorm --qk-layernorm --swiglu "
     "--disable-bias-linear --hidden-dropout 0 --untie-embeddings-and-output-weights "
-    "--ksa --ksa-layer-pattern klkf --ksa-window-chunks 2 "
+    "--ksa --ksa-layer-pattern kwlf --ksa-window-chunks 2 "
     "--position-embedding-type harpe --harpe-base-min 1e4 --harpe-base-max 1e5"
 ).split()
 # 64 x 2 words are no padding at tensor-parallel sizes 1 and 2: a different padding is a different softmax.
