@@ -26,10 +26,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--forms", nargs="+", default=["all"], help="forms, such as single_1 multikey_2, or all")
     parser.add_argument("--lengths", type=lengths, default="2k,4k,8k,16k,32k,64k,128k", help="context lengths, tokens")
     parser.add_argument("--depths", type=int, default=5, help="depths of the needle, evenly from start to end")
+    parser.add_argument("--distances", type=lengths, help="tokens between needle and question, such as 64,1k, instead "
+                        "of depths; a distance is left out of lengths that do not hold it")  # fmt: skip
     parser.add_argument("--cases", type=int, default=4, help="cases of each form, length and depth")
     parser.add_argument("--tokens-per-batch", type=int, default=65536, help="tokens of one forward pass")
     parser.add_argument("--seed", type=int, default=0, help="of the cases")
     return parser.parse_args()
+
+
+def depths_at(length: int, args: argparse.Namespace) -> list[float]:
+    """Depths of the needle, 0 (start) to 1 (end), at a context length."""
+    if args.distances:
+        return [1 - distance / length for distance in args.distances if distance < length]
+    return [i / max(args.depths - 1, 1) for i in range(args.depths)]
 
 
 def make_language(args: argparse.Namespace, vocab_size: int):
@@ -65,8 +74,9 @@ def main() -> None:
             if form not in FORMS:
                 raise UsageError(f"--forms {form}: one of {', '.join(FORMS)}, or all")
         language = make_language(args, model.vocab_size)
-        depths = [i / max(args.depths - 1, 1) for i in range(args.depths)]
-        plan = [(form, length, depth) for length in args.lengths for form in forms for depth in depths]
+        plan = [(form, length, depth) for length in args.lengths for form in forms for depth in depths_at(length, args)]
+        if not plan:
+            raise UsageError(f"--distances {max(args.distances)}: every distance exceeds the lengths {args.lengths}")
         scores = [
             evaluate(model, language, *cell, cases=args.cases, tokens_per_batch=args.tokens_per_batch, seed=args.seed)
             for cell in tqdm(plan, desc="needles", unit="cell")

@@ -1,7 +1,7 @@
-"""HARPE against a single base on small models: pretrained at 1k on needle-rich synthetic text, extended to 8k in one stage.
+"""HARPE against single bases on small models: pretrained short on needle-rich synthetic text, extended in one stage.
 
-For every seed a dense model is pretrained and then extended with the same tokens by three arms: a single base, uniform
-HARPE, searched HARPE. Each is scored on RULER's eight needle forms and on sliding-window perplexity. Everything runs
+For every seed a dense model is pretrained and then extended with the same tokens by several arms: each single base of
+--single-bases, uniform HARPE, searched HARPE. Each is scored on RULER's eight needle forms and on sliding-window perplexity. Everything runs
 with the tools that users have. Extension goes in rounds of --extend-steps iterations, after each of which all arms are
 scored: results.json and results.md grow measurement by measurement, and compare what all seeds and arms have reached.
 What is done is not done again.
@@ -10,28 +10,25 @@ What is done is not done again.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError:
-    print("error: megatron_ksa is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
     sys.exit(2)
 from report import write_report
 
-BASE_MIN, BASE_MAX, STRIDE = 100_000, 500_000, 3000
+from megatron_ksa.evaluation.corpora import write_corpus
+from megatron_ksa.evaluation.runs import Results, Runs, iterations_done
+
 HEAD_DIM = 64
-BEFORE = "before extension"
-ARMS = ("single base", "uniform HARPE", "searched HARPE")
+BEFORE, UNIFORM, SEARCHED = "before extension", "uniform HARPE", "searched HARPE"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,9 +39,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder of results.json and results.md")
     parser.add_argument("--work", type=Path, help="folder of data and checkpoints; OUT/work without it")
     parser.add_argument("--seeds", type=int, default=2, help="models pretrained and extended")
-    parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help="ways to extend to compare"
-    )
+    parser.add_argument("--single-bases", type=int, nargs="*", default=[500_000], help="bases of the baselines, an arm each")
+    parser.add_argument("--base-min", type=int, default=100_000, help="smallest base of HARPE")
+    parser.add_argument("--base-max", type=int, default=500_000, help="largest base of HARPE")
+    parser.add_argument("--stride", type=int, default=3000, help="between candidates of the search")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model")
     parser.add_argument("--heads", type=int, default=8, help="attention heads, of 64 channels")
     parser.add_argument("--pretrain-length", type=int, default=1024, help="tokens")
@@ -61,35 +59,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pretrain-lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--extend-lr", type=float, default=3e-4, help="learning rate; small models want more than 2e-5")
     parser.add_argument("--cases", type=int, default=8, help="needle cases of each form, length and depth")
-    parser.add_argument("--jobs", type=int, default=8, help="trainings and measurements at a time on the device")
+    parser.add_argument("--jobs", type=int, default=8, help="trainings and measurements at a time on a GPU")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that write the corpora")
+    parser.add_argument("--commit", help="commit of the code, where it is no git checkout")
     return parser.parse_args()
-
-
-def _documents(task: tuple[int, int, int, int, int]) -> list[np.ndarray]:
-    seed, shortest, longest, tokens, reach = task
-    from megatron_ksa.evaluation.token_language import TokenLanguage
-
-    random, language, documents = np.random.default_rng(seed), TokenLanguage(), []
-    while tokens > 0:
-        size = int(np.exp(random.uniform(np.log(shortest), np.log(longest + 1))))
-        documents.append(language.document(size, random, reach))
-        tokens -= len(documents[-1])
-    return documents
-
-
-def write_corpus(prefix: Path, shortest: int, longest: int, tokens: int, reach: int, seed: int, workers: int) -> None:
-    """Documents of log-uniform lengths, unless they are there."""
-    from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
-    from megatron_ksa.evaluation.token_language import VOCABULARY
-
-    if prefix.with_suffix(".idx").exists():
-        return
-    tasks = [(1000 * seed + part, shortest, longest, tokens // 32, reach) for part in range(32)]
-    with ProcessPoolExecutor(workers) as pool, IndexedDatasetWriter(str(prefix), VOCABULARY, overwrite=True) as writer:
-        for documents in pool.map(_documents, tasks):
-            for document in documents:
-                writer.add_document(document)
 
 
 @dataclass(frozen=True)
@@ -98,24 +71,13 @@ class Experiment:
 
     args: argparse.Namespace
     work: Path
-    lock: Lock
-    start: float
+    runs: Runs
+    results: Results
 
-    def call(self, log: Path, *words: object) -> None:
-        """Run a command of the repository with its output in a file.
-
-        Raises:
-            UsageError: it failed; the message names the log and its last line.
-        """
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8") as out:
-            command = [sys.executable, *map(str, words)]
-            # Trainings run side by side: the cores are shared among them.
-            threads = max((os.cpu_count() or 1) // self.args.jobs, 1)
-            environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-            code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, env=environment, check=False).returncode
-        if code:
-            raise UsageError(f"{words[0]} ended with exit code {code}: {log}: {log.read_text()[-600:]}")
+    @property
+    def arms(self) -> list[str]:
+        """Ways to extend to compare."""
+        return [*(f"single base {base:,}" for base in self.args.single_bases), UNIFORM, SEARCHED]
 
     def prepare(self) -> None:
         """Corpora, length-upsampled data, validation documents and searched bases."""
@@ -124,15 +86,16 @@ class Experiment:
         short, long = args.pretrain_length, args.target_length
         # Documents are longer than the window that is cut from them: one cut at random still holds needles as far from
         # their questions as it is long.
-        write_corpus(data / "pretrain", short // 2, 4 * short, args.corpus_tokens, short, 1, args.workers)
-        write_corpus(data / "mixed", short // 2, 4 * long, args.corpus_tokens, long, 2, args.workers)
-        write_corpus(data / "validation", long + 512, long + 1024, 64 * long, long, 3, args.workers)
+        with ProcessPoolExecutor(args.workers) as pool:
+            write_corpus(data / "pretrain", short // 2, 4 * short, args.corpus_tokens, short, 1, pool)
+            write_corpus(data / "mixed", short // 2, 4 * long, args.corpus_tokens, long, 2, pool)
+            write_corpus(data / "validation", long + 512, long + 1024, 64 * long, long, 3, pool)
         if not (data / "extend.idx").exists():
-            self.call(data / "upsample.log", "tools/upsample_lengths.py", "--data-path", data / "mixed", "--output-prefix",
+            self.runs.call(data / "upsample.log", "tools/upsample_lengths.py", "--data-path", data / "mixed", "--output-prefix",
                       data / "extend", "--threshold", long, "--share", 0.8)  # fmt: skip
         if not (data / "bases.json").exists():
-            self.call(data / "bases.log", "tools/search_harpe_bases.py", "--groups", args.heads, "--head-dim", HEAD_DIM,
-                      "--base-min", BASE_MIN, "--base-max", BASE_MAX, "--stride", STRIDE, "--length", long,
+            self.runs.call(data / "bases.log", "tools/search_harpe_bases.py", "--groups", args.heads, "--head-dim", HEAD_DIM,
+                      "--base-min", args.base_min, "--base-max", args.base_max, "--stride", args.stride, "--length", long,
                       "--output", data / "bases.json")  # fmt: skip
 
     def pretrain(self, seed: int) -> None:
@@ -143,7 +106,7 @@ class Experiment:
         from megatron_ksa.evaluation.token_language import VOCABULARY
 
         hidden, length = args.heads * HEAD_DIM, args.pretrain_length
-        self.call(
+        self.runs.call(
             folder / "dense.log", "pretrain_gpt.py", "--num-layers", args.layers, "--hidden-size", hidden,
             "--ffn-hidden-size", hidden * 8 // 3 // 64 * 64, "--num-attention-heads", args.heads, "--kv-channels", HEAD_DIM,
             # One base for all heads is RoPE; this way the attention is the one that the arms run.
@@ -169,16 +132,17 @@ class Experiment:
     def extend(self, seed: int, arm: str, rounds: int) -> Path:
         """The seed's model at the target length after so many rounds; its checkpoint folder."""
         args, folder = self.args, self.work / f"seed{seed}"
-        save = folder / arm.replace(" ", "-")
+        save = folder / arm.replace(" ", "-").replace(",", "")
+        singles = dict(zip(self.arms, args.single_bases, strict=False))
         method = {
-            "single base": ["--method", "single-base", "--rotary-base", BASE_MAX],
-            "uniform HARPE": ["--harpe-base-min", BASE_MIN, "--harpe-base-max", BASE_MAX],
-            "searched HARPE": ["--harpe-bases", self.work / "data/bases.json"],
+            **{name: ["--method", "single-base", "--rotary-base", base] for name, base in singles.items()},
+            UNIFORM: ["--harpe-base-min", args.base_min, "--harpe-base-max", args.base_max],
+            SEARCHED: ["--harpe-bases", self.work / "data/bases.json"],
         }[arm]
         length = args.target_length
         if iterations_done(save / str(length)) >= args.extend_steps * rounds:
             return save / str(length)
-        self.call(
+        self.runs.call(
             save.with_suffix(".log"), "examples/harpe_extend/extend.py", "--load", folder / "dense", "--save", save,
             "--data-path", self.work / "data/extend", *method, "--length", length, "--steps", args.extend_steps * args.rounds,
             "--global-batch-size", max(args.batch_tokens // length, 1),
@@ -192,7 +156,7 @@ class Experiment:
     def measure(self, seed: int, arm: str, steps: int, checkpoint: Path) -> None:
         """Score a checkpoint of so many iterations of extension and add it to the results, unless it is among them."""
         args, folder = self.args, self.work / f"seed{seed}"
-        name = f"{arm.replace(' ', '-')}-{steps}"
+        name = f"{arm.replace(' ', '-').replace(',', '')}-{steps}"
         lengths = [args.pretrain_length]
         while lengths[-1] < args.target_length:
             lengths.append(min(2 * lengths[-1], args.target_length))
@@ -205,32 +169,16 @@ class Experiment:
         def score(output: Path) -> None:
             if not output.exists():
                 tool = f"examples/evaluate/{output.stem.rsplit('-', 1)[1].replace('needles', 'needle')}.py"
-                self.call(output.with_suffix(".log"), tool, "--checkpoint", checkpoint, "--lengths", ",".join(map(str, lengths)),
+                self.runs.call(output.with_suffix(".log"), tool, "--checkpoint", checkpoint, "--lengths", ",".join(map(str, lengths)),
                           "--output", output, *flags[output])  # fmt: skip
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(score, flags))
         found = {"seed": seed, "arm": arm, "steps": steps, "needles": json.loads(needles.read_text())["results"],
                  "perplexity": json.loads(perplexity.read_text())["results"]}  # fmt: skip
-        with self.lock:
-            path = args.out / "results.json"
-            results = json.loads(path.read_text()) if path.exists() else {"runs": []}
-            hidden = ("out", "work", "arms", "jobs", "workers", "rounds", "deadline")
-            results["settings"] = {key: value for key, value in vars(args).items() if key not in hidden}
-            results["device"] = device_name()
-            same = (seed, arm, steps)
-            results["runs"] = [run for run in results["runs"] if (run["seed"], run["arm"], run["steps"]) != same] + [
-                found
-            ]
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(results) + "\n", encoding="utf-8")
-            partial.replace(path)
-            write_report(path, args.out / "results.md")
-        self.tell(f"seed {seed}, {arm}, {steps} iterations: measured")
-
-    def tell(self, what: str) -> None:
-        """A line of progress with the seconds since the start."""
-        print(f"{time.monotonic() - self.start:6.0f} s  {what}", flush=True)
+        self.results.add(found)
+        write_report(self.results.path, args.out / "results.md")
+        self.runs.tell(f"seed {seed}, {arm}, {steps} iterations: measured")
 
     def arm(self, seed: int, arm: str, rounds: int) -> None:
         """Extend by an arm up to a round, and measure; before extension there is nothing to extend."""
@@ -243,31 +191,18 @@ class Experiment:
         """Everything in order: data, models, round after round of all arms."""
         args, seeds = self.args, range(self.args.seeds)
         self.prepare()
-        self.tell("data is ready")
-        with ThreadPoolExecutor(args.jobs) as pool:
+        self.runs.tell("data is ready")
+        with ThreadPoolExecutor(self.runs.at_a_time) as pool:
             list(pool.map(self.pretrain, seeds))
-            self.tell("models are pretrained")
+            self.runs.tell("models are pretrained")
             for rounds in range(1, args.rounds + 1):
                 begin = time.monotonic()
-                arms = args.arms if rounds > 1 else (*args.arms, BEFORE)
+                arms = self.arms if rounds > 1 else (*self.arms, BEFORE)
                 list(pool.map(lambda task: self.arm(*task), [(seed, arm, rounds) for arm in arms for seed in seeds]))
                 now = time.monotonic()
-                self.tell(f"round {rounds} is complete")
-                if args.deadline is not None and now - self.start + 1.1 * (now - begin) > args.deadline:
+                self.runs.tell(f"round {rounds} is complete")
+                if args.deadline is not None and self.runs.seconds + 1.1 * (now - begin) > args.deadline:
                     break
-
-
-def iterations_done(checkpoint: Path) -> int:
-    """Iterations of the newest checkpoint in a folder, 0 without one."""
-    tracker = checkpoint / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.exists() else 0
-
-
-def device_name() -> str:
-    """The machine that a result was measured on."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
 
 
 def main() -> None:
@@ -287,7 +222,10 @@ def main() -> None:
         args.out = args.out.resolve()
         args.out.mkdir(parents=True, exist_ok=True)
         work = (args.work or args.out / "work").resolve()
-        Experiment(args, work, Lock(), time.monotonic()).run()
+        hidden = ("out", "work", "jobs", "workers", "rounds", "deadline", "commit")
+        settings = {key: value for key, value in vars(args).items() if key not in hidden}
+        results = Results(args.out / "results.json", settings, ("seed", "arm", "steps"), args.commit)
+        Experiment(args, work, Runs(ROOT, args.jobs), results).run()
         print(write_report(args.out / "results.json", args.out / "results.md"))
 
 

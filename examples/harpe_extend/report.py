@@ -8,17 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-START, END = "<!-- results -->", "<!-- end of results -->"
-
-
-def _cell(values: list[float], scale: float, digits: int) -> str:
-    """Mean over seeds, and half their range."""
-    spread = (max(values) - min(values)) / 2 * scale
-    return f"{np.mean(values) * scale:.{digits}f} ± {spread:.{digits}f}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+from megatron_ksa.evaluation.tables import cell, table, write_between_marks
 
 
 def tables(results: dict) -> str:
@@ -50,11 +40,11 @@ def tables(results: dict) -> str:
             for run in runs
             if run["arm"] == arm
         ]
-        return _cell(per_seed, 100, 1)
+        return cell(per_seed, 100, 1)
 
     def perplexity(arm: str, length: int) -> str:
         losses = [r["loss"] for run in runs if run["arm"] == arm for r in run["perplexity"] if r["length"] == length]
-        return _cell([math.exp(loss) for loss in losses], 1, 3)
+        return cell([math.exp(loss) for loss in losses], 1, 3)
 
     head = ["arm", *(f"{length:,}" for length in lengths)]
     seeds = {arm: len({run["seed"] for run in runs if run["arm"] == arm}) for arm in arms}
@@ -67,15 +57,15 @@ def tables(results: dict) -> str:
     settings = results["settings"]
     return "\n\n".join(
         [
-            f"Measured on {results['device']}: {settings['layers']} layers of {settings['heads']} heads, {settings['pretrain_steps']} "
+            f"Measured on {results['machine']['device']}: {settings['layers']} layers of {settings['heads']} heads, {settings['pretrain_steps']} "
             f"iterations at {settings['pretrain_length']} tokens, then {steps} at {settings['target_length']}, "
             f"{settings['batch_tokens']:,} tokens an iteration; mean ± half the range over seeds.",
             "Needle tests, values found (%), mean of the eight forms, by context length (tokens):",
-            _table([*head, "mean"], by_length),
+            table([*head, "mean"], by_length),
             f"By form, at {lengths[-1]:,} tokens:",
-            _table(["form", *arms], by_form),
+            table(["form", *arms], by_form),
             "Perplexity by context length (tokens), the same scored tokens at each:",
-            _table(head, by_context),
+            table(head, by_context),
         ]
     )
 
@@ -83,11 +73,7 @@ def tables(results: dict) -> str:
 def write_report(results: Path, output: Path) -> str:
     """Write the tables between the marks of `output`, or as the whole of a file without them; return them."""
     text = tables(json.loads(results.read_text(encoding="utf-8")))
-    document = output.read_text(encoding="utf-8") if output.exists() else ""
-    if START in document and END in document:
-        before, after = document.split(START)[0], document.split(END)[1]
-        text = f"{before}{START}\n\n{text}\n\n{END}{after}"
-    output.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    write_between_marks(text, output)
     return text
 
 

@@ -119,6 +119,6 @@ def test_arms_are_compared_after_the_same_tokens(monkeypatch):
         "target_length": 8,
         "batch_tokens": 8,
     }
-    text = tables({"runs": runs, "settings": settings, "device": "abacus"})
+    text = tables({"runs": runs, "settings": settings, "machine": {"device": "abacus"}})
     assert "then 5 at 8" in text and "| single base (2 seeds) | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
     assert "| before extension (1 seed) | 25.0 ± 0.0 |" in text and "100.0" not in text

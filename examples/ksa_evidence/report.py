@@ -1,0 +1,160 @@
+"""Tables and chart of results.json: `report.py results.json README.md`."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ksa.evaluation.tables import cell, table, write_between_marks
+
+CHART = "needles.png"
+
+
+def arms_of(runs: list[dict], part: str, stage: str) -> dict[str, list[dict]]:
+    """Runs of each arm after a stage, one a seed, in the order of the arms."""
+    found: dict[str, list[dict]] = {}
+    for run in runs:
+        if (run["part"], run["stage"]) == (part, stage):
+            found.setdefault(run["arm"], []).append(run)
+    order = ["full", "3:1 window", "3:1 KSA", "3:1 KSA, distilled", "window", "KSA"]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def distance(row: dict) -> int:
+    """Tokens between needle and question of a needle score."""
+    return round((1 - row["depth"]) * row["length"])
+
+
+def needles(run: dict, far: int, form: str | None = None) -> float:
+    """Share of values found at a distance, mean of the forms."""
+    return float(np.mean([r["values"] for r in run["needles"] if distance(r) == far and form in (None, r["form"])]))
+
+
+def needle_table(arms: dict[str, list[dict]], window: int) -> str:
+    """Values found by distance; distances within the window of one layer are marked."""
+    distances = sorted({distance(row) for runs in arms.values() for run in runs for row in run["needles"]})
+    head = ["arm", *(f"{far:,}{' (window)' if far <= window else ''}" for far in distances)]
+    return table(head, [[arm, *(cell([needles(run, far) for run in runs], 100) for far in distances)] for arm, runs in arms.items()])
+
+
+def form_table(arms: dict[str, list[dict]], beyond: int) -> str:
+    """Values found beyond the window by form, mean of these distances."""
+    forms = list(dict.fromkeys(row["form"] for runs in arms.values() for run in runs for row in run["needles"]))
+
+    def score(run: dict, form: str) -> float:
+        return float(np.mean([r["values"] for r in run["needles"] if distance(r) > beyond and r["form"] == form]))
+
+    return table(["arm", *forms], [[arm, *(cell([score(run, form) for run in runs], 100) for form in forms)] for arm, runs in arms.items()])
+
+
+def perplexity_table(arms: dict[str, list[dict]], name: str) -> str:
+    """Perplexity by context length, the same scored tokens at each."""
+    lengths = sorted({row["length"] for runs in arms.values() for run in runs for row in run[name]})
+
+    def at(run: dict, length: int) -> float:
+        return math.exp(next(row["loss"] for row in run[name] if row["length"] == length))
+
+    rows = [[arm, *(cell([at(run, length) for run in runs], 1, 3) for length in lengths)] for arm, runs in arms.items()]
+    return table(["arm", *(f"{length:,}" for length in lengths)], rows)
+
+
+def cost_table(arms: dict[str, list[dict]], settings: dict) -> str:
+    """K/V bytes a token in bfloat16, at the length of the runs."""
+    row_bytes = 2 * 2 * settings["heads"] * 64
+
+    def bytes_a_token(runs: list[dict]) -> str:
+        return f"{runs[0]['kv_rows'] * row_bytes / runs[0]['length']:,.0f}"
+
+    return table(["arm", "K/V bytes a token"], [[arm, bytes_a_token(runs)] for arm, runs in arms.items()])
+
+
+def section(runs: list[dict], settings: dict, part: str, stage: str, title: str) -> list[str]:
+    """Title and tables of one part of the experiment."""
+    arms = arms_of(runs, part, stage)
+    if not arms:
+        return []
+    window = settings["window"] * settings["chunk"]
+    seeds = ", ".join(f"{arm} {len(of_arm)}" for arm, of_arm in arms.items())
+    parts = [
+        f"### {title}", f"Seeds measured: {seeds}.",
+        f"Needles, values found (%), mean of four forms, by tokens between needle and question; a layer's window reaches {window} tokens:",
+        needle_table(arms, window), "By form, mean of the distances beyond the window:", form_table(arms, window),
+        "Perplexity by context length, synthetic text held out:", perplexity_table(arms, "perplexity"),
+    ]  # fmt: skip
+    if all("code" in run for of_arm in arms.values() for run in of_arm):
+        parts += ["Perplexity by context length, code held out:", perplexity_table(arms, "code")]
+    return [*parts, cost_table(arms, settings)]
+
+
+SECTIONS = (
+    ("scratch", "trained", "From scratch, equal tokens"),
+    ("dense", "distil", "From dense: after distillation alone"),
+    ("dense", "trained", "From dense, equal tokens"),
+    ("dense", "extended", "From dense, then at twice the length"),
+)
+
+
+def text_of(results: dict) -> str:
+    """All tables; each cell is the mean over seeds ± half their range."""
+    settings, machine = results["settings"], results["machine"]
+    head = (
+        f"Measured on {machine['device']} (torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}): "
+        f"{settings['layers']} layers of {settings['heads']} heads of 64, C {settings['chunk']}, S {settings['summaries']}, W "
+        f"{settings['window']}, {settings['length']:,} tokens; from scratch {settings['steps']:,} iterations of "
+        f"{settings['batch_tokens']:,} tokens at a learning rate of {settings['lr']:g}; from dense {settings['dense_steps']:,} "
+        f"(distillation {settings['distil_steps']:,} of them) and {settings['extend_steps']:,} at twice the length. Mean over "
+        f"seeds ± half their range."
+    )
+    return "\n\n".join([head, *(part for each in SECTIONS for part in section(results["runs"], settings, *each))])
+
+
+def plot(results: dict, output: Path) -> None:
+    """Needles found against distance, a line an arm, one panel a part."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    parts = [(part, stage, title) for part, stage, title in SECTIONS if arms_of(results["runs"], part, stage)]
+    figure, axes = plt.subplots(1, len(parts), figsize=(4.6 * len(parts), 3.6), squeeze=False, sharey=True, layout="constrained")
+    settings = results["settings"]
+    for axis, (part, stage, title) in zip(axes[0], parts, strict=True):
+        for arm, runs in arms_of(results["runs"], part, stage).items():
+            distances = sorted({distance(row) for run in runs for row in run["needles"]})
+            scores = np.array([[100 * needles(run, far) for far in distances] for run in runs])
+            line = axis.plot(distances, scores.mean(0), marker="o", label=arm)[0]
+            axis.fill_between(distances, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15)
+        axis.axvline(settings["window"] * settings["chunk"], color="grey", linestyle=":")
+        axis.set(xscale="log", ylim=(-3, 103), title=title, xlabel="tokens between needle and question")
+    axes[0][0].set_ylabel("values found (%)")
+    axes[0][-1].legend(fontsize=8)
+    figure.savefig(output, dpi=130)
+    plt.close(figure)
+
+
+def write_report(results: Path, output: Path) -> str:
+    """Write tables into `output`, between its marks where it has some, and the chart beside `results`; return the tables."""
+    found = json.loads(results.read_text(encoding="utf-8"))
+    text = text_of(found)
+    write_between_marks(text, output)
+    plot(found, results.with_name(CHART))
+    return text
+
+
+def main() -> None:
+    """Bad input costs one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="results.json of experiment.py")
+    parser.add_argument("output", type=Path, help="Markdown file")
+    args = parser.parse_args()
+    if not args.results.is_file():
+        print(f"error: {args.results} does not exist; experiment.py writes it", file=sys.stderr)
+        raise SystemExit(2)
+    write_report(args.results, args.output)
+
+
+if __name__ == "__main__":
+    main()
