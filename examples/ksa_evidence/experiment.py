@@ -46,18 +46,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(SCRATCH), default=list(SCRATCH), metavar="ARM",
                         help="models from scratch to compare")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="models of each kind")
-    parser.add_argument("--code", type=Path, help="prefix of code_corpus.py's datasets; half of the data then")
-    parser.add_argument("--layers", type=int, default=8, help="a multiple of 4")
+    parser.add_argument("--code", type=Path, help="prefix of code_corpus.py's datasets, a fifth of the data")
+    parser.add_argument("--layers", type=int, default=4, help="a multiple of 4")
     parser.add_argument("--heads", type=int, default=8, help="attention heads, of 64 channels")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--chunk", type=int, default=8, help="C, text tokens in a chunk")
     parser.add_argument("--summaries", type=int, default=1, help="S, summaries of a chunk")
-    parser.add_argument("--window", type=int, default=16, help="W, past chunks seen as text")
-    parser.add_argument("--distances", default="32,64,256,512,1k,2k,3k", help="tokens between needle and question")
+    parser.add_argument("--window", type=int, default=8, help="W, past chunks seen as text")
+    parser.add_argument("--distances", default="16,32,128,256,512,896", help="tokens between needle and question")
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens of an iteration")
     parser.add_argument("--micro-batch-tokens", type=int, default=32768, help="tokens of a forward pass")
-    parser.add_argument("--corpus-tokens", type=int, default=40_000_000, help="tokens of the synthetic corpus")
-    parser.add_argument("--steps", type=int, default=1500, help="iterations from scratch")
+    parser.add_argument("--corpus-tokens", type=int, default=70_000_000, help="tokens of the synthetic corpus")
+    parser.add_argument("--steps", type=int, default=2500, help="iterations from scratch")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate from scratch")
     parser.add_argument("--dense-steps", type=int, default=600, help="iterations from the dense model")
     parser.add_argument("--distil-steps", type=int, default=200, help="of these, iterations of distillation")
@@ -156,11 +156,11 @@ class Experiment:
         vocabulary = VOCABULARY
         if args.code:
             vocabulary = json.loads(args.code.with_suffix(".json").read_text(encoding="utf-8"))["vocabulary"]
-            blend = [0.5, self.work / "data/train", 0.5, args.code]
+            blend = [0.8, self.work / "data/train", 0.2, args.code]
         return [
             "--num-layers", args.layers, "--hidden-size", hidden, "--ffn-hidden-size", hidden * 8 // 3 // 64 * 64,
             "--num-attention-heads", args.heads, "--kv-channels", HEAD_DIM, "--normalization", "RMSNorm", "--qk-layernorm",
-            "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0, "--rotary-base", 500000,
+            "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0, "--rotary-base", 10000,
             "--position-embedding-type", "rope", "--ksa", "--ksa-layer-pattern", ksa.layer_pattern,
             "--ksa-window-chunks", ksa.window_chunks, "--ksa-chunk-size", ksa.chunk_size,
             "--ksa-summary-tokens", ksa.summary_tokens, "--seq-length", length,
@@ -223,7 +223,7 @@ class Experiment:
         self.prepare()
         plan = {"scratch": scratch_stages, "dense": dense_stages}
         for part in self.args.parts:
-            stages = [(stage, seed) for stage in plan[part](self.args) for seed in range(self.args.seeds)]
+            stages = [(stage, seed) for seed in range(self.args.seeds) for stage in plan[part](self.args)]
             if part == "dense":
                 self._chains(stages)
             else:
