@@ -23,14 +23,17 @@ def main() -> None:
         from megatron_ksa.training.configure import configure, read_command_line
         from megatron_ksa.training.datasets import DatasetProvider
         from megatron_ksa.training.step import ForwardStep
+        from megatron_ksa.training.step_log import install_step_log
 
         install_arguments(defaults)
         args, settings = read_command_line()
+        forward_step = ForwardStep(args, settings)
+        install_step_log(forward_step.log)
         pretrain(
             configure(args, settings),
             DatasetProvider(args, settings.data),
             ModelType.encoder_or_decoder,
-            ForwardStep(args, settings),
+            forward_step,
         )
 
 

@@ -20,11 +20,9 @@ from megatron_ksa.checkpoint.load import stored_settings
 from megatron_ksa.checkpoint.norm_names import ask_for_stored_names
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
-from megatron_ksa.model.attention import KSASelfAttention
-from megatron_ksa.model.layers import SplitLayerNorm
+from megatron_ksa.model.summary_parameters import copy_shared_parameters, is_summary_parameter
 
 AdaptKeys = Callable[[ShardedStateDict], ShardedStateDict]
-SUMMARY_PARAMETERS = ("summary_embedding.", ".linear_qkv_summary.", ".q_layernorm_summary.", ".k_layernorm_summary.")
 
 
 def install_dense_start(args: argparse.Namespace, settings: RunSettings) -> None:
@@ -135,7 +133,7 @@ def _dense_keys(state: ShardedStateDict) -> ShardedStateDict:
     """What a dense checkpoint has of a KSA model's state, under the dense model's keys."""
     kept = {}
     for name, value in state.items():
-        if any(part in f".{name}" for part in SUMMARY_PARAMETERS) or "input_layernorm.summary." in name:
+        if is_summary_parameter(name):
             continue
         if isinstance(value, ShardedBase):
             # `SplitLayerNorm` of text rows; the second is how Megatron's local layers name their input norm.
@@ -143,19 +141,3 @@ def _dense_keys(state: ShardedStateDict) -> ShardedStateDict:
             value.key = value.key.replace("linear_qkv.layer_norm_text.", "linear_qkv.layer_norm_")
         kept[name] = value
     return kept
-
-
-def copy_shared_parameters(model: MegatronModule) -> None:
-    """Set the summary projections and norms of every layer to the shared ones."""
-    for module in model.modules():
-        if isinstance(module, KSASelfAttention):
-            _copy(module.linear_qkv, module.linear_qkv_summary)
-            _copy(module.q_layernorm, module.q_layernorm_summary)
-            _copy(module.k_layernorm, module.k_layernorm_summary)
-        elif isinstance(module, SplitLayerNorm):
-            _copy(module.text, module.summary)
-
-
-def _copy(source: MegatronModule | None, target: MegatronModule | None) -> None:
-    if target is not None:
-        target.load_state_dict(source.state_dict())

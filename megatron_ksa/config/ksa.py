@@ -61,6 +61,11 @@ class KSAConfig:
         "they move linearly to the text projections."
     )  # fmt: skip
     anneal_end: int | None = option(None, "Iteration from which summary rows use only the text projections.")
+    initial_coefficient: float | None = option(
+        None, "Weight of the summary projections on summary rows (a) at the start of the run, in [0, 1]. Unset: that of "
+        "the checkpoint loaded, so that a model annealed to 0 stays there; 1 without one. Above 0 after an annealing to "
+        "0, the summary projections start again as copies of the text projections."
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "summary_tokens"):
@@ -72,6 +77,8 @@ class KSAConfig:
             raise UsageError(
                 f"--ksa-anneal-start {self.anneal_start} must be at least 0 and below --ksa-anneal-end {self.anneal_end}"
             )
+        if self.initial_coefficient is not None and not 0 <= self.initial_coefficient <= 1:
+            raise UsageError(f"--ksa-initial-coefficient is {self.initial_coefficient:g}: it must lie in [0, 1]")
         if self.anneal_start is not None and not self.independent_projections:
             raise UsageError("--ksa-anneal-start needs the summary projections: drop --no-ksa-independent-projections")
 
@@ -99,6 +106,10 @@ class KSAConfig:
         """Text and summary rows of a model."""
         return RowLayout(self.chunk_size, self.summary_tokens) if self.has_summaries else RowLayout(1, 0)
 
+    def num_summarised(self, num_layers: int) -> int:
+        """Layers that summary rows go through."""
+        return sum(layer.has_summaries for layer in self.layers(num_layers, self.chunk_size))
+
     def kv_rows(self, num_layers: int, seq_length: int) -> int:
         """K/V rows of all layers that the next token after seq_length tokens can see: what a decoder keeps.
 
@@ -114,11 +125,15 @@ class KSAConfig:
         )
 
     def summary_coefficient(self, iteration: int) -> float:
-        """Weight a of the summary projections on summary rows: 1 up to anneal_start, then linear to 0 at anneal_end."""
+        """Weight a of the summary projections on summary rows.
+
+        `initial_coefficient` (1 where unset) up to anneal_start, then linear to 0 at anneal_end.
+        """
+        initial = 1.0 if self.initial_coefficient is None else self.initial_coefficient
         if self.anneal_start is None:
-            return 1.0
+            return initial
         done = (iteration - self.anneal_start) / (self.anneal_end - self.anneal_start)
-        return 1.0 - min(max(done, 0.0), 1.0)
+        return initial * (1.0 - min(max(done, 0.0), 1.0))
 
     def check_sequence(self, seq_length: int, *, context_parallel: int = 1, sequence_parallel: int = 1) -> None:
         """Refuse a text length whose shards would cut a chunk.
@@ -143,5 +158,5 @@ class KSAConfig:
 
     def identity(self) -> dict[str, object]:
         """The settings a checkpoint's weights depend on (everything but the annealing schedule)."""
-        schedule = ("anneal_start", "anneal_end")
+        schedule = ("anneal_start", "anneal_end", "initial_coefficient")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in schedule}

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 
 from megatron_ksa.config.data import DataConfig
+from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.kernels import KernelConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
+from megatron_ksa.config.stage import StageConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class RunSettings:
         loss: how the loss is computed, for Megatron's own model too.
         data: which tokens of the datasets count in the loss.
         kernels: which implementation attention and rotation take.
+        distill: distillation of the summary parameters.
+        stage: what the run trains and logs.
     """
 
     ksa: KSAConfig
@@ -27,6 +31,13 @@ class RunSettings:
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+
+    @property
+    def train(self) -> str:
+        """Which parameters train, `summary` or `all`."""
+        return self.stage.train or ("summary" if self.distill.enabled else "all")
 
     @property
     def is_megatron(self) -> bool:

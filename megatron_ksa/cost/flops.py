@@ -60,3 +60,25 @@ def ksa_flops(dense: Callable, ksa: KSAConfig) -> Callable:
         return total
 
     return num_floating_point_operations
+
+
+def stage_flops(dense: Callable, ksa: Callable, *, train: str, distills: bool) -> Callable:
+    """`num_floating_point_operations` of a stage: frozen weights have no gradients, and a teacher has a forward pass.
+
+    Both counts are of forward pass, gradients of activations and gradients of weights, a third each. Of the small part
+    that trains with `--ksa-train summary` the gradients of weights are left out.
+
+    Args:
+        dense: Megatron's count, of the model without summary rows.
+        ksa: the KSA model's, as from `ksa_flops`.
+        train: `summary` or `all`.
+        distills: whether a teacher runs.
+    """
+    if train == "all" and not distills:
+        return ksa
+
+    def num_floating_point_operations(*args, **kwargs) -> float:
+        student = ksa(*args, **kwargs) * (2 / 3 if train == "summary" else 1)
+        return student + (dense(*args, **kwargs) / 3 if distills else 0)
+
+    return num_floating_point_operations

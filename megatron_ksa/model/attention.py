@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_ksa.layout.rows import RowLayout
+from megatron_ksa.model.attention_term import AttentionTerm
 from megatron_ksa.model.rotated_attention import Heads, RotatedSelfAttention
 
 
@@ -28,8 +29,11 @@ class KSASelfAttention(RotatedSelfAttention):
     """Self-attention over rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432).
 
     Summary rows use q, k, v = a * own projection + (1 - a) * text projection, mixed after the Q/K norm and before the
-    rotation. `summary_coefficient` holds a; the trainer's annealing schedule sets it.
+    rotation. `summary_coefficient` holds a; the trainer's annealing schedule sets it. Where the model is distilled,
+    `term` compares the output with the teacher's.
     """
+
+    term: AttentionTerm | None = None
 
     def __init__(
         self,
@@ -80,6 +84,13 @@ class KSASelfAttention(RotatedSelfAttention):
             hidden_size=self.hidden_size_per_attention_head, config=self.config, eps=self.config.layernorm_epsilon
         )
 
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Megatron's: attention output [rows of the shard, batch, hidden], and the bias to be added to it."""
+        output, bias = super().forward(hidden_states, *args, **kwargs)
+        if self.term is not None:
+            output = self.term(output, bias, self.layout.text_rows(output.shape[0]))
+        return output, bias
+
     def get_query_key_value_tensors(
         self,
         hidden_states: Tensor,
@@ -99,6 +110,8 @@ class KSASelfAttention(RotatedSelfAttention):
             query [rows, batch, heads, head_dim], key and value [rows, batch, K/V heads, head_dim], heads of this
             tensor-parallel rank.
         """
+        if not self.layout.summary_tokens:
+            return super().get_query_key_value_tensors(hidden_states, key_value_states, output_gate, split_qkv)
         text, summaries = self.layout.split(hidden_states)
         if self._positions is not None:
             return self._project_and_rotate(text, summaries)

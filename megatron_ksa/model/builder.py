@@ -15,9 +15,11 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.model.gpt import KSAGPTModel
 from megatron_ksa.model.layer_specs import ksa_block_spec, row_layout
+from megatron_ksa.model.summary_parameters import freeze_shared_parameters
 
 
 @dataclass(kw_only=True)
@@ -29,6 +31,8 @@ class KSAGPTModelConfig(GPTModelConfig):
         bases: HARPE bases, one for each KV group, or None for the single `rotary_base`.
         text_length: n, text tokens in a sequence.
         reset_documents: documents of a sequence do not see each other.
+        train: which parameters train, `summary` or `all`.
+        distill: distillation's settings where the model is its own teacher.
     """
 
     builder: ClassVar[str] = "megatron_ksa.model.builder.KSAGPTModelBuilder"
@@ -36,6 +40,8 @@ class KSAGPTModelConfig(GPTModelConfig):
     bases: tuple[float, ...] | None = None
     text_length: int = 0
     reset_documents: bool = False
+    train: str = "all"
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 def dense_config_from_args(args: argparse.Namespace, config: type[GPTModelConfig] = GPTModelConfig) -> GPTModelConfig:
@@ -80,7 +86,7 @@ class KSAGPTModelBuilder(GPTModelBuilder):
             vocab_size = calculate_padded_vocab_size(
                 vocab_size, config.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size
             )
-        return KSAGPTModel(
+        model = KSAGPTModel(
             config=transformer,
             transformer_layer_spec=ksa_block_spec(transformer, config.ksa, config.text_length, vp_stage),
             vocab_size=vocab_size,
@@ -103,4 +109,9 @@ class KSAGPTModelBuilder(GPTModelBuilder):
             seq_len_interpolation_factor=config.seq_len_interpolation_factor,
             reset_documents=config.reset_documents,
         )
+        if config.train == "summary":
+            freeze_shared_parameters(model)
+        if config.distill.enabled:
+            model.distill(config.distill, config.ksa.num_summarised(transformer.num_layers))
+        return model
 

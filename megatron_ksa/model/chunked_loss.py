@@ -24,7 +24,7 @@ from megatron_ksa.platform.weight_gradients import add_product
 
 
 @dataclass(frozen=True)
-class _Shard:
+class OutputShard:
     """This rank's part of the output layer.
 
     Attributes:
@@ -40,6 +40,18 @@ class _Shard:
     fused: bool
     positions: int
     scale: float
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, rows: int, group: dist.ProcessGroup, *, sequence_parallel: bool, scale: float,
+        fused: bool = False,
+    ) -> "OutputShard":  # fmt: skip
+        """The shard for hidden states [n, batch, hidden] of which `rows` tokens are taken at a time.
+
+        At least a position of each row shard and sample.
+        """
+        shards = group.size() if sequence_parallel else 1
+        return cls(group, sequence_parallel, fused, max(rows // (hidden.shape[1] * shards), 1), scale)
 
     @property
     def row_shards(self) -> int:
@@ -93,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """loss = log(sum(exp(logits))) - logits[label] with logits = scale * hidden @ weight^T, chunk after chunk."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> Tensor:
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, shard: OutputShard) -> Tensor:
         """Arguments and result as in `chunked_cross_entropy`."""
         labels = labels.t().contiguous()
         losses, peaks, totals = (
@@ -115,7 +127,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, d_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """d logits = (softmax(logits) - onehot(label)) * d loss * scale."""
         hidden, weight, labels, peaks, totals = ctx.saved_tensors
-        shard: _Shard = ctx.shard
+        shard: OutputShard = ctx.shard
         d_losses = d_losses.t().contiguous()
         d_hidden = torch.empty_like(hidden)
         d_weight = ctx.main_grad
@@ -191,9 +203,8 @@ def chunked_cross_entropy(
     Returns:
         Float32 [batch, n], in nats.
     """
-    shards = group.size() if sequence_parallel else 1
-    positions = max(rows // (hidden.shape[1] * shards), 1)
-    shard = _Shard(group, sequence_parallel, fused and weight.requires_grad, positions, scale)
+    fused = fused and weight.requires_grad
+    shard = OutputShard.of(hidden, rows, group, sequence_parallel=sequence_parallel, scale=scale, fused=fused)
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, shard)
 
 

@@ -32,7 +32,13 @@ TEXT_ONLY = RowLayout(1, 0)
 
 
 class _CoreAttention(MegatronModule):
-    """What both share: Megatron's constructor, and attention over the ranks of the context-parallel group."""
+    """What all share: Megatron's constructor, and attention over the ranks of the context-parallel group.
+
+    Attributes:
+        causal: the rows are text, and every query sees all before it, whatever the layer's window: a teacher's pass.
+    """
+
+    causal = False
 
     def __init__(
         self,
@@ -50,6 +56,18 @@ class _CoreAttention(MegatronModule):
         self.cp_comm_type = cp_comm_type
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.split = ZigZag(self.cp_group.rank(), self.cp_group.size()) if self.cp_group is not None else ZigZag()
+
+    def _attend_causally(
+        self, query: Tensor, key: Tensor, value: Tensor, document_start: Tensor | None
+    ) -> Tensor:
+        """Causal attention among text rows; arguments and result as in `KSACoreAttention.forward`."""
+        # A window over everything, in chunks of one token.
+        geometry = KSAGeometry(1, 1, query.shape[0] * self.split.size)
+
+        def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return _text_attention(q, k, v, geometry, document_start, self.softmax_scale)
+
+        return self._attend(whole, (query, key, value), TEXT_ONLY, geometry, document_start).flatten(2)
 
     def _attend(
         self,
@@ -134,6 +152,8 @@ class KSACoreAttention(_CoreAttention):
         """
         if self.cache is not None:
             return self.cache.attend(query, key, value, self.layout, self.geometry, self.softmax_scale)
+        if self.causal:
+            return self._attend_causally(query, key, value, attention_mask)
 
         def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             text_rows = self.layout.text_rows(q.shape[0])
@@ -193,6 +213,8 @@ class WindowCoreAttention(_CoreAttention):
         """Attention output [text rows, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
         if self.cache is not None:
             return self.cache.attend(query, key, value, TEXT_ONLY, self.geometry, self.softmax_scale)
+        if self.causal:
+            return self._attend_causally(query, key, value, attention_mask)
 
         def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _text_attention(q, k, v, self.geometry, attention_mask, self.softmax_scale)
@@ -221,10 +243,4 @@ class CausalCoreAttention(_CoreAttention):
         """Attention output [text rows, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
         if self.cache is not None:
             return self.cache.attend(query, key, value, self.softmax_scale)
-        # A window over everything, in chunks of one token.
-        geometry = KSAGeometry(1, 1, query.shape[0] * self.split.size)
-
-        def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return _text_attention(q, k, v, geometry, attention_mask, self.softmax_scale)
-
-        return self._attend(whole, (query, key, value), TEXT_ONLY, geometry, attention_mask).flatten(2)
+        return self._attend_causally(query, key, value, attention_mask)

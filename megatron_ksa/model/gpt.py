@@ -8,11 +8,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.kernels.dispatch import uses_triton
 from megatron_ksa.kernels.rotation.dispatch import OP as ROTATION
 from megatron_ksa.layout.rows import RowLayout, document_starts, document_starts_from_cu_seqlens, row_positions
 from megatron_ksa.layout.zigzag import ZigZag
 from megatron_ksa.model.attention import KSASelfAttention
+from megatron_ksa.model.distillation import Distillation
 from megatron_ksa.model.layers import SummaryEmbedding
 from megatron_ksa.model.rotated_attention import RotatedSelfAttention
 from megatron_ksa.rotary.embedding import PositionedRotaryEmbedding
@@ -53,6 +55,7 @@ class KSAGPTModel(GPTModel):
         self.reset_documents = reset_documents
         # Position of the first row given: more than 0 only in incremental decoding.
         self.position_offset = 0
+        self.distillation: Distillation | None = None
         if self.pre_process and layout.summary_tokens:
             self.summary_embedding = SummaryEmbedding(self.config, layout)
         self.rotary = None
@@ -71,6 +74,14 @@ class KSAGPTModel(GPTModel):
             for module in self.decoder.modules():
                 if isinstance(module, RotatedSelfAttention):
                     module.set_rotary(self.rotary)
+
+    def distill(self, config: DistillConfig, num_ksa_layers: int) -> None:
+        """Make the model its own teacher: its output processor is to be a `DistillationLoss`.
+
+        Args:
+            num_ksa_layers: of the whole model, all pipeline stages together.
+        """
+        self.distillation = Distillation(self.decoder, self.layout, config, num_ksa_layers)
 
     def set_summary_coefficient(self, a: float) -> None:
         """Set the weight of the summary projections on summary rows in every layer (annealing)."""
@@ -125,8 +136,12 @@ class KSAGPTModel(GPTModel):
             input_ids, position_ids, decoder_input, inference_context, packed_seq_params, padding_mask
         )
         if self.pre_process and self.layout.summary_tokens:
-            decoder_input = self.summary_embedding(decoder_input)
+            text, decoder_input = decoder_input, self.summary_embedding(decoder_input)
+            if self.distillation is not None:
+                decoder_input = torch.cat([decoder_input, text])
         rows = decoder_input if self.pre_process else self.decoder.input_tensor
+        if self.distillation is not None:
+            rows, _ = self.distillation.split(rows)
         shards = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         num_text = self.layout.text_rows(rows.shape[0] * shards)
         angles = None
@@ -139,7 +154,9 @@ class KSAGPTModel(GPTModel):
         return decoder_input, angles, *rest
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """GPTModel's, on the text rows."""
+        """GPTModel's, on the text rows; a teacher's are the output processor's context."""
         if self.post_process:
+            if self.distillation is not None:
+                hidden_states, kwargs["output_processor_context"] = self.distillation.split(hidden_states)
             hidden_states = self.layout.shrink(hidden_states)
         return super()._postprocess(hidden_states, *args, **kwargs)

@@ -8,14 +8,17 @@ from megatron.training import arguments as megatron_arguments
 
 from megatron_ksa.checkpoint.async_save import adapt_async_save, async_save_defaults, check_async_save
 from megatron_ksa.config.data import DataConfig
+from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.harpe import HarpeConfig
 from megatron_ksa.config.kernels import KernelConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.config.settings import RunSettings
+from megatron_ksa.config.stage import StageConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_sizes
+from megatron_ksa.training.stages import check_stage
 
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
@@ -37,6 +40,8 @@ def install_arguments(defaults: dict[str, object]) -> None:
     def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_megatron_arguments(parser)
         add_config_arguments(parser, KSAConfig, "ksa", "KSA")
+        add_config_arguments(parser, StageConfig, "ksa", "KSA stages")
+        add_config_arguments(parser, DistillConfig, "ksa-distill", "KSA distillation")
         add_config_arguments(parser, HarpeConfig, "harpe", "HARPE")
         add_config_arguments(parser, DataConfig, "data", "training data")
         add_config_arguments(parser, KernelConfig, "kernels", "kernels")
@@ -85,7 +90,10 @@ def settings_from_args(args: argparse.Namespace) -> RunSettings:
         _loss_config(args),
         config_from_args(DataConfig, args, "data"),
         config_from_args(KernelConfig, args, "kernels"),
+        config_from_args(DistillConfig, args, "ksa-distill"),
+        config_from_args(StageConfig, args, "ksa"),
     )
+    check_stage(args, settings)
     if not settings.is_megatron:
         _check(args, settings)
     return settings
@@ -207,11 +215,15 @@ def adapt_trainer(args: argparse.Namespace, settings: RunSettings) -> None:
         return
     args.create_attention_mask_in_dataloader = False
     args.harpe_resolved_bases = settings.bases
+    # A later stage finds in the checkpoint where this one started.
+    args.ksa_initial_coefficient, args.ksa_train = settings.ksa.initial_coefficient, settings.train
     # The fused rotation assumes one row of angles for all heads and samples.
     args.apply_rope_fusion = False
     if settings.ksa.enabled and args.pipeline_model_parallel_size > 1:
         if args.virtual_pipeline_model_parallel_size is None:
             args.decoder_seq_length = settings.ksa.rows.total_rows(args.seq_length)
+            if settings.distill.enabled:
+                args.decoder_seq_length += args.seq_length
         else:
             args.variable_seq_lengths = True
             # Megatron's check of variable lengths looks at the MoE dispatcher even of dense models.

@@ -22,6 +22,7 @@ from megatron_ksa.model.builder import dense_config_from_args, model_config_from
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 from megatron_ksa.training.datasets import dataset_prefixes
 from megatron_ksa.training.loss_mask import masked_prefixes
+from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.upstream.flops import install_flops
 
 
@@ -38,6 +39,7 @@ def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
             checkpointing.load_args_from_checkpoint(parsed)
     settings = settings_from_args(parsed)
     check_finetune(parsed, settings)
+    settings = resolve_start(parsed, settings)
     prefixes = dataset_prefixes(parsed)
     for prefix in prefixes:
         check_indexed_dataset(prefix)
@@ -59,7 +61,8 @@ def configure(args: argparse.Namespace, settings: RunSettings) -> PretrainConfig
         return pretrain_cfg_container_from_args(args, dense_config_from_args(args))
     model = model_config_from_args(args, settings.ksa, settings.bases)
     model.reset_documents = args.reset_position_ids
-    install_flops(settings.ksa)
+    model.train, model.distill = settings.train, settings.distill
+    install_flops(settings)
     if args.rank == 0:
         print(run_report(args, settings), flush=True)
     return pretrain_cfg_container_from_args(args, model)

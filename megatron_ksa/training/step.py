@@ -5,14 +5,17 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 from torch import Tensor
 
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.model.chunked_loss import ChunkedLoss
+from megatron_ksa.model.distillation_loss import DistillationLoss
 from megatron_ksa.training.batch import get_batch
+from megatron_ksa.training.step_log import StepLog
 
 
 def masked_loss(
@@ -44,20 +47,56 @@ def masked_loss(
     return loss, num_tokens, {"lm loss": report}
 
 
+def distillation_loss(
+    loss_mask: Tensor, losses: tuple[Tensor, Tensor, Tensor], *, check_for_nan: bool = False
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`masked_loss` of distillation, with both terms in the report.
+
+    Args:
+        losses: of each token, [batch, n]: the weighted sum, cross-entropy, divergence (see `TokenLosses`).
+    """
+    total, cross_entropy, divergence = losses
+    loss, num_tokens, _ = masked_loss(loss_mask, total, check_for_nan=check_for_nan)
+    terms = {"lm loss": cross_entropy, "kl loss": divergence}
+    return loss, num_tokens, {
+        name: torch.stack([(term.float() * loss_mask).sum(), num_tokens]) for name, term in terms.items()
+    }  # fmt: skip
+
+
+def _scale_of_means(chunk: MegatronModule) -> Tensor:
+    """What Megatron's schedules multiply a micro-batch's mean loss by before its backward pass, float32 []."""
+    scale = torch.ones((), device=next(chunk.parameters()).device)
+    if chunk.config.grad_scale_func is not None:
+        scale = chunk.config.grad_scale_func(scale).reshape(())
+    return scale / get_num_microbatches()
+
+
 class ForwardStep:
-    """The forward step that `pretrain` calls for every micro-batch."""
+    """The forward step that `pretrain` calls for every micro-batch.
+
+    Attributes:
+        log: knows the model chunks once they have run.
+    """
 
     def __init__(self, args: argparse.Namespace, settings: RunSettings) -> None:
         self.args = args
         self.settings = settings
-        self.loss = ChunkedLoss(settings.loss)
+        self.log = StepLog(settings)
+        self.loss, self.reduce = ChunkedLoss(settings.loss), masked_loss
+        if settings.distill.enabled:
+            self.loss, self.reduce = DistillationLoss(settings.loss, settings.distill), distillation_loss
 
     def __call__(self, data_iterator: Iterator | None, model: MegatronModule) -> tuple[Tensor, Callable]:
         """Losses [batch, n] on the last pipeline stage (hidden states before it), and the loss function."""
         batch = get_batch(data_iterator, self.args, get_attr_wrapped_model(model, "vp_stage"))
-        if self.settings.ksa.anneal_start is not None:
-            set_coefficient = get_attr_wrapped_model(model, "set_summary_coefficient")
-            set_coefficient(self.settings.ksa.summary_coefficient(self.args.curr_iteration))
+        ksa = self.settings.ksa
+        if ksa.enabled:
+            chunk = unwrap_model(model)
+            self.log.watch(chunk)
+            if ksa.anneal_start is not None or ksa.initial_coefficient not in (None, 1):
+                chunk.set_summary_coefficient(ksa.summary_coefficient(self.args.curr_iteration))
+            if chunk.distillation is not None:
+                chunk.distillation.set_scale(_scale_of_means(chunk))
         output = model(
             batch.tokens,
             batch.position_ids,
@@ -66,4 +105,4 @@ class ForwardStep:
             loss_mask=batch.loss_mask,
             output_processor=self.loss,
         )
-        return output, partial(masked_loss, batch.loss_mask, check_for_nan=self.args.check_for_nan_in_loss_and_grad)
+        return output, partial(self.reduce, batch.loss_mask, check_for_nan=self.args.check_for_nan_in_loss_and_grad)

@@ -4,7 +4,7 @@ import torch
 from compare import assert_close
 from single_process import build_model, random_tokens
 
-from megatron_ksa.checkpoint.dense import copy_shared_parameters
+from megatron_ksa.model.summary_parameters import copy_shared_parameters
 from megatron_ksa.config.ksa import KSAConfig
 
 

@@ -50,7 +50,8 @@ def main() -> None:
         def recorded(loss_dict, *args, record=Path(run["record"]), steps=steps, **kwargs):
             iteration, grad_norm = args[2], args[6]
             if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-                steps[iteration] = {"loss": loss_dict["lm loss"].item(), "grad_norm": float(grad_norm)}
+                others = {name: value.item() for name, value in loss_dict.items() if name != "lm loss"}
+                steps[iteration] = {"loss": loss_dict["lm loss"].item(), "grad_norm": float(grad_norm), **others}
                 record.write_text(json.dumps(steps))
             return log(loss_dict, *args, **kwargs)
 

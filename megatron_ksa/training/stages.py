@@ -1,0 +1,154 @@
+"""Stages on the way from a dense model: which flags go together, and what a stage takes over from its checkpoint."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from megatron_ksa.checkpoint.load import TRACKER, StoredCheckpoint, find_checkpoint
+from megatron_ksa.config.settings import RunSettings
+from megatron_ksa.errors import UsageError
+
+# Two values of the coefficient that are the same but for rounding.
+EQUAL = 1e-6
+
+
+def check_stage(args: argparse.Namespace, settings: RunSettings) -> None:
+    """Refuse flags of a stage that contradict each other or the rest of the command line.
+
+    Raises:
+        UsageError: naming the flags and the way out.
+    """
+    distill, stage = settings.distill.enabled, settings.stage
+    if not settings.ksa.enabled:
+        needs_ksa = {
+            "--ksa-distill": distill,
+            "--ksa-train summary": stage.train == "summary",
+            "--ksa-log-attention-share": stage.log_attention_share,
+            "--ksa-initial-coefficient": settings.ksa.initial_coefficient is not None,
+        }
+        for flag in (flag for flag, given in needs_ksa.items() if given):
+            raise UsageError(f"{flag} needs --ksa: add it, or drop {flag}")
+    if not distill:
+        return
+    if not settings.ksa.independent_projections:
+        raise UsageError(
+            "--ksa-distill trains the summary parameters alone, and --no-ksa-independent-projections shares them with "
+            "the text, whose are frozen: drop one of the two"
+        )
+    if not settings.ksa.num_summarised(args.num_layers or 0):
+        raise UsageError("--ksa-distill has nothing to train: no layer of --ksa-layer-pattern has summaries")
+    refused = [
+        (stage.train == "all", "--ksa-train all", "the teacher has the same weights and must stay as it is; drop it"),
+        (settings.ksa.anneal_start is not None, "--ksa-anneal-start", "annealing is the stage after it; drop one"),
+        (args.calculate_per_token_loss, "--calculate-per-token-loss", "its terms are means of a micro-batch; drop it"),
+        (args.num_experts, "--num-experts", "distillation is not checked with experts; drop one"),
+        (args.enable_cuda_graph or args.cuda_graph_impl != "none", "CUDA graphs", "a graph holds one pass of a layer, "
+         "and here are two; use --cuda-graph-impl none"),
+        (args.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "it runs layers apart; drop it"),
+    ]  # fmt: skip
+    for active, flag, way_out in refused:
+        if active:
+            raise UsageError(f"--ksa-distill does not go with {flag}: {way_out}")
+
+
+def stored_start(args: argparse.Namespace) -> StoredCheckpoint | None:
+    """The checkpoint that the run starts from, or None: there is none, or it is of another format."""
+    if args.ckpt_format != "torch_dist":
+        return None
+    for folder in (args.load, args.pretrained_checkpoint):
+        if folder and (Path(folder) / TRACKER).is_file():
+            return find_checkpoint(Path(folder), args.ckpt_step if folder == args.load else None)
+    return None
+
+
+def resolve_start(args: argparse.Namespace, settings: RunSettings) -> RunSettings:
+    """The settings with the coefficient that the run starts from: a checkpoint's, unless the flags ask otherwise.
+
+    Args:
+        args: Megatron's arguments as parsed.
+
+    Raises:
+        UsageError: a start that the stage cannot have.
+    """
+    if not settings.ksa.enabled:
+        return settings
+    stored = stored_start(args)
+    if stored is None or not stored.settings.ksa.enabled:
+        if settings.distill.enabled and stored is None:
+            raise UsageError(
+                "--ksa-distill needs a model to learn from, and there is no checkpoint: give a dense one with --load "
+                "FOLDER --finetune"
+            )
+        return _starting_at(settings, _or(settings.ksa.initial_coefficient, 1.0))
+    resumes = not args.finetune and bool(args.load) and (Path(args.load) / TRACKER).is_file()
+    return _resumed(args, settings, stored) if resumes else _next_stage(args, settings, stored)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _starting_at(settings: RunSettings, coefficient: float) -> RunSettings:
+    return dataclasses.replace(settings, ksa=dataclasses.replace(settings.ksa, initial_coefficient=coefficient))
+
+
+def _coefficient(stored: StoredCheckpoint) -> float:
+    return stored.settings.ksa.summary_coefficient(stored.iteration)
+
+
+def _resumed(args: argparse.Namespace, settings: RunSettings, stored: StoredCheckpoint) -> RunSettings:
+    """The run goes on: same stage, and a coefficient that does not jump."""
+    where = f"--load {args.load}"
+    for name, ours in (("ksa_train", settings.train), ("ksa_distill", settings.distill.enabled)):
+        theirs = getattr(stored.args, name, None) or ("all" if name == "ksa_train" else False)
+        if theirs != ours:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{where}: the checkpoint was written with {flag} {theirs}, the flags say {ours}: give the same, or "
+                f"add --finetune for a new stage with its weights"
+            )
+    initial = _or(stored.settings.ksa.initial_coefficient, 1.0)
+    asked = settings.ksa.initial_coefficient
+    if asked is not None and abs(asked - initial) > EQUAL:
+        raise UsageError(
+            f"{where}: the run started with --ksa-initial-coefficient {initial:g} and goes on: {asked:g} needs --finetune"
+        )
+    settings = _starting_at(settings, initial)
+    before, now = _coefficient(stored), settings.ksa.summary_coefficient(stored.iteration)
+    if abs(before - now) > EQUAL:
+        window = "no annealing" if settings.ksa.anneal_start is None else (
+            f"--ksa-anneal-start {settings.ksa.anneal_start} --ksa-anneal-end {settings.ksa.anneal_end}"
+        )  # fmt: skip
+        raise UsageError(
+            f"{where}: at iteration {stored.iteration} the summary projections have a weight of {before:g}, and {window} "
+            f"would make it {now:g}: the window lies in the past; start it at {stored.iteration} or later, or give the "
+            f"checkpoint's"
+        )
+    return settings
+
+
+def _next_stage(args: argparse.Namespace, settings: RunSettings, stored: StoredCheckpoint) -> RunSettings:
+    """Weights of another stage: its last coefficient holds."""
+    before, asked = _coefficient(stored), settings.ksa.initial_coefficient
+    if asked is None and before < 1 and args.rank == 0:
+        print(
+            f"{stored.folder}: summary projections have a weight of {before:g} there and start with it here "
+            f"(--ksa-initial-coefficient 1 would start them again)", flush=True,
+        )  # fmt: skip
+    settings = _starting_at(settings, _or(asked, before))
+    if settings.ksa.initial_coefficient == 0 and settings.ksa.anneal_start is not None:
+        raise UsageError(
+            f"--ksa-anneal-start {settings.ksa.anneal_start}: the checkpoint {stored.folder} is annealed to 0 already: "
+            f"drop it, or add --ksa-initial-coefficient 1 to start from copies of the text projections again"
+        )
+    if settings.distill.enabled and settings.ksa.initial_coefficient != 1:
+        raise UsageError(
+            f"--ksa-distill trains summary projections, which have a weight of {settings.ksa.initial_coefficient:g} in "
+            f"{stored.folder}: add --ksa-initial-coefficient 1"
+        )
+    return settings
+
+
+def restarts_projections(stored: RunSettings, iteration: int, settings: RunSettings) -> bool:
+    """Whether a stage uses summary projections that its checkpoint no longer did: they start again as copies."""
+    return stored.ksa.summary_coefficient(iteration) == 0 and _or(settings.ksa.initial_coefficient, 1.0) > 0

@@ -1,0 +1,83 @@
+"""What the trainer's log line and TensorBoard show of a step beyond the losses that the last stage knows."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.training import training
+from torch import Tensor
+
+from megatron_ksa.config.settings import RunSettings
+from megatron_ksa.model.gpt import KSAGPTModel
+
+ATTENTION = "attention loss"
+COSINE = "attention cosine"
+COEFFICIENT = "summary coefficient"
+
+
+class StepLog:
+    """Collects values of the model chunks of this rank, and makes them those of the whole model and batch."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self.chunks: dict[int, KSAGPTModel] = {}
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to add to Megatron's log."""
+        return self.settings.ksa.enabled and (self.settings.distill.enabled or self._shows_coefficient)
+
+    @property
+    def _shows_coefficient(self) -> bool:
+        ksa = self.settings.ksa
+        return self.settings.distill.enabled or ksa.anneal_start is not None or ksa.initial_coefficient not in (None, 1)
+
+    def watch(self, chunk: MegatronModule) -> None:
+        """Include an unwrapped model chunk of this rank."""
+        self.chunks[id(chunk)] = chunk
+
+    def take(self, iteration: int) -> dict[str, Tensor]:
+        """Values by name, the same on all ranks, of the iteration that ended as number `iteration`, counted from 1."""
+        values: dict[str, Tensor] = {}
+        if not self.chunks:
+            return values
+        device = next(next(iter(self.chunks.values())).parameters()).device
+        if self._shows_coefficient:
+            values[COEFFICIENT] = torch.tensor(self.settings.ksa.summary_coefficient(iteration - 1), device=device)
+        if self.settings.distill.compares_attention and self.settings.distill.enabled:
+            means = self._attention_terms(device)
+            values[ATTENTION] = means[0]
+            if self.settings.distill.cosine_weight:
+                values[COSINE] = means[1]
+        return values
+
+    def _attention_terms(self, device: torch.device) -> Tensor:
+        """Both attention terms, float32 [2], of all layers, rows and samples."""
+        sums = torch.zeros(2, device=device)
+        for chunk in self.chunks.values():
+            for term in chunk.distillation.terms:
+                part = term.take()
+                if part is not None:
+                    sums += part
+        chunk = next(iter(self.chunks.values()))
+        groups: ProcessGroupCollection = chunk.pg_collection
+        dist.all_reduce(sums, group=groups.pp)
+        for group in (groups.dp_cp, *([groups.tp] if chunk.config.sequence_parallel else [])):
+            dist.all_reduce(sums, group=group)
+            sums /= group.size()
+        return sums
+
+
+def install_step_log(log: StepLog) -> None:
+    """Add the log's values to what the trainer logs of each step."""
+    if not log.is_needed:
+        return
+    training_log: Callable = training.training_log
+
+    def logged(loss_dict: dict, total_loss_dict: dict, learning_rate: float | None, iteration: int, *rest, **options):
+        losses = {**loss_dict, **log.take(iteration)}
+        return training_log(losses, total_loss_dict, learning_rate, iteration, *rest, **options)
+
+    training.training_log = logged
