@@ -1,6 +1,7 @@
 """Throughput of the KSA report's 1.9B model on one GPU: KSA against the same model with full attention.
 
     python examples/throughput_1b9/run.py --report README.md
+    python examples/throughput_1b9/run.py --models ksa summary distil --lengths 8192 32768 --out distil.json
 
 Each length and model trains a few iterations through `pretrain_gpt.py` in a process of its own, on generated tokens,
 without saving. Results are written after each; a second call goes on with those that are missing or failed.
@@ -22,6 +23,8 @@ except ModuleNotFoundError as error:
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "slurm" / "models" / "ksa_1b9.args"
 MODELS = ("ksa", "full")
+# The same KSA model when only its summary parameters train, without and with distillation's teacher.
+STAGES = {"summary": ["--ksa-train", "summary"], "distil": ["--ksa-distill"]}
 LENGTHS = (8192, 32768, 131072)
 # From here on the activations of the 24 layers do not fit 80 GB beside parameters and optimizer.
 RECOMPUTE_FROM = 32768
@@ -61,10 +64,9 @@ def training_flags(model: str, length: int, options: argparse.Namespace) -> list
     windows = "([2]*3+[8])" if options.tiny else "([128]*3+[1024])*6"
     # Without Transformer Engine, dense layers get fused attention and rotation from this project's model, which HARPE
     # asks for; equal bases are plain RoPE.
-    attention = {
-        "ksa": ["--ksa", "--ksa-window-chunks", windows, "--position-embedding-type", "rope"],
-        "full": ["--position-embedding-type", "harpe", "--harpe-bases", ",".join(["10000"] * int(heads))],
-    }[model]
+    ksa = ["--ksa", "--ksa-window-chunks", windows, "--position-embedding-type", "rope"]
+    full = ["--position-embedding-type", "harpe", "--harpe-bases", ",".join(["10000"] * int(heads))]
+    attention = full if model == "full" else [*ksa, *STAGES.get(model, [])]
     warm_up, measured = iterations(length, options)
     run = [
         "--seq-length", length, "--global-batch-size", 1, "--train-iters", warm_up + measured,
@@ -116,6 +118,22 @@ def _reason(stderr: str) -> str:
     return (lines or ["it ended without a result"])[-1].strip()[:300]
 
 
+def compare_stages(runs: list[dict]) -> list[str]:
+    """What a step of distillation costs against a plain step of the KSA model, a line a length."""
+    done = {(run["length"], run["model"]): run for run in runs if "error" not in run and not run["cuda_graphs"]}
+    lines = []
+    for length in sorted({length for length, model in done if model == "distil"}):
+        distil, ksa, summary = (done.get((length, model)) for model in ("distil", "ksa", "summary"))
+        parts = {name: ms for name, ms in distil["parts_ms"].items() if name.startswith("teacher")}
+        line = f"{length:,} tokens: {distil['iteration_ms']:,.0f} ms a distillation step, {distil['peak_gib']:.2f} GiB"
+        if ksa:
+            line += f"; {distil['iteration_ms'] / ksa['iteration_ms']:.2f} of a KSA step ({ksa['iteration_ms']:,.0f} ms)"
+        if summary:
+            line += f"; {distil['peak_gib'] - summary['peak_gib']:+.2f} GiB by the teacher"
+        lines.append(line + "".join(f"; {name} {ms / distil['iteration_ms']:.0%}" for name, ms in parts.items()))
+    return lines
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -125,7 +143,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="Markdown file whose throughput_1b9 section gets the tables")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="text tokens of a sequence")
     parser.add_argument("--cuda-graphs", action="store_true", help="capture each iteration in a CUDA graph")
-    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="which attention")
+    parser.add_argument(
+        "--models", nargs="+", default=MODELS, choices=(*MODELS, *STAGES),
+        help="which attention; summary and distil train KSA's summary parameters alone, the second with a teacher",
+    )  # fmt: skip
     parser.add_argument("--iterations", type=int, help="iterations that count; unset: 6 at 8k, 4 at 32k, 2 beyond")
     parser.add_argument("--loss-rows", type=int, default=4096, help="tokens whose logits exist at a time")
     parser.add_argument("--limit", type=float, default=200, help="seconds after which a run is given up")
@@ -155,6 +176,8 @@ def main() -> None:
                 print(result.get("error") or f"{result['tokens_per_second']:.0f} tokens/s", flush=True)
                 runs = [run for run in runs if run not in same] + [result]
                 options.out.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+        for line in compare_stages(runs):
+            print(line)
         if options.report:
             from report import write_report
 

@@ -100,6 +100,7 @@ class Measurement:
         self.parts = Parts()
         self.iterations: list[dict] = []
         self.backends: dict[str, str] = {}
+        self.teaches = False
 
     def watch_attention(self, model: torch.nn.Module) -> None:
         """Mark the core attention of every layer, and note which kernel it takes."""
@@ -109,7 +110,9 @@ class Measurement:
 
         def enter(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             rows = args[:3]
-            if isinstance(module, CausalCoreAttention):
+            if self.teaches:
+                self.backends.setdefault("teacher", causal_backend(*rows))
+            elif isinstance(module, CausalCoreAttention):
                 self.backends.setdefault("full attention", causal_backend(*rows))
             else:
                 window = module.geometry.window_chunks * module.geometry.chunk_size
@@ -117,27 +120,54 @@ class Measurement:
                 kernel = "KSA, Triton" if uses_triton("KSA attention", rows[0]) else "KSA, PyTorch"
                 kernel = causal_backend(*text) if window >= text[0].shape[0] else kernel
                 self.backends.setdefault(f"window of {window} tokens", kernel)
-            return (*_Enter.apply(self.parts, "attention", *rows), *args[3:]), kwargs
+            return (*_Enter.apply(self.parts, self._attention, *rows), *args[3:]), kwargs
 
         def leave(module: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:
-            return _Leave.apply(self.parts, "attention", out)
+            return _Leave.apply(self.parts, self._attention, out)
 
         for module in model.modules():
             if isinstance(module, CausalCoreAttention | KSACoreAttention):
                 module.register_forward_pre_hook(enter, with_kwargs=True)
                 module.register_forward_hook(leave)
 
+    @property
+    def _attention(self) -> str:
+        return "teacher's attention" if self.teaches else "attention"
+
+    def watch_teacher(self) -> None:
+        """Mark the pass of distillation's teacher; its attention is a part of its own."""
+        from megatron_ksa.model.distillation import Distillation
+
+        teach = Distillation._teach
+
+        def timed(*args) -> tuple:
+            self.teaches = True
+            self.parts.start("teacher")
+            try:
+                return teach(*args)
+            finally:
+                self.parts.stop("teacher")
+                self.teaches = False
+
+        Distillation._teach = timed
+
     def watch_loss(self) -> None:
         """Mark the output layer and the loss."""
         from megatron_ksa.model.chunked_loss import ChunkedLoss
+        from megatron_ksa.model.distillation_loss import DistillationLoss, TokenLosses
 
-        compute = ChunkedLoss.__call__
+        plain, distilled = ChunkedLoss.__call__, DistillationLoss.__call__
 
         def timed(processor: ChunkedLoss, *, hidden_states: Tensor, **kwargs) -> Tensor:
             (hidden_states,) = _Enter.apply(self.parts, "loss", hidden_states)
-            return _Leave.apply(self.parts, "loss", compute(processor, hidden_states=hidden_states, **kwargs))
+            return _Leave.apply(self.parts, "loss", plain(processor, hidden_states=hidden_states, **kwargs))
 
-        ChunkedLoss.__call__ = timed
+        def timed_distillation(processor: DistillationLoss, *, hidden_states: Tensor, **kwargs) -> TokenLosses:
+            (hidden_states,) = _Enter.apply(self.parts, "loss", hidden_states)
+            losses = distilled(processor, hidden_states=hidden_states, **kwargs)
+            return losses._replace(total=_Leave.apply(self.parts, "loss", losses.total))
+
+        ChunkedLoss.__call__, DistillationLoss.__call__ = timed, timed_distillation
 
     def _timed(self, call: Callable, part: str) -> Callable:
         def timed(*args, **kwargs):
@@ -182,6 +212,8 @@ class Measurement:
         parts = {
             name: statistics.median(iteration["parts_ms"][name] for iteration in counted) for name in names
         }
+        if "teacher" in parts:
+            parts["teacher's other layers"] = parts.pop("teacher") - parts["teacher's attention forward"]
         flops = training.num_floating_point_operations(args, args.global_batch_size)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         peak = next((value for name, value in PEAKS.items() if name in device), None)
@@ -206,6 +238,7 @@ def main() -> None:
     from megatron.training import training
 
     measurement.watch_loss()
+    measurement.watch_teacher()
     training.train_step = measurement.step(training.train_step)
     pretrain_gpt.main()
     measurement.write()

@@ -74,7 +74,8 @@ def resolve_start(args: argparse.Namespace, settings: RunSettings) -> RunSetting
         return settings
     stored = stored_start(args)
     if stored is None or not stored.settings.ksa.enabled:
-        if settings.distill.enabled and stored is None:
+        # Generated tokens teach nothing: they measure speed, and random weights do for that.
+        if settings.distill.enabled and stored is None and not args.mock_data:
             raise UsageError(
                 "--ksa-distill needs a model to learn from, and there is no checkpoint: give a dense one with --load "
                 "FOLDER --finetune"

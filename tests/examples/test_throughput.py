@@ -42,3 +42,18 @@ def test_report_takes_its_place_and_nothing_is_measured_twice(measured):
     _, page, second = measured
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert page.count("| 64 | KSA |") == 2 and "==" not in second
+
+
+def test_distillation_is_measured_against_the_plain_step(tmp_path):
+    """The teacher's pass is a part of its own, and its work counts."""
+    out = tmp_path / "results.json"
+    command = [sys.executable, FOLDER / "run.py", "--tiny", "--lengths", "64", "--iterations", "1", "--out", out]
+    done = subprocess.run([*command, "--models", "summary", "distil"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary, distil = json.loads(out.read_text())
+    assert sum(distil["parts_ms"].values()) == pytest.approx(distil["iteration_ms"])
+    assert all(distil["parts_ms"][f"teacher's {part}"] > 0 for part in ("attention forward", "other layers"))
+    # Two thirds of the KSA model's count, and a third of the dense model's.
+    assert 1.3 < distil["model_flops"] / summary["model_flops"] < 1.5
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("64 tokens: ")]
+    assert "GiB by the teacher; teacher's attention forward" in line
