@@ -1,8 +1,9 @@
-"""Start a KSA model from a dense checkpoint, and a dense model from a KSA checkpoint annealed to the end.
+"""Start a KSA model from a dense checkpoint or another stage, and a dense model from a KSA one annealed to the end.
 
 A dense model's checkpoint stacks its layers (`decoder.layers.<name>`), since all of them have the same parameters; a
 KSA model's has a key for each layer (`decoder.layers.<number>.<name>`). Either is read in any parallel layout. Summary
 projections and norms start as copies of the shared ones (SPEC: "Parameters"), the summary embedding as initialised.
+With `--finetune` the same holds of a KSA checkpoint's summary projections that it lacks or no longer used (a = 0).
 """
 
 import argparse
@@ -17,7 +18,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, training
 
 from megatron_ksa.checkpoint.load import stored_settings
-from megatron_ksa.checkpoint.norm_names import ask_for_stored_names
+from megatron_ksa.checkpoint.norm_names import ask_for_stored_names, stored_name
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
 from megatron_ksa.model.summary_parameters import copy_shared_parameters, is_summary_parameter
@@ -33,19 +34,59 @@ def install_dense_start(args: argparse.Namespace, settings: RunSettings) -> None
         is_ksa, folder = settings.ksa.enabled, _distributed_checkpoint(args)
         inner = unwrap_model(models)
         if folder is None or _checkpoint_is_ksa(args, folder, is_ksa) == is_ksa:
-            with _stored_names(inner, folder):
-                return load_checkpoint(models, optimizer, *rest, **options)
+            missing = _Missing(folder) if is_ksa and folder is not None and args.finetune else None
+            with _stored_names(inner, folder, missing):
+                if missing is not None:
+                    options["strict"] = False
+                done = load_checkpoint(models, optimizer, *rest, **options)
+            if missing is not None and (missing.names or _starts_projections_again(folder, settings)):
+                only = None if _starts_projections_again(folder, settings) else missing.names
+                for model in inner:
+                    copy_shared_parameters(model, only)
+                _tell_optimizer(args, optimizer)
+            return done
         with _keys_of_the_other_kind(inner, folder, to_ksa=is_ksa):
             # Everything that is asked for must be there; what a dense checkpoint lacks is not asked for.
             done = load_checkpoint(models, optimizer, *rest, strict=not is_ksa, **options)
         if is_ksa:
             for model in inner:
                 copy_shared_parameters(model)
-            if optimizer is not None and (args.fp16 or args.bf16):
-                optimizer.reload_model_params()
+            _tell_optimizer(args, optimizer)
         return done
 
     training.load_checkpoint = load
+
+
+def _tell_optimizer(args: argparse.Namespace, optimizer: object) -> None:
+    """Let the optimizer's float32 parameters follow the model's 16-bit ones."""
+    if optimizer is not None and (args.fp16 or args.bf16):
+        optimizer.reload_model_params()
+
+
+class _Missing:
+    """Leaves out of a model's state the summary parameters that a checkpoint lacks, and notes their names."""
+
+    def __init__(self, path: Path) -> None:
+        self.stored = dist_checkpointing.load_tensors_metadata(str(path))
+        self.names: set[str] = set()
+
+    def __call__(self, state: ShardedStateDict) -> ShardedStateDict:
+        lacks = {
+            name for name, value in state.items()
+            if is_summary_parameter(name) and isinstance(value, ShardedBase)
+            and stored_name(value.key, self.stored) not in self.stored
+        }  # fmt: skip
+        self.names |= lacks
+        return {name: value for name, value in state.items() if name not in lacks}
+
+
+def _starts_projections_again(path: Path, settings: RunSettings) -> bool:
+    """Whether a stage uses summary projections that its checkpoint no longer did."""
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    saved = common.get("args")
+    if saved is None or not settings.ksa.initial_coefficient:
+        return False
+    return stored_settings(saved).ksa.summary_coefficient(common.get("iteration", 0)) == 0
 
 
 def _load_folder(args: argparse.Namespace) -> str | None:

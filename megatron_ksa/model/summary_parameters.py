@@ -1,6 +1,7 @@
 """Which parameters of a model belong to summary rows, how they start, and training of them alone."""
 
-from megatron.core.transformer.module import MegatronModule
+from collections.abc import Collection
+
 from torch import nn
 
 from megatron_ksa.model.attention import KSASelfAttention
@@ -27,17 +28,18 @@ def freeze_shared_parameters(model: nn.Module) -> None:
         parameter.requires_grad_(is_summary_parameter(name))
 
 
-def copy_shared_parameters(model: MegatronModule) -> None:
-    """Set the summary projections and norms of every layer to the shared ones."""
-    for module in model.modules():
+def copy_shared_parameters(model: nn.Module, only: Collection[str] | None = None) -> None:
+    """Set the summary projections and norms of every layer to the shared ones.
+
+    Args:
+        only: names of parameters, of which at least one is to be copied for a projection or norm to be; None for all.
+    """
+    for name, module in model.named_modules():
         if isinstance(module, KSASelfAttention):
-            _copy(module.linear_qkv, module.linear_qkv_summary)
-            _copy(module.q_layernorm, module.q_layernorm_summary)
-            _copy(module.k_layernorm, module.k_layernorm_summary)
-        elif isinstance(module, SplitLayerNorm):
-            _copy(module.text, module.summary)
-
-
-def _copy(source: MegatronModule | None, target: MegatronModule | None) -> None:
-    if target is not None:
-        target.load_state_dict(source.state_dict())
+            pairs = {f"{part}_summary": part for part in ("linear_qkv", "q_layernorm", "k_layernorm")}
+        else:
+            pairs = {"summary": "text"} if isinstance(module, SplitLayerNorm) else {}
+        for target, source in pairs.items():
+            prefix = f"{name}.{target}."
+            if getattr(module, target) is not None and (only is None or any(one.startswith(prefix) for one in only)):
+                getattr(module, target).load_state_dict(getattr(module, source).state_dict())

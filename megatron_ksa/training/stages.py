@@ -35,7 +35,7 @@ def check_stage(args: argparse.Namespace, settings: RunSettings) -> None:
             "--ksa-distill trains the summary parameters alone, and --no-ksa-independent-projections shares them with "
             "the text, whose are frozen: drop one of the two"
         )
-    if not settings.ksa.num_summarised(args.num_layers or 0):
+    if args.num_layers and not settings.ksa.num_summarised(args.num_layers):
         raise UsageError("--ksa-distill has nothing to train: no layer of --ksa-layer-pattern has summaries")
     refused = [
         (stage.train == "all", "--ksa-train all", "the teacher has the same weights and must stay as it is; drop it"),
@@ -112,7 +112,8 @@ def _resumed(args: argparse.Namespace, settings: RunSettings, stored: StoredChec
     asked = settings.ksa.initial_coefficient
     if asked is not None and abs(asked - initial) > EQUAL:
         raise UsageError(
-            f"{where}: the run started with --ksa-initial-coefficient {initial:g} and goes on: {asked:g} needs --finetune"
+            f"{where}: the run started with --ksa-initial-coefficient {initial:g} and goes on: {asked:g} needs "
+            f"--finetune"
         )
     settings = _starting_at(settings, initial)
     before, now = _coefficient(stored), settings.ksa.summary_coefficient(stored.iteration)
@@ -121,9 +122,9 @@ def _resumed(args: argparse.Namespace, settings: RunSettings, stored: StoredChec
             f"--ksa-anneal-start {settings.ksa.anneal_start} --ksa-anneal-end {settings.ksa.anneal_end}"
         )  # fmt: skip
         raise UsageError(
-            f"{where}: at iteration {stored.iteration} the summary projections have a weight of {before:g}, and {window} "
-            f"would make it {now:g}: the window lies in the past; start it at {stored.iteration} or later, or give the "
-            f"checkpoint's"
+            f"{where}: at iteration {stored.iteration} the summary projections have a weight of {before:g}, and "
+            f"{window} would make it {now:g}: the window lies in the past; start it at {stored.iteration} or later, or "
+            f"give the checkpoint's"
         )
     return settings
 
@@ -148,8 +149,3 @@ def _next_stage(args: argparse.Namespace, settings: RunSettings, stored: StoredC
             f"{stored.folder}: add --ksa-initial-coefficient 1"
         )
     return settings
-
-
-def restarts_projections(stored: RunSettings, iteration: int, settings: RunSettings) -> bool:
-    """Whether a stage uses summary projections that its checkpoint no longer did: they start again as copies."""
-    return stored.ksa.summary_coefficient(iteration) == 0 and _or(settings.ksa.initial_coefficient, 1.0) > 0

@@ -8,7 +8,8 @@ from trainer import launch, steps
 
 DENSE = "--no-ksa --train-iters 2"
 # Annealed to 0 from the second iteration on.
-WHOLE_WINDOW = "--ksa-window-chunks 8 --ksa-anneal-start 0 --ksa-anneal-end 2 --train-iters 2"
+WINDOW = "--ksa-window-chunks 8 --train-iters 2"
+WHOLE_WINDOW = f"{WINDOW} --ksa-anneal-start 0 --ksa-anneal-end 2"
 TOLERANCE = 1e-6
 
 
@@ -21,7 +22,7 @@ def runs(tmp_path_factory):
         "start": f"{DENSE} --save {folder}/dense --save-interval 2",
         "dense": f"{DENSE} {dense}",
         "ksa": f"{WHOLE_WINDOW} {dense} --save {folder}/ksa --save-interval 1",
-        "ksa again": f"{WHOLE_WINDOW} {ksa}",
+        "ksa again": f"{WINDOW} {ksa}",
         "dense again": f"{DENSE} {ksa}",
         "not annealed": f"{DENSE} {ksa} --ckpt-step 1",
     }
