@@ -27,6 +27,7 @@ from megatron_ksa.evaluation.corpora import write_corpus
 from megatron_ksa.evaluation.runs import Results, Runs, iterations_done
 
 HEAD_DIM = 64
+BASE = 10_000
 FORMS = ("single_2", "single_3", "multikey_1", "multikey_2")
 # Arm -> the layers of four; a model has them over and over.
 SCRATCH = {"full": "f", "3:1 window": "wwwf", "3:1 KSA": "kkkf", "window": "w", "KSA": "k"}
@@ -53,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=8, help="C, text tokens in a chunk")
     parser.add_argument("--summaries", type=int, default=1, help="S, summaries of a chunk")
     parser.add_argument("--window", type=int, default=8, help="W, past chunks seen as text")
-    parser.add_argument("--distances", default="16,32,128,256,512,896", help="tokens between needle and question")
+    parser.add_argument("--distances", default="16,32,128,256,512,896,1792", help="tokens between needle and question")
     parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens of an iteration")
     parser.add_argument("--micro-batch-tokens", type=int, default=32768, help="tokens of a forward pass")
     parser.add_argument("--corpus-tokens", type=int, default=70_000_000, help="tokens of the synthetic corpus")
@@ -151,7 +152,7 @@ class Experiment:
         """Flags of the model and its data."""
         from megatron_ksa.evaluation.token_language import VOCABULARY
 
-        args, hidden, ksa = self.args, self.args.heads * HEAD_DIM, self.ksa(stage.layers)
+        args, hidden = self.args, self.args.heads * HEAD_DIM
         length, blend = args.length * stage.length, [self.work / "data/train"]
         vocabulary = VOCABULARY
         if args.code:
@@ -160,14 +161,20 @@ class Experiment:
         return [
             "--num-layers", args.layers, "--hidden-size", hidden, "--ffn-hidden-size", hidden * 8 // 3 // 64 * 64,
             "--num-attention-heads", args.heads, "--kv-channels", HEAD_DIM, "--normalization", "RMSNorm", "--qk-layernorm",
-            "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0, "--rotary-base", 10000,
-            "--position-embedding-type", "rope", "--ksa", "--ksa-layer-pattern", ksa.layer_pattern,
-            "--ksa-window-chunks", ksa.window_chunks, "--ksa-chunk-size", ksa.chunk_size,
-            "--ksa-summary-tokens", ksa.summary_tokens, "--seq-length", length,
+            "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0,
+            # One base for all heads is RoPE; this way the full model's attention is this project's too.
+            "--position-embedding-type", "harpe", "--harpe-bases", ",".join([str(BASE)] * args.heads),
+            *(() if stage.layers == "f" else self.ksa_flags(stage)), "--seq-length", length,
             "--max-position-embeddings", 4 * args.length, "--micro-batch-size", max(args.micro_batch_tokens // length, 1),
             "--global-batch-size", max(args.batch_tokens // length, 1), "--tokenizer-type", "NullTokenizer",
             "--vocab-size", vocabulary - 1, "--data-path", *blend, "--split", "100,0,0", "--ckpt-format", "torch_dist",
         ]  # fmt: skip
+
+    def ksa_flags(self, stage: Stage) -> list[object]:
+        """Flags of a model whose layers are not all full ones."""
+        ksa = self.ksa(stage.layers)
+        return ["--ksa", "--ksa-layer-pattern", ksa.layer_pattern, "--ksa-window-chunks", ksa.window_chunks,
+                "--ksa-chunk-size", ksa.chunk_size, "--ksa-summary-tokens", ksa.summary_tokens]  # fmt: skip
 
     def train(self, stage: Stage, seed: int) -> Path:
         """Train a stage, after the stages before it; its checkpoint folder."""
@@ -196,7 +203,7 @@ class Experiment:
             self.runs.tell(f"seed {seed}, {stage.part} {stage.arm} {stage.name}: not begun, the deadline has passed")
             return
         folder, length = self.train(stage, seed), args.length * stage.length
-        contexts = [context for context in (256, 512, 1024, 2048, 4096, 8192, 16384) if context <= length]
+        contexts = [context for context in (256, 512, 1024, 2048, 4096, 8192, 16384) if context <= length] or [length]
         perplexity = ["examples/evaluate/perplexity.py", "--stride", min(256, contexts[0]), "--windows", 64,
                       "--lengths", ",".join(map(str, contexts))]  # fmt: skip
         tools = {
