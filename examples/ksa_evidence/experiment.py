@@ -145,7 +145,10 @@ class Experiment:
         longest = 2 * args.length if "dense" in args.parts else args.length
         with ProcessPoolExecutor() as pool:
             write_corpus(data / "train", args.length // 2, 4 * longest, args.corpus_tokens, longest, 1, pool)
-            write_corpus(data / "validation", longest + 512, longest + 1024, 64 * longest, longest, 2, pool)
+            for factor in (1, 2):
+                held_out = factor * args.length
+                prefix = data / f"validation{factor}"
+                write_corpus(prefix, held_out + 512, held_out + 1024, 64 * held_out, held_out, 2, pool)
         self.runs.tell("data is ready")
 
     def model_flags(self, stage: Stage) -> list[object]:
@@ -209,7 +212,7 @@ class Experiment:
         tools = {
             "needles": ["examples/evaluate/needle.py", "--lengths", length, "--distances", args.distances, "--forms",
                         *FORMS, "--cases", args.cases],
-            "perplexity": [*perplexity, "--data-path", self.work / "data/validation"],
+            "perplexity": [*perplexity, "--data-path", self.work / f"data/validation{stage.length}"],
         }  # fmt: skip
         if args.code:
             tools["code"] = [*perplexity, "--concatenate", "--data-path", f"{args.code}_validation"]

@@ -11,6 +11,8 @@ import numpy as np
 from megatron_ksa.evaluation.tables import cell, table, write_between_marks
 
 CHART = "needles.png"
+COLOURS = {"full": "#222222", "3:1 window": "#e08214", "3:1 KSA": "#1b7837", "3:1 KSA, distilled": "#762a83", "window": "#d6604d",
+           "KSA": "#2166ac"}  # fmt: skip
 
 
 def arms_of(runs: list[dict], part: str, stage: str) -> dict[str, list[dict]]:
@@ -19,8 +21,7 @@ def arms_of(runs: list[dict], part: str, stage: str) -> dict[str, list[dict]]:
     for run in runs:
         if (run["part"], run["stage"]) == (part, stage):
             found.setdefault(run["arm"], []).append(run)
-    order = ["full", "3:1 window", "3:1 KSA", "3:1 KSA, distilled", "window", "KSA"]
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    return dict(sorted(found.items(), key=lambda item: list(COLOURS).index(item[0])))
 
 
 def distance(row: dict) -> int:
@@ -125,12 +126,12 @@ def plot(results: dict, output: Path) -> None:
         for arm, runs in arms_of(results["runs"], part, stage).items():
             distances = sorted({distance(row) for run in runs for row in run["needles"]})
             scores = np.array([[100 * needles(run, far) for far in distances] for run in runs])
-            line = axis.plot(distances, scores.mean(0), marker="o", label=arm)[0]
-            axis.fill_between(distances, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.15)
+            axis.plot(distances, scores.mean(0), marker="o", markersize=4, linewidth=2, color=COLOURS[arm], label=arm)
+            axis.plot(distances, scores.T, linewidth=0.7, alpha=0.5, color=COLOURS[arm])
         axis.axvline(settings["window"] * settings["chunk"], color="grey", linestyle=":")
         axis.set(xscale="log", ylim=(-3, 103), title=title, xlabel="tokens between needle and question")
-    axes[0][0].set_ylabel("values found (%)")
-    axes[0][-1].legend(fontsize=8)
+        axis.legend(fontsize=7, loc="lower left")
+    axes[0][0].set_ylabel("values found (%), bold: mean of the seeds")
     figure.savefig(output, dpi=130)
     plt.close(figure)
 
