@@ -4,15 +4,18 @@
 document count u64, then lengths i32, byte offsets i64, document boundaries i64, and for multimodal data modes i8.
 """
 
+import contextlib
 import os
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import writing
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -71,29 +74,40 @@ def sequence_lengths(prefix: str) -> np.ndarray:
 class IndexedDatasetWriter:
     """Context manager that writes a dataset under temporary names and gives it its own only when it is whole.
 
+    Two writers of one prefix are kept apart by `locks.exclusive(prefix, ...)` around them.
+
     Args:
         prefix: the dataset's path without `.bin` and `.idx`.
-        vocab_size: decides the token type, as Megatron does: uint16 where ids fit, int32 otherwise.
+        vocab_size: every id is below it. It decides the token type, as Megatron does: uint16 where ids fit, int32
+            otherwise.
         overwrite: replace a dataset of this name.
         dtype: the token type, where it shall be another one.
+        check: called before the dataset gets its name; what it raises leaves none (`locks.Lock.check`).
 
     Raises:
-        UsageError: the dataset exists and `overwrite` is not given.
+        UsageError: the dataset exists and `overwrite` is not given; a disk that is full or cannot be written to.
     """
 
     def __init__(
-        self, prefix: str, vocab_size: int, *, overwrite: bool = False, dtype: type[np.integer] | None = None
-    ) -> None:
+        self, prefix: str, vocab_size: int, *, overwrite: bool = False, dtype: type[np.integer] | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Megatron's word on every optional package that is absent
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
         self.index, self.data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         if not overwrite and self.index.exists():
             raise UsageError(f"{self.index} exists: pass --overwrite to replace it or choose another --output-prefix")
-        self.index.parent.mkdir(parents=True, exist_ok=True)
         self.partial_index, self.partial_data = Path(f"{prefix}.idx.partial"), Path(f"{prefix}.bin.partial")
         self.dtype = dtype or DType.optimal_dtype(vocab_size)
-        self._builder = IndexedDatasetBuilder(str(self.partial_data), dtype=self.dtype)
+        if not np.issubdtype(self.dtype, np.integer):
+            raise UsageError(f"{self.data}: token ids cannot be {np.dtype(self.dtype)}")
+        self._largest, self._check = min(vocab_size - 1, int(np.iinfo(self.dtype).max)), check
+        with writing(self.data):
+            self.index.parent.mkdir(parents=True, exist_ok=True)
+            # A run that was suspended may still have the old one open.
+            self.partial_data.unlink(missing_ok=True)
+            self._builder = IndexedDatasetBuilder(str(self.partial_data), dtype=self.dtype)
 
     def __enter__(self) -> "IndexedDatasetWriter":
         return self
@@ -102,21 +116,43 @@ class IndexedDatasetWriter:
         """Append one document.
 
         Args:
-            tokens: integer [tokens].
+            tokens: integer [tokens], each from 0 to below the vocabulary size.
+
+        Raises:
+            UsageError: an id that the dataset or the model's embedding cannot hold, a document of 2^31 tokens.
         """
-        self._builder.add_document(tokens, [len(tokens)])
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise UsageError(f"{self.data}: tokens are {tokens.dtype}, not integers")
+        if len(tokens) and (tokens.min() < 0 or tokens.max() > self._largest):
+            raise UsageError(
+                f"{self.data}: a token id is {int(tokens.min() if tokens.min() < 0 else tokens.max()):,}; this tokenizer's "
+                f"ids go from 0 to {self._largest:,}"
+            )
+        if len(tokens) >= 1 << 31:
+            raise UsageError(f"{self.data}: a document has {len(tokens):,} tokens; an index holds lengths below 2^31")
+        with writing(self.data):
+            self._builder.add_document(tokens, [len(tokens)])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._builder.data_file.close()
-            self.partial_data.unlink(missing_ok=True)
-            return
+        try:
+            if kind is None:
+                with writing(self.data):
+                    self._finish()
+        finally:
+            with contextlib.suppress(OSError):  # closing writes what is buffered, which the disk may refuse again
+                self._builder.data_file.close()
+            for path in (self.partial_data, self.partial_index):
+                path.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
         self._builder.finalize(str(self.partial_index))
         for path in (self.partial_data, self.partial_index):
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
+        if self._check is not None:
+            self._check()
         # A dataset without an index is not one: the old index goes first, the new one comes last.
         self.index.unlink(missing_ok=True)
         self.partial_data.replace(self.data)

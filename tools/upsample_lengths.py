@@ -16,7 +16,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data-path", required=True, help="prefix of the indexed dataset to read")
-    parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin and PREFIX.idx, and the loss mask of --data-path where it has one")
     parser.add_argument("--threshold", type=int, default=4096, help="documents of more tokens are long")
     parser.add_argument(
         "--share", type=float, required=True, help="of all tokens that long documents shall hold, 0 to 1"
