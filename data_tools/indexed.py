@@ -8,7 +8,7 @@ import contextlib
 import os
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -82,7 +82,8 @@ class IndexedDatasetWriter:
             otherwise.
         overwrite: replace a dataset of this name.
         dtype: the token type, where it shall be another one.
-        check: called before the dataset gets its name; what it raises leaves none (`locks.Lock.check`).
+        check: called when all is written, before the dataset gets its name; what it raises leaves none
+            (`locks.Lock.check`).
 
     Raises:
         UsageError: the dataset exists and `overwrite` is not given; a disk that is full or cannot be written to.
@@ -112,16 +113,17 @@ class IndexedDatasetWriter:
     def __enter__(self) -> "IndexedDatasetWriter":
         return self
 
-    def add_document(self, tokens: np.ndarray) -> None:
+    def add_document(self, tokens: np.ndarray | Sequence[int]) -> None:
         """Append one document.
 
         Args:
-            tokens: integer [tokens], each from 0 to below the vocabulary size.
+            tokens: integers [tokens], each from 0 to below the vocabulary size.
 
         Raises:
             UsageError: an id that the dataset or the model's embedding cannot hold, a document of 2^31 tokens.
         """
-        if not np.issubdtype(tokens.dtype, np.integer):
+        tokens = np.asarray(tokens)
+        if len(tokens) and not np.issubdtype(tokens.dtype, np.integer):
             raise UsageError(f"{self.data}: tokens are {tokens.dtype}, not integers")
         if len(tokens) and (tokens.min() < 0 or tokens.max() > self._largest):
             raise UsageError(
@@ -138,21 +140,31 @@ class IndexedDatasetWriter:
     ) -> None:
         try:
             if kind is None:
+                self.prepare()
                 with writing(self.data):
-                    self._finish()
+                    self._publish()
         finally:
             with contextlib.suppress(OSError):  # closing writes what is buffered, which the disk may refuse again
                 self._builder.data_file.close()
             for path in (self.partial_data, self.partial_index):
                 path.unlink(missing_ok=True)
 
-    def _finish(self) -> None:
-        self._builder.finalize(str(self.partial_index))
-        for path in (self.partial_data, self.partial_index):
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+    def prepare(self) -> None:
+        """Write all that is to be written, so that only names are left to give.
+
+        Call it on each of several writers before the first of them ends: a full disk then leaves none of their datasets.
+        """
+        if self._builder.data_file.closed:
+            return
+        with writing(self.data):
+            self._builder.finalize(str(self.partial_index))
+            for path in (self.partial_data, self.partial_index):
+                with open(path, "rb") as stream:
+                    os.fsync(stream.fileno())
         if self._check is not None:
             self._check()
+
+    def _publish(self) -> None:
         # A dataset without an index is not one: the old index goes first, the new one comes last.
         self.index.unlink(missing_ok=True)
         self.partial_data.replace(self.data)

@@ -21,6 +21,8 @@ from megatron_ksa.data_tools.indexed import (
 from megatron_ksa.errors import UsageError
 from megatron_ksa.locks import exclusive
 
+MAX_REPEATS = 1000
+
 
 @dataclass(frozen=True)
 class UpsamplingCounts:
@@ -72,6 +74,10 @@ def plan_repeats(sizes: np.ndarray, threshold: int, share: float, random: np.ran
         )
     wanted = share / (1 - share) * outside
     whole = math.floor(wanted / inside)
+    if whole > MAX_REPEATS:
+        raise UsageError(
+            f"--share {share:g}: each document above {threshold} tokens would be written {whole:,} times; at most {MAX_REPEATS}"
+        )
     repeats = np.where(long, whole, 1)
     missing = wanted - whole * inside
     for index in random.permutation(np.flatnonzero(long)):
@@ -104,7 +110,8 @@ def upsample(
         raise UsageError(f"{loss_mask_prefix(output_prefix)}.idx exists, the loss mask of another dataset: remove it")
     dataset = IndexedDataset(prefix)
     bounds = dataset.document_indices
-    sizes = np.add.reduceat(dataset.sequence_lengths, bounds[:-1], dtype=np.int64)
+    ends = np.concatenate([[0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)])
+    sizes = ends[bounds[1:]] - ends[bounds[:-1]]
     random = np.random.default_rng(seed)
     repeats = plan_repeats(sizes, threshold, share, random)
     order = random.permutation(np.repeat(np.arange(len(sizes)), repeats))
@@ -118,8 +125,10 @@ def upsample(
             writer = IndexedDatasetWriter(output, size, overwrite=overwrite, dtype=kind, check=lock.check)
             pairs.append((read, stack.enter_context(writer)))
         for document in tqdm(order, desc="write", unit="document"):
-            for read, writer in pairs:
+            for read, writer in pairs if sizes[document] else ():
                 writer.add_document(np.concatenate(read[bounds[document] : bounds[document + 1]]))
+        for _, writer in pairs:
+            writer.prepare()
     long = sizes > threshold
     return UpsamplingCounts(
         long_documents=int(long.sum()),

@@ -15,6 +15,7 @@ The released code takes its samples of instructions at multiples of the sequence
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def open_released(path: Path) -> ReleasedData:
 def _blocks(data: ReleasedData, vocab_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Ids int64 [n] and masks uint8 [n] of each part of the file."""
     start = 0
-    with open(data.path, "rb") as tokens, open(data.mask or "/dev/null", "rb") as masks:
+    with open(data.path, "rb") as tokens, open(data.mask, "rb") if data.mask else nullcontext() as masks:
         while len(ids := np.fromfile(tokens, data.dtype, BLOCK_TOKENS)):
             wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
             if len(wrong):

@@ -50,9 +50,9 @@ def main() -> None:
     """Run; bad input costs one line and exit code 2."""
     with usage_errors_exit():
         args = parse_arguments()
-        for name in ("workers", "max_document_bytes"):
-            if getattr(args, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+        for name, most in (("workers", 1024), ("max_document_bytes", 1 << 30)):
+            if not 1 <= getattr(args, name) <= most:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1, at most {most:,}")
         settings = PreprocessSettings(
             files=input_files(args.input, args.glob, others=(SUFFIX,)),
             output_prefix=args.output_prefix,

@@ -72,9 +72,9 @@ def check(args: argparse.Namespace) -> None:
     """Refuse flags that cannot work before the input is read."""
     if Path(args.output).exists():
         raise UsageError(f"--output {args.output} exists: choose another or remove it")
-    for name in ("vocab_size", "max_document_bytes"):
-        if not 1 <= getattr(args, name) < 1 << 31:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: from 1 to below 2^31")
+    for name, most in (("vocab_size", 10_000_000), ("max_document_bytes", 1 << 30)):
+        if not 1 <= getattr(args, name) <= most:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1, at most {most:,}")
     if not (math.isfinite(args.sample_megabytes) and args.sample_megabytes > 0):
         raise UsageError(f"--sample-megabytes {args.sample_megabytes:g}: a number above 0")
     if args.type == "sentencepiece" and not args.input:
