@@ -11,10 +11,10 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_ksa.errors import UsageError
 
@@ -161,8 +161,42 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
             import zstandard
         except ModuleNotFoundError:
             raise UsageError(f"--input {path}: reading .zst needs a package: pip install zstandard") from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return io.BufferedReader(_ZstdReader(raw, zstandard.ZstdDecompressor().decompressobj), 1 << 17)
     return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """The content of Zstandard frames; unlike the library's own reader it does not take a truncated file for a whole one.
+
+    Args:
+        raw: the file.
+        new: makes a decompressor of one frame.
+    """
+
+    # A kilobyte holds up to 256 blocks of 128 KiB: what a read can take of memory is 32 MiB.
+    STEP = 1024
+
+    def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:
+        self._raw, self._new, self._frame, self._content = raw, new, None, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        rest = b""
+        while not self._content:
+            if self._frame is not None and self._frame.eof:
+                rest, self._frame = self._frame.unused_data, None
+            packed = rest or self._raw.read(self.STEP)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            rest, self._content = b"", memoryview(self._frame.decompress(packed))
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
+        return size
 
 
 def _compression_errors() -> tuple[type[Exception], ...]:
@@ -260,8 +294,8 @@ def _array_elements(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -
             raise ValueError(f"{rest!r} after the array")
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"--input {path}: element {number} of the JSON array cannot be read ({error}), and so nothing after it; "
-            f"elements hold at most {limit:,} bytes"
+            f"--input {path}: the JSON array cannot be read from element {max(number, 1)} on ({error}); elements hold at "
+            f"most {limit:,} bytes"
         ) from None
 
 

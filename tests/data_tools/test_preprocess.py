@@ -1,16 +1,13 @@
 """Preprocessing: the same bytes for any number of workers, ids that training agrees with, and nothing half-written."""
 
 import gzip
-import io
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +17,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
+from run_tool import run_tool
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_dataset
 from megatron_ksa.data_tools.preprocess import PreprocessSettings, preprocess
@@ -31,21 +29,6 @@ TEXTS = [f"def  f{i}(x):\n\treturn x ** {i}  # Größe {i * i}\n" for i in range
     "<|endoftext|> </s> as text",
     "  ",
 ]
-
-
-def run_tool(name: str, *arguments: object) -> SimpleNamespace:
-    """A tool in this process, which has its imports already: returncode, stdout, stderr. A traceback fails the test."""
-    path, code = str(ROOT / "tools" / name), 0
-    with (
-        pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out,
-        redirect_stderr(io.StringIO()) as error,
-    ):  # fmt: skip
-        patch.setattr(sys, "argv", [path, *map(str, arguments)])
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=error.getvalue())
 
 
 @pytest.fixture(scope="module")
