@@ -47,6 +47,10 @@ def disk_error(error: BaseException, folder: Path) -> str | None:
             return os.strerror(int(found[1] or found[2]))
         if isinstance(each, BaseExceptionGroup):
             pending += each.exceptions
+        # torch's CheckpointException: error and traceback of each rank.
+        failures = getattr(each, "failures", None)
+        if isinstance(failures, dict):
+            pending += [failure[0] for failure in failures.values()]
         pending += [each.__cause__, each.__context__]
     return None
 
