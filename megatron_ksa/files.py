@@ -144,7 +144,9 @@ def read_small(path: Path, flag: str, limit: int = SMALL_FILE_BYTES) -> str:
         with open(path, "rb") as stream:
             content = stream.read(limit + 1)
     except OSError as error:
-        raise UsageError(f"{flag} {path} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{flag} {str(path)[:200]} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a null byte in the name
+        raise UsageError(f"{flag} {str(path)[:200]!r} cannot be read: {error}") from None
     if len(content) > limit:
         raise UsageError(f"{flag} {path} has more than {limit:,} bytes: this is not the file that {flag} needs")
     try:
