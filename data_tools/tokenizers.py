@@ -90,10 +90,8 @@ class _ContentEncoder:
             self._bytes = [token_id(f"<0x{byte:02X}>") for byte in range(256)]
 
     def __call__(self, text: str) -> list[int]:
-        if self._bytes is not None and _SPACE_SYMBOL in text:
-            ids = self._with_space_symbol(text)
-        else:
-            ids = self._encode(text)
+        ambiguous = self._bytes is not None and _SPACE_SYMBOL in text
+        ids = self._with_space_symbol(text) if ambiguous else self._encode(text)
         if not self._control.keys().isdisjoint(ids):
             name = next(self._control[id] for id in ids if id in self._control)
             raise ContentError(f"the text contains {name!r}, which this tokenizer reads as its control token")

@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out and list documents that cannot be read")
     parser.add_argument(
         "--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES,
-        help="a larger line, cell or file is a bad document; tokenising takes some hundred times this in each worker",
+        help="a larger line, cell or file is a bad document; tokenising takes 40 to 200 times this in each worker",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset of this name")
     return parser.parse_args()
