@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 
@@ -19,14 +20,20 @@ from megatron_ksa.files import writing
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_DTYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+_DTYPES = {code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)}
+_DTYPE_BYTES = {code: dtype.itemsize for code, dtype in _DTYPES.items()}
+# Entries read at a time.
+_BLOCK = 1 << 20
 
 
 def check_indexed_dataset(prefix: str) -> None:
-    """Check that both files of a dataset are there and whole, reading only the index's header and last entries.
+    """Check that both files of a dataset are there and whole, and that every sequence lies where the one before it ends.
+
+    The index is read once (12 bytes a sequence), the tokens are not.
 
     Raises:
-        UsageError: a missing file, a bad header, or a size that differs from what the index says.
+        UsageError: a missing file, a bad header, a sequence elsewhere than in its place, or a size that differs from what
+            the index says.
     """
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, data):
@@ -47,16 +54,62 @@ def check_indexed_dataset(prefix: str) -> None:
             )
         if sequences == 0:
             raise UsageError(f"--data-path {prefix}: the dataset has no documents")
-        stream.seek(_HEADER.size + (sequences - 1) * 4)
-        (last_length,) = struct.unpack("<i", stream.read(4))
-        stream.seek(_HEADER.size + sequences * 4 + (sequences - 1) * 8)
-        (last_offset,) = struct.unpack("<q", stream.read(8))
-    needed = last_offset + last_length * _DTYPE_BYTES[dtype]
+        needed = _check_sequences(prefix, stream, sequences, documents, _DTYPE_BYTES[dtype])
     if data.stat().st_size != needed:
         raise UsageError(
             f"--data-path {prefix}: {data} has {data.stat().st_size} bytes where its index tells {needed}: "
             "truncated or mixed up; run tools/preprocess_data.py again"
         )
+
+
+def _check_sequences(prefix: str, stream: IO[bytes], sequences: int, documents: int, size: int) -> int:
+    """Check lengths, offsets and document boundaries of an index; returns the bytes of its tokens.
+
+    Args:
+        size: bytes of a token.
+    """
+    end = 0
+    for start in range(0, sequences, _BLOCK):
+        count = min(_BLOCK, sequences - start)
+        stream.seek(_HEADER.size + start * 4)
+        lengths = np.fromfile(stream, "<i4", count).astype(np.int64)
+        stream.seek(_HEADER.size + sequences * 4 + start * 8)
+        offsets = np.fromfile(stream, "<i8", count)
+        ends = end + np.cumsum(lengths) * size
+        wrong = np.flatnonzero((lengths < 0) | (offsets != ends - lengths * size))
+        if len(wrong):
+            raise UsageError(
+                f"--data-path {prefix}: {prefix}.idx is damaged, sequence {start + wrong[0]:,} is not where the one before it "
+                "ends; run tools/preprocess_data.py again"
+            )
+        end = int(ends[-1])
+    stream.seek(_HEADER.size + sequences * 12)
+    last = -1
+    for start in range(0, documents, _BLOCK):
+        bounds = np.fromfile(stream, "<i8", min(_BLOCK, documents - start))
+        if bounds[0] < last or np.any(np.diff(bounds) < 0) or bounds[-1] > sequences or (last < 0 and bounds[0] != 0):
+            raise UsageError(
+                f"--data-path {prefix}: {prefix}.idx is damaged, its documents do not follow one another; run "
+                "tools/preprocess_data.py again"
+            )
+        last = int(bounds[-1])
+    if last not in (-1, sequences):
+        raise UsageError(f"--data-path {prefix}: {prefix}.idx is damaged, its documents end before its sequences do")
+    return end
+
+
+def largest_id(prefix: str) -> int:
+    """The largest token id of a dataset that `check_indexed_dataset` passed; reads all of its tokens.
+
+    For a check of a dataset against a vocabulary, which otherwise shows as an index error in some iteration.
+    """
+    with open(f"{prefix}.idx", "rb") as stream:
+        dtype = _HEADER.unpack(stream.read(_HEADER.size))[2]
+    largest = -1
+    with open(f"{prefix}.bin", "rb") as stream:
+        while len(ids := np.fromfile(stream, _DTYPES[dtype], _BLOCK)):
+            largest = max(largest, int(ids.max()))
+    return largest
 
 
 def loss_mask_prefix(prefix: str) -> str:

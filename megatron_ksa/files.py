@@ -130,8 +130,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def read_small(path: Path, flag: str, limit: int = SMALL_FILE_BYTES) -> str:
-    """The text of a file that people write by hand, without a byte order mark.
+def read_small(path: Path, flag: str = "", limit: int = SMALL_FILE_BYTES) -> str:
+    """The text of a file that people or configurations write, without a byte order mark.
 
     Args:
         flag: what named the file, for errors.
@@ -140,16 +140,17 @@ def read_small(path: Path, flag: str, limit: int = SMALL_FILE_BYTES) -> str:
     Raises:
         UsageError: it cannot be read, is larger, or is not UTF-8.
     """
+    name = f"{flag} {str(path)[:200]}".strip()
     try:
         with open(path, "rb") as stream:
             content = stream.read(limit + 1)
     except OSError as error:
-        raise UsageError(f"{flag} {str(path)[:200]} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from None
     except ValueError as error:  # a null byte in the name
-        raise UsageError(f"{flag} {str(path)[:200]!r} cannot be read: {error}") from None
+        raise UsageError(f"{name!r} cannot be read: {error}") from None
     if len(content) > limit:
-        raise UsageError(f"{flag} {path} has more than {limit:,} bytes: this is not the file that {flag} needs")
+        raise UsageError(f"{name} has more than {limit:,} bytes: this is not the file that belongs there")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{flag} {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UsageError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -20,6 +20,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 from run_tool import refusal, run_tool
 
+from megatron_ksa.data_tools import indexed
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_dataset
 from megatron_ksa.data_tools.preprocess import PreprocessSettings, preprocess
 from megatron_ksa.data_tools.tokenizers import load_tokenizer, train_sentencepiece, write_byte_level
@@ -183,6 +184,30 @@ def test_truncated_dataset_is_refused(suffix, tmp_path):
     for cut in (0, 10, len(whole) - 1):
         Path(prefix + suffix).write_bytes(whole[:cut])
         with pytest.raises(UsageError, match="truncated"):
+            check_indexed_dataset(prefix)
+
+
+@pytest.mark.parametrize("block", [1, 2, 1 << 20])
+def test_index_that_points_elsewhere_is_refused(block, tmp_path, monkeypatch):
+    """A damaged index was noticed when a sample came from the damaged place, or never: only its last entry was read."""
+    monkeypatch.setattr(indexed, "_BLOCK", block)
+    prefix = str(tmp_path / "data")
+    with IndexedDatasetWriter(prefix, 100) as writer:
+        for size in (5, 3, 0, 7):
+            writer.add_document(np.full(size, 90 + size))
+    check_indexed_dataset(prefix)
+    assert indexed.largest_id(prefix) == 97
+    whole = Path(f"{prefix}.idx").read_bytes()
+    header, sequences = 34, 4
+    for place, message in (
+        (header + 4, "sequence 2 is not where"), (header + sequences * 4 + 8, "sequence 1 is not where"),
+        (header + sequences * 12 + 8, "its documents do not follow"), (len(whole) - 8, "do not follow|end before"),
+        (header + sequences * 12, "do not follow"),
+    ):  # fmt: skip
+        damaged = bytearray(whole)
+        damaged[place] ^= 8
+        Path(f"{prefix}.idx").write_bytes(damaged)
+        with pytest.raises(UsageError, match=message):
             check_indexed_dataset(prefix)
 
 
