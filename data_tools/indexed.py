@@ -20,20 +20,22 @@ from megatron_ksa.files import writing
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_DTYPES = {code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)}
+_DTYPES = {
+    code: np.dtype(name) for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
+}
 _DTYPE_BYTES = {code: dtype.itemsize for code, dtype in _DTYPES.items()}
 # Entries read at a time.
 _BLOCK = 1 << 20
 
 
 def check_indexed_dataset(prefix: str) -> None:
-    """Check that both files of a dataset are there and whole, and that every sequence lies where the one before it ends.
+    """Check that both files of a dataset are there and whole, and that every sequence lies where the one before ends.
 
     The index is read once (12 bytes a sequence), the tokens are not.
 
     Raises:
-        UsageError: a missing file, a bad header, a sequence elsewhere than in its place, or a size that differs from what
-            the index says.
+        UsageError: a missing file, a bad header, a sequence elsewhere than in its place, or a size that differs from
+            what the index says.
     """
     index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, data):
@@ -79,8 +81,8 @@ def _check_sequences(prefix: str, stream: IO[bytes], sequences: int, documents: 
         wrong = np.flatnonzero((lengths < 0) | (offsets != ends - lengths * size))
         if len(wrong):
             raise UsageError(
-                f"--data-path {prefix}: {prefix}.idx is damaged, sequence {start + wrong[0]:,} is not where the one before it "
-                "ends; run tools/preprocess_data.py again"
+                f"--data-path {prefix}: {prefix}.idx is damaged, sequence {start + wrong[0]:,} is not where the one "
+                "before it ends; run tools/preprocess_data.py again"
             )
         end = int(ends[-1])
     stream.seek(_HEADER.size + sequences * 12)
@@ -179,9 +181,9 @@ class IndexedDatasetWriter:
         if len(tokens) and not np.issubdtype(tokens.dtype, np.integer):
             raise UsageError(f"{self.data}: tokens are {tokens.dtype}, not integers")
         if len(tokens) and (tokens.min() < 0 or tokens.max() > self._largest):
+            wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
             raise UsageError(
-                f"{self.data}: a token id is {int(tokens.min() if tokens.min() < 0 else tokens.max()):,}; this tokenizer's "
-                f"ids go from 0 to {self._largest:,}"
+                f"{self.data}: a token id is {wrong:,}; this tokenizer's ids go from 0 to {self._largest:,}"
             )
         if len(tokens) >= 1 << 31:
             raise UsageError(f"{self.data}: a document has {len(tokens):,} tokens; an index holds lengths below 2^31")
@@ -205,7 +207,7 @@ class IndexedDatasetWriter:
     def prepare(self) -> None:
         """Write all that is to be written, so that only names are left to give.
 
-        Call it on each of several writers before the first of them ends: a full disk then leaves none of their datasets.
+        Call it on each of several writers before the first of them ends: a full disk then leaves none of the datasets.
         """
         if self._builder.data_file.closed:
             return

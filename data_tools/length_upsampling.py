@@ -76,7 +76,8 @@ def plan_repeats(sizes: np.ndarray, threshold: int, share: float, random: np.ran
     whole = math.floor(wanted / inside)
     if whole > MAX_REPEATS:
         raise UsageError(
-            f"--share {share:g}: each document above {threshold} tokens would be written {whole:,} times; at most {MAX_REPEATS}"
+            f"--share {share:g}: each document above {threshold} tokens would be written {whole:,} times; at most "
+            f"{MAX_REPEATS}"
         )
     repeats = np.where(long, whole, 1)
     missing = wanted - whole * inside

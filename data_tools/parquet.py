@@ -1,7 +1,7 @@
 """Parquet files as documents: one column as text, or whole rows as JSON.
 
-Cells are read as bytes and decoded where other documents are, so that a cell that is not UTF-8 is a bad document with its
-row, and no other type than text is ever made into text.
+Cells are read as bytes and decoded where other documents are, so that a cell that is not UTF-8 is a bad document with
+its row, and no other type than text is ever made into text.
 """
 
 import json
@@ -48,9 +48,10 @@ def _check_rows(path: Path, table: "parquet.ParquetFile", column: str | None, li
                 continue
             # A value, its length and level: 16 bytes are ample.
             if chunk.total_uncompressed_size > rows.num_rows * (limit + 16) + (1 << 20):
+                average = chunk.total_uncompressed_size // rows.num_rows
                 raise UsageError(
-                    f"--input {path}: rows of row group {group + 1} have {chunk.total_uncompressed_size // rows.num_rows:,} "
-                    f"bytes in column {name!r} on average, more than {limit:,}"
+                    f"--input {path}: rows of row group {group + 1} have {average:,} bytes in column {name!r} on "
+                    f"average, more than {limit:,}"
                 )
 
 
@@ -80,17 +81,15 @@ def read_text_column(path: Path, name: str, limit: int) -> Iterator[RawDocument]
         found = schema.get_all_field_indices(name)
         if len(found) != 1:
             count = "no column" if not found else f"{len(found)} columns"
-            raise UsageError(
-                f"--input {path}: {count} {name!r} (--json-key); its columns: {', '.join(map(repr, schema.names)) or 'none'}"
-            )
+            columns = ", ".join(map(repr, schema.names)) or "none"
+            raise UsageError(f"--input {path}: {count} {name!r} (--json-key); its columns: {columns}")
         _check_rows(path, table, name, limit)
         number, share = 0, path.stat().st_size / max(table.metadata.num_rows, 1)
         for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=[name]):
             cells = _binary(batch.column(0)) if batch.num_columns else None
             if cells is None:
-                raise UsageError(
-                    f"--input {path}: column {name!r} (--json-key) is {schema.field(found[0]).type}, neither text nor bytes"
-                )
+                kind = schema.field(found[0]).type
+                raise UsageError(f"--input {path}: column {name!r} (--json-key) is {kind}, neither text nor bytes")
             for cell in cells:
                 consumed, number = int((number + 1) * share) - int(number * share), number + 1
                 content, problem = b"", None

@@ -89,7 +89,8 @@ def document_text(document: RawDocument, json_key: str) -> str:
     record = json_object(document.payload)
     if not isinstance(record.get(json_key), str):
         raise BadDocument(
-            "no text", f"no text under {json_key!r} (--json-key); its fields: {', '.join(map(repr, record))[:500] or 'none'}"
+            "no text",
+            f"no text under {json_key!r} (--json-key); its fields: {', '.join(map(repr, record))[:500] or 'none'}",
         )
     text = record[json_key]
     try:

@@ -1,7 +1,8 @@
 """Raw documents from JSONL, JSON arrays, Parquet and folders of text, in a fixed order, with where each came from.
 
-A byte order mark at the start of a file or line is no content; the ends of lines of a text file are. A document that cannot be
-read comes with the reason in place of its bytes (`RawDocument.payload` raises it), so that whoever counts can go on.
+A byte order mark at the start of a file or line is no content; the ends of lines of a text file are. A document that
+cannot be read comes with the reason in place of its bytes (`RawDocument.payload` raises it), so that whoever counts can
+go on.
 """
 
 import codecs
@@ -40,8 +41,8 @@ class RawDocument:
     """One document as read: undecoded, so that decoding and its errors belong to the workers.
 
     Args:
-        origin: `file:line` of a JSONL record, `file:number` of an array's element or a Parquet row, or the path of a text
-            file.
+        origin: `file:line` of a JSONL record, `file:number` of an array's element or a Parquet row, or the path of a
+            text file.
         content: bytes of the line, cell or whole file, without a byte order mark.
         is_json: the content is a JSON object with a text field, rather than text.
         bytes_read: bytes of input that reading this document consumed, for progress.
@@ -166,7 +167,7 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """The content of Zstandard frames; unlike the library's own reader it does not take a truncated file for a whole one.
+    """The content of Zstandard frames; unlike the library's reader it does not take a truncated file for a whole one.
 
     Args:
         raw: the file.
@@ -294,8 +295,8 @@ def _array_elements(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -
             raise ValueError(f"{rest!r} after the array")
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"--input {path}: the JSON array cannot be read from element {max(number, 1)} on ({error}); elements hold at "
-            f"most {limit:,} bytes"
+            f"--input {path}: the JSON array cannot be read from element {max(number, 1)} on ({error}); elements hold "
+            f"at most {limit:,} bytes"
         ) from None
 
 
@@ -340,7 +341,9 @@ def read_documents(
                 from megatron_ksa.data_tools.parquet import read_rows, read_text_column
 
                 yield from (
-                    read_rows(path, max_bytes) if text_column is None else read_text_column(path, text_column, max_bytes)
+                    read_rows(path, max_bytes)
+                    if text_column is None
+                    else read_text_column(path, text_column, max_bytes)
                 )
             else:
                 yield from _stream(path, max_bytes)

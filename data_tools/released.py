@@ -5,13 +5,14 @@
     PREFIX_loss_mask.bin  instructions only: 0 or 1 for each token, in the type of the ids
 
 Read in `muse/data/datasets/kai_mmap.py` of github.com/Kuaishou-OneRec/KSA at 3471317 (names, types, sizes), and in
-`recipes/pretrain_kai_summary_unified.py` there: the mask is shifted together with the labels, so 1 means that the token counts
-as a label, which is what this project's masks say. No data of this format is published, so these could not be verified:
+`recipes/pretrain_kai_summary_unified.py` there: the mask is shifted together with the labels, so 1 means that the token
+counts as a label, which is what this project's masks say. No data of this format is published, so these could not be
+verified:
 
 - that documents end with the tokenizer's end-of-document id, at which they are cut here;
 - the byte order (the released code reads the machine's own).
 
-The released code takes its samples of instructions at multiples of the sequence length; Megatron joins documents instead.
+The released code takes its samples of instructions at multiples of the sequence length; Megatron joins documents.
 """
 
 from collections.abc import Iterator
@@ -60,7 +61,9 @@ def open_released(path: Path) -> ReleasedData:
     prefix = path.name.removesuffix(SUFFIX)
     meta, mask = path.with_name(prefix + META_SUFFIX), path.with_name(f"{prefix}_loss_mask.bin")
     if not meta.is_file():
-        raise UsageError(f"--input {path}: {meta} is missing, which names the type of the ids (released KSA data has one)")
+        raise UsageError(
+            f"--input {path}: {meta} is missing, which names the type of the ids (released KSA data has it)"
+        )
     name = read_small(meta, "--input", limit=64).strip()
     if name not in _TYPES:
         raise UsageError(f"--input {meta}: {name!r} is none of {', '.join(_TYPES)}")
@@ -69,7 +72,9 @@ def open_released(path: Path) -> ReleasedData:
     if size % dtype.itemsize:
         raise UsageError(f"--input {path}: {size:,} bytes are no whole number of {name} ids: truncated?")
     if mask.is_file() and mask.stat().st_size != size:
-        raise UsageError(f"--input {mask}: {mask.stat().st_size:,} bytes, while {path} has {size:,}: not written together")
+        raise UsageError(
+            f"--input {mask}: {mask.stat().st_size:,} bytes, while {path} has {size:,}: not written together"
+        )
     return ReleasedData(path, dtype, mask if mask.is_file() else None)
 
 
@@ -87,7 +92,9 @@ def _blocks(data: ReleasedData, vocab_size: int) -> Iterator[tuple[np.ndarray, n
             counts = np.fromfile(masks, data.dtype, BLOCK_TOKENS) if data.mask else np.ones(len(ids), np.uint8)
             wrong = np.flatnonzero((counts != 0) & (counts != 1))
             if len(wrong) or len(counts) != len(ids):
-                raise UsageError(f"--input {data.mask}: a mask is 0 or 1 for every token; see token {start:,} and after")
+                raise UsageError(
+                    f"--input {data.mask}: a mask is 0 or 1 for every token; see token {start:,} and after"
+                )
             yield ids.astype(np.int64), counts.astype(np.uint8)
             start += len(ids)
 

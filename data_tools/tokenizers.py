@@ -119,8 +119,8 @@ def _check_ids(path: Path, largest: int, vocab_size: int) -> None:
     """Refuse ids that a model of this vocabulary has no embedding for, and that a dataset would store as others."""
     if largest >= vocab_size:
         raise UsageError(
-            f"--tokenizer-model {path}: it has {vocab_size:,} tokens, but ids up to {largest:,}; training builds embeddings "
-            f"for {vocab_size:,}: number the added tokens without gaps"
+            f"--tokenizer-model {path}: it has {vocab_size:,} tokens, but ids up to {largest:,}; training builds "
+            f"embeddings for {vocab_size:,}: number the added tokens without gaps"
         )
 
 
@@ -204,7 +204,9 @@ class HuggingFaceTokenizer:
         plain.encode_special_tokens = True
         if self.unknown != self._tokenizer.eos_token_id:
             control.pop(self.unknown, None)
-        return _ContentEncoder(lambda text: plain.encode(text, add_special_tokens=False).ids, plain.token_to_id, control)
+        return _ContentEncoder(
+            lambda text: plain.encode(text, add_special_tokens=False).ids, plain.token_to_id, control
+        )
 
     @property
     def end_of_document(self) -> int:
@@ -266,10 +268,11 @@ def write_byte_level(folder: Path) -> None:
 
 
 def train_sentencepiece(texts: Iterable[str], output_prefix: Path, vocab_size: int, threads: int) -> None:
-    """Train a SentencePiece BPE model with byte fallback that keeps white space, written whole to `output_prefix`.model.
+    """Train a SentencePiece BPE model with byte fallback that keeps white space.
 
     Args:
         texts: the sample to train on; longer texts than a sentence may be are cut.
+        output_prefix: the model is `output_prefix`.model, and appears when it is whole.
 
     Raises:
         UsageError: a vocabulary that the sample cannot fill, or a disk that is full.

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, errors of the disk in one line, and small files read in bounds."""
+"""Files and folders that are there whole or not at all, errors of the disk in one line, small files read in bounds."""
 
 import errno
 import os
@@ -38,7 +38,9 @@ def disk_error(error: BaseException, folder: Path) -> str | None:
             continue
         seen.add(id(each))
         if isinstance(each, OSError) and each.errno is not None:
-            names = [Path(os.fsdecode(name)) for name in (each.filename, each.filename2) if isinstance(name, str | bytes)]
+            names = [
+                Path(os.fsdecode(name)) for name in (each.filename, each.filename2) if isinstance(name, str | bytes)
+            ]
             inside = any(folder == name or folder in name.parents for name in names)
             if each.errno in _DISK_ERRORS or inside:
                 return os.strerror(each.errno)

@@ -3,9 +3,9 @@
     with exclusive(Path("data/books"), "tools/preprocess_data.py"):
         ...
 
-The lock of PATH is PATH.lock, of a folder FOLDER/run.lock (`exclusive_folder`). It appears with its content by a hard link,
-which is atomic on local and on network file systems; without hard links by an exclusive create. The holder touches it
-every `BEAT_SECONDS`. A second run finds the holder dead
+The lock of PATH is PATH.lock, of a folder FOLDER/run.lock (`exclusive_folder`). It appears with its content by a hard
+link, which is atomic on local and on network file systems; without hard links by an exclusive create. The holder
+touches it every `BEAT_SECONDS`. A second run finds the holder dead
 
 - on the same machine (boot and process namespace): when no process has its id and start time;
 - in the same Slurm job: when the job was requeued since (SLURM_RESTART_COUNT differs);
@@ -123,7 +123,9 @@ def _is_dead(holder: Holder, me: Holder) -> bool | None:
 
 def _is_silent(path: Path, holder: Holder, beat: int) -> bool:
     """Watch a lock: True when it was not touched for `SILENT_SECONDS`, False as soon as it was or is another one."""
-    print(f"{path}: held by {holder}; waiting up to {SILENT_SECONDS:g} s for a sign of life", file=sys.stderr, flush=True)
+    print(
+        f"{path}: held by {holder}; waiting up to {SILENT_SECONDS:g} s for a sign of life", file=sys.stderr, flush=True
+    )
     end = time.monotonic() + SILENT_SECONDS
     while time.monotonic() < end:
         time.sleep(_POLL_SECONDS)

@@ -23,7 +23,8 @@ def test_byte_order_mark_is_no_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"[" * 100_000, "cannot be read as JSON"), (b"\xff", "is not UTF-8"), (b"[]", "no JSON object")]
+    ("content", "message"),
+    [(b"[" * 100_000, "cannot be read as JSON"), (b"\xff", "is not UTF-8"), (b"[]", "no JSON object")],
 )
 def test_configurations_that_are_none(content, message, tmp_path):
     """A config.json of 100,000 brackets ended in a RecursionError."""

@@ -69,7 +69,9 @@ HOLD = (
 def test_lock_of_a_killed_run_is_taken_over(tmp_path, capfd):
     """A run killed with -9 leaves its lock; the same command again must work at once."""
     first = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert first.stdout.readline() == b"held\n"
     with pytest.raises(UsageError, match=f"tools/first.py .*process {first.pid}"), exclusive(tmp_path / "out", "b"):
@@ -146,7 +148,10 @@ def test_lock_that_says_nothing_is_watched(content, quick, tmp_path):
 
 def test_holder_touches_its_lock_and_notices_its_loss(quick, tmp_path):
     lock = tmp_path / "out.lock"
-    with pytest.raises(UsageError, match="lost its lock to tools/first.py .host node17"), exclusive(tmp_path / "out", "b") as held:
+    with (
+        pytest.raises(UsageError, match="lost its lock to tools/first.py .host node17"),
+        exclusive(tmp_path / "out", "b") as held,
+    ):
         held.check()
         os.utime(lock, (0, 0))
         while lock.stat().st_mtime == 0:

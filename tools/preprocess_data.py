@@ -1,7 +1,7 @@
 """Tokenise JSONL, Parquet or folders of text into an indexed dataset that `pretrain_gpt.py --data-path` reads.
 
-Documents that are left out (empty ones, and bad ones with --skip-bad-lines) are listed in PREFIX.skipped.jsonl with file, line and
-reason. Names of special tokens in a text stay text. Two runs cannot write one PREFIX at a time.
+Documents that are left out (empty ones, and bad ones with --skip-bad-lines) are listed in PREFIX.skipped.jsonl with
+file, line and reason. Names of special tokens in a text stay text. Two runs cannot write one PREFIX at a time.
 """
 
 import argparse
@@ -10,7 +10,9 @@ import sys
 try:
     from megatron_ksa.data_tools.preprocess import MAX_DOCUMENT_BYTES, PreprocessSettings, preprocess
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.data_tools.readers import input_files
 from megatron_ksa.data_tools.released import SUFFIX
@@ -23,9 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", required=True,
-        help="files: JSONL (.jsonl, .json, which may also be one array, and both with .gz or .zst), Parquet, released KSA data "
-        "(PREFIX.bin with PREFIX.bin.meta, cut after each end-of-document id, loss mask kept); or folders of text, .gz or "
-        ".zst among it",
+        help="files: JSONL (.jsonl, .json, which may also be one array, and both with .gz or .zst), Parquet, released "
+        "KSA data (PREFIX.bin with PREFIX.bin.meta, cut after each end-of-document id, loss mask kept); or folders of "
+        "text, .gz or .zst among it",
     )  # fmt: skip
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument(
@@ -37,7 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--glob", default="**/*.txt", help="files of a folder that are documents")
     parser.add_argument("--no-append-eod", action="store_true", help="do not end documents with the end-of-document id")
     parser.add_argument("--workers", type=int, default=1, help="tokenising processes")
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out and list documents that cannot be read")
+    parser.add_argument(
+        "--skip-bad-lines", action="store_true", help="leave out and list documents that cannot be read"
+    )
     parser.add_argument(
         "--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES,
         help="a larger line, cell or file is a bad document; tokenising takes 40 to 200 times this in each worker",

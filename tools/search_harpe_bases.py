@@ -16,7 +16,9 @@ import numpy as np
 try:
     from megatron_ksa.config.harpe import PRESETS, HarpeConfig
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import whole_file
@@ -69,7 +71,7 @@ def choose(args: argparse.Namespace) -> tuple[float, ...]:
 
 
 def plot(bases: tuple[float, ...], heights: dict[str, np.ndarray], args: argparse.Namespace, stream: IO) -> None:
-    """Write the chart as PNG: waveforms of the bases with their peaks and valleys, and the best head at every position."""
+    """Write the chart as PNG: waveforms of the bases with peaks and valleys, and the best head at every position."""
     import matplotlib
 
     matplotlib.use("Agg")

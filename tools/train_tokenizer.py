@@ -10,7 +10,9 @@ from pathlib import Path
 try:
     from megatron_ksa.data_tools.preprocess import MAX_DOCUMENT_BYTES, document_text
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.data_tools.readers import BadDocument, input_files, read_documents
 from megatron_ksa.data_tools.skipped import SkipLog
@@ -41,7 +43,10 @@ def parse_arguments() -> argparse.Namespace:
         help="pass over documents that cannot be read, and list them in OUTPUT.skipped.jsonl",
     )  # fmt: skip
     parser.add_argument(
-        "--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES, help="a larger line, cell or file is a bad document"
+        "--max-document-bytes",
+        type=int,
+        default=MAX_DOCUMENT_BYTES,
+        help="a larger line, cell or file is a bad document",
     )
     return parser.parse_args()
 

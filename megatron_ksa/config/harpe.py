@@ -29,8 +29,8 @@ class HarpeConfig:
 
     bases: str | None = option(
         None, "Rotary bases, one for each KV group: numbers with commas, a preset "
-        f"({', '.join(PRESETS)}), or a file with a JSON list or one number a line (at most {SMALL_FILE_BYTES:,} bytes). "
-        "Without it the set is uniform."
+        f"({', '.join(PRESETS)}), or a file with a JSON list or one number a line (at most {SMALL_FILE_BYTES:,} "
+        "bytes). Without it the set is uniform."
     )  # fmt: skip
     base_min: float = option(1e6, "Smallest base of the uniform set.")
     base_max: float = option(5e6, "Largest base of the uniform set.")

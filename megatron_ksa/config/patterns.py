@@ -4,8 +4,8 @@
     term    := atom ('*' COUNT)*
     atom    := '(' pattern ')' | ITEMS
 
-ITEMS is `128` or `[128]` or `[128, 1024]` for integers, and a run of letters such as `kkkf` for letters. Numbers have at most
-nine digits. White space parts tokens and joins none: `2 2` is refused, not read as 22.
+ITEMS is `128` or `[128]` or `[128, 1024]` for integers, and a run of letters such as `kkkf` for letters. Numbers have
+at most nine digits. White space parts tokens and joins none: `2 2` is refused, not read as 22.
 """
 
 import re
@@ -48,7 +48,9 @@ class _Parser:
     def take(self, expected: str | None = None) -> str:
         token = self.peek()
         if not token or (expected is not None and token != expected):
-            self.fail(f"lacks {expected or 'a value'!r} at its end" if not token else f"has an unexpected {token[:20]!r}")
+            self.fail(
+                f"lacks {expected or 'a value'!r} at its end" if not token else f"has an unexpected {token[:20]!r}"
+            )
         self.position += 1
         return token
 

@@ -1,4 +1,4 @@
-"""Every grammar of the project, fuzzed: any text is read as what it says, or refused in one line; never anything else."""
+"""Every grammar of the project, fuzzed: any text is read as what it says, or refused in one line."""
 
 import ast
 import itertools
@@ -18,8 +18,8 @@ LAYERS = 4
 EXAMPLES = settings(max_examples=400, deadline=None)
 # Pieces of the grammars, and what people and machines write beside them.
 PIECES = st.sampled_from(
-    [*"0123456789", *"[](),+*.-%", " ", "\t", "k", "f", "l", "kkkf", "128", "1024", "999999999", "1000000000", "9" * 400,
-     "e5", "1e999", "nan", "inf", "t", "kt", "Mt", "Gt", "٣", "²", "\n", "0x10", "1_000", "__import__('os')", "\0"]
+    [*"0123456789", *"[](),+*.-%", " ", "\t", "k", "f", "l", "kkkf", "128", "1024", "999999999",
+     "1000000000", "9" * 400, "e5", "1e999", "nan", "inf", "t", "kt", "Mt", "Gt", "٣", "²", "\n", "0x10", "1_000", "__import__('os')", "\0"]
 )  # fmt: skip
 TEXTS = st.one_of(st.lists(PIECES, max_size=9).map("".join), st.text(max_size=12))
 
@@ -35,6 +35,7 @@ def one_line(function, *arguments):
 
 def flattened(text: str) -> list[int]:
     """A pattern of integers read by Python itself, whose lists and operators it borrows."""
+
     def items(value: object) -> list:
         return value if isinstance(value, list) else [value]
 

@@ -1,4 +1,4 @@
-"""Any bytes as input of tools/preprocess_data.py give tokens that decode to the text, or a refusal that names the place.
+"""Any bytes as input of tools/preprocess_data.py give tokens that decode to the text, or a refusal by name.
 
 What the text is, is worked out here a second time, from the formats' definitions and with other code.
 """
@@ -29,7 +29,21 @@ from megatron_ksa.data_tools import tokenizers as tokenizers_module
 
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 # What goes wrong in texts: marks, separators, names of special tokens, halves of pairs, SentencePiece's space.
-AWKWARD = ["\ufeff", "\u2028", "\r\n", "\r", "\0", "<|endoftext|>", "</s>", "<|user|>", "\u2581", "\ud800", "  ", "é", "\U0001f600"]
+AWKWARD = [
+    "\ufeff",
+    "\u2028",
+    "\r\n",
+    "\r",
+    "\0",
+    "<|endoftext|>",
+    "</s>",
+    "<|user|>",
+    "\u2581",
+    "\ud800",
+    "  ",
+    "é",
+    "\U0001f600",
+]
 TEXTS = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=8)), max_size=6).map("".join)
 
 
@@ -114,8 +128,9 @@ RECORDS = st.builds(
     TEXTS, st.booleans(), st.sampled_from([{}, {"id": 1}, {"meta": {"text": "no"}}]),
 )  # fmt: skip
 JUNK = st.one_of(
-    st.binary(max_size=20), st.sampled_from([b"", b" ", b"[]", b"null", b'{"text": null}', b'{"text": "a", "text": "b"}',
-                                            b'{"body": ""}', b'{"text": "cut', b"[" * 2000, b'{"text": ' + b"9" * 5000 + b"}"]),
+    st.binary(max_size=20),
+    st.sampled_from([b"", b" ", b"[]", b"null", b'{"text": null}', b'{"text": "a", "text": "b"}', b'{"body": ""}',
+                     b'{"text": "cut', b"[" * 2000, b'{"text": ' + b"9" * 5000 + b"}"]),
 )  # fmt: skip
 LINES = st.builds(
     lambda start, end, lines: start + end.join(lines),
@@ -232,8 +247,8 @@ def test_damaged_parquet(tokenizer, data, cells):
     try:
         (folder / "a.parquet").write_bytes(whole)
         done = run_tool(
-            "preprocess_data.py", "--input", folder / "a.parquet", "--output-prefix", folder / "out", "--tokenizer-model",
-            tokenizer[0], "--skip-bad-lines",
+            "preprocess_data.py", "--input", folder / "a.parquet", "--output-prefix", folder / "out",
+            "--tokenizer-model", tokenizer[0], "--skip-bad-lines",
         )  # fmt: skip
         if done.returncode:
             assert "a.parquet" in refusal(done) or "no document with text" in done.stderr

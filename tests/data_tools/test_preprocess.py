@@ -150,7 +150,9 @@ def test_killed_run_leaves_no_dataset_and_can_be_repeated(tokenizers, tmp_path):
         time.sleep(0.05)
     # Two runs with one prefix ended with wrong documents in one of seven tries, with files that do not fit in four.
     line = refusal(run_tool("preprocess_data.py", *arguments, "--overwrite"))
-    assert f"out is being written by tools/preprocess_data.py (host {socket.gethostname()}, process {process.pid}" in line
+    assert (
+        f"out is being written by tools/preprocess_data.py (host {socket.gethostname()}, process {process.pid}" in line
+    )
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out.idx").exists()
@@ -236,15 +238,17 @@ def test_bad_arguments_cost_one_line(arguments, message, jsonl, tokenizers, tmp_
 def test_what_is_left_out_is_listed_with_its_place(tokenizers, tmp_path):
     """The count of skipped lines was printed, but not which lines: nobody could look at what the data lacks."""
     path, out = tmp_path / "in.jsonl", tmp_path / "out.skipped.jsonl"
-    path.write_bytes(b'{"text": "a"}\n{"text": ""}\n{"text": "\xff"}\n\n[1]\n{"body": 1}\n{"text": "' + b"x" * 2000 + b'"}\n')
+    path.write_bytes(
+        b'{"text": "a"}\n{"text": ""}\n{"text": "\xff"}\n\n[1]\n{"body": 1}\n{"text": "' + b"x" * 2000 + b'"}\n'
+    )
     arguments = ("--input", path, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizers["bytes"])
     limits = ("--skip-bad-lines", "--max-document-bytes", 1000, "--overwrite")
     done = run_tool("preprocess_data.py", *arguments, *limits, "--workers", 1)
     assert done.returncode == 0 and f"left out: 1 empty, 4 bad, listed in {out}" in done.stdout
     found = [tuple(json.loads(line).values()) for line in out.read_text().splitlines()]
     assert [(origin, reason) for origin, reason, _ in found] == [
-        (f"{path}:2", "empty"), (f"{path}:3", "invalid UTF-8"), (f"{path}:5", "not an object"), (f"{path}:6", "no text"),
-        (f"{path}:7", "too large"),
+        (f"{path}:2", "empty"), (f"{path}:3", "invalid UTF-8"), (f"{path}:5", "not an object"),
+        (f"{path}:6", "no text"), (f"{path}:7", "too large"),
     ]  # fmt: skip
     assert "'body'" in found[3][2] and "more than 1,000" in found[4][2]
     path.write_text('{"text": "a"}\n')
@@ -259,8 +263,17 @@ def test_mask_of_another_dataset_is_not_left_beside_a_new_one(tokenizers, tmp_pa
             writer.add_document(np.array([1, 1]))
     (tmp_path / "out.idx").unlink()
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
-    arguments = ("--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizers["bytes"])
-    assert "out_loss_mask.idx exists, the loss mask of another dataset" in refusal(run_tool("preprocess_data.py", *arguments))
+    arguments = (
+        "--input",
+        tmp_path / "in.jsonl",
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-model",
+        tokenizers["bytes"],
+    )
+    assert "out_loss_mask.idx exists, the loss mask of another dataset" in refusal(
+        run_tool("preprocess_data.py", *arguments)
+    )
     assert run_tool("preprocess_data.py", *arguments, "--overwrite").returncode == 0
     assert not list(tmp_path.glob("out_loss_mask*"))
 
@@ -297,12 +310,14 @@ def test_absurd_numbers_cost_one_line(tool, flag, value, jsonl, tokenizers, tmp_
 
 @pytest.mark.slow
 def test_long_line_takes_no_memory(tokenizers, tmp_path):
-    """One line of 50 MB took 8.8 GB and ended the run: it is skipped, in less than 200 MB more than a short one takes."""
+    """One line of 50 MB took 8.8 GB and ended the run: skipping it takes less than 200 MB beyond a short one."""
 
     def peak(path: Path, *flags: object) -> int:
         command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", path, "--output-prefix"]
         command += [tmp_path / f"{path.name}.out", "--tokenizer-model", tokenizers["bytes"], *flags]
-        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = status
         assert status == 0

@@ -1,4 +1,4 @@
-"""Faults that users of such tools report, replayed with small inputs: the dataset holds the text, or one line refuses it."""
+"""Faults that users of such tools report, replayed with small inputs: the text is stored, or refused in one line."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_name_of_the_end_token_in_a_text_ends_no_document(tmp_path):
 
 @pytest.mark.parametrize("added", [AddedToken("<|im_end|>", special=True), AddedToken("<tool_call>", special=False)])
 def test_no_added_marker_comes_out_of_a_text(added, tmp_path):
-    """Added tokens that a tokenizer does not call special, such as Qwen's <tool_call>, were control ids in texts too."""
+    """Added tokens that a tokenizer does not call special, such as Qwen's <tool_call>, were control ids in texts."""
     tokenizer = byte_level_tokenizer(tmp_path / "tokenizer", [added])
     model = load_tokenizer(str(tokenizer))
     marker = model.encode(str(added))

@@ -67,12 +67,12 @@ def commands(inputs: Path, folder: Path) -> dict[str, tuple]:
         ),
         "byte-level": ("train_tokenizer.py", "--type", "byte-level", "--output", folder / "t"),
         "upsample_lengths": (
-            "upsample_lengths.py", "--data-path", inputs / "data", "--output-prefix", folder / "out", "--threshold", 150,
-            "--share", 0.5,
+            "upsample_lengths.py", "--data-path", inputs / "data", "--output-prefix", folder / "out",
+            "--threshold", 150, "--share", 0.5,
         ),
         "search_harpe_bases": (
-            "search_harpe_bases.py", "--method", "uniform", "--groups", 2, "--length", 2048, "--head-dim", 64, "--extrema", 4,
-            "--output", folder / "bases.json",
+            "search_harpe_bases.py", "--method", "uniform", "--groups", 2, "--length", 2048, "--head-dim", 64,
+            "--extrema", 4, "--output", folder / "bases.json",
         ),
     }  # fmt: skip
 
@@ -148,9 +148,11 @@ def test_second_run_with_one_output_is_refused(name, inputs, tmp_path):
 
 def test_plan_is_written_whole_or_not_at_all(tmp_path):
     """tools/plan_cluster.py writes through `whole_file`."""
-    with files_of_at_most(10), pytest.raises(UsageError, match="layout.args cannot be written: File too large"):
-        with whole_file(tmp_path / "layout.args") as stream:
-            stream.write("--tensor-model-parallel-size 8\n")
+    with (
+        files_of_at_most(10), pytest.raises(UsageError, match="layout.args cannot be written: File too large"),
+        whole_file(tmp_path / "layout.args") as stream,
+    ):  # fmt: skip
+        stream.write("--tensor-model-parallel-size 8\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -229,7 +231,7 @@ def test_whole_folder_is_synced_and_removed(tmp_path):
 def test_errors_of_other_files_are_not_the_outputs(tmp_path):
     """Only what the disk or the output's folder says is turned into the line about the output."""
     with pytest.raises(FileNotFoundError), writing(tmp_path / "out" / "a"):
-        open(tmp_path / "in")
+        (tmp_path / "in").read_text()
     with pytest.raises(ValueError), writing(tmp_path / "a"):
         raise ValueError("code: 2")
     rust = RuntimeError('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })')
