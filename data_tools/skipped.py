@@ -41,7 +41,5 @@ class SkipLog:
 
     def __str__(self) -> str:
         """Such as `left out: 2 invalid UTF-8, 1 empty, listed in books.skipped.jsonl`."""
-        if not self.reasons:
-            return "left out: nothing"
         counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.reasons.items()))
         return f"left out: {counts}; listed in {self.path}"

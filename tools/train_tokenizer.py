@@ -104,7 +104,8 @@ def main() -> None:
                     sample(args, skipped), output.with_suffix(""), args.vocab_size, threads=os.cpu_count() or 1
                 )
         tokenizer = load_tokenizer(args.output)
-        print(f"{output}: {tokenizer.vocab_size} tokens; {skipped}\ntrain with {tokenizer.training_flags}")
+        left_out = f"; {skipped}" if skipped.reasons else ""
+        print(f"{output}: {tokenizer.vocab_size} tokens{left_out}; train with {tokenizer.training_flags}")
 
 
 if __name__ == "__main__":

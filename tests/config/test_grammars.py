@@ -19,7 +19,8 @@ EXAMPLES = settings(max_examples=400, deadline=None)
 # Pieces of the grammars, and what people and machines write beside them.
 PIECES = st.sampled_from(
     [*"0123456789", *"[](),+*.-%", " ", "\t", "k", "f", "l", "kkkf", "128", "1024", "999999999",
-     "1000000000", "9" * 400, "e5", "1e999", "nan", "inf", "t", "kt", "Mt", "Gt", "٣", "²", "\n", "0x10", "1_000", "__import__('os')", "\0"]
+     "1000000000", "9" * 400, "e5", "1e999", "nan", "inf", "t", "kt", "Mt", "Gt", "٣", "²", "\n", "0x10",
+     "1_000", "__import__('os')", "\0"]
 )  # fmt: skip
 TEXTS = st.one_of(st.lists(PIECES, max_size=9).map("".join), st.text(max_size=12))
 

@@ -177,20 +177,15 @@ def test_converter_leaves_nothing(tmp_path):
 
 
 def example_writers(folder: Path) -> dict[str, tuple[str, str, tuple]]:
-    """What the example scripts write with: script, function, its arguments; the last one is the file."""
+    """What the example scripts write with: a script or module, its function and the arguments."""
     from megatron_ksa.evaluation.needle import Score
 
-    results = {"device": "cpu", "settings": dict.fromkeys(
-        ("layers", "heads", "pretrain_steps", "pretrain_length", "target_length", "batch_tokens"), 1
-    ), "runs": [{"seed": 0, "arm": "a", "steps": 1, "perplexity": [{"length": 8, "loss": 1.0}],
-                 "needles": [{"form": "f", "length": 8, "values": [1.0]}]}]}  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(results))
     losses = {"lm loss": ([1, 2], [3.0, 2.0]), "lm loss validation": ([2], [2.0])}
     scores = [Score("single", 64, depth, 1, 1.0, 1.0) for depth in (0.0, 1.0)]
     return {
         "results": ("examples/evaluate/common.py", "write_json", (folder / "out.json", {"a": [1] * 1000})),
         "loss curve": ("examples/demo/report.py", "plot_losses", (losses, 3.0, folder / "loss.png")),
-        "table": ("examples/harpe_extend/report.py", "write_report", (folder / "results.json", folder / "README.md")),
+        "table": ("megatron_ksa/evaluation/tables.py", "write_between_marks", ("| a |" * 20, folder / "README.md")),
         "heat map": ("megatron_ksa/evaluation/needle.py", "plot_heat_map", (scores, folder / "map.png")),
     }
 
