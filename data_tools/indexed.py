@@ -178,8 +178,10 @@ class IndexedDatasetWriter:
             UsageError: an id that the dataset or the model's embedding cannot hold, a document of 2^31 tokens.
         """
         tokens = np.asarray(tokens)
-        if len(tokens) and not np.issubdtype(tokens.dtype, np.integer):
-            raise UsageError(f"{self.data}: tokens are {tokens.dtype}, not integers")
+        if tokens.dtype.kind not in "iu":
+            given, tokens = tokens, tokens.astype(np.int64)
+            if not np.array_equal(given, tokens):
+                raise UsageError(f"{self.data}: tokens are {given.dtype}, not integers")
         if len(tokens) and (tokens.min() < 0 or tokens.max() > self._largest):
             wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
             raise UsageError(
