@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent
 TRAIN = [
     "megatron-core[training]==0.19.2",
     "sentencepiece",
+    "protobuf",
     "tokenizers",
     "transformers",
     "tqdm",

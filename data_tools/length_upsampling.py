@@ -5,13 +5,23 @@ used by HARPE, arXiv 2412.07171, section 4).
 """
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_dataset
+from megatron_ksa.data_tools.indexed import (
+    IndexedDatasetWriter,
+    check_indexed_dataset,
+    loss_mask_prefix,
+    sequence_lengths,
+)
 from megatron_ksa.errors import UsageError
+from megatron_ksa.locks import exclusive
+
+MAX_REPEATS = 1000
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,11 @@ def plan_repeats(sizes: np.ndarray, threshold: int, share: float, random: np.ran
         )
     wanted = share / (1 - share) * outside
     whole = math.floor(wanted / inside)
+    if whole > MAX_REPEATS:
+        raise UsageError(
+            f"--share {share:g}: each document above {threshold} tokens would be written {whole:,} times; at most "
+            f"{MAX_REPEATS}"
+        )
     repeats = np.where(long, whole, 1)
     missing = wanted - whole * inside
     for index in random.permutation(np.flatnonzero(long)):
@@ -77,25 +92,44 @@ def plan_repeats(sizes: np.ndarray, threshold: int, share: float, random: np.ran
 def upsample(
     prefix: str, output_prefix: str, threshold: int, share: float, *, seed: int = 0, overwrite: bool = False
 ) -> UpsamplingCounts:
-    """Write the dataset with its long documents repeated, in random order.
+    """Write the dataset, and its loss mask where it has one, with the long documents repeated, in random order.
 
     Raises:
-        UsageError: a dataset that is missing or truncated, an output that exists, or a plan that cannot be met.
+        UsageError: a dataset that is missing, truncated or not of integers, an output that exists or that another run
+            writes, a plan that cannot be met, a full disk.
     """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    prefixes = [(prefix, output_prefix)]
     check_indexed_dataset(prefix)
+    if Path(f"{loss_mask_prefix(prefix)}.idx").is_file():
+        check_indexed_dataset(loss_mask_prefix(prefix))
+        if not np.array_equal(sequence_lengths(loss_mask_prefix(prefix)), sequence_lengths(prefix)):
+            raise UsageError(f"--data-path {prefix}: its loss mask was not written with it: documents differ in length")
+        prefixes.append((loss_mask_prefix(prefix), loss_mask_prefix(output_prefix)))
+    elif Path(f"{loss_mask_prefix(output_prefix)}.idx").exists():
+        raise UsageError(f"{loss_mask_prefix(output_prefix)}.idx exists, the loss mask of another dataset: remove it")
     dataset = IndexedDataset(prefix)
     bounds = dataset.document_indices
-    sizes = np.add.reduceat(dataset.sequence_lengths, bounds[:-1]).astype(np.int64)
+    ends = np.concatenate([[0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)])
+    sizes = ends[bounds[1:]] - ends[bounds[:-1]]
     random = np.random.default_rng(seed)
     repeats = plan_repeats(sizes, threshold, share, random)
     order = random.permutation(np.repeat(np.arange(len(sizes)), repeats))
-    # The writer chooses the token type by the vocabulary: the source's own.
-    vocabulary = 2**16 - 1 if DType.size(dataset.index.dtype) == 2 else 2**31
-    with IndexedDatasetWriter(output_prefix, vocabulary, overwrite=overwrite) as writer:
+    with exclusive(output_prefix, "tools/upsample_lengths.py") as lock, ExitStack() as stack:
+        pairs = []
+        for source, output in prefixes:
+            read = IndexedDataset(source)
+            kind = read.index.dtype
+            # Every id that the source's type holds, in that type.
+            size = int(np.iinfo(kind).max) + 1 if np.issubdtype(kind, np.integer) else 0
+            writer = IndexedDatasetWriter(output, size, overwrite=overwrite, dtype=kind, check=lock.check)
+            pairs.append((read, stack.enter_context(writer)))
         for document in tqdm(order, desc="write", unit="document"):
-            writer.add_document(np.concatenate(dataset[bounds[document] : bounds[document + 1]]))
+            for read, writer in pairs if sizes[document] else ():
+                writer.add_document(np.concatenate(read[bounds[document] : bounds[document + 1]]))
+        for _, writer in pairs:
+            writer.prepare()
     long = sizes > threshold
     return UpsamplingCounts(
         long_documents=int(long.sum()),

@@ -5,19 +5,27 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import batched
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
-from megatron_ksa.data_tools.readers import BadDocument, RawDocument, decoded, json_object, read_documents
-from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
+from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
+from megatron_ksa.data_tools.readers import INVALID_UTF8, BadDocument, RawDocument, decoded, json_object, read_documents
+from megatron_ksa.data_tools.released import is_released, open_released, released_documents
+from megatron_ksa.data_tools.skipped import SkipLog
+from megatron_ksa.data_tools.tokenizers import ContentError, Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
+from megatron_ksa.locks import exclusive
 
-DOCUMENTS_PER_TASK = 64
+# A task ends with the document that reaches either; four tasks a worker are in flight.
+DOCUMENTS_PER_TASK, BYTES_PER_TASK = 64, 4_000_000
+# Tokenizer libraries take 40 (SentencePiece) to 200 bytes (Hugging Face, bytes as tokens) for each byte of a document.
+MAX_DOCUMENT_BYTES = 10_000_000
+EMPTY, CONTROL = "empty", "a control token"
 
 
 @dataclass(frozen=True)
@@ -25,14 +33,15 @@ class PreprocessSettings:
     """What one run does.
 
     Args:
-        files: input files in order.
+        files: input files in order; `.bin` files are of the released format (`released.py`).
         output_prefix: path of the dataset without `.bin` and `.idx`.
         tokenizer_model: as `load_tokenizer` takes it.
-        json_key: field of a JSONL record that holds the text.
+        json_key: field of a JSONL record, or column of a Parquet file, that holds the text.
         append_eod: end every document with the tokenizer's end-of-document id.
         workers: tokenising processes; the bytes written do not depend on it.
-        skip_bad_lines: count and skip documents that cannot be read, instead of stopping at the first.
+        skip_bad_lines: leave out and list documents that cannot be read, instead of stopping at the first.
         overwrite: replace a dataset of this name.
+        max_document_bytes: larger documents are bad.
     """
 
     files: list[Path]
@@ -43,32 +52,53 @@ class PreprocessSettings:
     workers: int = 1
     skip_bad_lines: bool = False
     overwrite: bool = False
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
 
 @dataclass
 class PreprocessCounts:
-    """What came of a run, in documents and tokens."""
+    """What came of a run, in documents and tokens; `listed` names the file of what is left out, if anything is."""
 
     documents: int = 0
     tokens: int = 0
+    unknown_tokens: int = 0
     empty: int = 0
     bad: int = 0
+    listed: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A document on its way to the dataset: its ids, integer [tokens], and mask, uint8 [tokens], or why it is bad."""
+
+    origin: str
+    bytes_read: int
+    tokens: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    problem: tuple[str, str] | None = None
 
 
 def document_text(document: RawDocument, json_key: str) -> str:
     """The text of a raw document.
 
     Raises:
-        BadDocument: invalid UTF-8 or JSON, not an object, or no text under the key.
+        BadDocument: unreadable, invalid UTF-8 or JSON, not an object, or no text under the key.
     """
     if not document.is_json:
         return decoded(document.payload)
     record = json_object(document.payload)
     if not isinstance(record.get(json_key), str):
         raise BadDocument(
-            f"no text under {json_key!r} (--json-key); its fields: {', '.join(map(repr, record)) or 'none'}"
+            "no text",
+            f"no text under {json_key!r} (--json-key); its fields: {', '.join(map(repr, record))[:500] or 'none'}",
         )
-    return record[json_key]
+    text = record[json_key]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON can escape half of a surrogate pair, which has no UTF-8 and so no bytes to tokenise.
+        raise BadDocument(INVALID_UTF8, error.reason) from None
+    return text
 
 
 _tokenizer: Tokenizer | None = None
@@ -79,78 +109,160 @@ def _start_worker(tokenizer_model: str) -> None:
     _tokenizer = load_tokenizer(tokenizer_model)
 
 
-def _tokenise(documents: tuple[RawDocument, ...], json_key: str) -> list[np.ndarray | str]:
-    """For each document its ids, int32 [tokens], or why it is bad."""
-    results: list[np.ndarray | str] = []
+def _tokenise(documents: list[RawDocument], json_key: str) -> list[np.ndarray | tuple[str, str]]:
+    """For each document its ids, int32 [tokens], or why it is bad: reason and detail."""
+    results: list[np.ndarray | tuple[str, str]] = []
     for document in documents:
         try:
-            # A lone surrogate, which JSON can escape, has no UTF-8 and so no bytes to tokenise.
-            text = document_text(document, json_key).encode("utf-8").decode("utf-8")
-            results.append(np.array(_tokenizer.encode(text), dtype=np.int32))
+            results.append(np.array(_tokenizer.encode_content(document_text(document, json_key)), dtype=np.int32))
         except BadDocument as error:
-            results.append(str(error))
-        except UnicodeEncodeError as error:
-            results.append(f"invalid UTF-8 ({error.reason})")
+            results.append((error.reason, error.detail))
+        except ContentError as error:
+            results.append((CONTROL, str(error)))
     return results
 
 
-def _tokenised(
-    documents: Iterable[RawDocument], settings: PreprocessSettings
-) -> Iterator[tuple[RawDocument, np.ndarray | str]]:
+def _tasks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    """Documents in lists that bound what is in flight."""
+    task, size = [], 0
+    for document in documents:
+        task.append(document)
+        size += len(document.content)
+        if len(task) == DOCUMENTS_PER_TASK or size >= BYTES_PER_TASK:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
+
+
+def _results(task: list[RawDocument], results: list[np.ndarray | tuple[str, str]]) -> Iterator[_Document]:
+    for document, result in zip(task, results, strict=True):
+        if isinstance(result, tuple):
+            yield _Document(document.origin, document.bytes_read, problem=result)
+        else:
+            yield _Document(document.origin, document.bytes_read, tokens=result)
+
+
+def _tokenised(documents: Iterable[RawDocument], settings: PreprocessSettings) -> Iterator[_Document]:
     """Documents with their ids, in order; a bounded number is in flight."""
-    tasks = batched(documents, DOCUMENTS_PER_TASK)
     if settings.workers == 1:
         _start_worker(settings.tokenizer_model)
-        for task in tasks:
-            yield from zip(task, _tokenise(task, settings.json_key), strict=True)
+        for task in _tasks(documents):
+            yield from _results(task, _tokenise(task, settings.json_key))
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         settings.workers, mp_context=context, initializer=_start_worker, initargs=(settings.tokenizer_model,)
     ) as pool:
-        pending: deque[tuple[tuple[RawDocument, ...], Future]] = deque()
+        pending: deque[tuple[list[RawDocument], Future]] = deque()
         try:
-            for task in tasks:
+            for task in _tasks(documents):
                 pending.append((task, pool.submit(_tokenise, task, settings.json_key)))
                 if len(pending) >= 4 * settings.workers:
                     task, future = pending.popleft()
-                    yield from zip(task, future.result(), strict=True)
-            for task, future in pending:
-                yield from zip(task, future.result(), strict=True)
+                    yield from _results(task, future.result())
+            while pending:
+                task, future = pending.popleft()
+                yield from _results(task, future.result())
         except BrokenProcessPool:
-            raise UsageError(f"--workers {settings.workers}: a worker died, out of memory perhaps; use fewer") from None
+            raise UsageError(
+                f"--workers {settings.workers}: a worker died, out of memory perhaps; use fewer, or a lower "
+                "--max-document-bytes"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _released(files: Iterable[Path], tokenizer: Tokenizer) -> Iterator[_Document]:
+    """Documents of the released format, which are tokenised already."""
+    for path in files:
+        data = open_released(path)
+        documents = released_documents(data, tokenizer.end_of_document, tokenizer.vocab_size)
+        for number, (tokens, mask) in enumerate(documents, start=1):
+            yield _Document(f"{path}:{number}", len(tokens) * data.dtype.itemsize, tokens, mask)
+
+
+def _documents(settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator[_Document]:
+    for released, files in groupby(settings.files, is_released):
+        if released:
+            yield from _released(files, tokenizer)
+            continue
+        raw = read_documents(list(files), max_bytes=settings.max_document_bytes, text_column=settings.json_key)
+        for document in _tokenised(raw, settings):
+            if document.tokens is not None and len(document.tokens) and settings.append_eod:
+                tokens = np.append(document.tokens, np.int32(tokenizer.end_of_document))
+                document = _Document(document.origin, document.bytes_read, tokens)
+            yield document
+
+
+def _remove_masks(prefix: str) -> None:
+    """A mask of an earlier dataset of this name must not be taken for this one's."""
+    for suffix in (".idx", ".bin"):
+        Path(loss_mask_prefix(prefix) + suffix).unlink(missing_ok=True)
 
 
 def preprocess(settings: PreprocessSettings) -> PreprocessCounts:
     """Tokenise the files and write one indexed dataset; nothing that looks complete is left by an interrupted run.
 
+    Documents left out are in PREFIX.skipped.jsonl. Released data with a loss mask gives the dataset one, in which
+    documents without a mask count everywhere.
+
     Raises:
-        UsageError: a bad document (file and line named) without `skip_bad_lines`, an output that exists, no tokens.
+        UsageError: a bad document (file and line named) without `skip_bad_lines`, an output that exists or that another
+            run writes, a tokenizer without an end of document where one is needed, no tokens, a full disk.
     """
     tokenizer = load_tokenizer(settings.tokenizer_model)
-    counts = PreprocessCounts()
+    if settings.append_eod:
+        _ = tokenizer.end_of_document  # refused before anything is written
+    released = [open_released(path) for path in settings.files if is_released(path)]
+    masked = any(data.mask for data in released)
+    prefix, counts = settings.output_prefix, PreprocessCounts()
     total = sum(path.stat().st_size for path in settings.files)
-    with (
-        IndexedDatasetWriter(settings.output_prefix, tokenizer.vocab_size, overwrite=settings.overwrite) as writer,
-        tqdm(total=total, unit="B", unit_scale=True, desc="tokenise") as progress,
-    ):
-        for document, tokens in _tokenised(read_documents(settings.files), settings):
+    with ExitStack() as stack:
+        lock = stack.enter_context(exclusive(prefix, "tools/preprocess_data.py"))
+        skipped = stack.enter_context(SkipLog(Path(f"{prefix}.skipped.jsonl")))
+
+        def ready() -> None:
+            lock.check()
+            if not masked:
+                _remove_masks(prefix)
+
+        def writer(name: str, size: int, dtype: type[np.integer] | None = None) -> IndexedDatasetWriter:
+            return stack.enter_context(
+                IndexedDatasetWriter(name, size, overwrite=settings.overwrite, dtype=dtype, check=ready)
+            )
+
+        mask_name = loss_mask_prefix(prefix)
+        if not masked and not settings.overwrite and Path(f"{mask_name}.idx").exists():
+            raise UsageError(f"{mask_name}.idx exists, the loss mask of another dataset: pass --overwrite to remove it")
+        tokens_writer = writer(prefix, tokenizer.vocab_size)
+        mask_writer = writer(mask_name, 2, np.uint8) if masked else None
+        progress = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="tokenise"))
+        for document in _documents(settings, tokenizer):
             progress.update(document.bytes_read)
-            if isinstance(tokens, str):
+            if document.problem is not None:
+                reason, detail = document.problem
                 if not settings.skip_bad_lines:
-                    raise UsageError(f"{document.origin}: {tokens}; mend it or pass --skip-bad-lines")
+                    raise UsageError(
+                        f"{document.origin}: {BadDocument(reason, detail)}; mend it or pass --skip-bad-lines"
+                    )
                 counts.bad += 1
-                progress.write(f"skipped {document.origin}: {tokens}")
-            elif not len(tokens):
+                skipped.add(document.origin, reason, detail)
+            elif not len(document.tokens):
                 counts.empty += 1
+                skipped.add(document.origin, EMPTY)
             else:
-                if settings.append_eod:
-                    tokens = np.append(tokens, np.int32(tokenizer.end_of_document))
-                writer.add_document(tokens)
+                tokens_writer.add_document(document.tokens)
+                if mask_writer is not None:
+                    mask = document.mask
+                    mask_writer.add_document(np.ones(len(document.tokens), np.uint8) if mask is None else mask)
                 counts.documents += 1
-                counts.tokens += len(tokens)
+                counts.tokens += len(document.tokens)
+                if tokenizer.unknown is not None:
+                    counts.unknown_tokens += int((document.tokens == tokenizer.unknown).sum())
         if not counts.documents:
             raise UsageError(f"no document with text in the input ({counts.empty} empty, {counts.bad} bad)")
+        for each in filter(None, (tokens_writer, mask_writer)):
+            each.prepare()
+        counts.listed = skipped.path if skipped.reasons else None
     return counts

@@ -1,35 +1,31 @@
-"""Raw documents from JSONL, Parquet and folders of text, in a fixed order, with where each came from."""
+"""Raw documents from JSONL, JSON arrays, Parquet and folders of text, in a fixed order, with where each came from.
 
+A byte order mark at the start of a file or line is no content; the ends of lines of a text file are. A document that
+cannot be read comes with the reason in place of its bytes (`RawDocument.payload` raises it), so that whoever counts can
+go on.
+"""
+
+import codecs
 import gzip
 import io
 import json
+import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_ksa.errors import UsageError
 
 JSONL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+ARRAY_SUFFIXES = (".json", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
-
-
-@dataclass(frozen=True)
-class RawDocument:
-    """One document as read: undecoded, so that decoding and its errors belong to the workers.
-
-    Args:
-        origin: `file:line` of a JSONL record, `file:row` of a Parquet row, or the path of a text file.
-        payload: bytes of the line or of the whole file.
-        is_json: the payload is a JSON object with a text field, rather than text.
-        bytes_read: bytes of input that reading this document consumed, for progress.
-    """
-
-    origin: str
-    payload: bytes
-    is_json: bool
-    bytes_read: int
+# What a reader holds of one document where its caller sets no limit of its own.
+MAX_DOCUMENT_BYTES = 100_000_000
+TOO_LARGE, INVALID_UTF8, INVALID_JSON = "too large", "invalid UTF-8", "invalid JSON"
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class BadDocument(Exception):
@@ -38,6 +34,37 @@ class BadDocument(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class RawDocument:
+    """One document as read: undecoded, so that decoding and its errors belong to the workers.
+
+    Args:
+        origin: `file:line` of a JSONL record, `file:number` of an array's element or a Parquet row, or the path of a
+            text file.
+        content: bytes of the line, cell or whole file, without a byte order mark.
+        is_json: the content is a JSON object with a text field, rather than text.
+        bytes_read: bytes of input that reading this document consumed, for progress.
+        problem: reason and detail where the reader could not read it; the content is empty then.
+    """
+
+    origin: str
+    content: bytes
+    is_json: bool
+    bytes_read: int
+    problem: tuple[str, str] | None = None
+
+    @property
+    def payload(self) -> bytes:
+        """The content.
+
+        Raises:
+            BadDocument: the reader could not read it.
+        """
+        if self.problem is not None:
+            raise BadDocument(*self.problem)
+        return self.content
 
 
 def decoded(payload: bytes) -> str:
@@ -49,59 +76,128 @@ def decoded(payload: bytes) -> str:
     try:
         return payload.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadDocument("invalid UTF-8", f"{error.reason} at byte {error.start}") from None
+        utf16 = payload.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        hint = "; it starts like UTF-16, convert it to UTF-8" if utf16 else ""
+        raise BadDocument(INVALID_UTF8, f"{error.reason} at byte {error.start}{hint}") from None
 
 
 def json_object(payload: bytes) -> dict:
     """The JSON object in a document's payload.
 
     Raises:
-        BadDocument: invalid UTF-8 or JSON, or not an object.
+        BadDocument: invalid UTF-8 or JSON, not an object, or a field given twice.
     """
     text = decoded(payload)
+    repeated: list[str] = []
+
+    def fields(pairs: list[tuple[str, object]]) -> dict:
+        # Objects end from the inside out, so the last one is the record itself.
+        record = dict(pairs)
+        repeated[:] = [name for name, _ in pairs] if len(record) != len(pairs) else []
+        return record
+
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=fields)
     except (ValueError, RecursionError) as error:
-        raise BadDocument("invalid JSON", str(error)) from None
+        raise BadDocument(INVALID_JSON, str(error)) from None
     if not isinstance(record, dict):
         raise BadDocument("not an object", f"a JSON {type(record).__name__} where an object is needed")
+    if repeated:
+        twice = next(name for name in record if repeated.count(name) > 1)
+        raise BadDocument("a field twice", f"{twice!r} is given more than once: which one is meant?")
     return record
 
 
-def input_files(inputs: list[str], pattern: str) -> list[Path]:
+def is_one_of(path: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file's name ends in one of the suffixes, in upper or lower case."""
+    return path.name.lower().endswith(suffixes)
+
+
+def input_files(inputs: list[str], pattern: str, others: tuple[str, ...] = ()) -> list[Path]:
     """The files to read: JSONL and Parquet files as named, folders as the sorted files in them that match `pattern`.
+
+    Args:
+        others: suffixes of further files that the caller reads.
 
     Raises:
         UsageError: a path that does not exist, a file that is neither, a folder without a match.
     """
     files: list[Path] = []
+    known = (*JSONL_SUFFIXES, PARQUET_SUFFIX, *others)
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(file for file in path.glob(pattern) if file.is_file())
-            if not found:
-                raise UsageError(f"--input {name}: no file in this folder matches --glob {pattern!r}")
-            files += found
-        elif path.is_file() and path.name.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX)):
+            files += _files_of_folder(path, name, pattern)
+        elif path.is_file() and is_one_of(path, known):
             files.append(path)
         elif path.is_file():
-            known = ", ".join((*JSONL_SUFFIXES, PARQUET_SUFFIX))
-            raise UsageError(f"--input {name}: a file must be one of {known}; pass a folder for text")
+            raise UsageError(f"--input {name}: a file must be one of {', '.join(known)}; pass a folder for text")
+        elif path.exists():
+            raise UsageError(f"--input {name}: neither a regular file nor a folder")
         else:
             raise UsageError(f"--input {name}: no such file or folder")
     return files
 
 
+def _files_of_folder(folder: Path, name: str, pattern: str) -> list[Path]:
+    def unreadable(error: OSError) -> None:
+        raise UsageError(f"--input {name}: {error.filename} cannot be read: {error.strerror}")
+
+    for _ in os.walk(folder, onerror=unreadable):
+        pass  # pathlib passes over folders that cannot be read
+    try:
+        found = sorted(file for file in folder.glob(pattern) if file.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(f"--glob {pattern!r}: {error}") from None
+    if not found:
+        raise UsageError(f"--input {name}: no file in this folder matches --glob {pattern!r}")
+    return found
+
+
 def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    if path.suffix == ".gz":
+    if is_one_of(path, (".gz",)):
         return gzip.open(raw)
-    if path.suffix == ".zst":
+    if is_one_of(path, (".zst",)):
         try:
             import zstandard
         except ModuleNotFoundError:
             raise UsageError(f"--input {path}: reading .zst needs a package: pip install zstandard") from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return io.BufferedReader(_ZstdReader(raw, zstandard.ZstdDecompressor().decompressobj), 1 << 17)
     return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """The content of Zstandard frames; unlike the library's reader it does not take a truncated file for a whole one.
+
+    Args:
+        raw: the file.
+        new: makes a decompressor of one frame.
+    """
+
+    # A kilobyte holds up to 256 blocks of 128 KiB: what a read can take of memory is 32 MiB.
+    STEP = 1024
+
+    def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:
+        self._raw, self._new, self._frame, self._content = raw, new, None, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        rest = b""
+        while not self._content:
+            if self._frame is not None and self._frame.eof:
+                rest, self._frame = self._frame.unused_data, None
+            packed = rest or self._raw.read(self.STEP)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            rest, self._content = b"", memoryview(self._frame.decompress(packed))
+        size = min(len(buffer), len(self._content))
+        buffer[:size], self._content = self._content[:size], self._content[size:]
+        return size
 
 
 def _compression_errors() -> tuple[type[Exception], ...]:
@@ -112,46 +208,144 @@ def _compression_errors() -> tuple[type[Exception], ...]:
     return EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError
 
 
-def _json_lines(path: Path) -> Iterator[RawDocument]:
+def _too_large(size: int, limit: int) -> tuple[str, str]:
+    return TOO_LARGE, f"{size:,} bytes, more than {limit:,}"
+
+
+def _json_lines(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -> Iterator[RawDocument]:
+    number = position = 0
+    while line := stream.readline(limit + len(codecs.BOM_UTF8) + 2):
+        number, size = number + 1, len(line)
+        if size > limit and not line.endswith(b"\n"):
+            last = line
+            while last and not last.endswith(b"\n"):
+                last = stream.readline(1 << 20)
+                size += len(last)
+        consumed, position = raw.tell() - position, raw.tell()
+        line = line.removeprefix(codecs.BOM_UTF8)  # of the file, or of a file that was joined to another
+        if size - 2 > limit:
+            yield RawDocument(f"{path}:{number}", b"", True, consumed, problem=_too_large(size, limit))
+        elif line.strip():
+            yield RawDocument(f"{path}:{number}", line, is_json=True, bytes_read=consumed)
+
+
+class _ArrayText:
+    """The text of a JSON array, as much of it as the element at hand needs."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.position, self.ended = "", 0, False
+
+    def more(self) -> None:
+        """Twice the text, from the position on."""
+        rest = self.text[self.position :]
+        chunk = self._stream.read(max(1 << 16, len(rest)))
+        self.ended = not chunk
+        self.text, self.position = rest + self._decoder.decode(chunk, final=self.ended), 0
+
+    def next(self) -> str:
+        """The next character that is no white space, "" at the end."""
+        while True:
+            self.position = _SPACE.match(self.text, self.position).end()
+            if self.position < len(self.text) or self.ended:
+                return self.text[self.position : self.position + 1]
+            self.more()
+
+    def element(self, scanner: json.JSONDecoder, limit: int) -> str:
+        """The text of the value that starts here.
+
+        Raises:
+            ValueError, RecursionError: it is not JSON, or longer than limit characters.
+        """
+        while True:
+            try:
+                end = scanner.raw_decode(self.text, self.position)[1]
+            except ValueError:
+                if self.ended or len(self.text) - self.position > limit:
+                    raise
+            else:
+                if end < len(self.text) or self.ended:  # a number may go on
+                    element = self.text[self.position : end]
+                    self.position = end
+                    return element
+            self.more()
+
+
+def _array_elements(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -> Iterator[RawDocument]:
+    array, scanner, number, position = _ArrayText(stream), json.JSONDecoder(), 0, 0
+    try:
+        array.next()
+        array.position += 1
+        more = array.next() != "]"
+        while more:
+            number += 1
+            content = array.element(scanner, limit).encode("utf-8", "surrogatepass")
+            consumed, position = raw.tell() - position, raw.tell()
+            problem = _too_large(len(content), limit) if len(content) > limit else None
+            yield RawDocument(f"{path}:{number}", b"" if problem else content, True, consumed, problem=problem)
+            separator = array.next()
+            more = separator != "]"
+            if more:
+                if separator != ",":
+                    raise ValueError(f"{separator!r} where a comma or ] belongs")
+                array.position += 1
+                array.next()
+        array.position += 1
+        if rest := array.next():
+            raise ValueError(f"{rest!r} after the array")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--input {path}: the JSON array cannot be read from element {max(number, 1)} on ({error}); elements hold "
+            f"at most {limit:,} bytes"
+        ) from None
+
+
+def _text(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -> Iterator[RawDocument]:
+    content = stream.read(limit + len(codecs.BOM_UTF8) + 1).removeprefix(codecs.BOM_UTF8)
+    problem = None
+    if len(content) > limit:
+        problem = TOO_LARGE, f"more than {limit:,} bytes"
+    size = path.stat().st_size
+    yield RawDocument(str(path), b"" if problem else content, is_json=False, bytes_read=size, problem=problem)
+
+
+def _stream(path: Path, limit: int) -> Iterator[RawDocument]:
+    """Documents of a JSONL file, a JSON array or a text file, which may be compressed."""
     with open(path, "rb") as raw:
-        position = 0
         try:
-            for number, line in enumerate(_decompressed(path, raw), start=1):
-                consumed, position = raw.tell() - position, raw.tell()
-                if line.strip():
-                    yield RawDocument(f"{path}:{number}", line, is_json=True, bytes_read=consumed)
+            stream = _decompressed(path, raw)
+            read = _text
+            if is_one_of(path, JSONL_SUFFIXES):
+                start = stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
+                read = _array_elements if start[:1] == b"[" and is_one_of(path, ARRAY_SUFFIXES) else _json_lines
+            yield from read(path, stream, raw, limit)
         except _compression_errors() as error:
             raise UsageError(f"--input {path}: truncated or damaged ({error}); fetch it again") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[RawDocument]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ModuleNotFoundError:
-        raise UsageError(f"--input {path}: reading Parquet needs a package: pip install pyarrow") from None
-    try:
-        with parquet.ParquetFile(path) as table:
-            number, share = 0, path.stat().st_size / max(table.metadata.num_rows, 1)
-            for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    consumed, number = int((number + 1) * share) - int(number * share), number + 1
-                    payload = json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
-                    yield RawDocument(f"{path}:{number}", payload, is_json=True, bytes_read=consumed)
-    except (ArrowException, OSError) as error:
-        raise UsageError(f"--input {path}: not a Parquet file that can be read ({error})") from None
-
-
-def read_documents(files: list[Path]) -> Iterator[RawDocument]:
+def read_documents(
+    files: list[Path], *, max_bytes: int = MAX_DOCUMENT_BYTES, text_column: str | None = None
+) -> Iterator[RawDocument]:
     """Every document of the files, in order; blank lines of JSONL are not documents.
 
+    Args:
+        max_bytes: no larger document is held in memory; it comes with the problem `TOO_LARGE`.
+        text_column: column of Parquet files to read as text; all columns, as JSON, without it.
+
     Raises:
-        UsageError: a compressed file that is damaged, a format whose package is not installed.
+        UsageError: a file that is damaged or cannot be read, a format whose package is not installed.
     """
     for path in files:
-        if path.name.endswith(JSONL_SUFFIXES):
-            yield from _json_lines(path)
-        elif path.name.endswith(PARQUET_SUFFIX):
-            yield from _parquet_rows(path)
-        else:
-            payload = path.read_bytes()
-            yield RawDocument(str(path), payload, is_json=False, bytes_read=len(payload))
+        try:
+            if is_one_of(path, (PARQUET_SUFFIX,)):
+                from megatron_ksa.data_tools.parquet import read_rows, read_text_column
+
+                yield from (
+                    read_rows(path, max_bytes)
+                    if text_column is None
+                    else read_text_column(path, text_column, max_bytes)
+                )
+            else:
+                yield from _stream(path, max_bytes)
+        except OSError as error:
+            raise UsageError(f"--input {path} cannot be read: {error.strerror or error}") from None

@@ -2,28 +2,57 @@
 
 Only the tokenizer libraries are imported, so that worker processes start fast. Ids are those of the tokenizer that
 Megatron builds from `training_flags` (compared in the tests).
+
+Documents are encoded with `encode_content`, where nothing that a person wrote becomes a control token: names of special
+tokens, and of other tokens that were added in the form of markers such as `<|im_end|>` or `[SEP]`, are text there.
 """
 
+import io
+import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file
 
 END_OF_DOCUMENT = "<|endoftext|>"
+# Added tokens of this form mean something to a model, whether or not their tokenizer calls them special.
+_MARKER = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
+# SentencePiece and what is derived from it write a space as this character, and so take the character for a space.
+_SPACE_SYMBOL = "\u2581"
+_LONGEST_SENTENCE = 1 << 20
 
 
 class Tokenizer(Protocol):
-    """What preprocessing needs of a tokenizer."""
+    """What preprocessing needs of a tokenizer.
+
+    `vocab_size` counts its tokens; every id is below it. `unknown` is the id that stands for what the tokenizer cannot
+    write, or None. `training_flags` are those of `pretrain_gpt.py`.
+    """
 
     vocab_size: int
-    end_of_document: int
+    unknown: int | None
     training_flags: str
 
+    @property
+    def end_of_document(self) -> int:
+        """Id that ends a document.
+
+        Raises:
+            UsageError: the tokenizer has none.
+        """
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text, without special tokens."""
+        """Token ids of markup: names of special tokens mean those tokens."""
 
     def encode_content(self, text: str) -> list[int]:
-        """Token ids of what a person wrote: names of special tokens in it are text."""
+        """Token ids of what a person wrote: names of special tokens in it are text.
+
+        Raises:
+            ContentError: the tokenizer has no tokens for this text.
+        """
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The tokenizer's own chat template applied to messages {"role", "content"}.
@@ -38,21 +67,106 @@ class ChatTemplateError(Exception):
     """A chat template refuses some messages; the message tells why."""
 
 
+class ContentError(ChatTemplateError):
+    """A text whose tokens would mean something else than the text; the message tells why."""
+
+
+class _ContentEncoder:
+    """Encodes what a person wrote with an encoder that knows no markers.
+
+    Args:
+        encode: text to ids.
+        token_id: the id of a token by its name, None where there is none.
+        control: ids that no text may become, with their names.
+    """
+
+    def __init__(
+        self, encode: Callable[[str], list[int]], token_id: Callable[[str], int | None], control: dict[int, str]
+    ) -> None:
+        self._encode, self._control = encode, control
+        # None: this tokenizer writes the space symbol as itself.
+        self._bytes: list[int | None] | None = None
+        if encode(f"a{_SPACE_SYMBOL}a") == encode("a a"):
+            self._bytes = [token_id(f"<0x{byte:02X}>") for byte in range(256)]
+
+    def __call__(self, text: str) -> list[int]:
+        ambiguous = self._bytes is not None and _SPACE_SYMBOL in text
+        ids = self._with_space_symbol(text) if ambiguous else self._encode(text)
+        if not self._control.keys().isdisjoint(ids):
+            name = next(self._control[id] for id in ids if id in self._control)
+            raise ContentError(f"the text contains {name!r}, which this tokenizer reads as its control token")
+        return ids
+
+    def _with_space_symbol(self, text: str) -> list[int]:
+        """Ids of a text with U+2581 in it: the symbol becomes its bytes, as other characters without a token do."""
+        if None in self._bytes:
+            raise ContentError("the text contains U+2581, which this tokenizer reads as a space")
+        # A character of three bytes that is not in the text, and which no tokenizer has a token for, holds the place.
+        stand_in = next(c for c in map(chr, range(0xF8FF, 0xE000, -1)) if c not in text)
+        placed = [self._bytes[byte] for byte in stand_in.encode()]
+        symbol = [self._bytes[byte] for byte in _SPACE_SYMBOL.encode()]
+        ids, at, replaced = self._encode(text.replace(_SPACE_SYMBOL, stand_in)), 0, 0
+        while at < len(ids):
+            if ids[at : at + 3] == placed:
+                ids[at : at + 3], replaced = symbol, replaced + 1
+            at += 1
+        if replaced != text.count(_SPACE_SYMBOL):
+            raise ContentError("the text contains U+2581, which this tokenizer reads as a space")
+        return ids
+
+
+def _check_ids(path: Path, largest: int, vocab_size: int) -> None:
+    """Refuse ids that a model of this vocabulary has no embedding for, and that a dataset would store as others."""
+    if largest >= vocab_size:
+        raise UsageError(
+            f"--tokenizer-model {path}: it has {vocab_size:,} tokens, but ids up to {largest:,}; training builds "
+            f"embeddings for {vocab_size:,}: number the added tokens without gaps"
+        )
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model file; documents end with its `</s>`."""
 
     def __init__(self, path: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
+        from google.protobuf.message import DecodeError
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
         try:
             self._model = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            content = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        except (RuntimeError, OSError, DecodeError) as error:
             raise UsageError(f"--tokenizer-model {path}: not a SentencePiece model ({error})") from None
         self.vocab_size = self._model.get_piece_size()
-        self.end_of_document = self._model.eos_id()
         self.training_flags = f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {path}"
-        self.encode = self.encode_content = self._model.encode
-        self._path = path
+        self.encode = self._model.encode
+        self.unknown = self._model.unk_id()
+        self._end, self._path = self._model.eos_id(), path
+        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+        control = {id: piece.piece for id, piece in enumerate(content.pieces) if piece.type == kinds.CONTROL}
+        for id, piece in enumerate(content.pieces):
+            if piece.type == kinds.USER_DEFINED and (id == self._end or _MARKER.fullmatch(piece.piece)):
+                # An unused piece keeps its id, and no text becomes it.
+                piece.type = kinds.UNUSED
+                control[id] = piece.piece
+        try:
+            processor = SentencePieceProcessor(model_proto=content.SerializeToString())
+        except RuntimeError as error:
+            raise UsageError(f"--tokenizer-model {path}: not a SentencePiece model ({error})") from None
+        self.encode_content = _ContentEncoder(processor.encode, self._byte, control)
+
+    def _byte(self, name: str) -> int | None:
+        id = self._model.piece_to_id(name)
+        return id if self._model.is_byte(id) else None
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of `</s>`; a model may have none."""
+        if self._end < 0:
+            raise UsageError(
+                f"--tokenizer-model {self._path} has no end-of-document piece (eos_id is {self._end}): train one with "
+                "--eos_id, or pass --no-append-eod to tools/preprocess_data.py"
+            )
+        return self._end
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """A SentencePiece model has no chat template."""
@@ -69,20 +183,44 @@ class HuggingFaceTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"--tokenizer-model {folder}: {error}") from None
-        if self._tokenizer.eos_token_id is None:
-            raise UsageError(f"--tokenizer-model {folder}: name an eos_token in its tokenizer_config.json")
         self.vocab_size = len(self._tokenizer)
-        self.end_of_document = self._tokenizer.eos_token_id
+        _check_ids(folder, max(self._tokenizer.get_vocab().values(), default=-1), self.vocab_size)
+        self.unknown = self._tokenizer.unk_token_id
         self.training_flags = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
         self._folder = folder
+        self.encode_content = self._content_encoder()
+
+    def _content_encoder(self) -> _ContentEncoder:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        whole = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        whole["truncation"] = whole["padding"] = None
+        control = dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=True))
+        for token in whole["added_tokens"]:
+            token["special"] = token["special"] or token["id"] in control or bool(_MARKER.fullmatch(token["content"]))
+            if token["special"]:
+                control[token["id"]] = token["content"]
+        plain = FastTokenizer.from_str(json.dumps(whole))
+        plain.encode_special_tokens = True
+        if self.unknown != self._tokenizer.eos_token_id:
+            control.pop(self.unknown, None)
+        return _ContentEncoder(
+            lambda text: plain.encode(text, add_special_tokens=False).ids, plain.token_to_id, control
+        )
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of the `eos_token`; a tokenizer may have none."""
+        if self._tokenizer.eos_token_id is None:
+            raise UsageError(
+                f"--tokenizer-model {self._folder}: name an eos_token in its tokenizer_config.json, or pass "
+                "--no-append-eod to tools/preprocess_data.py"
+            )
+        return self._tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text, without special tokens."""
+        """Token ids of markup: names of special tokens mean those tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-    def encode_content(self, text: str) -> list[int]:
-        """Token ids of what a person wrote: names of special tokens in it are text."""
-        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False, split_special_tokens=True)
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """The tokenizer's own chat template applied to the messages."""
@@ -100,7 +238,7 @@ def load_tokenizer(model: str) -> Tokenizer:
     """The tokenizer at a path: a SentencePiece `.model` file, a Hugging Face folder, or its `tokenizer.json`.
 
     Raises:
-        UsageError: nothing there, or nothing that loads.
+        UsageError: nothing there, nothing that loads, or ids at or above the number of tokens.
     """
     path = Path(model)
     if path.name == "tokenizer.json" and path.is_file():
@@ -129,21 +267,26 @@ def write_byte_level(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def train_sentencepiece(texts, output_prefix: Path, vocab_size: int, threads: int) -> None:
-    """Train a SentencePiece BPE model with byte fallback that keeps white space, written to `output_prefix`.model.
+def train_sentencepiece(texts: Iterable[str], output_prefix: Path, vocab_size: int, threads: int) -> None:
+    """Train a SentencePiece BPE model with byte fallback that keeps white space.
 
     Args:
-        texts: iterable of str, the sample to train on.
+        texts: the sample to train on; longer texts than a sentence may be are cut.
+        output_prefix: the model is `output_prefix`.model, and appears when it is whole.
 
     Raises:
-        UsageError: a vocabulary that the sample cannot fill.
+        UsageError: a vocabulary that the sample cannot fill, or a disk that is full.
     """
     import sentencepiece
 
+    # Characters have up to four bytes; the trainer passes over longer sentences without a word.
+    step = _LONGEST_SENTENCE // 4
+    sentences = (text[at : at + step] for text in texts for at in range(0, len(text), step))
+    made = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_prefix=str(output_prefix),
+            sentence_iterator=sentences,
+            model_writer=made,
             model_type="bpe",
             vocab_size=vocab_size,
             num_threads=threads,
@@ -154,8 +297,11 @@ def train_sentencepiece(texts, output_prefix: Path, vocab_size: int, threads: in
             add_dummy_prefix=False,
             split_digits=True,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 20,
+            max_sentence_length=_LONGEST_SENTENCE,
             minloglevel=2,
         )
     except RuntimeError as error:
         raise UsageError(f"--vocab-size {vocab_size}: {error}") from None
+    # The trainer itself does not notice a full disk, and leaves a model that is cut.
+    with whole_file(output_prefix.with_name(f"{output_prefix.name}.model"), "wb") as stream:
+        stream.write(made.getvalue())

@@ -9,9 +9,9 @@ Memory is that of the largest shard and one layer. The output folder appears whe
 """
 
 import argparse
+import math
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 
 try:
@@ -19,6 +19,8 @@ try:
 except ModuleNotFoundError as error:
     print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
     sys.exit(2)
+from megatron_ksa.files import whole_folder
+from megatron_ksa.locks import exclusive
 from megatron_ksa.platform import prepare_platform
 
 
@@ -56,8 +58,6 @@ def run_export(args: argparse.Namespace, output: Path) -> str:
     from megatron_ksa.huggingface.config_json import OWN_MODEL_TYPE, family
     from megatron_ksa.huggingface.exporter import export_checkpoint
 
-    if args.shard_gigabytes <= 0:
-        raise UsageError(f"--shard-gigabytes {args.shard_gigabytes}: more than 0")
     stored = find_checkpoint(args.input, args.iteration)
     arch = export_checkpoint(
         stored, output, like=args.like, vocab_size=args.vocab_size, max_shard_bytes=int(args.shard_gigabytes * 1e9)
@@ -74,19 +74,16 @@ def main() -> None:
             raise UsageError(f"--output {args.output} exists: choose another or remove it")
         if args.command == "import" and args.seq_length is not None and args.seq_length < 1:
             raise UsageError(f"--seq-length {args.seq_length}: at least 1")
+        if args.command == "export" and not (math.isfinite(args.shard_gigabytes) and args.shard_gigabytes > 0):
+            raise UsageError(f"--shard-gigabytes {args.shard_gigabytes:g}: a number above 0")
         if not args.input.is_dir():
             raise UsageError(f"--input {args.input} is no folder")
         defaults = prepare_platform([])
         from megatron_ksa.training.arguments import install_arguments
 
         install_arguments(defaults)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and renamed, so that an interrupted run leaves no checkpoint.
-        with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}-") as folder:
-            made = Path(folder) / "checkpoint"
-            made.mkdir()
+        with exclusive(args.output, "tools/convert_checkpoint.py"), whole_folder(args.output) as made:
             message = (run_import if args.command == "import" else run_export)(args, made)
-            made.rename(args.output)
         print(f"{args.output}: {message}")
 
 

@@ -18,7 +18,7 @@ try:
 except ModuleNotFoundError as error:
     print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
     sys.exit(2)
-from megatron_ksa.files import whole_file
+from megatron_ksa.files import SMALL_FILE_BYTES, read_small, whole_file
 from megatron_ksa.platform import prepare_platform
 
 
@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="file of flags, as slurm/models has them")
+    parser.add_argument("--model", type=Path, required=True, help=f"file of flags, as slurm/models has them (at most {SMALL_FILE_BYTES:,} bytes)")
     parser.add_argument("--seq-length", type=int, help="text tokens, instead of the model file's")
     parser.add_argument("--global-batch-size", type=int, help="sequences in a step, instead of the model file's")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of all nodes")
@@ -47,12 +47,10 @@ def parse_arguments() -> argparse.Namespace:
 def model_flags(path: Path) -> list[str]:
     """The words of a file of flags."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_small(path, "--model").splitlines()
+    except UsageError as error:
         known = ", ".join(sorted(str(file) for file in Path("slurm/models").glob("*.args")))
-        raise UsageError(
-            f"--model {path} cannot be read ({error.strerror or error.reason}): use one of {known}"
-        ) from None
+        raise UsageError(f"{error}; use one of {known}") from None
     return [word for line in lines for word in line.split("#")[0].split()]
 
 
@@ -141,13 +139,8 @@ def main() -> None:
             heading = f"# {options.gpus} GPUs, {args.seq_length} tokens; written by tools/plan_cluster.py"
             if not options.write.parent.is_dir():
                 raise UsageError(f"--write {options.write}: no such folder; use a folder that exists")
-            try:
-                with whole_file(options.write) as stream:
-                    stream.write("\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]))
-            except OSError as error:
-                raise UsageError(
-                    f"--write {options.write}: {error.strerror}; use a folder that can be written"
-                ) from None
+            with whole_file(options.write) as stream:
+                stream.write("\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]))
             print(f"\nflags of the fastest layout: {options.write}")
 
 

@@ -6,7 +6,7 @@ Without a command, or with `all`, every step runs. A rerun continues; a changed 
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 try:
@@ -28,6 +28,7 @@ from megatron_ksa.data_tools.tags.taggers.endpoint import EndpointSettings
 from megatron_ksa.data_tools.tags.tree import TreeSettings
 from megatron_ksa.data_tools.tags.write import WriteSettings
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.locks import exclusive_folder
 
 COMMANDS = {
     "tag": "read the input and tag every record",
@@ -148,8 +149,9 @@ def target_pipeline(pipeline: Pipeline, engine: Engine, args: argparse.Namespace
 
 def main() -> None:
     """Run; bad input costs one line and exit code 2."""
-    with usage_errors_exit():
+    with usage_errors_exit(), ExitStack() as stack:
         args = parse_arguments(sys.argv[1:])
+        stack.enter_context(exclusive_folder(args.work, "tools/preprocess_tags.py"))
         engine = Engine(args.engine, args.workers)
         pipeline = Pipeline(args.work, engine, lambda line: print(line, flush=True))
         target = target_pipeline(pipeline, engine, args)

@@ -9,15 +9,20 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 try:
     from megatron_ksa.config.harpe import PRESETS, HarpeConfig
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.files import whole_file
+from megatron_ksa.locks import exclusive
 from megatron_ksa.rotary import base_search
 
 # Flag, least and most: a waveform of 2^24 positions takes a few hundred MB.
@@ -65,8 +70,8 @@ def choose(args: argparse.Namespace) -> tuple[float, ...]:
     return tuple(float(base) for base in sorted(bases, reverse=args.order == "descending"))
 
 
-def plot(bases: tuple[float, ...], heights: dict[str, np.ndarray], args: argparse.Namespace, path: Path) -> None:
-    """Write the chart: waveforms of the bases with their peaks and valleys, and the best head at every position."""
+def plot(bases: tuple[float, ...], heights: dict[str, np.ndarray], args: argparse.Namespace, stream: IO) -> None:
+    """Write the chart as PNG: waveforms of the bases with peaks and valleys, and the best head at every position."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,7 +97,7 @@ def plot(bases: tuple[float, ...], heights: dict[str, np.ndarray], args: argpars
     best.legend(frameon=False)
     best.grid(alpha=0.25)
     figure.tight_layout()
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(stream, dpi=130, format="png")
     plt.close(figure)
 
 
@@ -116,18 +121,17 @@ def main() -> None:
         }
         heights = {name: base_search.best_head(members, args.head_dim, args.length) for name, members in sets.items()}
         covered = {name: base_search.coverage(height) for name, height in heights.items()}
-        chart = output.with_suffix(".png.partial")
-        plot(bases, heights, args, chart)
         settings = {name: value for name, value in vars(args).items() if name != "output"}
         result = {
             "bases": bases,
             "settings": settings,
             "coverage": {name: dataclasses.asdict(values) for name, values in covered.items()},
         }
-        partial = output.with_suffix(".json.partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        chart.replace(output.with_suffix(".png"))
-        partial.replace(output)
+        # The chart first: where there is a list, there is its chart.
+        with exclusive(output, "tools/search_harpe_bases.py"), whole_file(output) as stream:
+            stream.write(json.dumps(result, indent=1) + "\n")
+            with whole_file(output.with_suffix(".png"), "wb") as chart:
+                plot(bases, heights, args, chart)
         print(f"{'best head over ' + str(args.length) + ' positions':<36} {'mean':>8} {'lowest':>8}")
         for name, values in covered.items():
             print(f"{name:<36} {values.mean:>8.3f} {values.minimum:>8.3f}")

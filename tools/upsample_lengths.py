@@ -7,7 +7,9 @@ from pathlib import Path
 try:
     from megatron_ksa.data_tools.length_upsampling import upsample
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.errors import UsageError, usage_errors_exit
 
@@ -16,7 +18,10 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data-path", required=True, help="prefix of the indexed dataset to read")
-    parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--output-prefix", required=True,
+        help="writes PREFIX.bin and PREFIX.idx, and the loss mask of --data-path where it has one",
+    )  # fmt: skip
     parser.add_argument("--threshold", type=int, default=4096, help="documents of more tokens are long")
     parser.add_argument(
         "--share", type=float, required=True, help="of all tokens that long documents shall hold, 0 to 1"
@@ -32,6 +37,9 @@ def main() -> None:
         args = parse_arguments()
         if Path(args.data_path).resolve() == Path(args.output_prefix).resolve():
             raise UsageError(f"--output-prefix {args.output_prefix} is --data-path: choose another")
+        for name, most in (("threshold", 1 << 31), ("seed", (1 << 63) - 1)):
+            if not 0 <= getattr(args, name) <= most:
+                raise UsageError(f"--{name} {getattr(args, name)}: at least 0, at most {most:,}")
         counts = upsample(
             args.data_path, args.output_prefix, args.threshold, args.share, seed=args.seed, overwrite=args.overwrite
         )

@@ -7,7 +7,9 @@ import numpy as np
 
 from megatron_ksa.errors import UsageError
 
-_FORM = re.compile(r"(?P<number>\d+(?:\.\d+)?(?:e\d+)?)(?P<unit>%|[kMG]?t)?")
+_FORM = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(?P<unit>%|[kMG]?t)?")
+# More than any pool has; what is beyond it is not a number that floats count in ones.
+_LARGEST = 1e15
 _TOKENS = {"t": 1, "kt": 10**3, "Mt": 10**6, "Gt": 10**9}
 FORMS = "an integer (instances), 0.05 or 5% (a fraction of the pool), 500kt, 20Mt, 1.5Gt or 20000t (tokens)"
 
@@ -37,7 +39,9 @@ def parse_budget(text: str, instances: int, tokens: np.ndarray | None) -> Budget
     """
     form = _FORM.fullmatch(text.strip())
     if form is None:
-        raise UsageError(f"--budget {text}: not one of {FORMS}")
+        raise UsageError(f"--budget {text[:60]}: not one of {FORMS}")
+    if float(form["number"]) > _LARGEST:
+        raise UsageError(f"--budget {text[:60]}: at most {_LARGEST:g}")
     number, unit = float(form["number"]), form["unit"]
     if unit in _TOKENS:
         if tokens is None:

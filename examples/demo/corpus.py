@@ -4,6 +4,8 @@ import json
 import sysconfig
 from pathlib import Path
 
+from megatron_ksa.files import whole_file
+
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "encodings", "pydoc_data"}
 VALIDATION_EVERY = 20
 
@@ -13,11 +15,8 @@ def write_corpus(folder: Path) -> None:
     library = Path(sysconfig.get_path("stdlib"))
     files = [file for file in sorted(library.rglob("*.py")) if not LEFT_OUT & set(file.relative_to(library).parts[:-1])]
     split = {"validation": files[::VALIDATION_EVERY], "train": [f for i, f in enumerate(files) if i % VALIDATION_EVERY]}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, members in split.items():
-        partial = folder / f"{name}.partial"
-        with open(partial, "w", encoding="utf-8") as out:
+        with whole_file(folder / f"{name}.jsonl") as out:
             for file in members:
                 text = file.read_text(encoding="utf-8", errors="ignore")
                 out.write(json.dumps({"text": text, "file": str(file.relative_to(library))}) + "\n")
-        partial.rename(folder / f"{name}.jsonl")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.files import whole_file
 
 TRAIN, VALIDATION = "lm loss", "lm loss validation"
 
@@ -53,7 +54,8 @@ def plot_losses(losses: dict[str, tuple[list[int], list[float]]], unigram: float
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with whole_file(path, "wb") as stream:
+        figure.savefig(stream, dpi=150, format="png")
     plt.close(figure)
 
 

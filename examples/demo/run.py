@@ -22,6 +22,7 @@ from corpus import write_corpus
 from report import VALIDATION, kv_table, plot_losses, read_losses, unigram_loss
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.files import writing
 
 LAYERS, SEQUENCE, VOCABULARY = 8, 512, 2048
 KSA = KSAConfig(enabled=True, window_chunks="8", layer_pattern="kkkf*2")
@@ -143,15 +144,16 @@ def main() -> None:
             if not (folder / "data").is_dir():
                 raise UsageError(f"--fresh: {folder} is not a folder of this demo; remove it yourself")
             shutil.rmtree(folder)
-        prepare_data(folder / "data")
-        done = trained_steps(folder / "checkpoints")
-        if done < args.steps:
-            train(folder, args.steps, args.global_batch_size)
-        else:
-            print(
-                f"\nalready trained for {done} iterations: --steps (make demo STEPS=) goes on, --fresh (FRESH=1) starts over"
-            )
-        report(folder)
+        with writing(folder):
+            prepare_data(folder / "data")
+            done = trained_steps(folder / "checkpoints")
+            if done < args.steps:
+                train(folder, args.steps, args.global_batch_size)
+            else:
+                print(
+                    f"\nalready trained for {done} iterations: --steps (make demo STEPS=) goes on, --fresh (FRESH=1) starts over"
+                )
+            report(folder)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ import numpy as np
 
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import read_small, whole_file
 from megatron_ksa.platform import prepare_platform
 
+MAX_TEXT_BYTES = 100_000_000
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -63,15 +65,11 @@ def indexed_documents(prefix: str, concatenate: bool) -> Sequence[np.ndarray]:
 
 
 def read_text(path: Path, flag: str) -> str:
-    """A UTF-8 text file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{flag} {path}: {error}") from None
+    """A UTF-8 text file without a byte order mark, of at most `MAX_TEXT_BYTES`."""
+    return read_small(path, flag, limit=MAX_TEXT_BYTES)
 
 
 def write_json(path: Path, result: dict) -> None:
-    """Write results under a temporary name first."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write results, whole or not at all."""
+    with whole_file(path) as stream:
+        stream.write(json.dumps(result, indent=1) + "\n")

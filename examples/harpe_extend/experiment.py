@@ -26,6 +26,7 @@ from report import write_report
 
 from megatron_ksa.evaluation.corpora import write_corpus
 from megatron_ksa.evaluation.runs import Results, Runs, iterations_done
+from megatron_ksa.files import writing
 
 HEAD_DIM = 64
 BEFORE, UNIFORM, SEARCHED = "before extension", "uniform HARPE", "searched HARPE"
@@ -225,8 +226,9 @@ def main() -> None:
         hidden = ("out", "work", "jobs", "workers", "rounds", "deadline", "commit")
         settings = {key: value for key, value in vars(args).items() if key not in hidden}
         results = Results(args.out / "results.json", settings, ("seed", "arm", "steps"), args.commit)
-        Experiment(args, work, Runs(ROOT, args.jobs), results).run()
-        print(write_report(args.out / "results.json", args.out / "results.md"))
+        with writing(args.out), writing(work):
+            Experiment(args, work, Runs(ROOT, args.jobs), results).run()
+            print(write_report(args.out / "results.json", args.out / "results.md"))
 
 
 if __name__ == "__main__":

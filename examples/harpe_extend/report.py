@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.evaluation.tables import cell, table, write_between_marks
 
 
@@ -86,7 +87,8 @@ def main() -> None:
     if not args.results.is_file():
         print(f"error: {args.results} does not exist; experiment.py writes it", file=sys.stderr)
         raise SystemExit(2)
-    write_report(args.results, args.output)
+    with usage_errors_exit():
+        write_report(args.results, args.output)
 
 
 if __name__ == "__main__":

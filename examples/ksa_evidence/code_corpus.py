@@ -8,6 +8,7 @@ last files are held out: PREFIX_validation.
 """
 
 import argparse
+import io
 import json
 import random
 import subprocess
@@ -23,7 +24,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 from megatron_ksa.evaluation.token_language import VOCABULARY
-from megatron_ksa.files import whole_file
+from megatron_ksa.files import whole_file, writing
 
 PACKAGES = ("redis", "sqlite3", "python3.11", "lua5.4", "nginx", "git", "zstd", "curl", "postgresql-15", "tcl8.6")
 ENDINGS = (".c", ".h", ".py", ".lua", ".tcl", ".sql", ".sh", ".pl")
@@ -102,14 +103,17 @@ def train_tokenizer(texts: list[str], output: Path, vocab_size: int):
     """A SentencePiece model that keeps blanks and line ends, and spells unknown characters in bytes."""
     import sentencepiece
 
+    made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line + "\n" for text in texts for line in text.splitlines()), model_prefix=str(output),
+        sentence_iterator=(line + "\n" for text in texts for line in text.splitlines()), model_writer=made,
         vocab_size=vocab_size, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
         remove_extra_whitespaces=False, add_dummy_prefix=False, split_by_whitespace=True,
         user_defined_symbols=["\n", "\t"], input_sentence_size=400_000, shuffle_input_sentence=True,
         minloglevel=2,
     )  # fmt: skip
-    return sentencepiece.SentencePieceProcessor(model_file=f"{output}.model")
+    with whole_file(output.with_name(f"{output.name}.model"), "wb") as stream:
+        stream.write(made.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
 
 
 def main() -> None:
@@ -117,8 +121,9 @@ def main() -> None:
     with usage_errors_exit():
         args = parse_arguments()
         folder = args.output.with_name(args.output.name + "_sources")
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = list(code_files(download(args, folder)))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            texts = list(code_files(download(args, folder)))
         random.Random(args.seed).shuffle(texts)
         model = train_tokenizer(texts, args.output, args.vocab_size)
         with whole_file(args.output.with_suffix(".json")) as stream:

@@ -25,6 +25,7 @@ from report import write_report
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.evaluation.corpora import write_corpus
 from megatron_ksa.evaluation.runs import Results, Runs, iterations_done
+from megatron_ksa.files import writing
 
 HEAD_DIM = 64
 BASE = 10_000
@@ -262,7 +263,8 @@ def main() -> None:
         if args.distil_steps >= args.dense_steps:
             raise UsageError(f"--distil-steps {args.distil_steps}: fewer than --dense-steps {args.dense_steps}")
         args.out = args.out.resolve()
-        args.out.mkdir(parents=True, exist_ok=True)
+        with writing(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
         if args.code:
             args.code = args.code.resolve()
         work = (args.work or args.out / "work").resolve()

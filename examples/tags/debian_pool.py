@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.files import whole_file, writing
 
 # Sections that tell what a package is made of, not what it is about.
 UNTOPICAL = {
@@ -108,16 +109,15 @@ def main() -> None:
         parser.add_argument("--most", type=int, default=400, help="records of a section, the first ones (default: 400)")
         args = parser.parse_args()
         folder = args.output.parent / "apt"
-        records = sorted(packages(fetch_lists(folder), folder), key=lambda record: record["id"])
+        with writing(folder):
+            records = sorted(packages(fetch_lists(folder), folder), key=lambda record: record["id"])
         sizes, taken = Counter(record["source"] for record in records), Counter()
-        partial = args.output.with_name(args.output.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as stream:
+        with whole_file(args.output) as stream:
             for record in records:
                 section = record["source"]
                 if sizes[section] >= args.least and taken[section] < args.most:
                     taken[section] += 1
                     stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        partial.replace(args.output)
         print(f"{args.output}: {taken.total():,} records, {len(taken)} topics")
 
 

@@ -27,6 +27,7 @@ from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jso
 from megatron_ksa.data_tools.tags.tag import FAILED, TAGS
 from megatron_ksa.data_tools.tokenizers import write_byte_level
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.files import writing
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180
@@ -153,10 +154,11 @@ def main() -> None:
         parser.add_argument("--threads", type=int, default=1, help="of the server (default: 1)")
         parser.add_argument("--readme", action="store_true", help="write the numbers into README.md beside this file")
         args = parser.parse_args()
-        args.work.mkdir(parents=True, exist_ok=True)
         pool, tokenizer = args.work / "pool.jsonl", args.work / "tokenizer"
-        instances = spread(args.input, args.instances, pool)
-        write_byte_level(tokenizer)
+        with writing(tokenizer):
+            args.work.mkdir(parents=True, exist_ok=True)
+            instances = spread(args.input, args.instances, pool)
+            write_byte_level(tokenizer)
         url = f"http://127.0.0.1:{args.port}"
         server = multiprocessing.get_context("spawn").Process(
             target=serve, args=(str(model_file()), args.port, args.parallel, args.threads), daemon=True

@@ -16,7 +16,7 @@ from pathlib import Path
 from debian_pool import fetch_lists
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
-from megatron_ksa.files import whole_file
+from megatron_ksa.files import whole_file, writing
 
 # Lexicographer files 4 to 28 of lexnames(5WN); 3 holds the few nouns above all of them.
 FILES = (
@@ -66,7 +66,9 @@ def main() -> None:
         parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
         parser.add_argument("--most", type=int, default=600, help="records of a topic (default: 600)")
         args = parser.parse_args()
-        records = list(nouns(fetch_nouns((args.output.parent / "apt").absolute())))
+        folder = (args.output.parent / "apt").absolute()
+        with writing(folder):
+            records = list(nouns(fetch_nouns(folder)))
         random.Random(0).shuffle(records)
         taken: Counter[str] = Counter()
         with whole_file(args.output) as stream:

@@ -19,6 +19,7 @@ try:
 except ModuleNotFoundError as error:
     print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
     sys.exit(2)
+from megatron_ksa.files import whole_file
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "slurm" / "models" / "ksa_1b9.args"
@@ -175,7 +176,8 @@ def main() -> None:
                 result = measure(model, length, options)
                 print(result.get("error") or f"{result['tokens_per_second']:.0f} tokens/s", flush=True)
                 runs = [run for run in runs if run not in same] + [result]
-                options.out.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+                with whole_file(options.out) as stream:
+                    stream.write(json.dumps(runs, indent=1) + "\n")
         for line in compare_stages(runs):
             print(line)
         if options.report:

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import pretrain_gpt  # noqa: E402
+from megatron_ksa.files import whole_file  # noqa: E402
 from megatron_ksa.platform import prepare_platform  # noqa: E402
 
 # Dense bf16 peak in FLOP/s, NVIDIA's data sheets.
@@ -227,7 +228,8 @@ class Measurement:
             "iterations": self.iterations, "warm_up": self.warm_up,
             "machine": header("cuda" if peak or torch.cuda.is_available() else "cpu", None),
         }  # fmt: skip
-        self.record.write_text(json.dumps(record), encoding="utf-8")
+        with whole_file(self.record) as stream:
+            stream.write(json.dumps(record))
 
 
 def main() -> None:

@@ -1,12 +1,15 @@
 """Settings of HARPE, one RoPE base for each KV group (arXiv 2412.07171)."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ksa.config.options import option
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import SMALL_FILE_BYTES, read_small
+
+# Angles are positions times powers of 1 / base, in float32 and fixed point: beyond these nothing is left of them.
+SMALLEST_BASE, LARGEST_BASE = 1.0, 1e18
 
 # Table 2 of the paper: b_min 1M, b_max 5M, stride 30k, 32 heads; in units of 10^6.
 PRESETS = {
@@ -26,7 +29,8 @@ class HarpeConfig:
 
     bases: str | None = option(
         None, "Rotary bases, one for each KV group: numbers with commas, a preset "
-        f"({', '.join(PRESETS)}), or a file with a JSON list or one number a line. Without it the set is uniform."
+        f"({', '.join(PRESETS)}), or a file with a JSON list or one number a line (at most {SMALL_FILE_BYTES:,} "
+        "bytes). Without it the set is uniform."
     )  # fmt: skip
     base_min: float = option(1e6, "Smallest base of the uniform set.")
     base_max: float = option(5e6, "Largest base of the uniform set.")
@@ -73,37 +77,56 @@ def _read_bases(text: str) -> list:
     if "," in text or _is_number(text):
         return [part.strip() for part in text.split(",")]
     try:
-        content = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_small(Path(text), "--harpe-bases")
+    except UsageError as error:
         raise UsageError(
-            f"--harpe-bases {text!r} is no list of numbers, no preset ({', '.join(PRESETS)}) and no readable file: {error}"
+            f"{error}; without a file give numbers with commas or a preset ({', '.join(PRESETS)})"
         ) from None
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return content.split()
     if isinstance(values, dict):
         values = values.get("bases")
+    if _is_number(values):
+        return [values]
     if not isinstance(values, list):
         raise UsageError(f"--harpe-bases {text}: the JSON must be a list, or an object with a list under 'bases'")
     return values
 
 
-def _is_number(text: str) -> bool:
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
     try:
-        float(text)
+        float(value)
+    except OverflowError:
+        return True
     except ValueError:
         return False
     return True
 
 
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or not _is_number(str(value)):
-        raise UsageError(f"--harpe-bases has {value!r}: a base is a positive number")
-    return _check_positive(float(value), "--harpe-bases")
+    if not _is_number(value):
+        raise UsageError(f"--harpe-bases has {_shown(value)}: a base is a positive number")
+    try:
+        return _check_positive(float(value), "--harpe-bases")
+    except OverflowError:
+        raise UsageError(f"--harpe-bases has {_shown(value)}: a base is at most {LARGEST_BASE:g}") from None
 
 
 def _check_positive(value: float, flag: str) -> float:
-    if not (math.isfinite(value) and value > 0):
+    if not value > 0:
         raise UsageError(f"{flag} has {value:g}: a base is a positive number")
+    if not SMALLEST_BASE <= value <= LARGEST_BASE:
+        raise UsageError(f"{flag} has {value:g}: a base is from {SMALLEST_BASE:g} to {LARGEST_BASE:g}")
     return value

@@ -16,6 +16,7 @@ import torch
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.evaluation.forward import hidden_states, predictions
+from megatron_ksa.files import whole_file
 from megatron_ksa.model.gpt import KSAGPTModel
 
 Tokens = list[int]
@@ -215,5 +216,6 @@ def plot_heat_map(scores: Sequence[Score], path) -> None:
     figure.supxlabel("context length (tokens)", fontsize=9)
     figure.supylabel("depth of the needle", fontsize=9)
     figure.colorbar(image, ax=axes, label="values found")
-    figure.savefig(path, dpi=130)
+    with whole_file(path, "wb") as stream:
+        figure.savefig(stream, dpi=130, format="png")
     plt.close(figure)

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.files import whole_file
+from megatron_ksa.files import whole_file, writing
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -55,13 +55,14 @@ class Runs:
         Raises:
             UsageError: it failed; the message names the log and its last lines.
         """
-        log.parent.mkdir(parents=True, exist_ok=True)
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
         device = self._slots.get()
         try:
             environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}
             if device is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = str(device)
-            with open(log, "a", encoding="utf-8") as out:
+            with writing(log), open(log, "a", encoding="utf-8") as out:
                 command = [sys.executable, *map(str, words)]
                 done = subprocess.run(command, cwd=self.root, stdout=out, stderr=out, env=environment, check=False)
         finally:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.files import whole_file
+
 START, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -27,4 +29,5 @@ def write_between_marks(text: str, output: Path) -> None:
     if START in document and END in document:
         before, after = document.split(START)[0], document.split(END)[1]
         text = f"{before}{START}\n\n{text}\n\n{END}{after}"
-    output.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    with whole_file(output) as stream:
+        stream.write(text if text.endswith("\n") else text + "\n")

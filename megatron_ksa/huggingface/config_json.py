@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_ksa.config.ksa import KSAConfig, LayerKind
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import read_small
 from megatron_ksa.huggingface.architecture import Architecture
 
 OWN_MODEL_TYPE = "megatron_ksa"
@@ -35,6 +36,8 @@ FIXED = {
     "summary_token_position_ids_type": ("last_chunk_slice_right",),
 }
 # Llama 3's frequency scaling; Megatron takes the factor from its flags and has the others as constants.
+# The index of the largest models has some megabytes.
+MAX_JSON_BYTES = 100_000_000
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -45,8 +48,8 @@ def read_json(path: Path) -> dict:
         UsageError: a file that is missing or broken.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_small(path, limit=MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no JSON object")

@@ -1,16 +1,14 @@
 """Preprocessing: the same bytes for any number of workers, ids that training agrees with, and nothing half-written."""
 
 import gzip
-import io
 import json
 import os
 import re
-import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +18,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
+from run_tool import refusal, run_tool
 
+from megatron_ksa.data_tools import indexed
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_dataset
 from megatron_ksa.data_tools.preprocess import PreprocessSettings, preprocess
 from megatron_ksa.data_tools.tokenizers import load_tokenizer, train_sentencepiece, write_byte_level
@@ -31,21 +31,6 @@ TEXTS = [f"def  f{i}(x):\n\treturn x ** {i}  # Größe {i * i}\n" for i in range
     "<|endoftext|> </s> as text",
     "  ",
 ]
-
-
-def run_tool(name: str, *arguments: object) -> SimpleNamespace:
-    """A tool in this process, which has its imports already: returncode, stdout, stderr. A traceback fails the test."""
-    path, code = str(ROOT / "tools" / name), 0
-    with (
-        pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out,
-        redirect_stderr(io.StringIO()) as error,
-    ):  # fmt: skip
-        patch.setattr(sys, "argv", [path, *map(str, arguments)])
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=error.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +148,11 @@ def test_killed_run_leaves_no_dataset_and_can_be_repeated(tokenizers, tmp_path):
     while not (partial.exists() and partial.stat().st_size):
         assert process.poll() is None
         time.sleep(0.05)
+    # Two runs with one prefix ended with wrong documents in one of seven tries, with files that do not fit in four.
+    line = refusal(run_tool("preprocess_data.py", *arguments, "--overwrite"))
+    assert (
+        f"out is being written by tools/preprocess_data.py (host {socket.gethostname()}, process {process.pid}" in line
+    )
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out.idx").exists()
@@ -170,7 +160,7 @@ def test_killed_run_leaves_no_dataset_and_can_be_repeated(tokenizers, tmp_path):
         check_indexed_dataset(str(tmp_path / "out"))
     path.write_text('{"text": "short"}\n', encoding="utf-8")
     assert run_tool("preprocess_data.py", *arguments).returncode == 0
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.lock"))
     check_indexed_dataset(str(tmp_path / "out"))
 
 
@@ -199,6 +189,30 @@ def test_truncated_dataset_is_refused(suffix, tmp_path):
             check_indexed_dataset(prefix)
 
 
+@pytest.mark.parametrize("block", [1, 2, 1 << 20])
+def test_index_that_points_elsewhere_is_refused(block, tmp_path, monkeypatch):
+    """A damaged index was noticed when a sample came from the damaged place, or never: only its last entry was read."""
+    monkeypatch.setattr(indexed, "_BLOCK", block)
+    prefix = str(tmp_path / "data")
+    with IndexedDatasetWriter(prefix, 100) as writer:
+        for size in (5, 3, 0, 7):
+            writer.add_document(np.full(size, 90 + size))
+    check_indexed_dataset(prefix)
+    assert indexed.largest_id(prefix) == 97
+    whole = Path(f"{prefix}.idx").read_bytes()
+    header, sequences = 34, 4
+    for place, message in (
+        (header + 4, "sequence 2 is not where"), (header + sequences * 4 + 8, "sequence 1 is not where"),
+        (header + sequences * 12 + 8, "its documents do not follow"), (len(whole) - 8, "do not follow|end before"),
+        (header + sequences * 12, "do not follow"),
+    ):  # fmt: skip
+        damaged = bytearray(whole)
+        damaged[place] ^= 8
+        Path(f"{prefix}.idx").write_bytes(damaged)
+        with pytest.raises(UsageError, match=message):
+            check_indexed_dataset(prefix)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -219,6 +233,112 @@ def test_bad_arguments_cost_one_line(arguments, message, jsonl, tokenizers, tmp_
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_left_out_is_listed_with_its_place(tokenizers, tmp_path):
+    """The count of skipped lines was printed, but not which lines: nobody could look at what the data lacks."""
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.skipped.jsonl"
+    path.write_bytes(
+        b'{"text": "a"}\n{"text": ""}\n{"text": "\xff"}\n\n[1]\n{"body": 1}\n{"text": "' + b"x" * 2000 + b'"}\n'
+    )
+    arguments = ("--input", path, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizers["bytes"])
+    limits = ("--skip-bad-lines", "--max-document-bytes", 1000, "--overwrite")
+    done = run_tool("preprocess_data.py", *arguments, *limits, "--workers", 1)
+    assert done.returncode == 0 and f"left out: 1 empty, 4 bad, listed in {out}" in done.stdout
+    found = [tuple(json.loads(line).values()) for line in out.read_text().splitlines()]
+    assert [(origin, reason) for origin, reason, _ in found] == [
+        (f"{path}:2", "empty"), (f"{path}:3", "invalid UTF-8"), (f"{path}:5", "not an object"),
+        (f"{path}:6", "no text"), (f"{path}:7", "too large"),
+    ]  # fmt: skip
+    assert "'body'" in found[3][2] and "more than 1,000" in found[4][2]
+    path.write_text('{"text": "a"}\n')
+    done = run_tool("preprocess_data.py", *arguments, *limits)
+    assert "0 empty, 0 bad\n" in done.stdout and not out.exists()  # that of the earlier run is gone
+
+
+def test_mask_of_another_dataset_is_not_left_beside_a_new_one(tokenizers, tmp_path):
+    """A dataset written over one with a loss mask kept the old mask, which training then took for its own."""
+    for name in ("out", "out_loss_mask"):
+        with IndexedDatasetWriter(str(tmp_path / name), 2) as writer:
+            writer.add_document(np.array([1, 1]))
+    (tmp_path / "out.idx").unlink()
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    arguments = (
+        "--input",
+        tmp_path / "in.jsonl",
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-model",
+        tokenizers["bytes"],
+    )
+    assert "out_loss_mask.idx exists, the loss mask of another dataset" in refusal(
+        run_tool("preprocess_data.py", *arguments)
+    )
+    assert run_tool("preprocess_data.py", *arguments, "--overwrite").returncode == 0
+    assert not list(tmp_path.glob("out_loss_mask*"))
+
+
+@pytest.mark.parametrize(
+    ("tool", "flag", "value"),
+    [
+        ("preprocess_data.py", "--workers", "9" * 400), ("preprocess_data.py", "--max-document-bytes", "9" * 400),
+        ("preprocess_data.py", "--max-document-bytes", 0), ("train_tokenizer.py", "--vocab-size", "9" * 30),
+        ("train_tokenizer.py", "--vocab-size", 0), ("train_tokenizer.py", "--sample-megabytes", "nan"),
+        ("train_tokenizer.py", "--sample-megabytes", "1e400"), ("train_tokenizer.py", "--sample-megabytes", -1),
+        ("upsample_lengths.py", "--threshold", -1), ("upsample_lengths.py", "--threshold", "9" * 400),
+        ("upsample_lengths.py", "--seed", -1), ("upsample_lengths.py", "--share", "nan"),
+        ("upsample_lengths.py", "--share", 1 - 1e-15),
+    ],
+)  # fmt: skip
+def test_absurd_numbers_cost_one_line(tool, flag, value, jsonl, tokenizers, tmp_path):
+    """Numbers of 400 digits, NaN and negative seeds ended in tracebacks of the libraries that took them."""
+    with IndexedDatasetWriter(str(tmp_path / "data"), 100) as writer:
+        for size in (3, 30, 300):
+            writer.add_document(np.arange(size) % 100)
+    given = {
+        "preprocess_data.py": {
+            "--input": jsonl, "--output-prefix": tmp_path / "out", "--tokenizer-model": tokenizers["bytes"]
+        },
+        "train_tokenizer.py": {"--input": jsonl, "--output": tmp_path / "out.model"},
+        "upsample_lengths.py": {
+            "--data-path": tmp_path / "data", "--output-prefix": tmp_path / "out", "--share": 0.99, "--threshold": 100
+        },
+    }[tool] | {flag: value}  # fmt: skip
+    assert flag in refusal(run_tool(tool, *(word for pair in given.items() for word in pair)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx"]
+
+
+@pytest.mark.slow
+def test_long_line_takes_no_memory(tokenizers, tmp_path):
+    """One line of 50 MB took 8.8 GB and ended the run: skipping it takes less than 200 MB beyond a short one."""
+
+    def peak(path: Path, *flags: object) -> int:
+        command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", path, "--output-prefix"]
+        command += [tmp_path / f"{path.name}.out", "--tokenizer-model", tokenizers["bytes"], *flags]
+        process = subprocess.Popen(
+            [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+        assert status == 0
+        return usage.ru_maxrss * 1024
+
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
+    with open(tmp_path / "long.jsonl", "w", encoding="utf-8") as stream:
+        stream.write('{"text": "a"}\n' + json.dumps({"text": "x" * 50_000_000}) + '\n{"text": "b"}\n')
+    assert peak(tmp_path / "long.jsonl", "--skip-bad-lines") - peak(tmp_path / "short.jsonl") < 200_000_000
+    assert len(IndexedDataset(str(tmp_path / "long.jsonl.out"))) == 2
+
+
+def test_bad_documents_of_a_sample_are_named(tmp_path):
+    """train_tokenizer.py passed over documents that it could not read, without a word."""
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "word {i} of them"}}\n' for i in range(200)) + "{cut\n")
+    arguments = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "t.model", "--vocab-size", 280)
+    assert f"{tmp_path}/in.jsonl:201: invalid JSON" in refusal(run_tool("train_tokenizer.py", *arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    done = run_tool("train_tokenizer.py", *arguments, "--skip-bad-lines")
+    assert done.returncode == 0 and "1 invalid JSON; listed in" in done.stdout
+    assert json.loads((tmp_path / "t.model.skipped.jsonl").read_text())["origin"] == f"{tmp_path}/in.jsonl:201"
 
 
 def test_train_tokenizer_makes_both_kinds(jsonl, tmp_path):
