@@ -13,7 +13,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from megatron_ksa.platform.cpu import activate_cpu_platform  # noqa: E402
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform  # noqa: E402
 
 # Megatron's random-state tracker and recompute ask for CUDA; the trainer activates this platform in the same way.
 activate_cpu_platform()

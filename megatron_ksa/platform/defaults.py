@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_ksa.platform.cpu import activate_cpu_platform
 from megatron_ksa.platform.ports import free_port
-from megatron_ksa.platform.weight_gradients import install_weight_gradients
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
+from megatron_ksa.upstream.weight_gradients import install_weight_gradients
 
 # Megatron leaves the interval unset and then divides by it.
 EVAL_INTERVAL = 1000
@@ -71,9 +71,9 @@ def prepare_platform(argv: Sequence[str]) -> dict[str, object]:
     if torch.cuda.is_available() and "--use-torch-fsdp2" not in argv:
         install_weight_gradients()
     # These import Megatron, which must come after the CPU platform.
-    from megatron_ksa.checkpoint.distributed_optimizer import install_resume_fix
-    from megatron_ksa.platform.helpers import skip_helpers_build
-    from megatron_ksa.platform.optimizer_kernels import install_optimizer_kernels
+    from megatron_ksa.upstream.dataset_helpers import skip_helpers_build
+    from megatron_ksa.upstream.distributed_optimizer import install_resume_fix
+    from megatron_ksa.upstream.optimizer_kernels import install_optimizer_kernels
 
     skip_helpers_build()
     install_resume_fix()

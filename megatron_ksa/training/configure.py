@@ -10,10 +10,8 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
 
 from megatron_ksa.checkpoint.dense import install_dense_start
-from megatron_ksa.checkpoint.helpers import install_save_helpers
 from megatron_ksa.checkpoint.identity import check_finetune, install_identity_check
 from megatron_ksa.checkpoint.stored_args import install_checkpoint_args
-from megatron_ksa.checkpoint.tracker import install_tracker_replacement
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
@@ -24,6 +22,8 @@ from megatron_ksa.training.datasets import dataset_prefixes
 from megatron_ksa.training.loss_mask import masked_prefixes
 from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.upstream.flops import install_flops
+from megatron_ksa.upstream.save_processes import install_save_helpers
+from megatron_ksa.upstream.tracker import install_tracker_replacement
 
 
 def read_command_line() -> tuple[argparse.Namespace, RunSettings]:

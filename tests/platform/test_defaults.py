@@ -8,8 +8,10 @@ import pytest
 import torch
 from megatron.core.datasets import utils
 
-from megatron_ksa.platform import activate_cpu_platform, cpu, defaults
-from megatron_ksa.platform.helpers import skip_helpers_build
+from megatron_ksa.platform import defaults
+from megatron_ksa.upstream.cpu import cpu
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
+from megatron_ksa.upstream.dataset_helpers import skip_helpers_build
 
 KERNELS = {
     "transformer_engine.pytorch": {"transformer_impl": "local", "apply_rope_fusion": False},
@@ -125,7 +127,8 @@ def test_a_gpu_keeps_cuda(monkeypatch):
 def test_a_fresh_process_is_prepared_once():
     """The line about the CPU comes once, and a second call changes nothing."""
     script = (
-        "import torch; from megatron_ksa.platform import activate_cpu_platform, prepare_platform\n"
+        "import torch; from megatron_ksa.platform import prepare_platform\n"
+        "from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform\n"
         "found = prepare_platform([]); assert found['distributed_backend'] == 'gloo'\n"
         "stream = torch.cuda.Stream; assert activate_cpu_platform() and torch.cuda.Stream is stream\n"
         "assert torch.zeros(1, device='cuda').device.type == 'cpu'\n"

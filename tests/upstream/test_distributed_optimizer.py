@@ -9,8 +9,8 @@ from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_mega
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from single_process import build_model, process_groups, random_tokens, transformer_config
 
-from megatron_ksa.checkpoint.distributed_optimizer import install_resume_fix
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.upstream.distributed_optimizer import install_resume_fix
 
 PATCHED = ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")
 KSA = KSAConfig(enabled=True, chunk_size=4, window_chunks="1", layer_pattern="k")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_ksa.platform.cuda_calls import install_cuda_calls
-from megatron_ksa.platform.devices import CudaMeansCpu
+from megatron_ksa.upstream.cpu.cuda_calls import install_cuda_calls
+from megatron_ksa.upstream.cpu.devices import CudaMeansCpu
 
 _MODE = CudaMeansCpu()
 _state = {"active": False}
@@ -66,7 +66,7 @@ def _adapt_megatron() -> None:
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_ksa.platform.gloo import install_uneven_collectives
+    from megatron_ksa.upstream.cpu.gloo import install_uneven_collectives
 
     install_uneven_collectives()
     # torch would put the call off until CUDA is initialised.

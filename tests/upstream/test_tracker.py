@@ -3,7 +3,7 @@
 import pytest
 from megatron.training import checkpointing
 
-from megatron_ksa.checkpoint.tracker import install_tracker_replacement
+from megatron_ksa.upstream.tracker import install_tracker_replacement
 
 
 def test_a_tracker_is_the_old_or_the_new_one(tmp_path, monkeypatch):
