@@ -8,6 +8,8 @@ lets all parameters share one tensor, which Adam then advances once for each of 
 training goes on with the wrong bias correction.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,25 +17,7 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-_original = {
-    "state_dict": DistributedOptimizer.state_dict,
-    "load_state_dict": DistributedOptimizer.load_state_dict,
-    "set_states": DistributedOptimizer._set_main_param_and_optimizer_states,
-}
-
-
-def install_resume_fix() -> bool:
-    """Make a run resumed with the distributed optimizer equal to an uninterrupted one; may be called repeatedly.
-
-    Returns:
-        Whether the fix is in place; False where a fused Adam is installed, which Megatron handles itself.
-    """
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return False
-    DistributedOptimizer.state_dict = _state_dict
-    DistributedOptimizer.load_state_dict = _load_state_dict
-    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states
-    return True
+from megatron_ksa.upstream.patches import Patch
 
 
 def _uses_torch_adam(optimizer: DistributedOptimizer) -> bool:
@@ -54,27 +38,73 @@ def _allocate_state(optimizer: DistributedOptimizer) -> None:
                 adam.state[param].update({"step": step, **moments})
 
 
-def _state_dict(self: DistributedOptimizer) -> dict[str, Any]:
+def _state_dict(original: Callable) -> Callable:
     """`DistributedOptimizer.state_dict`, also before the first step."""
-    if _uses_torch_adam(self):
-        _allocate_state(self)
-    return _original["state_dict"](self)
+
+    @wraps(original)
+    def state_dict(self: DistributedOptimizer) -> dict[str, Any]:
+        if _uses_torch_adam(self):
+            _allocate_state(self)
+        return original(self)
+
+    return state_dict
 
 
-def _load_state_dict(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
+def _load_state_dict(original: Callable) -> Callable:
     """`DistributedOptimizer.load_state_dict`, leaving every parameter with a step of its own."""
-    if not _uses_torch_adam(self):
-        _original["load_state_dict"](self, state_dict)
-        return
-    _allocate_state(self)
-    with torch.no_grad():
-        _original["load_state_dict"](self, state_dict)
-    for state in self.optimizer.state.values():
-        state["step"] = state["step"].clone()
+
+    @wraps(original)
+    def load_state_dict(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
+        if not _uses_torch_adam(self):
+            original(self, state_dict)
+            return
+        _allocate_state(self)
+        with torch.no_grad():
+            original(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    return load_state_dict
 
 
-def _set_states(self: DistributedOptimizer, model_param: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+def _set_states(original: Callable) -> Callable:
     """Set a parameter and its moments, but not its step: `load_state_dict` has it from the checkpoint's groups."""
-    if _uses_torch_adam(self):
-        tensors = {**tensors, "step": None}
-    _original["set_states"](self, model_param, tensors)
+
+    @wraps(original)
+    def set_states(self: DistributedOptimizer, model_param: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+        if _uses_torch_adam(self):
+            tensors = {**tensors, "step": None}
+        original(self, model_param, tensors)
+
+    return set_states
+
+
+OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+PATCHES = (
+    Patch(
+        f"{OPTIMIZER}.state_dict",
+        _state_dict,
+        why="it reads the steps of torch's Adam before the first iteration has made them",
+        expects="(self)",
+    ),
+    Patch(
+        f"{OPTIMIZER}.load_state_dict",
+        _load_state_dict,
+        why="all parameters of torch's Adam share one step after a resume",
+        expects="(self, state_dict)",
+    ),
+    Patch(
+        f"{OPTIMIZER}._set_main_param_and_optimizer_states",
+        _set_states,
+        why="the saved step of torch's Adam is overwritten with the fresh optimizer's",
+        expects="(self, model_param, tensors)",
+    ),
+)
+
+
+def patches() -> tuple[Patch, ...]:
+    """Those that make a run resumed with the distributed optimizer equal to an uninterrupted one.
+
+    None where a fused Adam is installed, which Megatron handles itself.
+    """
+    return () if distrib_optimizer.HAVE_APEX_OR_TE else PATCHES

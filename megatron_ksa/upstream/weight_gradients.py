@@ -10,21 +10,28 @@ import sys
 from types import ModuleType
 
 from megatron_ksa.kernels.weight_gradient import add_product
+from megatron_ksa.upstream.patches import ABSENT, Patch
 
 NAME = "fused_weight_gradient_mlp_cuda"
+LAYERS = "megatron.core.tensor_parallel.layers"
+WHY = "apex's kernel, which adds a weight's gradient to its buffer, is not installed"
 
 
-def install_weight_gradients() -> bool:
-    """Stand in for apex's module where it is not installed.
+class _Module(ModuleType):
+    """What Megatron calls of apex's module."""
 
-    Returns:
-        Whether this project's product is what Megatron takes from now on.
-    """
-    if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
-        module = ModuleType(NAME, __doc__)
-        module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = add_product
-        sys.modules[NAME] = module
-        # Imported before this, Megatron has looked for the module already.
-        if layers := sys.modules.get("megatron.core.tensor_parallel.layers"):
-            layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = module, True
-    return getattr(sys.modules.get(NAME), "wgrad_gemm_accum_fp32", None) is add_product
+    wgrad_gemm_accum_fp32 = wgrad_gemm_accum_fp16 = staticmethod(add_product)
+
+
+MODULE = _Module(NAME, __doc__)
+PATCHES = (
+    # Megatron imports it in several places, some of them when a gradient is formed.
+    Patch(f"sys:modules.{NAME}", lambda original: MODULE, why=WHY, expects=ABSENT),
+    Patch(f"{LAYERS}:{NAME}", lambda original: MODULE, why=WHY, expects=ABSENT),
+    Patch(f"{LAYERS}:_grad_accum_fusion_available", lambda original: True, why=WHY, expects="bool"),
+)
+
+
+def patches() -> tuple[Patch, ...]:
+    """The stand-ins for apex's module; none where it is installed."""
+    return () if NAME in sys.modules or importlib.util.find_spec(NAME) is not None else PATCHES

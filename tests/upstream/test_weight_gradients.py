@@ -30,7 +30,10 @@ def test_the_product_is_added_to_what_is_there(device, dtype, total_dtype):
 def test_megatron_finds_the_stand_in_where_apex_is_missing():
     if importlib.util.find_spec(weight_gradients.NAME) is not None:
         pytest.skip("apex's module is installed")
-    install = "from megatron_ksa.upstream.weight_gradients import *; assert install_weight_gradients();"
+    install = (
+        "from megatron_ksa.upstream.patches import apply; from megatron_ksa.upstream.weight_gradients import *;"
+        "assert patches(); apply(patches());"
+    )
     megatron = "from megatron.core.tensor_parallel import layers;"
     found = (
         "assert layers._grad_accum_fusion_available;"
@@ -43,5 +46,4 @@ def test_megatron_finds_the_stand_in_where_apex_is_missing():
 def test_an_installed_module_is_left_alone(monkeypatch):
     installed = type(sys)(weight_gradients.NAME)
     monkeypatch.setitem(sys.modules, weight_gradients.NAME, installed)
-    assert not weight_gradients.install_weight_gradients()
-    assert sys.modules[weight_gradients.NAME] is installed
+    assert weight_gradients.patches() == ()
