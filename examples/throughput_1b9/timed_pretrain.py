@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +171,7 @@ class Measurement:
         ChunkedLoss.__call__, DistillationLoss.__call__ = timed, timed_distillation
 
     def _timed(self, call: Callable, part: str) -> Callable:
+        @wraps(call)
         def timed(*args, **kwargs):
             self.parts.start(part)
             result = call(*args, **kwargs)
@@ -178,14 +180,18 @@ class Measurement:
 
         return timed
 
+    def optimizer_step(self, step: Callable) -> Callable:
+        """The optimizer's `step`, as a part."""
+        return self._timed(step, "optimizer")
+
     def step(self, train_step: Callable) -> Callable:
         """Megatron's `train_step`, timed from one idle device to the next."""
 
+        @wraps(train_step)
         def timed(forward_step: Callable, data: object, model: list, optimizer: object, *args, **kwargs) -> tuple:
             if not self.iterations:
                 for chunk in model:
                     self.watch_attention(chunk)
-                optimizer.step = self._timed(optimizer.step, "optimizer")
             torch.cuda.synchronize()
             begin = time.perf_counter()
             result = train_step(forward_step, data, model, optimizer, *args, **kwargs)
@@ -235,13 +241,14 @@ def main() -> None:
     sys.argv = [sys.argv[0], *flags]
     measurement = Measurement(Path(record), int(warm_up))
     prepare_platform(flags)
-    from megatron.training import training
+    from megatron_ksa.upstream.patches import apply
+    from megatron_ksa.upstream.trainer import OPTIMIZER_STEP, TRAIN_STEP
 
     measurement.watch_loss()
     measurement.watch_teacher()
-    training.train_step = measurement.step(training.train_step)
-    pretrain_gpt.main()
-    measurement.write()
+    with apply([TRAIN_STEP.given(measurement.step), OPTIMIZER_STEP.given(measurement.optimizer_step)]):
+        pretrain_gpt.main()
+        measurement.write()
 
 
 if __name__ == "__main__":

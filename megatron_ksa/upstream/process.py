@@ -33,7 +33,7 @@ def prepare_process(fsdp2: bool) -> None:
     installed = version("megatron-core")
     if installed != WRITTEN_FOR and used and os.environ.get("RANK", "0") == "0":
         names = ", ".join(patch.target.partition(":")[2] for patch in used)
-        print(f"megatron-core {installed} instead of {WRITTEN_FOR}: replaced, with fitting signatures: {names}", flush=True)
+        print(f"megatron-core {installed}, not {WRITTEN_FOR}: replaced, with fitting signatures: {names}", flush=True)
 
 
 def declared() -> list[Patch]:

@@ -1,10 +1,10 @@
 """Calls of Megatron's trainer that this project goes around: `pretrain` has no callbacks for them."""
 
-from collections.abc import Callable
+from functools import wraps
 
 from megatron_ksa.upstream.patches import Patch
 
-# Each takes a wrapper: called with Megatron's function, it returns what the trainer calls instead.
+# Takes a wrapper, as those below: called with Megatron's function, it returns what the trainer calls instead.
 LOAD_CHECKPOINT = Patch(
     "megatron.training.training:load_checkpoint",
     lambda original, wrap: wrap(original),
@@ -12,6 +12,13 @@ LOAD_CHECKPOINT = Patch(
     expects="(ddp_model, optimizer, opt_param_scheduler, load_arg='load', strict=True, checkpointing_context=None, "
     "skip_load_to_model_and_opt=False, tp_group=None, pp_group=None, dp_cp_group=None, dp_group=None, "
     "expt_dp_group=None, rng_state_key_prefix='')",
+)
+# Takes what is done to the state of Megatron's own GPT model, {name: sharded tensor}, when a checkpoint is read.
+SHARDED_STATE = Patch(
+    "megatron.core.models.gpt.gpt_model:GPTModel.sharded_state_dict",
+    lambda original, adapt: wraps(original)(lambda *args, **options: adapt(original(*args, **options))),
+    why="a checkpoint has other names for what the model asks for",
+    expects="(self, prefix='', sharded_offsets=tuple, metadata=None)",
 )
 TRAIN_STEP = Patch(
     "megatron.training.training:train_step",
@@ -34,6 +41,4 @@ OPTIMIZER_STEP = Patch(
     why="the optimizer's part of an iteration is measured",
     expects="(self)",
 )
-PATCHES = (LOAD_CHECKPOINT, TRAIN_STEP, TRAINING_LOG, OPTIMIZER_STEP)
-
-Wrap = Callable[[Callable], Callable]
+PATCHES = (LOAD_CHECKPOINT, SHARDED_STATE, TRAIN_STEP, TRAINING_LOG, OPTIMIZER_STEP)

@@ -13,7 +13,7 @@ from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_
 from megatron_ksa.errors import UsageError
 from megatron_ksa.platform import trainer_defaults
 from megatron_ksa.training.arguments import adapt_trainer, install_arguments, settings_from_args
-from megatron_ksa.training.datasets import dataset_prefixes
+from megatron_ksa.training.blend import dataset_prefixes
 
 ROOT = Path(__file__).parents[2]
 MODEL = (
@@ -23,12 +23,11 @@ MODEL = (
 
 
 def parse(monkeypatch, flags, processes=12):
-    """Parse a command line as the entry point does; install_arguments is undone afterwards."""
+    """Parse a command line as the entry point does."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(megatron_arguments, "add_megatron_arguments", megatron_arguments.add_megatron_arguments)
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *MODEL, *flags.split()])
-    install_arguments(trainer_defaults())
-    return megatron_arguments.parse_args()
+    with install_arguments(trainer_defaults()):
+        return megatron_arguments.parse_args()
 
 
 @pytest.mark.parametrize(

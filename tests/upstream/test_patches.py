@@ -45,7 +45,10 @@ def test_signatures_have_no_annotations():
 
 
 def test_a_patch_is_undone_in_the_reverse_order():
-    add = Patch(f"{HERE}.method", lambda old: lambda self, a, b=2, *, c=None: old(self, a) + 1, "", "(self, a, b=2, *, c=None)")
+    def one_more(old):
+        return lambda self, a, b=2, *, c=None: old(self, a) + 1
+
+    add = Patch(f"{HERE}.method", one_more, "", "(self, a, b=2, *, c=None)")
     with apply([add]), apply([add]):
         assert Target().method(1) == 3
     assert Target().method(1) == 1
@@ -103,7 +106,7 @@ def place(target: str) -> tuple[object, str]:
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)
 def test_a_changed_signature_is_one_line_that_names_the_patch(patch, monkeypatch):
-    """27 replacements were made without a look at what they replaced: an upgrade would have gone wrong somewhere else."""
+    """27 replacements were made without a look at what they replaced: an upgrade would have gone wrong elsewhere."""
 
     def changed(of_another_version):
         pass
@@ -122,11 +125,13 @@ def test_a_changed_signature_is_one_line_that_names_the_patch(patch, monkeypatch
     assert (owner[name] if isinstance(owner, dict) else getattr(owner, name)) is changed
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)
+# What a class loses it may inherit.
+IN_MODULES = [patch for patch in PATCHES if patch.expects != ABSENT and "." not in patch.target.partition(":")[2]]
+
+
+@pytest.mark.parametrize("patch", IN_MODULES, ids=lambda patch: patch.target)
 def test_a_removed_target_is_one_line_that_names_the_patch(patch, monkeypatch):
     owner, name = place(patch.target)
-    if patch.expects == ABSENT or name not in vars(owner):
-        pytest.skip("it is absent, or inherited from a class of C")
     monkeypatch.delattr(owner, name)
     with pytest.raises(UsageError, match=f"{patch.target} .* here it is absent"):
         apply([patch])
