@@ -93,6 +93,14 @@ class _Leave(torch.autograd.Function):
         return None, None, gradient
 
 
+def count_flops() -> float:
+    """Floating-point operations of an iteration, as the trainer counts them while it runs."""
+    from megatron.training import get_args, training
+
+    args = get_args()
+    return training.num_floating_point_operations(args, args.global_batch_size)
+
+
 class Measurement:
     """Wraps the trainer's step, and writes the record after the last iteration."""
 
@@ -102,6 +110,7 @@ class Measurement:
         self.iterations: list[dict] = []
         self.backends: dict[str, str] = {}
         self.teaches = False
+        self.flops = 0.0
 
     def watch_attention(self, model: torch.nn.Module) -> None:
         """Mark the core attention of every layer, and note which kernel it takes."""
@@ -190,6 +199,7 @@ class Measurement:
         @wraps(train_step)
         def timed(forward_step: Callable, data: object, model: list, optimizer: object, *args, **kwargs) -> tuple:
             if not self.iterations:
+                self.flops = count_flops()
                 for chunk in model:
                     self.watch_attention(chunk)
             torch.cuda.synchronize()
@@ -206,7 +216,7 @@ class Measurement:
 
     def write(self) -> None:
         """The medians of the iterations after the warm-up."""
-        from megatron.training import get_args, training
+        from megatron.training import get_args
 
         from megatron_ksa.kernels.benchmarks.measure import header
 
@@ -220,7 +230,7 @@ class Measurement:
         }
         if "teacher" in parts:
             parts["teacher's other layers"] = parts.pop("teacher") - parts["teacher's attention forward"]
-        flops = training.num_floating_point_operations(args, args.global_batch_size)
+        flops = self.flops
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         peak = next((value for name, value in PEAKS.items() if name in device), None)
         record = {

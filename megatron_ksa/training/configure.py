@@ -25,7 +25,7 @@ from megatron_ksa.training.model_hooks import model_hooks
 from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
 from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.training.step_log import StepLog
-from megatron_ksa.upstream import flops, save_processes, tracker
+from megatron_ksa.upstream import flops, save_processes, sgd_resume, tracker
 from megatron_ksa.upstream.patches import Patch
 from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, TRAINING_LOG
 
@@ -94,6 +94,7 @@ def trainer_patches(args: argparse.Namespace, settings: RunSettings, log: StepLo
         LOAD_CHECKPOINT.given(lambda load: dense_start(load, args, settings)),
         *save_processes.patches(args.async_save),
         *tracker.PATCHES,
+        *sgd_resume.PATCHES,
         *flops.patches(settings),
         *([TRAINING_LOG.given(log.extended)] if log.is_needed else []),
     ]

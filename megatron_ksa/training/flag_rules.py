@@ -1,6 +1,7 @@
 """Flags of Megatron that are refused by name, and rules between flags for which Megatron has assertions alone."""
 
 import argparse
+from pathlib import Path
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.training.blend import check_split
@@ -41,5 +42,12 @@ def check_run(args: argparse.Namespace) -> None:
     if args.save is not None and (args.save_interval is None or args.save_interval < 1):
         given = "is missing" if args.save_interval is None else f"is {args.save_interval}"
         raise UsageError(f"--save {args.save} needs the number of iterations between saves: --save-interval {given}")
+    logits = args.logits_load_dir
+    if logits is not None and "://" not in logits and not any(Path(logits).glob("*.tar")):
+        raise UsageError(f"--logits-load-dir {logits}: no .tar files that --logits-save-dir writes are there")
+    if logits is not None and not (args.bf16 or args.fp16):
+        raise UsageError(
+            "--logits-load-dir needs --bf16 or --fp16: Megatron's loss overwrites float32 logits before they are compared"
+        )
     if args.use_checkpoint_args and args.load is None and args.pretrained_checkpoint is None:
         raise UsageError("--use-checkpoint-args takes the model from a checkpoint: --load is missing")

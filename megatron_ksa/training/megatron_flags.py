@@ -156,7 +156,7 @@ WITHOUT_KSA = (
         --cache-mla-latents --kv-lora-rank --mla-down-proj-fusion --mscale --mscale-all-dim --q-lora-rank
         --qk-head-dim --qk-pos-emb-head-dim --rotary-scaling-factor --v-head-dim
         """),  # fmt: skip
-    Refused("it is about a kind of attention that Megatron builds, and attention here is this project's: drop it",
+    Refused("it is about attention that Megatron builds, and this is the project's own: drop it",
         """
         --apply-query-key-layer-scaling --attention-backend --batch-invariant-mode --dsa-indexer-head-dim
         --dsa-indexer-k-norm-epsilon --dsa-indexer-k-norm-fp32 --dsa-indexer-loss-coeff --dsa-indexer-n-heads
@@ -193,7 +193,7 @@ WITHOUT_KSA = (
         --no-fp8-wgrad --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
         --reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file
         """),  # fmt: skip
-    Refused("offloading of parts of a layer is not checked with this project's attention: use --recompute-granularity",
+    Refused("offloading is not checked with this project's attention: use --recompute-granularity",
         """
         --activation-offload-fraction --cpu-offloading-num-layers --cpu-offloading-retain-pinned-cpu-buffers
         --delay-offload-until-cuda-graph --delta-offload-bytes-across-pp-ranks
@@ -259,12 +259,12 @@ NEVER = (
         """),  # fmt: skip
     Refused("it belongs to Megatron's inference engine, and this trainer generates nothing",
         """
-        --bert-embedder-type --decode-only-cuda-graphs --enable-chunked-prefill
-        --inference-batch-times-seqlen-threshold --inference-coordinator-port
-        --inference-cuda-graph-all-prefills --inference-cuda-graph-max-tokens --inference-cuda-graph-scope
-        --inference-disable-ep-consensus --inference-disable-triton-nvls-kernels --inference-dynamic-batching
-        --inference-dynamic-batching-async-sched-mode --inference-dynamic-batching-block-size
-        --inference-dynamic-batching-buffer-size-gb --inference-dynamic-batching-cuda-graph-mixed-prefill-count
+        --decode-only-cuda-graphs --enable-chunked-prefill --inference-batch-times-seqlen-threshold
+        --inference-coordinator-port --inference-cuda-graph-all-prefills --inference-cuda-graph-max-tokens
+        --inference-cuda-graph-scope --inference-disable-ep-consensus --inference-disable-triton-nvls-kernels
+        --inference-dynamic-batching --inference-dynamic-batching-async-sched-mode
+        --inference-dynamic-batching-block-size --inference-dynamic-batching-buffer-size-gb
+        --inference-dynamic-batching-cuda-graph-mixed-prefill-count
         --inference-dynamic-batching-cuda-graph-sizing-distribution --inference-dynamic-batching-logprobs-mode
         --inference-dynamic-batching-mamba-memory-ratio --inference-dynamic-batching-max-requests
         --inference-dynamic-batching-max-tokens --inference-dynamic-batching-num-cuda-graphs
@@ -279,13 +279,12 @@ NEVER = (
         --inference-grouped-gemm-backend --inference-logging-step-interval --inference-max-requests
         --inference-max-seq-length --inference-moe-disable-fused-quant-kernels
         --inference-moe-token-dispatcher-type --inference-shards --inference-text-gen-server-logging
-        --inference-use-synchronous-zmq-collectives --inference-wandb-logging
-        --mamba-inference-conv-states-dtype --mamba-inference-ssm-states-dtype --max-tokens-to-oom
+        --inference-use-synchronous-zmq-collectives --inference-wandb-logging --max-tokens-to-oom
         --mlp-chunks-for-prefill --moe-enable-routing-replay --moe-pad-experts-for-cuda-graph-inference
-        --nccl-all-reduce-for-prefill --num-speculative-tokens --output-bert-embeddings
-        --use-legacy-static-engine --use-same-sampling-seed-across-dp-ranks
+        --nccl-all-reduce-for-prefill --num-speculative-tokens --use-legacy-static-engine
+        --use-same-sampling-seed-across-dp-ranks
         """),  # fmt: skip
-    Refused("the batch reader has sequences of one length: use --reset-position-ids and --reset-attention-mask for documents",
+    Refused("the batch reader knows no packing: use --reset-position-ids and --reset-attention-mask",
         """
         --dataloader-inter-document-masking --hybrid-context-parallel --max-seqlen-per-dp-cp-rank --sft
         --sft-tokenizer-prompt-format
@@ -299,7 +298,7 @@ NEVER = (
         --inprocess-progress-watchdog-interval --inprocess-restart --inprocess-soft-timeout
         --inprocess-termination-grace-time
         """),  # fmt: skip
-    Refused("Megatron 0.19.2 reads it where a model is built by a function, and here it is built from its configuration",
+    Refused("Megatron 0.19.2 reads it where a function builds the model, not a configuration as here: drop it",
         """
         --create-all-gather-group --moe-upcycling-granularity --moe-use-upcycling
         --no-use-layer-wise-param-layout
