@@ -47,7 +47,7 @@ def check_run(args: argparse.Namespace) -> None:
         raise UsageError(f"--logits-load-dir {logits}: no .tar files that --logits-save-dir writes are there")
     if logits is not None and not (args.bf16 or args.fp16):
         raise UsageError(
-            "--logits-load-dir needs --bf16 or --fp16: Megatron's loss overwrites float32 logits before they are compared"
+            "--logits-load-dir needs --bf16 or --fp16: Megatron's loss overwrites float32 logits before the comparison"
         )
     if args.use_checkpoint_args and args.load is None and args.pretrained_checkpoint is None:
         raise UsageError("--use-checkpoint-args takes the model from a checkpoint: --load is missing")

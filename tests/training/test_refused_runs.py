@@ -21,7 +21,11 @@ RESUME = "--load {folder}/saved --save {folder}/again --save-interval 10"
 RUNS = {
     "first": (TWO, None),
     "sgd": ("--train-iters 2 --optimizer sgd --save {folder}/sgd --save-interval 1", None),
-    "sgd resumed": ("--train-iters 3 --optimizer sgd --load {folder}/sgd --override-opt-param-scheduler", None),
+    "sgd resumed": (
+        "--train-iters 3 --optimizer sgd --load {folder}/sgd --override-opt-param-scheduler --save {folder}/sgd-again "
+        "--save-interval 3", None,
+    ),
+    "sgd whole": ("--train-iters 3 --optimizer sgd --save {folder}/sgd-whole --save-interval 3", None),
     "more iterations": (
         f"--train-iters 5 {RESUME}",
         r"OptimizerParamScheduler: .*total number of iterations.*; --override-opt-param-scheduler takes",
@@ -119,6 +123,13 @@ def test_one_line_or_training(results, name):
     assert len(lines) == (0 if expected is None else 1), lines
     if expected is not None:
         assert re.search(expected, lines[0]), lines[0]
+
+
+def test_sgd_goes_on_with_its_momentum(results):
+    """A resume of --optimizer sgd ended in `'NoneType' object is not callable`."""
+    folder = results[0]
+    again, whole = (stored_weights(folder / name, 3) for name in ("sgd-again", "sgd-whole"))
+    assert again and all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_flags_that_did_nothing_act(results):
