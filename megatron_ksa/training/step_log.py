@@ -73,8 +73,8 @@ class StepLog:
         """The trainer's log of a step, with these values among its losses."""
 
         @wraps(training_log)
-        def logged(loss_dict: dict, total_loss_dict: dict, learning_rate: float | None, iteration: int, *rest, **options):
+        def logged(loss_dict: dict, totals: dict, learning_rate: float | None, iteration: int, *rest, **options):
             losses = {**loss_dict, **self.take(iteration)}
-            return training_log(losses, total_loss_dict, learning_rate, iteration, *rest, **options)
+            return training_log(losses, totals, learning_rate, iteration, *rest, **options)
 
         return logged

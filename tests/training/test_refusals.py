@@ -19,7 +19,7 @@ class Step:
 def test_an_assertion_without_a_word_is_its_condition_and_its_flag():
     with pytest.raises(UsageError) as error, megatron_refusals(ARGS):
         validate_args(ARGS)
-    said = "--ckpt-convert-save (not given): args.ckpt_convert_save is not None must hold (megatron/training/arguments.py:"
+    said = "--ckpt-convert-save (not given): args.ckpt_convert_save is not None must hold (megatron/training/"
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
