@@ -20,21 +20,18 @@ def main() -> None:
         from megatron.training import pretrain
 
         from megatron_ksa.training.arguments import install_arguments
-        from megatron_ksa.training.configure import configure, read_command_line
+        from megatron_ksa.training.configure import configure, read_command_line, trainer_patches
         from megatron_ksa.training.datasets import DatasetProvider
+        from megatron_ksa.training.refusals import set_up_refusals
         from megatron_ksa.training.step import ForwardStep
-        from megatron_ksa.training.step_log import install_step_log
+        from megatron_ksa.upstream.patches import apply
 
-        install_arguments(defaults)
-        args, settings = read_command_line()
-        forward_step = ForwardStep(args, settings)
-        install_step_log(forward_step.log)
-        pretrain(
-            configure(args, settings),
-            DatasetProvider(args, settings.data),
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
+        with install_arguments(defaults):
+            args, settings = read_command_line()
+            step = ForwardStep(args, settings)
+            with apply(trainer_patches(args, settings, step.log)), set_up_refusals(args, step):
+                data = DatasetProvider(args, settings.data)
+                pretrain(configure(args, settings), data, ModelType.encoder_or_decoder, step)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from megatron_ksa.platform.cpu import activate_cpu_platform  # noqa: E402
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform  # noqa: E402
 
 # Megatron's random-state tracker and recompute ask for CUDA; the trainer activates this platform in the same way.
 activate_cpu_platform()
@@ -22,12 +22,8 @@ activate_cpu_platform()
 @pytest.fixture(scope="module")
 def megatron_flags():
     """This project's flags on Megatron's parser, for the tests of a module."""
-    from megatron.training import arguments
-
     from megatron_ksa.platform import trainer_defaults
     from megatron_ksa.training.arguments import install_arguments
 
-    plain = arguments.add_megatron_arguments
-    install_arguments(trainer_defaults())
-    yield
-    arguments.add_megatron_arguments = plain
+    with install_arguments(trainer_defaults()):
+        yield

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,14 @@ class _Leave(torch.autograd.Function):
         return None, None, gradient
 
 
+def count_flops() -> float:
+    """Floating-point operations of an iteration, as the trainer counts them while it runs."""
+    from megatron.training import get_args, training
+
+    args = get_args()
+    return training.num_floating_point_operations(args, args.global_batch_size)
+
+
 class Measurement:
     """Wraps the trainer's step, and writes the record after the last iteration."""
 
@@ -102,6 +111,7 @@ class Measurement:
         self.iterations: list[dict] = []
         self.backends: dict[str, str] = {}
         self.teaches = False
+        self.flops = 0.0
 
     def watch_attention(self, model: torch.nn.Module) -> None:
         """Mark the core attention of every layer, and note which kernel it takes."""
@@ -171,6 +181,7 @@ class Measurement:
         ChunkedLoss.__call__, DistillationLoss.__call__ = timed, timed_distillation
 
     def _timed(self, call: Callable, part: str) -> Callable:
+        @wraps(call)
         def timed(*args, **kwargs):
             self.parts.start(part)
             result = call(*args, **kwargs)
@@ -179,14 +190,19 @@ class Measurement:
 
         return timed
 
+    def optimizer_step(self, step: Callable) -> Callable:
+        """The optimizer's `step`, as a part."""
+        return self._timed(step, "optimizer")
+
     def step(self, train_step: Callable) -> Callable:
         """Megatron's `train_step`, timed from one idle device to the next."""
 
+        @wraps(train_step)
         def timed(forward_step: Callable, data: object, model: list, optimizer: object, *args, **kwargs) -> tuple:
             if not self.iterations:
+                self.flops = count_flops()
                 for chunk in model:
                     self.watch_attention(chunk)
-                optimizer.step = self._timed(optimizer.step, "optimizer")
             torch.cuda.synchronize()
             begin = time.perf_counter()
             result = train_step(forward_step, data, model, optimizer, *args, **kwargs)
@@ -201,7 +217,7 @@ class Measurement:
 
     def write(self) -> None:
         """The medians of the iterations after the warm-up."""
-        from megatron.training import get_args, training
+        from megatron.training import get_args
 
         from megatron_ksa.kernels.benchmarks.measure import header
 
@@ -215,7 +231,7 @@ class Measurement:
         }
         if "teacher" in parts:
             parts["teacher's other layers"] = parts.pop("teacher") - parts["teacher's attention forward"]
-        flops = training.num_floating_point_operations(args, args.global_batch_size)
+        flops = self.flops
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         peak = next((value for name, value in PEAKS.items() if name in device), None)
         record = {
@@ -237,13 +253,14 @@ def main() -> None:
     sys.argv = [sys.argv[0], *flags]
     measurement = Measurement(Path(record), int(warm_up))
     prepare_platform(flags)
-    from megatron.training import training
+    from megatron_ksa.upstream.patches import apply
+    from megatron_ksa.upstream.trainer import OPTIMIZER_STEP, TRAIN_STEP
 
     measurement.watch_loss()
     measurement.watch_teacher()
-    training.train_step = measurement.step(training.train_step)
-    pretrain_gpt.main()
-    measurement.write()
+    with apply([TRAIN_STEP.given(measurement.step), OPTIMIZER_STEP.given(measurement.optimizer_step)]):
+        pretrain_gpt.main()
+        measurement.write()
 
 
 if __name__ == "__main__":

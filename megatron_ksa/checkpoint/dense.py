@@ -9,43 +9,99 @@ With `--finetune` the same holds of a KSA checkpoint's summary projections that 
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
-from megatron.training import checkpointing, training
 
-from megatron_ksa.checkpoint.load import stored_settings
+from megatron_ksa.checkpoint.identity import check_bases, check_identity
+from megatron_ksa.checkpoint.load import StoredCheckpoint
 from megatron_ksa.checkpoint.norm_names import ask_for_stored_names, stored_name
+from megatron_ksa.checkpoint.to_load import checkpoint_to_load, load_folder, only_weights
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
+from megatron_ksa.model.gpt import KSAGPTModel
 from megatron_ksa.model.summary_parameters import copy_shared_parameters, is_summary_parameter
+from megatron_ksa.upstream.patches import apply
+from megatron_ksa.upstream.trainer import SHARDED_STATE
 
 AdaptKeys = Callable[[ShardedStateDict], ShardedStateDict]
 
 
-def install_dense_start(args: argparse.Namespace, settings: RunSettings) -> None:
-    """Let `--load --finetune` take a dense checkpoint for a KSA model, and an annealed one for a dense model."""
-    load_checkpoint = training.load_checkpoint
+def check_checkpoint(args: argparse.Namespace, settings: RunSettings) -> str | None:
+    """Compare the checkpoint that will be loaded, if there is one, with the flags.
 
+    Returns:
+        What to log of a difference that is meant.
+
+    Raises:
+        UsageError: the model of the flags cannot go on from it, or cannot start from its weights.
+    """
+    stored = checkpoint_to_load(args)
+    if stored is None:
+        return None
+    _check_kind(stored, args, settings)
+    if only_weights(args):
+        # Other KSA settings are meant then; other bases are not, unless the flag says so.
+        return check_bases(stored.args, settings)
+    return check_identity(stored.args, settings)
+
+
+def _check_kind(stored: StoredCheckpoint, args: argparse.Namespace, settings: RunSettings) -> None:
+    """Refuse a checkpoint with KSA for a model without, or the other way round, where that cannot work."""
+    ksa, folder = stored.settings.ksa, load_folder(args)
+    if ksa.enabled == settings.ksa.enabled:
+        return
+    kind, other = ("with", "without") if ksa.enabled else ("without", "with")
+    if not only_weights(args):
+        raise UsageError(
+            f"--load {folder}: the checkpoint was written {kind} --ksa, the flags say {other}: add --finetune to start "
+            f"from its weights (optimizer state is not taken over)"
+        )
+    if ksa.enabled and ksa.summary_coefficient(stored.iteration) != 0:
+        raise UsageError(
+            f"--load {folder}: iteration {stored.iteration} still uses its summary projections, with a weight of "
+            f"{ksa.summary_coefficient(stored.iteration):g}: only a model annealed to 0 (--ksa-anneal-end) becomes a "
+            f"dense one"
+        )
+    if not _is_distributed(stored):
+        raise UsageError(
+            f"--load {folder}: a checkpoint of --ckpt-format torch has one layout and one kind of model: only one of "
+            f"--ckpt-format torch_dist starts a model {other} --ksa"
+        )
+
+
+def _is_distributed(stored: StoredCheckpoint) -> bool:
+    return dist_checkpointing.check_is_distributed_checkpoint(str(stored.folder))
+
+
+def dense_start(load_checkpoint: Callable, args: argparse.Namespace, settings: RunSettings) -> Callable:
+    """Megatron's `load_checkpoint` that also takes a dense checkpoint for a KSA model, and an annealed one for a dense
+    model, and norms under both of their names; after `check_checkpoint`.
+    """
+
+    @wraps(load_checkpoint)
     def load(models: list[MegatronModule], optimizer: object, *rest, **options) -> tuple[int, int]:
-        is_ksa, folder = settings.ksa.enabled, _distributed_checkpoint(args)
+        stored, is_ksa = checkpoint_to_load(args), settings.ksa.enabled
+        if stored is None or not _is_distributed(stored):
+            return load_checkpoint(models, optimizer, *rest, **options)
         inner = unwrap_model(models)
-        if folder is None or _checkpoint_is_ksa(args, folder, is_ksa) == is_ksa:
-            missing = _Missing(folder) if is_ksa and folder is not None and args.finetune else None
-            with _stored_names(inner, folder, missing):
+        if stored.settings.ksa.enabled == is_ksa:
+            missing = _Missing(stored.folder) if is_ksa and only_weights(args) else None
+            with _stored_names(inner, stored.folder, missing):
                 if missing is not None:
                     options["strict"] = False
                 done = load_checkpoint(models, optimizer, *rest, **options)
-            if missing is not None and (missing.names or _starts_projections_again(folder, settings)):
-                only = None if _starts_projections_again(folder, settings) else missing.names
+            again = _starts_projections_again(stored, settings)
+            if missing is not None and (missing.names or again):
                 for model in inner:
-                    copy_shared_parameters(model, only)
+                    copy_shared_parameters(model, None if again else missing.names)
                 _tell_optimizer(args, optimizer)
             return done
-        with _keys_of_the_other_kind(inner, folder, to_ksa=is_ksa):
+        with _keys_of_the_other_kind(inner, stored.folder, to_ksa=is_ksa):
             # Everything that is asked for must be there; what a dense checkpoint lacks is not asked for.
             done = load_checkpoint(models, optimizer, *rest, strict=not is_ksa, **options)
         if is_ksa:
@@ -54,7 +110,7 @@ def install_dense_start(args: argparse.Namespace, settings: RunSettings) -> None
             _tell_optimizer(args, optimizer)
         return done
 
-    training.load_checkpoint = load
+    return load
 
 
 def _tell_optimizer(args: argparse.Namespace, optimizer: object) -> None:
@@ -80,56 +136,9 @@ class _Missing:
         return {name: value for name, value in state.items() if name not in lacks}
 
 
-def _starts_projections_again(path: Path, settings: RunSettings) -> bool:
+def _starts_projections_again(stored: StoredCheckpoint, settings: RunSettings) -> bool:
     """Whether a stage uses summary projections that its checkpoint no longer did."""
-    common = dist_checkpointing.load_common_state_dict(str(path))
-    saved = common.get("args")
-    if saved is None or not settings.ksa.initial_coefficient:
-        return False
-    return stored_settings(saved).ksa.summary_coefficient(common.get("iteration", 0)) == 0
-
-
-def _load_folder(args: argparse.Namespace) -> str | None:
-    """The folder that Megatron loads from."""
-    return args.load if checkpointing.checkpoint_exists(args.load) else args.pretrained_checkpoint
-
-
-def _distributed_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The iteration's folder that is to be loaded; None where there is none, or of another format."""
-    folder = _load_folder(args)
-    if not checkpointing.checkpoint_exists(folder):
-        return None
-    iteration, release = checkpointing.read_metadata(checkpointing.get_checkpoint_tracker_filename(folder))
-    path = Path(checkpointing.get_checkpoint_name(folder, args.ckpt_step or iteration, release, return_base_dir=True))
-    return path if path.is_dir() and dist_checkpointing.check_is_distributed_checkpoint(str(path)) else None
-
-
-def _checkpoint_is_ksa(args: argparse.Namespace, path: Path, to_ksa: bool) -> bool:
-    """Whether the checkpoint to be loaded has KSA on; `to_ksa` where that cannot be told.
-
-    Raises:
-        UsageError: the model has KSA on and the checkpoint has not, or the other way round, where that cannot work.
-    """
-    folder = _load_folder(args)
-    common = dist_checkpointing.load_common_state_dict(str(path))
-    saved, iteration = common.get("args"), common.get("iteration", 0)
-    if saved is None:
-        return to_ksa
-    ksa = stored_settings(saved).ksa
-    if ksa.enabled == to_ksa:
-        return to_ksa
-    kind, other = ("with", "without") if ksa.enabled else ("without", "with")
-    if folder == args.load and not args.finetune:
-        raise UsageError(
-            f"--load {folder}: the checkpoint was written {kind} --ksa, the flags say {other}: add --finetune to start "
-            f"from its weights (optimizer state is not taken over)"
-        )
-    if ksa.enabled and ksa.summary_coefficient(iteration) != 0:
-        raise UsageError(
-            f"--load {folder}: iteration {iteration} still uses its summary projections, with a weight of "
-            f"{ksa.summary_coefficient(iteration):g}: only a model annealed to 0 (--ksa-anneal-end) becomes a dense one"
-        )
-    return ksa.enabled
+    return bool(settings.ksa.initial_coefficient) and stored.settings.ksa.summary_coefficient(stored.iteration) == 0
 
 
 @contextlib.contextmanager
@@ -147,27 +156,22 @@ def _keys_of_the_other_kind(models: list[MegatronModule], path: Path, to_ksa: bo
 
 
 @contextlib.contextmanager
-def _stored_names(models: list[MegatronModule], path: Path | None, adapt: AdaptKeys | None = None) -> Iterator[None]:
+def _stored_names(models: list[MegatronModule], path: Path, adapt: AdaptKeys | None = None) -> Iterator[None]:
     """Let models ask for norms by the names that a checkpoint has, after `adapt` has changed their keys."""
-    if path is None:
-        yield
-        return
     stored = dist_checkpointing.load_tensors_metadata(str(path))
 
-    def asking(state_of: Callable[..., ShardedStateDict]) -> Callable[..., ShardedStateDict]:
-        def state(*args, **kwargs) -> ShardedStateDict:
-            made = state_of(*args, **kwargs)
-            return ask_for_stored_names(made if adapt is None else adapt(made), stored)
+    def asked(state: ShardedStateDict) -> ShardedStateDict:
+        return ask_for_stored_names(state if adapt is None else adapt(state), stored)
 
-        return state
-
-    for model in models:
-        model.sharded_state_dict = asking(model.sharded_state_dict)
+    ours = [model for model in models if isinstance(model, KSAGPTModel)]
+    for model in ours:
+        model.asked_of_checkpoint = asked
     try:
-        yield
+        with apply([] if ours else [SHARDED_STATE.given(asked)]):
+            yield
     finally:
-        for model in models:
-            del model.sharded_state_dict
+        for model in ours:
+            model.asked_of_checkpoint = None
 
 
 def _dense_keys(state: ShardedStateDict) -> ShardedStateDict:

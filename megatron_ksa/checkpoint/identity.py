@@ -2,23 +2,21 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 
-from megatron.training import checkpointing
-from megatron.training.utils import print_rank_0
-
-from megatron_ksa.checkpoint.load import TRACKER, find_checkpoint
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination, flag
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
 
 
-def check_identity(checkpoint_args: argparse.Namespace, settings: RunSettings) -> None:
+def check_identity(checkpoint_args: argparse.Namespace, settings: RunSettings) -> str | None:
     """Compare the settings that a checkpoint's weights depend on with the flags.
 
     Args:
         checkpoint_args: Megatron's arguments as saved in the checkpoint.
+
+    Returns:
+        What to log where the bases differ and that is meant.
 
     Raises:
         UsageError: the first setting that differs, both values and its flag.
@@ -33,9 +31,7 @@ def check_identity(checkpoint_args: argparse.Namespace, settings: RunSettings) -
                 f"{flag(field, 'ksa')}: the checkpoint was written with {saved}, the flags say {identity[field.name]}: "
                 f"give the checkpoint's value"
             )
-    difference = check_bases(checkpoint_args, settings)
-    if difference:
-        print_rank_0(difference)
+    return check_bases(checkpoint_args, settings)
 
 
 def check_bases(checkpoint_args: argparse.Namespace, settings: RunSettings) -> str | None:
@@ -63,29 +59,3 @@ def check_bases(checkpoint_args: argparse.Namespace, settings: RunSettings) -> s
 
 def _describe(bases: tuple[float, ...] | None) -> str:
     return "no HARPE" if bases is None else ",".join(f"{base:g}" for base in bases)
-
-
-def install_identity_check(settings: RunSettings) -> None:
-    """Run `check_identity` wherever Megatron compares a checkpoint's arguments with the flags."""
-    check_checkpoint_args = checkpointing.check_checkpoint_args
-
-    def check(checkpoint_args: argparse.Namespace, skip_args: set[str] | None = None) -> None:
-        check_identity(checkpoint_args, settings)
-        check_checkpoint_args(checkpoint_args, skip_args)
-
-    checkpointing.check_checkpoint_args = check
-
-
-def check_finetune(args: argparse.Namespace, settings: RunSettings) -> None:
-    """Check the bases of the checkpoint that `--finetune` starts from.
-
-    Megatron compares nothing then, and other KSA settings are meant; other bases are not, unless the flag says so.
-
-    Raises:
-        UsageError: as `check_bases`.
-    """
-    if not (args.finetune and args.load and (Path(args.load) / TRACKER).is_file() and args.ckpt_format == "torch_dist"):
-        return
-    difference = check_bases(find_checkpoint(Path(args.load), args.ckpt_step).args, settings)
-    if difference and args.rank == 0:
-        print(difference, flush=True)

@@ -67,11 +67,11 @@ class StoredCheckpoint:
     settings: RunSettings
 
 
-def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpoint:
-    """The arguments of the newest, or the given, iteration under a `--save` folder.
+def iteration_folder(folder: Path, iteration: int | None = None) -> Path:
+    """The folder of the newest, or the given, iteration under a `--save` folder.
 
     Raises:
-        UsageError: no checkpoint there, or not one that this project's trainer wrote.
+        UsageError: no checkpoint there; with an iteration, naming those that there are.
     """
     tracker = folder / TRACKER
     if not tracker.is_file():
@@ -85,14 +85,26 @@ def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpo
         name = f"iter_{iteration:07d}"
     path = folder / name
     if not path.is_dir():
-        raise UsageError(f"{folder} has no checkpoint {path.name}: the folder is missing")
+        stored = sorted(int(other.name[5:]) for other in folder.glob("iter_*") if other.name[5:].isdigit())
+        listed = ", ".join(map(str, stored)) or "none"
+        raise UsageError(f"{folder} has no checkpoint {path.name}: the folder is missing; iterations there: {listed}")
+    return path
+
+
+def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpoint:
+    """The arguments of the newest, or the given, iteration under a `--save` folder.
+
+    Raises:
+        UsageError: no checkpoint there, or not one that this project's trainer wrote.
+    """
+    path = iteration_folder(folder, iteration)
     try:
         args = dist_checkpointing.load_common_state_dict(str(path))["args"]
     except CheckpointException as error:
         raise UsageError(f"{path} cannot be read: {failure(error)}") from None
     except (CheckpointingException, OSError, KeyError, RuntimeError, EOFError) as error:
         raise UsageError(f"{path} holds no arguments of the trainer (--ckpt-format torch_dist): {error}") from None
-    iteration = 0 if name == RELEASE else int(name.removeprefix("iter_"))
+    iteration = 0 if path.name == RELEASE else int(path.name.removeprefix("iter_"))
     return StoredCheckpoint(path, iteration, args, stored_settings(args))
 
 

@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 
 from megatron.training import checkpointing
 
+from megatron_ksa.config.harpe import HarpeConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination
+from megatron_ksa.errors import UsageError
 
 # Arguments that change the model and that Megatron does not take from the checkpoint.
 LEFT_OUT = (
@@ -36,18 +39,47 @@ def take_stored_args(args: argparse.Namespace, stored: argparse.Namespace) -> No
         args.harpe_bases = ",".join(repr(float(base)) for base in bases)
 
 
-def install_checkpoint_args() -> None:
-    """Run `take_stored_args` wherever Megatron reads its arguments from a checkpoint."""
-    load_args = checkpointing.load_args_from_checkpoint
+# Given by hand, these win over the checkpoint: its weights can be trained on with other values.
+BY_HAND = {
+    "attention_dropout", "hidden_dropout", "rotary_base", "rotary_percent", *LEFT_OUT,
+    "moe_token_dispatcher_type", "moe_router_topk_scaling_factor", "moe_grouped_gemm", "spec",
+    # What KSA and HARPE settings depend on is compared with the checkpoint later.
+    *(destination(field, "ksa") for field in dataclasses.fields(KSAConfig)),
+    *(destination(field, "harpe") for field in dataclasses.fields(HarpeConfig)),
+    # They exist to be given beside --use-checkpoint-args.
+    "tokenizer_model", "tokenizer_type", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+}  # fmt: skip
 
-    def load_all_args(args: argparse.Namespace, load_arg: str = "load", checkpointing_context: dict | None = None):
-        position_embedding_type = args.position_embedding_type
-        found = load_args(args, load_arg, checkpointing_context)
+
+def load_stored_args(args: argparse.Namespace, given: Mapping[str, str]) -> None:
+    """`--use-checkpoint-args`: set the model's arguments to those of the checkpoint that will be loaded.
+
+    Args:
+        args: changed in place.
+        given: destination -> flag of what was given by hand.
+
+    Raises:
+        UsageError: a flag given by hand that the checkpoint's weights do not allow, with both values.
+    """
+    by_hand = {name: getattr(args, name) for name in given if hasattr(args, name)}
+    position_embedding_type = args.position_embedding_type
+    for load_arg in ("pretrained_checkpoint", "load"):
+        found = checkpointing.load_args_from_checkpoint(args, load_arg=load_arg)
         if isinstance(found, tuple):
             take_stored_args(*found)
-            # Megatron would quietly go back to the checkpoint's: whether other bases are meant is checked later.
-            if args.harpe_override_checkpoint_bases or position_embedding_type == "harpe":
-                args.position_embedding_type = position_embedding_type
-        return found
-
-    checkpointing.load_args_from_checkpoint = load_all_args
+    # Megatron would quietly go back to the checkpoint's: whether other bases are meant is checked later.
+    if args.harpe_override_checkpoint_bases or position_embedding_type == "harpe":
+        args.position_embedding_type = position_embedding_type
+    if any(name.startswith("harpe_base") for name in by_hand):
+        args.harpe_bases = by_hand.get("harpe_bases")
+    for name, value in by_hand.items():
+        stored = getattr(args, name)
+        if stored == value:
+            continue
+        if name not in BY_HAND:
+            raise UsageError(
+                f"{given[name]} {value}: the checkpoint of --use-checkpoint-args says {stored}, and its weights go "
+                f"with that alone: drop {given[name]}"
+            )
+        setattr(args, name, value)

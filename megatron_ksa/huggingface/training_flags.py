@@ -11,6 +11,7 @@ from megatron_ksa.config.ksa import LayerKind
 from megatron_ksa.errors import UsageError
 from megatron_ksa.huggingface.architecture import Architecture
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
+from megatron_ksa.training.given import forget_given
 
 # What an exported model cannot have: argument -> value that it can have, and flag to name.
 NEEDED = {
@@ -89,6 +90,7 @@ def training_args(arch: Architecture) -> argparse.Namespace:
     args = parser.parse_args([*training_flags(arch), "--micro-batch-size", "1", "--vocab-size", str(arch.vocab_size)])
     args.rank, args.world_size, args._is_global_batch_size_explicitly_specified = 0, 1, False
     settings = settings_from_args(args)
+    forget_given(args)
     with contextlib.redirect_stdout(io.StringIO()):
         megatron_arguments.validate_args(args, {})
     adapt_trainer(args, settings)

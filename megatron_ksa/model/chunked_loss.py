@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.kernels.cross_entropy import gradients, statistics
-from megatron_ksa.platform.weight_gradients import add_product
+from megatron_ksa.kernels.weight_gradient import add_product
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """GPT with summary rows and explicit rotary positions, on Megatron's GPTModel."""
 
+from collections.abc import Callable
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -53,6 +55,8 @@ class KSAGPTModel(GPTModel):
         cp_group = self.pg_collection.cp
         self.split = ZigZag(cp_group.rank(), cp_group.size())
         self.reset_documents = reset_documents
+        # While a checkpoint is read: what it has for the tensors that this model asks for.
+        self.asked_of_checkpoint: Callable[[ShardedStateDict], ShardedStateDict] | None = None
         # Position of the first row given: more than 0 only in incremental decoding.
         self.position_offset = 0
         self.distillation: Distillation | None = None
@@ -82,6 +86,13 @@ class KSAGPTModel(GPTModel):
             num_ksa_layers: of the whole model, all pipeline stages together.
         """
         self.distillation = Distillation(self.decoder, self.layout, config, num_ksa_layers)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """GPTModel's, {name: sharded tensor}; while a checkpoint of another kind is read, under that one's keys."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return state if self.asked_of_checkpoint is None else self.asked_of_checkpoint(state)
 
     def set_summary_coefficient(self, a: float) -> None:
         """Set the weight of the summary projections on summary rows in every layer (annealing)."""

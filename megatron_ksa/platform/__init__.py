@@ -1,6 +1,5 @@
-"""What the trainer needs from the machine: CPU as a device, defaults by what is installed."""
+"""What the machine is: defaults of the trainer's flags by what is installed, and free ports."""
 
-from megatron_ksa.platform.cpu import activate_cpu_platform
 from megatron_ksa.platform.defaults import prepare_platform, trainer_defaults
 
-__all__ = ["activate_cpu_platform", "prepare_platform", "trainer_defaults"]
+__all__ = ["prepare_platform", "trainer_defaults"]

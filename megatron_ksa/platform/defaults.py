@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_ksa.platform.cpu import activate_cpu_platform
 from megatron_ksa.platform.ports import free_port
-from megatron_ksa.platform.weight_gradients import install_weight_gradients
+from megatron_ksa.upstream.process import prepare_process
 
 # Megatron leaves the interval unset and then divides by it.
 EVAL_INTERVAL = 1000
@@ -66,18 +65,9 @@ def prepare_platform(argv: Sequence[str]) -> dict[str, object]:
         `trainer_defaults()`.
     """
     _join_alone()
-    _order_communication(argv)
-    activate_cpu_platform()
-    if torch.cuda.is_available() and "--use-torch-fsdp2" not in argv:
-        install_weight_gradients()
-    # These import Megatron, which must come after the CPU platform.
-    from megatron_ksa.checkpoint.distributed_optimizer import install_resume_fix
-    from megatron_ksa.platform.helpers import skip_helpers_build
-    from megatron_ksa.platform.optimizer_kernels import install_optimizer_kernels
-
-    skip_helpers_build()
-    install_resume_fix()
-    install_optimizer_kernels()
+    layout = _layout(argv)
+    _order_communication(layout)
+    prepare_process(fsdp2=layout.use_torch_fsdp2)
     return trainer_defaults()
 
 
@@ -90,18 +80,23 @@ def _join_alone() -> None:
         os.environ.setdefault(name, str(value))
 
 
-def _order_communication(argv: Sequence[str]) -> None:
-    """Tensor and context parallelism want CUDA_DEVICE_MAX_CONNECTIONS=1 before CUDA starts; FSDP refuses it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def _layout(argv: Sequence[str]) -> argparse.Namespace:
+    """What must be known of the parallel layout before Megatron, whose parser reads the rest, is imported."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--tensor-model-parallel-size", default="1")
     parser.add_argument("--context-parallel-size", default="1")
     for flag in ("--use-torch-fsdp2", "--use-megatron-fsdp", "--overlap-moe-expert-parallel-comm"):
-        parser.add_argument(flag, action="store_true", dest="many_connections")
-    # A flag without its value is Megatron's parser's to report.
-    parser.exit_on_error = False
+        parser.add_argument(flag, action="store_true")
     try:
-        args, _ = parser.parse_known_args(list(argv))
+        return parser.parse_known_args(list(argv))[0]
     except argparse.ArgumentError:
+        # A flag without its value is Megatron's parser's to report.
+        return parser.parse_args([])
+
+
+def _order_communication(layout: argparse.Namespace) -> None:
+    """Tensor and context parallelism want CUDA_DEVICE_MAX_CONNECTIONS=1 before CUDA starts; FSDP refuses it."""
+    if layout.use_torch_fsdp2 or layout.use_megatron_fsdp or layout.overlap_moe_expert_parallel_comm:
         return
-    if not args.many_connections and {args.tensor_model_parallel_size, args.context_parallel_size} != {"1"}:
+    if {layout.tensor_model_parallel_size, layout.context_parallel_size} != {"1"}:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

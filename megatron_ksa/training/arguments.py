@@ -2,9 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
-
-from megatron.training import arguments as megatron_arguments
 
 from megatron_ksa.checkpoint.async_save import adapt_async_save, async_save_defaults, check_async_save
 from megatron_ksa.config.data import DataConfig
@@ -17,8 +14,11 @@ from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.config.stage import StageConfig
 from megatron_ksa.errors import UsageError
+from megatron_ksa.training.given import given_flags, record_given
 from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_sizes
 from megatron_ksa.training.stages import check_stage
+from megatron_ksa.upstream import command_line
+from megatron_ksa.upstream.patches import Applied, apply
 
 ROTARY_TYPES = ("rope", "harpe")
 CP_COMM_TYPES = ("p2p", "a2a")
@@ -26,19 +26,17 @@ CP_COMM_TYPES = ("p2p", "a2a")
 CUDA_GRAPHS = ("none", "full_iteration", "local")
 
 
-def install_arguments(defaults: dict[str, object]) -> None:
+def install_arguments(defaults: dict[str, object]) -> Applied:
     """Make every parse of Megatron's command line know this project's flags.
-
-    Megatron parses more than once, and not always with its `extra_args_provider`, so the flags are added where the
-    parser is made.
 
     Args:
         defaults: argument destination -> default, where the machine wants another one than Megatron's.
-    """
-    add_megatron_arguments = megatron_arguments.add_megatron_arguments
 
-    def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = add_megatron_arguments(parser)
+    Returns:
+        What undoes it; a context manager.
+    """
+
+    def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_config_arguments(parser, KSAConfig, "ksa", "KSA")
         add_config_arguments(parser, StageConfig, "ksa", "KSA stages")
         add_config_arguments(parser, DistillConfig, "ksa-distill", "KSA distillation")
@@ -49,32 +47,33 @@ def install_arguments(defaults: dict[str, object]) -> None:
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]
-            _escape_percent(action)
         parser.set_defaults(**defaults)
-        if "--ksa" in sys.argv or "harpe" in sys.argv:
-            # Attention dropout is not part of this project's attention, so Megatron's default of 0.1 cannot hold.
-            parser.set_defaults(attention_dropout=0.0)
-        if "--async-save" in sys.argv:
-            parser.set_defaults(**async_save_defaults())
+        record_given(parser)
         return parser
 
-    megatron_arguments.add_megatron_arguments = add_all_arguments
+    return apply(command_line.patches(extend))
 
 
-def _escape_percent(action: argparse.Action) -> None:
-    """Repair a help text with a bare percent sign: Megatron 0.19.2 has one, and its `--help` dies of it."""
-    try:
-        (action.help or "") % vars(action)
-    except (ValueError, TypeError):
-        action.help = action.help.replace("%", "%%")
+def resolve_defaults(args: argparse.Namespace) -> None:
+    """Set what was not given by hand and depends on other flags; a second call changes nothing."""
+    defaults: dict[str, object] = {}
+    if args.ksa or args.position_embedding_type == "harpe":
+        # Attention dropout is not part of this project's attention, so Megatron's default of 0.1 cannot hold.
+        defaults["attention_dropout"] = 0.0
+    if args.async_save:
+        defaults |= async_save_defaults()
+    for name, value in defaults.items():
+        if name not in given_flags(args):
+            setattr(args, name, value)
 
 
 def settings_from_args(args: argparse.Namespace) -> RunSettings:
-    """Check the flags and return this project's settings; nothing else changes.
+    """Resolve and check the flags and return this project's settings.
 
     Raises:
         UsageError: flags that contradict each other or a length that does not fit.
     """
+    resolve_defaults(args)
     check_sizes(args)
     check_async_save(args)
     ksa = config_from_args(KSAConfig, args, "ksa")
@@ -100,11 +99,13 @@ def settings_from_args(args: argparse.Namespace) -> RunSettings:
 
 
 def _loss_config(args: argparse.Namespace) -> LossConfig:
-    """The loss's settings; Megatron's schemes that take the output layer's gradient apart keep the logits whole."""
+    """The loss's settings; Megatron's schemes that take the output layer apart keep the logits whole."""
     loss = config_from_args(LossConfig, args, "loss")
     tp = args.tensor_model_parallel_size
     whole_logits = {
         "--defer-embedding-wgrad-compute": args.defer_embedding_wgrad_compute,
+        "--logits-save-dir": args.logits_save_dir is not None,
+        "--logits-load-dir": args.logits_load_dir is not None,
         "--tensor-parallel-num-weight-shards": (args.tensor_parallel_num_weight_shards or tp) > tp,
     }
     for flag in (flag for flag, active in whole_logits.items() if active):
@@ -139,8 +140,6 @@ def _check(args: argparse.Namespace, settings: RunSettings) -> None:
     for active, flag, way_out in refused:
         if active:
             raise UsageError(f"{feature} does not go with {flag}: {way_out}")
-    if "--apply-rope-fusion" in sys.argv and settings.bases:
-        raise UsageError(f"{feature} does not go with --apply-rope-fusion: it assumes one frequency row; drop it")
     if args.reset_position_ids != args.reset_attention_mask:
         missing = "--reset-attention-mask" if args.reset_position_ids else "--reset-position-ids"
         raise UsageError(f"{feature} resets documents with both flags or neither: {missing} is missing")

@@ -4,65 +4,97 @@ import argparse
 import contextlib
 import io
 
-from megatron.training import checkpointing
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.arguments import parse_args, validate_args
 from megatron.training.config import PretrainConfigContainer
+from megatron.training.global_vars import set_global_variables
 
-from megatron_ksa.checkpoint.dense import install_dense_start
-from megatron_ksa.checkpoint.helpers import install_save_helpers
-from megatron_ksa.checkpoint.identity import check_finetune, install_identity_check
-from megatron_ksa.checkpoint.stored_args import install_checkpoint_args
-from megatron_ksa.checkpoint.tracker import install_tracker_replacement
+from megatron_ksa.checkpoint.dense import check_checkpoint, dense_start
+from megatron_ksa.checkpoint.stored_args import load_stored_args
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.kernels.dispatch import force_reference
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
-from megatron_ksa.training.datasets import dataset_prefixes
+from megatron_ksa.training.blend import dataset_prefixes
+from megatron_ksa.training.flag_rules import check_flags, check_run
+from megatron_ksa.training.given import forget_given, given_flags
 from megatron_ksa.training.loss_mask import masked_prefixes
+from megatron_ksa.training.model_hooks import model_hooks
+from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
 from megatron_ksa.training.stages import resolve_start
-from megatron_ksa.upstream.flops import install_flops
+from megatron_ksa.training.step_log import StepLog
+from megatron_ksa.upstream import flops, save_processes, sgd_resume, tracker
+from megatron_ksa.upstream.patches import Patch
+from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, TRAINING_LOG
 
 
 def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
     """Parse and check the flags, this project's first, so that a mistake costs one line and touches nothing.
 
     Raises:
-        UsageError: a mistake in the flags, or data files that are missing or truncated.
+        UsageError: a mistake in the flags, or data files or checkpoints that are missing or truncated.
     """
-    install_checkpoint_args()
-    parsed = parse_args()
-    if parsed.use_checkpoint_args and parsed.load:
-        with contextlib.redirect_stdout(io.StringIO()):
-            checkpointing.load_args_from_checkpoint(parsed)
-    settings = settings_from_args(parsed)
-    check_finetune(parsed, settings)
-    settings = resolve_start(parsed, settings)
-    prefixes = dataset_prefixes(parsed)
+    args = parse_args()
+    given = given_flags(args)
+    check_flags(args, with_ksa=False)
+    check_run(args)
+    if args.use_checkpoint_args:
+        with megatron_refusals(args), contextlib.nullcontext() if args.rank == 0 else _quietly():
+            load_stored_args(args, given)
+    settings = settings_from_args(args)
+    if not settings.is_megatron:
+        check_flags(args, with_ksa=True)
+    difference = check_checkpoint(args, settings)
+    if difference and args.rank == 0:
+        print(difference, flush=True)
+    settings = resolve_start(args, settings)
+    prefixes = dataset_prefixes(args)
     for prefix in prefixes:
         check_indexed_dataset(prefix)
     if settings.data.response_loss_only:
         masked_prefixes(prefixes)
-    args = parse_and_validate_args()
+    forget_given(args)
+    # Every exception of its validation is a refusal.
+    with megatron_refusals(args, (*REFUSALS, RuntimeError, ImportError)):
+        validate_args(args)
+        set_global_variables(args)
     adapt_trainer(args, settings)
     return args, settings
 
 
+def _quietly() -> contextlib.redirect_stdout:
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 def configure(args: argparse.Namespace, settings: RunSettings) -> PretrainConfigContainer:
-    """Megatron's configuration with this project's model; Megatron's own model where KSA and HARPE are off."""
+    """Megatron's configuration with this project's model; Megatron's own model where KSA and HARPE are off.
+
+    Raises:
+        UsageError: settings that Megatron's configuration does not accept.
+    """
     force_reference(settings.kernels.reference)
-    install_identity_check(settings)
-    install_dense_start(args, settings)
-    install_save_helpers(args)
-    install_tracker_replacement()
-    if settings.is_megatron:
-        return pretrain_cfg_container_from_args(args, dense_config_from_args(args))
-    model = model_config_from_args(args, settings.ksa, settings.bases)
-    model.reset_documents = args.reset_position_ids
-    model.train, model.distill = settings.train, settings.distill
-    install_flops(settings)
-    if args.rank == 0:
-        print(run_report(args, settings), flush=True)
-    return pretrain_cfg_container_from_args(args, model)
+    with megatron_refusals(args):
+        if settings.is_megatron:
+            model = dense_config_from_args(args)
+        else:
+            model = model_config_from_args(args, settings.ksa, settings.bases)
+            model.reset_documents = args.reset_position_ids
+            model.train, model.distill = settings.train, settings.distill
+            if args.rank == 0:
+                print(run_report(args, settings), flush=True)
+        model.pre_wrap_hooks.extend(model_hooks(args))
+        return pretrain_cfg_container_from_args(args, model)
+
+
+def trainer_patches(args: argparse.Namespace, settings: RunSettings, log: StepLog) -> list[Patch]:
+    """What a run with these settings replaces in Megatron's trainer; after its validation."""
+    return [
+        LOAD_CHECKPOINT.given(lambda load: dense_start(load, args, settings)),
+        *save_processes.patches(args.async_save),
+        *tracker.PATCHES,
+        *sgd_resume.PATCHES,
+        *flops.patches(settings),
+        *([TRAINING_LOG.given(log.extended)] if log.is_needed else []),
+    ]

@@ -2,9 +2,9 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 
-from megatron_ksa.checkpoint.load import TRACKER, StoredCheckpoint, find_checkpoint
+from megatron_ksa.checkpoint.load import StoredCheckpoint
+from megatron_ksa.checkpoint.to_load import checkpoint_to_load, only_weights
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
 
@@ -41,6 +41,8 @@ def check_stage(args: argparse.Namespace, settings: RunSettings) -> None:
         (stage.train == "all", "--ksa-train all", "the teacher has the same weights and must stay as it is; drop it"),
         (settings.ksa.anneal_start is not None, "--ksa-anneal-start", "annealing is the stage after it; drop one"),
         (args.calculate_per_token_loss, "--calculate-per-token-loss", "its terms are means of a micro-batch; drop it"),
+        (args.logits_load_dir or args.logits_save_dir, "--logits-load-dir and --logits-save-dir",
+         "its teacher is the model itself; drop one"),
         (args.num_experts, "--num-experts", "distillation is not checked with experts; drop one"),
         (args.enable_cuda_graph or args.cuda_graph_impl != "none", "CUDA graphs", "a graph holds one pass of a layer, "
          "and here are two; use --cuda-graph-impl none"),
@@ -49,16 +51,6 @@ def check_stage(args: argparse.Namespace, settings: RunSettings) -> None:
     for active, flag, way_out in refused:
         if active:
             raise UsageError(f"--ksa-distill does not go with {flag}: {way_out}")
-
-
-def stored_start(args: argparse.Namespace) -> StoredCheckpoint | None:
-    """The checkpoint that the run starts from, or None: there is none, or it is of another format."""
-    if args.ckpt_format != "torch_dist":
-        return None
-    for folder in (args.load, args.pretrained_checkpoint):
-        if folder and (Path(folder) / TRACKER).is_file():
-            return find_checkpoint(Path(folder), args.ckpt_step if folder == args.load else None)
-    return None
 
 
 def resolve_start(args: argparse.Namespace, settings: RunSettings) -> RunSettings:
@@ -72,7 +64,7 @@ def resolve_start(args: argparse.Namespace, settings: RunSettings) -> RunSetting
     """
     if not settings.ksa.enabled:
         return settings
-    stored = stored_start(args)
+    stored = checkpoint_to_load(args)
     if stored is None or not stored.settings.ksa.enabled:
         # Generated tokens teach nothing: they measure speed, and random weights do for that.
         if settings.distill.enabled and stored is None and not args.mock_data:
@@ -81,8 +73,7 @@ def resolve_start(args: argparse.Namespace, settings: RunSettings) -> RunSetting
                 "FOLDER --finetune"
             )
         return _starting_at(settings, _or(settings.ksa.initial_coefficient, 1.0))
-    resumes = not args.finetune and bool(args.load) and (Path(args.load) / TRACKER).is_file()
-    return _resumed(args, settings, stored) if resumes else _next_stage(args, settings, stored)
+    return (_next_stage if only_weights(args) else _resumed)(args, settings, stored)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -1,12 +1,12 @@
 """What the trainer's log line and TensorBoard show of a step beyond the losses that the last stage knows."""
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.training import training
 from torch import Tensor
 
 from megatron_ksa.config.settings import RunSettings
@@ -69,15 +69,12 @@ class StepLog:
             sums /= group.size()
         return sums
 
+    def extended(self, training_log: Callable) -> Callable:
+        """The trainer's log of a step, with these values among its losses."""
 
-def install_step_log(log: StepLog) -> None:
-    """Add the log's values to what the trainer logs of each step."""
-    if not log.is_needed:
-        return
-    training_log: Callable = training.training_log
+        @wraps(training_log)
+        def logged(loss_dict: dict, totals: dict, learning_rate: float | None, iteration: int, *rest, **options):
+            losses = {**loss_dict, **self.take(iteration)}
+            return training_log(losses, totals, learning_rate, iteration, *rest, **options)
 
-    def logged(loss_dict: dict, total_loss_dict: dict, learning_rate: float | None, iteration: int, *rest, **options):
-        losses = {**loss_dict, **log.take(iteration)}
-        return training_log(losses, total_loss_dict, learning_rate, iteration, *rest, **options)
-
-    training.training_log = logged
+        return logged

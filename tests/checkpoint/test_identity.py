@@ -6,6 +6,7 @@ import pytest
 from huggingface.models import save_family
 
 from megatron_ksa.checkpoint import identity, stored_args
+from megatron_ksa.checkpoint.dense import check_checkpoint
 from megatron_ksa.checkpoint.stored_args import take_stored_args
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.settings import RunSettings
@@ -26,28 +27,28 @@ def test_other_bases(written):
     assert f"was written with {before}, the flags say 10000,200000: training goes on" in line
 
 
-def test_override_is_logged_where_megatron_compares(monkeypatch, capsys):
-    compared = []
-    monkeypatch.setattr(identity.checkpointing, "check_checkpoint_args", lambda args, skip=None: compared.append(args))
-    identity.install_identity_check(RunSettings(KSAConfig(), OTHER, override_bases=True))
+def test_override_is_said_where_a_run_goes_on():
     stored = argparse.Namespace(harpe_resolved_bases=WRITTEN)
-    identity.checkpointing.check_checkpoint_args(stored)
-    assert compared == [stored] and "--harpe-override-checkpoint-bases" in capsys.readouterr().out
+    line = identity.check_identity(stored, RunSettings(KSAConfig(), OTHER, override_bases=True))
+    assert "--harpe-override-checkpoint-bases" in line
 
 
-def test_finetuning_checks_too(megatron_flags, tmp_path, capsys):
+@pytest.mark.parametrize("way", ["--finetune --load", "--pretrained-checkpoint"])
+def test_starting_from_weights_checks_too(megatron_flags, tmp_path, way):
     """Megatron compares nothing with --finetune: another base set went in without a word."""
     save_family("qwen3", tmp_path / "hf")
     (tmp_path / "megatron").mkdir()
     import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    folder, started = str(tmp_path / "megatron"), way == "--pretrained-checkpoint"
     flags = argparse.Namespace(
-        finetune=True, load=str(tmp_path / "megatron"), ckpt_format="torch_dist", ckpt_step=None, rank=0
-    )
-    identity.check_finetune(flags, RunSettings(KSAConfig(), None))
+        finetune=not started, load=None if started else folder, pretrained_checkpoint=folder if started else None,
+        ckpt_step=None, rank=0,
+    )  # fmt: skip
+    assert check_checkpoint(flags, RunSettings(KSAConfig(), None)) is None
     with pytest.raises(UsageError, match="written with no HARPE"):
-        identity.check_finetune(flags, RunSettings(KSAConfig(), OTHER))
-    identity.check_finetune(flags, RunSettings(KSAConfig(), OTHER, override_bases=True))
-    assert "--harpe-override-checkpoint-bases" in capsys.readouterr().out
+        check_checkpoint(flags, RunSettings(KSAConfig(), OTHER))
+    line = check_checkpoint(flags, RunSettings(KSAConfig(), OTHER, override_bases=True))
+    assert "--harpe-override-checkpoint-bases" in line
 
 
 @pytest.mark.parametrize("override", [False, True])
@@ -78,12 +79,41 @@ def test_a_dense_checkpoint_leaves_ksa_to_the_flags():
 def test_harpe_is_not_dropped_quietly(given, override, taken, monkeypatch):
     """Megatron takes the position type from the checkpoint, whatever the flags say; check_bases then decides."""
 
-    def from_checkpoint(args, load_arg, context):
+    def from_checkpoint(args, load_arg):
         args.position_embedding_type = "rope"
         return args, argparse.Namespace()
 
     monkeypatch.setattr(stored_args.checkpointing, "load_args_from_checkpoint", from_checkpoint)
-    stored_args.install_checkpoint_args()
     args = argparse.Namespace(position_embedding_type=given, harpe_override_checkpoint_bases=override)
-    stored_args.checkpointing.load_args_from_checkpoint(args)
+    stored_args.load_stored_args(args, {})
     assert args.position_embedding_type == taken
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand", "stored", "kept"),
+    [
+        ("rotary_base", 5_000_000, 10000, True),
+        ("ksa_independent_projections", False, True, True),
+        ("attention_dropout", 0.0, 0.1, True),
+        ("swiglu", True, False, False),
+        ("num_query_groups", 4, 2, False),
+        ("num_query_groups", 2, 2, True),
+    ],
+)
+def test_a_flag_given_by_hand_is_kept_or_refused(name, by_hand, stored, kept, monkeypatch):
+    """`--no-ksa-independent-projections` and `--rotary-base` beside --use-checkpoint-args did nothing, silently."""
+
+    def from_checkpoint(args, load_arg):
+        setattr(args, name, stored)
+        return args, argparse.Namespace()
+
+    monkeypatch.setattr(stored_args.checkpointing, "load_args_from_checkpoint", from_checkpoint)
+    args = argparse.Namespace(
+        **{name: by_hand}, position_embedding_type="rope", harpe_override_checkpoint_bases=False
+    )  # fmt: skip
+    if kept:
+        stored_args.load_stored_args(args, {name: "--flag"})
+        assert getattr(args, name) == by_hand
+    else:
+        with pytest.raises(UsageError, match=f"--flag {by_hand}: the checkpoint of .* says {stored}, .*drop --flag"):
+            stored_args.load_stored_args(args, {name: "--flag"})

@@ -18,7 +18,7 @@ from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LOGITS_LIMIT, LossConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.model.chunked_loss import ChunkedLoss, chunked_cross_entropy
-from megatron_ksa.platform.cpu import activate_cpu_platform
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
 TOLERANCE = 1e-6
 KSA = KSAConfig(enabled=True, chunk_size=4, window_chunks="1")

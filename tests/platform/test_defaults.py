@@ -8,8 +8,11 @@ import pytest
 import torch
 from megatron.core.datasets import utils
 
-from megatron_ksa.platform import activate_cpu_platform, cpu, defaults
-from megatron_ksa.platform.helpers import skip_helpers_build
+from megatron_ksa.platform import defaults
+from megatron_ksa.upstream import dataset_helpers
+from megatron_ksa.upstream.cpu import cpu
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
+from megatron_ksa.upstream.patches import apply
 
 KERNELS = {
     "transformer_engine.pytorch": {"transformer_impl": "local", "apply_rope_fusion": False},
@@ -88,20 +91,20 @@ def test_a_launchers_world_is_left_alone(environment):
     ],
 )
 def test_connections_of_a_parallel_layout(environment, argv, connections):
-    defaults._order_communication(argv.split())
+    defaults._order_communication(defaults._layout(argv.split()))
     assert environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == connections
 
 
 def test_connections_set_by_hand_win(environment):
     environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
-    defaults._order_communication(["--tensor-model-parallel-size", "2"])
+    defaults._order_communication(defaults._layout(["--tensor-model-parallel-size", "2"]))
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 def test_compiled_helpers_are_not_built_again(monkeypatch):
     monkeypatch.setattr(utils, "compile_helpers", lambda: pytest.fail("make was run"))
-    skip_helpers_build()
-    utils.compile_helpers()
+    with apply(dataset_helpers.PATCHES):
+        utils.compile_helpers()
 
 
 def test_missing_helpers_are_built_as_before(monkeypatch):
@@ -110,14 +113,14 @@ def test_missing_helpers_are_built_as_before(monkeypatch):
 
     monkeypatch.setattr(utils, "compile_helpers", build)
     monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
-    skip_helpers_build()
-    assert utils.compile_helpers is build
+    with apply(dataset_helpers.PATCHES):
+        assert utils.compile_helpers is build
 
 
 def test_a_gpu_keeps_cuda(monkeypatch):
     monkeypatch.setitem(cpu._state, "active", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cpu, "install_cuda_calls", lambda: pytest.fail("torch.cuda was changed"))
+    monkeypatch.setattr(cpu, "apply_for_good", lambda patches: pytest.fail("torch.cuda was changed"))
     assert not activate_cpu_platform()
 
 
@@ -125,7 +128,8 @@ def test_a_gpu_keeps_cuda(monkeypatch):
 def test_a_fresh_process_is_prepared_once():
     """The line about the CPU comes once, and a second call changes nothing."""
     script = (
-        "import torch; from megatron_ksa.platform import activate_cpu_platform, prepare_platform\n"
+        "import torch; from megatron_ksa.platform import prepare_platform\n"
+        "from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform\n"
         "found = prepare_platform([]); assert found['distributed_backend'] == 'gloo'\n"
         "stream = torch.cuda.Stream; assert activate_cpu_platform() and torch.cuda.Stream is stream\n"
         "assert torch.zeros(1, device='cuda').device.type == 'cpu'\n"

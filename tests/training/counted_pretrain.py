@@ -7,6 +7,7 @@ reduce-scatter; the surplus is taken off.
 import json
 import os
 import sys
+from functools import wraps
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,17 +30,20 @@ def main() -> None:
     # Before Megatron is imported, which binds the function to names of its own.
     dist.reduce_scatter_tensor = noted
     prepare_platform(json.loads(description.read_text())[0]["flags"])
-    from megatron.training import training
+    from megatron_ksa.upstream.patches import apply
+    from megatron_ksa.upstream.trainer import TRAINING_LOG
 
-    log = training.training_log
+    def counting(log):
+        @wraps(log)
+        def counted(*args, **kwargs):
+            sent.append(bytes_sent() - surplus[0])
+            description.with_name(f"sent{os.environ['RANK']}.json").write_text(json.dumps(sent))
+            return log(*args, **kwargs)
 
-    def counted(*args, **kwargs):
-        sent.append(bytes_sent() - surplus[0])
-        description.with_name(f"sent{os.environ['RANK']}.json").write_text(json.dumps(sent))
-        return log(*args, **kwargs)
+        return counted
 
-    training.training_log = counted
-    recorded_pretrain.main()
+    with apply([TRAINING_LOG.given(counting)]):
+        recorded_pretrain.main()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import faulthandler
 import json
 import os
 import sys
+from functools import wraps
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -37,27 +38,28 @@ def main() -> None:
     runs = json.loads(Path(description).read_text())
     prepare_platform(runs[0]["flags"])
     import torch
-    from megatron.training import arguments, checkpointing, training
 
-    # What a run replaces in Megatron's modules is put back before the next one.
-    unchanged = [(module, dict(vars(module))) for module in (arguments, checkpointing, training)]
-    log = training.training_log
+    from megatron_ksa.upstream.patches import apply
+    from megatron_ksa.upstream.trainer import TRAINING_LOG
+
     for run in runs:
-        for module, names in unchanged:
-            vars(module).update(names)
         steps = {}
 
-        def recorded(loss_dict, *args, record=Path(run["record"]), steps=steps, **kwargs):
-            iteration, grad_norm = args[2], args[6]
-            if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-                others = {name: value.item() for name, value in loss_dict.items() if name != "lm loss"}
-                steps[iteration] = {"loss": loss_dict["lm loss"].item(), "grad_norm": float(grad_norm), **others}
-                record.write_text(json.dumps(steps))
-            return log(loss_dict, *args, **kwargs)
+        def recording(log, record=Path(run["record"]), steps=steps):
+            @wraps(log)
+            def recorded(loss_dict, *args, **kwargs):
+                iteration, grad_norm = args[2], args[6]
+                if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+                    others = {name: value.item() for name, value in loss_dict.items() if name != "lm loss"}
+                    steps[iteration] = {"loss": loss_dict["lm loss"].item(), "grad_norm": float(grad_norm), **others}
+                    record.write_text(json.dumps(steps))
+                return log(loss_dict, *args, **kwargs)
 
-        training.training_log = recorded
+            return recorded
+
         sys.argv = [sys.argv[0], *run["flags"]]
-        pretrain_gpt.main()
+        with apply([TRAINING_LOG.given(recording)]):
+            pretrain_gpt.main()
         forget_run()
 
 

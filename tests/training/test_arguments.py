@@ -13,7 +13,9 @@ from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_
 from megatron_ksa.errors import UsageError
 from megatron_ksa.platform import trainer_defaults
 from megatron_ksa.training.arguments import adapt_trainer, install_arguments, settings_from_args
-from megatron_ksa.training.datasets import dataset_prefixes
+from megatron_ksa.training.blend import dataset_prefixes
+from megatron_ksa.training.flag_rules import check_flags
+from megatron_ksa.training.given import forget_given, given_flags
 
 ROOT = Path(__file__).parents[2]
 MODEL = (
@@ -23,12 +25,11 @@ MODEL = (
 
 
 def parse(monkeypatch, flags, processes=12):
-    """Parse a command line as the entry point does; install_arguments is undone afterwards."""
+    """Parse a command line as the entry point does."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(megatron_arguments, "add_megatron_arguments", megatron_arguments.add_megatron_arguments)
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *MODEL, *flags.split()])
-    install_arguments(trainer_defaults())
-    return megatron_arguments.parse_args()
+    with install_arguments(trainer_defaults()):
+        return megatron_arguments.parse_args()
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,59 @@ def test_missing_or_truncated_data_is_refused(monkeypatch, tmp_path, flags, mess
 def test_plain_flags_leave_megatrons_model(monkeypatch):
     args = parse(monkeypatch, "--position-embedding-type rope")
     assert settings_from_args(args).is_megatron and args.attention_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "dropout"),
+    [
+        ("--position-embedding-type=harpe", 0.0),
+        ("--position-embedding-type harpe", 0.0),
+        ("--ksa --position-embedding-type=rope", 0.0),
+        ("--position-embedding-type rope --wandb-exp-name harpe", 0.1),
+        ("--position-embedding-type rope --wandb-exp-name harpe --attention-dropout=0.2", 0.2),
+    ],
+)
+def test_attention_dropout_follows_what_the_flags_mean(monkeypatch, flags, dropout):
+    """`harpe` was looked for among the words: `--position-embedding-type=harpe` was refused over an
+    `--attention-dropout 0.1` that nobody gave, and any flag's value `harpe` set a plain model's dropout to 0.
+    """
+    args = parse(monkeypatch, flags)
+    settings_from_args(args)
+    assert args.attention_dropout == dropout
+
+
+@pytest.mark.parametrize(
+    ("flags", "worker", "strategy"),
+    [
+        ("--async-save", True, "mcore"),
+        ("--async-save --async-strategy=nvrx", True, "nvrx"),
+        ("--wandb-exp-name=--async-save", False, "nvrx"),
+    ],
+)
+def test_async_save_has_defaults_of_its_own(monkeypatch, flags, worker, strategy):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    args = parse(monkeypatch, f"--position-embedding-type rope {flags}")
+    settings_from_args(args)
+    assert (args.use_persistent_ckpt_worker, args.async_strategy) == (worker, strategy)
+
+
+def test_flags_given_by_hand_are_known_however_they_are_written(monkeypatch):
+    args = parse(monkeypatch, "--position-embedding-type=rope --swiglu --no-ksa --persistent-save-interval 3")
+    given = given_flags(args)
+    assert {name: given[name] for name in ("swiglu", "ksa", "save_interval", "position_embedding_type")} == {
+        "swiglu": "--swiglu", "ksa": "--no-ksa", "save_interval": "--persistent-save-interval",
+        "position_embedding_type": "--position-embedding-type",
+    }  # fmt: skip
+    assert "attention_dropout" not in given
+    forget_given(args)
+    assert given_flags(args) == {}
+
+
+def test_an_alias_is_refused_as_its_flag_is(monkeypatch):
+    args = parse(monkeypatch, "--ksa --position-embedding-type rope --disable-dsa-indexer-scoring-relu")
+    with pytest.raises(UsageError, match="--ksa does not go with --disable-dsa-indexer-scoring-relu: "):
+        check_flags(args, with_ksa=True)
+    check_flags(args, with_ksa=False)
 
 
 def test_pipeline_stages_exchange_text_and_summary_rows(monkeypatch):

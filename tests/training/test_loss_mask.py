@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.training import arguments as megatron_arguments
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
 from megatron_ksa.errors import UsageError
@@ -121,9 +120,8 @@ def test_training_learns_what_counts(tmp_path):
 
 def test_missing_mask_is_refused_before_anything_starts(tmp_path, monkeypatch):
     write_documents(tmp_path / "a", mask=False)
-    monkeypatch.setattr(megatron_arguments, "add_megatron_arguments", megatron_arguments.add_megatron_arguments)
     flags = [*FLAGS, "--data-path", str(tmp_path / "a"), "--response-loss-only"]
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags])
-    install_arguments(trainer_defaults())
-    with pytest.raises(UsageError, match="--response-loss-only: no dataset has a loss mask"):
+    no_mask = pytest.raises(UsageError, match="--response-loss-only: no dataset has a loss mask")
+    with install_arguments(trainer_defaults()), no_mask:
         read_command_line()

@@ -56,8 +56,10 @@ def start(monkeypatch, tmp_path, settings: RunSettings, stored: KSAConfig | None
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     args = argparse.Namespace(**saved)
     checkpoint = None if stored is None else StoredCheckpoint(tmp_path, iteration, args, RunSettings(stored, None))
-    monkeypatch.setattr(stages, "stored_start", lambda args: checkpoint)
-    flags = argparse.Namespace(load=str(tmp_path), finetune=finetune, rank=0, mock_data=False)
+    monkeypatch.setattr(stages, "checkpoint_to_load", lambda args: checkpoint)
+    flags = argparse.Namespace(
+        load=str(tmp_path), pretrained_checkpoint=None, finetune=finetune, rank=0, mock_data=False
+    )  # fmt: skip
     return stages.resolve_start(flags, settings)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core import utils
 
-from megatron_ksa.platform import optimizer_kernels
+from megatron_ksa.upstream import optimizer_kernels
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]

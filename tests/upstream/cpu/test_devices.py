@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_ksa.platform.devices import CPU, cpu_for_cuda
+from megatron_ksa.upstream.cpu.devices import CPU, cpu_for_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the platform is for machines without a GPU")
 

@@ -8,12 +8,15 @@ import os
 import resource
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_ksa.upstream.patches import Patch
 
 
 class CpuStream:
@@ -145,50 +148,59 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-_CALLS: dict[str, Any] = {
-    "Stream": CpuStream,
-    "Event": CpuEvent,
-    "current_stream": _current_stream,
-    "default_stream": _current_stream,
-    "stream": _stream_context,
-    "set_stream": _ignore,
-    "synchronize": _ignore,
-    "empty_cache": _ignore,
-    "set_device": _ignore,
-    "current_device": lambda: 0,
+# Name in torch.cuda: its signature in torch 2.14, and what takes its place.
+_CALLS: dict[str, tuple[str, Any]] = {
+    "Stream": ("(device=None, priority=0, **kwargs)", CpuStream),
+    "Event": ("(enable_timing=False, blocking=False, interprocess=False, external=False)", CpuEvent),
+    "current_stream": ("(device=None)", _current_stream),
+    "default_stream": ("(device=None)", _current_stream),
+    "stream": ("(stream)", _stream_context),
+    "set_stream": ("(stream)", _ignore),
+    "synchronize": ("(device=None)", _ignore),
+    "empty_cache": ("()", _ignore),
+    "set_device": ("(device)", _ignore),
+    "current_device": ("()", lambda: 0),
     # The trainer sets up model parallelism and random states only where it counts a device.
-    "device_count": lambda: 1,
-    "get_device_name": lambda device=None: "cpu",
-    "get_device_capability": lambda device=None: (0, 0),
-    "get_device_properties": _device_properties,
-    "is_current_stream_capturing": lambda: False,
-    "get_rng_state": _get_rng_state,
-    "set_rng_state": _set_rng_state,
-    "manual_seed": _manual_seed,
-    "manual_seed_all": _manual_seed,
-    "default_generators": (torch.default_generator,),
-    "memory_allocated": _resident_bytes,
-    "memory_reserved": _resident_bytes,
-    "max_memory_allocated": _peak_resident_bytes,
-    "max_memory_reserved": _peak_resident_bytes,
-    "device_memory_used": _resident_bytes,
-    "reset_peak_memory_stats": _ignore,
-    "memory_stats": _memory_stats,
-    "mem_get_info": _mem_get_info,
-    "FloatTensor": torch.FloatTensor,
-    "HalfTensor": torch.HalfTensor,
-    "BFloat16Tensor": torch.BFloat16Tensor,
+    "device_count": ("()", lambda: 1),
+    "get_device_name": ("(device=None)", lambda device=None: "cpu"),
+    "get_device_capability": ("(device=None)", lambda device=None: (0, 0)),
+    "get_device_properties": ("(device=None)", _device_properties),
+    "is_current_stream_capturing": ("()", lambda: False),
+    "get_rng_state": ("(device='cuda')", _get_rng_state),
+    "set_rng_state": ("(new_state, device='cuda')", _set_rng_state),
+    "manual_seed": ("(seed)", _manual_seed),
+    "manual_seed_all": ("(seed)", _manual_seed),
+    "default_generators": ("tuple", (torch.default_generator,)),
+    "memory_allocated": ("(device=None)", _resident_bytes),
+    "memory_reserved": ("(device=None)", _resident_bytes),
+    "max_memory_allocated": ("(device=None)", _peak_resident_bytes),
+    "max_memory_reserved": ("(device=None)", _peak_resident_bytes),
+    "device_memory_used": ("(device=None)", _resident_bytes),
+    "reset_peak_memory_stats": ("(device=None)", _ignore),
+    "memory_stats": ("(device=None)", _memory_stats),
+    "mem_get_info": ("(device=None)", _mem_get_info),
+    "FloatTensor": ("tensortype", torch.FloatTensor),
+    "HalfTensor": ("tensortype", torch.HalfTensor),
+    "BFloat16Tensor": ("tensortype", torch.BFloat16Tensor),
 }
 
 
-def install_cuda_calls() -> None:
-    """Put the stand-ins in the place of `torch.cuda`'s functions and classes. Not to be undone within a process."""
-    for name, call in _CALLS.items():
-        setattr(torch.cuda, name, call)
-    torch.cuda.random.get_rng_state = _get_rng_state
-    torch.cuda.random.set_rng_state = _set_rng_state
-    for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _ignore)
-    torch.cuda.nvtx.range = _nvtx_range
+def _instead(value: Any) -> Callable[[Any], Any]:
+    return lambda original: value
+
+
+WHY = "there is no GPU: work on the CPU is done when a call returns"
+PATCHES = (
+    *(
+        Patch(f"torch.cuda:{name}", _instead(value), why=WHY, expects=expects)
+        for name, (expects, value) in _CALLS.items()
+    ),
+    Patch("torch.cuda.random:get_rng_state", _instead(_get_rng_state), why=WHY, expects="(device='cuda')"),
+    Patch("torch.cuda.random:set_rng_state", _instead(_set_rng_state), why=WHY, expects="(new_state, device='cuda')"),
+    Patch("torch.cuda.nvtx:range_push", _instead(_ignore), why=WHY, expects="(msg)"),
+    Patch("torch.cuda.nvtx:range_pop", _instead(_ignore), why=WHY, expects="()"),
+    Patch("torch.cuda.nvtx:mark", _instead(_ignore), why=WHY, expects="(msg)"),
+    Patch("torch.cuda.nvtx:range", _instead(_nvtx_range), why=WHY, expects="(msg, *args, **kwargs)"),
     # Here and not in the function mode, since torch refuses a stand-in for a stream before it asks the mode.
-    Tensor.record_stream = _ignore
+    Patch("torch:Tensor.record_stream", _instead(_ignore), why=WHY, expects="method_descriptor"),
+)

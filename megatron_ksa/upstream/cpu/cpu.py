@@ -4,12 +4,15 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 
-from megatron_ksa.platform.cuda_calls import install_cuda_calls
-from megatron_ksa.platform.devices import CudaMeansCpu
+from megatron_ksa.upstream.cpu import cuda_calls, gloo
+from megatron_ksa.upstream.cpu.devices import CudaMeansCpu
+from megatron_ksa.upstream.patches import Patch, apply_for_good
 
 _MODE = CudaMeansCpu()
 _state = {"active": False}
@@ -33,8 +36,9 @@ def activate_cpu_platform() -> bool:
     _turn_off_dynamo()
     _silence_what_is_expected()
     # In this order: torch._dynamo, which Megatron imports, lists torch.cuda's own functions and wants each to be one.
-    _adapt_megatron()
-    install_cuda_calls()
+    apply_for_good((*PATCHES, *gloo.PATCHES))
+    apply_for_good(cuda_calls.PATCHES)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_not_about_one_generator)
     _MODE.__enter__()
     if os.environ.get("RANK", "0") == "0":
         threads = torch.get_num_threads()
@@ -60,24 +64,6 @@ def _silence_what_is_expected() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def _adapt_megatron() -> None:
-    """Change the places of Megatron that ask for CUDA itself, or for what only NCCL has."""
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import token_dispatcher
-    from megatron.training.initialize import initialize_megatron
-
-    from megatron_ksa.platform.gloo import install_uneven_collectives
-
-    install_uneven_collectives()
-    # torch would put the call off until CUDA is initialised.
-    random._lazy_call = lambda call, **kwargs: call()
-    logging.getLogger(random.__name__).addFilter(_is_not_about_one_generator)
-    # It hands on what is not on a GPU as it is, but sizes of an exchange of experts' tokens cannot be tensors.
-    token_dispatcher.maybe_move_tensor_to_cpu = _on_cpu
-    # The trainer calls it without arguments; `allow_no_cuda`, its first parameter, becomes True.
-    initialize_megatron.__defaults__ = (True, *initialize_megatron.__defaults__[1:])
-
-
 def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
@@ -85,3 +71,36 @@ def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) ->
 def _is_not_about_one_generator(record: logging.LogRecord) -> bool:
     # CPU and "GPU" random state are one generator here, so a fork of the latter moves the former.
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def _allow_no_cuda(initialize_megatron: Callable) -> Callable:
+    @wraps(initialize_megatron)
+    def initialize(*args: Any, **options: Any) -> Any:
+        return initialize_megatron(True, *args[1:], **options)
+
+    return initialize
+
+
+# The places of Megatron that ask for CUDA themselves.
+PATCHES = (
+    Patch(
+        "megatron.core.tensor_parallel.random:_lazy_call",
+        lambda original: lambda call, **options: call(),
+        why="torch puts the call off until CUDA is initialised",
+        expects="(callable, **kwargs)",
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        lambda original: _on_cpu,
+        why="it hands on what is not on a GPU as it is, but sizes of an exchange of experts' tokens cannot be tensors",
+        expects="(tensor, as_numpy=False, record_stream=False)",
+    ),
+    Patch(
+        "megatron.training.training:initialize_megatron",
+        _allow_no_cuda,
+        why="the trainer does not pass allow_no_cuda, its first parameter",
+        expects="(allow_no_cuda=False, skip_mpu_initialization=False, get_embedding_ranks=None, "
+        "get_position_embedding_ranks=None, store=None, skip_model_parallel_init=False, seed_pp_group=None, "
+        "seed_dp_group=None, seed_tp_group=None, seed_ep_group=None, seed_etp_group=None, skip_random_seed=False)",
+    ),
+)

@@ -3,13 +3,18 @@
 import pytest
 from megatron.training import checkpointing
 
-from megatron_ksa.checkpoint.tracker import install_tracker_replacement
+from megatron_ksa.upstream import tracker as tracker_file
+from megatron_ksa.upstream.patches import apply
 
 
-def test_a_tracker_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def whole_files():
+    with apply(tracker_file.PATCHES):
+        yield
+
+
+def test_a_tracker_is_the_old_or_the_new_one(tmp_path):
     """It was empty between Megatron's open and close, and a run killed there did not resume."""
-    monkeypatch.setattr(checkpointing, "maybe_msc", checkpointing.maybe_msc)
-    install_tracker_replacement()
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("10")
     with checkpointing.maybe_msc.open(str(tracker), "w") as file:

@@ -6,11 +6,15 @@ each of these: a fused Adam (28 bytes of memory traffic a parameter instead of a
 `_foreach_mul_` and `_foreach_copy_`.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from megatron.core import utils
-from megatron.core.optimizer import clip_grads, optimizer
-from megatron.training import training
+from megatron.core.optimizer import clip_grads
 from torch import Tensor
+
+from megatron_ksa.upstream.patches import Patch
 
 
 def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool) -> tuple:
@@ -28,30 +32,6 @@ def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], 
         torch._foreach_copy_(target, source)
     if factor != 1.0:
         torch._foreach_mul_(target, factor)
-
-
-def install_optimizer_kernels() -> bool:
-    """Make the trainer use them; may be called repeatedly.
-
-    Returns:
-        Whether they are in use; False where a fused optimizer is installed, which Megatron takes by itself.
-    """
-    if clip_grads.l2_norm_impl not in (utils.local_multi_tensor_l2_norm, l2_norm):
-        return False
-    if clip_grads.l2_norm_impl is l2_norm:
-        return True
-    clip_grads.l2_norm_impl = l2_norm
-    clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = scale
-    build = training.get_megatron_optimizer
-
-    def get_megatron_optimizer(*args, **kwargs):
-        built = build(*args, **kwargs)
-        for part in getattr(built, "chained_optimizers", [built]):
-            fuse(getattr(part, "optimizer", None))
-        return built
-
-    training.get_megatron_optimizer = get_megatron_optimizer
-    return True
 
 
 def fuse(adam: torch.optim.Optimizer | None) -> None:
@@ -75,3 +55,50 @@ def _choose_kernel(adam: torch.optim.Optimizer) -> None:
             state = adam.state.get(parameter, {})
             if "step" in state:
                 state["step"] = state["step"].to(parameter.device if on_gpu else "cpu")
+
+
+def _fused(build: Callable) -> Callable:
+    """Megatron's `get_megatron_optimizer`, with torch's fused Adam."""
+
+    @wraps(build)
+    def get_megatron_optimizer(*args, **kwargs):
+        built = build(*args, **kwargs)
+        for part in getattr(built, "chained_optimizers", [built]):
+            fuse(getattr(part, "optimizer", None))
+        return built
+
+    return get_megatron_optimizer
+
+
+PATCHES = (
+    Patch(
+        "megatron.core.optimizer.clip_grads:l2_norm_impl",
+        lambda original: l2_norm,
+        why="the gradient norm waits for the device once a parameter",
+        expects="(chunk_size, noop_flag, tensor_lists, per_tensor, *args)",
+    ),
+    Patch(
+        "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
+        lambda original: scale,
+        why="clipping goes through a temporary a tensor",
+        expects="(chunk_size, noop_flag, tensor_lists, scale)",
+    ),
+    Patch(
+        "megatron.core.optimizer.optimizer:multi_tensor_scale_impl",
+        lambda original: scale,
+        why="copies between 16-bit and float32 parameters go through a temporary a tensor",
+        expects="(chunk_size, noop_flag, tensor_lists, scale)",
+    ),
+    Patch(
+        "megatron.training.training:get_megatron_optimizer",
+        _fused,
+        why="torch's Adam steps tensor list after tensor list with temporaries",
+        expects="(config, model_chunks, config_overrides=None, use_gloo_process_groups=True, pg_collection=None, "
+        "dump_param_to_param_group_map=None)",
+    ),
+)
+
+
+def patches() -> tuple[Patch, ...]:
+    """Those that make the trainer use torch's kernels; none where a fused optimizer is installed."""
+    return PATCHES if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm else ()

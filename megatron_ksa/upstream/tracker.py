@@ -10,12 +10,8 @@ from contextlib import contextmanager
 from typing import IO
 
 from megatron.core.msc_utils import MaybeMultiStorageClient
-from megatron.training import checkpointing
 
-
-def install_tracker_replacement() -> None:
-    """Let text files that Megatron's checkpointing writes get their names when they are whole."""
-    checkpointing.maybe_msc = _WholeFiles()
+from megatron_ksa.upstream.patches import Patch
 
 
 class _WholeFiles(MaybeMultiStorageClient):
@@ -37,3 +33,13 @@ def _replace(path: str) -> Iterator[IO[str]]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+PATCHES = (
+    Patch(
+        "megatron.training.checkpointing:maybe_msc",
+        lambda original: _WholeFiles(),
+        why="the tracker file is truncated before it is written, and a rank killed between the two does not resume",
+        expects="MaybeMultiStorageClient",
+    ),
+)

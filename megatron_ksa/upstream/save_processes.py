@@ -5,24 +5,18 @@ helpers have no handler and die of it, and the rank's save fails with them. A sy
 threads have written is told within the process.
 """
 
-import argparse
 import multiprocessing
 import os
 import queue
 import signal
 import threading
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from multiprocessing.managers import SyncManager
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-
-def install_save_helpers(args: argparse.Namespace) -> None:
-    """Let saves use the queue and the worker of this module; after Megatron's validation."""
-    results = _queue_of_processes if args.async_save else _queue_of_threads
-    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results()
-    PersistentAsyncCaller.async_loop = staticmethod(_write_saves)
+from megatron_ksa.upstream.patches import Patch
 
 
 @cache
@@ -65,3 +59,37 @@ def _rank_asked() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
         pass
     os._exit(0)
+
+
+def _own_queue(original: Callable, async_save: bool) -> Callable:
+    results = _queue_of_processes if async_save else _queue_of_threads
+
+    @wraps(original)
+    def get_write_results_queue(mp_mode: str = "spawn") -> queue.Queue:
+        return results()
+
+    return get_write_results_queue
+
+
+PATCHES = (
+    # Takes whether saves are asynchronous, after Megatron's validation.
+    Patch(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
+        _own_queue,
+        why="the process that queues the results of saves dies of a SIGTERM to the job, and outlives a killed rank",
+        expects="(mp_mode='spawn')",
+    ),
+    # Not a wrapper: it is handed to another process, which imports it by its name.
+    Patch(
+        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
+        lambda original: _write_saves,
+        why="the process that writes asynchronous saves dies of a SIGTERM to the job, and outlives a killed rank",
+        expects="(rank, queue, preload_q, comp_q, log_level=20, cpu_priority=10, io_priority=None)",
+    ),
+)
+
+
+def patches(async_save: bool) -> tuple[Patch, ...]:
+    """The queue and the worker of saves."""
+    results, worker = PATCHES
+    return results.given(async_save), worker

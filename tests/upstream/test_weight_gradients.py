@@ -8,7 +8,8 @@ import pytest
 import torch
 from compare import assert_close
 
-from megatron_ksa.platform import weight_gradients
+from megatron_ksa.kernels.weight_gradient import add_product
+from megatron_ksa.upstream import weight_gradients
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -21,7 +22,7 @@ def test_the_product_is_added_to_what_is_there(device, dtype, total_dtype):
     # A slice of a larger buffer, as Megatron's gradient buffers have it.
     total = torch.randn(3 * 24, 16, generator=generator).to(device, total_dtype)[24:48]
     expected = total.double() + d_out.flatten(0, 1).double().t() @ rows.flatten(0, 1).double()
-    weight_gradients.add_product(rows, d_out, total)
+    add_product(rows, d_out, total)
     assert total.is_contiguous()
     assert_close("total", total.to(dtype), expected)
 
@@ -29,7 +30,10 @@ def test_the_product_is_added_to_what_is_there(device, dtype, total_dtype):
 def test_megatron_finds_the_stand_in_where_apex_is_missing():
     if importlib.util.find_spec(weight_gradients.NAME) is not None:
         pytest.skip("apex's module is installed")
-    install = "from megatron_ksa.platform.weight_gradients import *; assert install_weight_gradients();"
+    install = (
+        "from megatron_ksa.upstream.patches import apply; from megatron_ksa.upstream.weight_gradients import *;"
+        "assert patches(); apply(patches());"
+    )
     megatron = "from megatron.core.tensor_parallel import layers;"
     found = (
         "assert layers._grad_accum_fusion_available;"
@@ -42,5 +46,4 @@ def test_megatron_finds_the_stand_in_where_apex_is_missing():
 def test_an_installed_module_is_left_alone(monkeypatch):
     installed = type(sys)(weight_gradients.NAME)
     monkeypatch.setitem(sys.modules, weight_gradients.NAME, installed)
-    assert not weight_gradients.install_weight_gradients()
-    assert sys.modules[weight_gradients.NAME] is installed
+    assert weight_gradients.patches() == ()

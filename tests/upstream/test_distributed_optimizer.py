@@ -6,23 +6,22 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from single_process import build_model, process_groups, random_tokens, transformer_config
 
-from megatron_ksa.checkpoint.distributed_optimizer import install_resume_fix
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.upstream import distributed_optimizer
+from megatron_ksa.upstream.patches import apply
 
-PATCHED = ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")
 KSA = KSAConfig(enabled=True, chunk_size=4, window_chunks="1", layer_pattern="k")
 
 
 @pytest.fixture
 def resume_fix(monkeypatch):
     """The fix for the length of one test."""
-    for name in PATCHED:
-        monkeypatch.setattr(DistributedOptimizer, name, getattr(DistributedOptimizer, name))
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", False)
-    assert install_resume_fix()
+    assert distributed_optimizer.patches()
+    with apply(distributed_optimizer.patches()):
+        yield
 
 
 class Run:
@@ -111,6 +110,4 @@ def test_state_before_the_first_step_can_be_saved_and_loaded(resume_fix):
 
 def test_fix_leaves_fused_adams_alone(monkeypatch):
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    before = [getattr(DistributedOptimizer, name) for name in PATCHED]
-    assert not install_resume_fix()
-    assert [getattr(DistributedOptimizer, name) for name in PATCHED] == before
+    assert distributed_optimizer.patches() == ()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_ksa.checkpoint.helpers import serve_one_rank
+from megatron_ksa.upstream.save_processes import serve_one_rank
 
 
 def serve(ready) -> None:

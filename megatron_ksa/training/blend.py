@@ -1,0 +1,133 @@
+"""The datasets that the data flags name, with their weights: checked before Megatron's assertions meet them."""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator
+
+from megatron_ksa.errors import UsageError
+
+Blend = tuple[list[str], list[float] | None]
+SPLITS = ("train", "valid", "test")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def check_split(split: str | None) -> None:
+    """Check `--split`; Megatron takes whatever digits it finds in the text.
+
+    Raises:
+        UsageError: anything else than one to three numbers, none below 0 and one above.
+    """
+    if split is None:
+        return
+    parts = [part.strip() for part in split.split(",")]
+    numbers = [float(part) for part in parts if NUMBER.fullmatch(part)]
+    if len(numbers) != len(parts) or len(parts) > len(SPLITS) or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
+        raise UsageError(
+            f"--split {split}: give up to three numbers of 0 or more for training, validation and test, at least one "
+            f"above 0, such as 969,30,1"
+        )
+
+
+def blends_from_args(args: argparse.Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
+    """One blend for all splits, and one for each split, as `GPTDatasetConfig` takes them; None what is not given.
+
+    Raises:
+        UsageError: a file that is missing or cannot be read, a weight that is no number above 0, or two sources.
+    """
+    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    sources = {
+        "--mock-data": args.mock_data,
+        "--data-path": args.data_path is not None,
+        "--data-args-path": args.data_args_path is not None,
+        "--train-data-path, --valid-data-path and --test-data-path": any(words is not None for words in per_split),
+        "--per-split-data-args-path": args.per_split_data_args_path is not None,
+    }
+    used = [flag for flag, given in sources.items() if given]
+    if len(used) > 1:
+        raise UsageError(f"the data comes from {' and from '.join(used)}: give one of them")
+    if args.data_path is not None:
+        return _blend("--data-path", args.data_path), None
+    if args.data_args_path is not None:
+        return _from_file(args.data_args_path), None
+    if args.per_split_data_args_path is not None:
+        return None, _from_json(args.per_split_data_args_path)
+    if any(words is not None for words in per_split):
+        flags = (f"--{split}-data-path" for split in SPLITS)
+        return None, [_blend(flag, words) for flag, words in zip(flags, per_split, strict=True)]
+    return None, None
+
+
+def dataset_prefixes(args: argparse.Namespace) -> list[str]:
+    """Paths, without `.bin` and `.idx`, of every dataset that the data flags name.
+
+    Raises:
+        UsageError: as `blends_from_args`.
+    """
+    blend, per_split = blends_from_args(args)
+    return [prefix for named in (blend, *(per_split or [])) if named is not None for prefix in named[0]]
+
+
+def _read(flag: str, path: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _from_file(path: str) -> Blend:
+    """A blend file: weights and prefixes, over any lines; `#` starts a comment."""
+    words = [
+        (word, f"{path}, line {number}")
+        for number, line in enumerate(_read("--data-args-path", path).splitlines(), 1)
+        for word in re.split(r"(?:^|\s)#", line, maxsplit=1)[0].split()
+    ]
+    return _pairs(f"--data-args-path {path}", words)
+
+
+def _from_json(path: str) -> list[Blend | None]:
+    flag = f"--per-split-data-args-path {path}"
+    try:
+        found = json.loads(_read("--per-split-data-args-path", path))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{flag} is no JSON: {error}") from None
+    if not isinstance(found, dict) or (missing := [split for split in SPLITS if split not in found]):
+        named = ", ".join(missing) if isinstance(found, dict) else "train, valid, test"
+        raise UsageError(f"{flag} lacks {named}: it is an object of three lists, each of weights and prefixes or null")
+    return [_blend(f"{flag}, {split}", _words(flag, split, found[split])) for split in SPLITS]
+
+
+def _words(flag: str, split: str, value: object) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return value.split()
+    if isinstance(value, list) and all(isinstance(word, str | int | float) for word in value):
+        return [str(word) for word in value]
+    raise UsageError(f"{flag}, {split}: a list or a text of weights and prefixes is needed, not {value!r}")
+
+
+def _blend(flag: str, words: list[str] | None) -> Blend | None:
+    return None if words is None else _pairs(flag, [(word, f"{flag}, word {i}") for i, word in enumerate(words, 1)])
+
+
+def _pairs(flag: str, words: list[tuple[str, str]]) -> Blend:
+    """Prefixes alone, or a weight before each; the rule is Megatron's, the errors name the place."""
+    if not words:
+        raise UsageError(f"{flag} names no dataset: give prefixes, or a weight before each of them")
+    weighted = len(words) % 2 == 0 and any(NUMBER.fullmatch(word) for word, _ in words[::2])
+    if not weighted:
+        for word, place in words if len(words) > 1 else ():
+            if NUMBER.fullmatch(word):
+                raise UsageError(f"{place}: {word} stands alone: give every dataset a weight, or none of them")
+        return [word for word, _ in words], None
+    return [word for word, _ in words[1::2]], list(_weights(words[::2]))
+
+
+def _weights(words: list[tuple[str, str]]) -> Iterator[float]:
+    for word, place in words:
+        if not NUMBER.fullmatch(word) or not 0 < float(word) < math.inf:
+            raise UsageError(f"{place}: the weight is {word}: a number above 0 is needed; leave out what is not used")
+        yield float(word)

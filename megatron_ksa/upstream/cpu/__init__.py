@@ -1,0 +1,1 @@
+"""A machine without a GPU: `cuda` stands for the CPU, gloo for NCCL."""

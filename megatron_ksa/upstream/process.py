@@ -1,0 +1,42 @@
+"""The replacements that every process which uses Megatron needs on this machine, whatever its model."""
+
+import importlib
+import os
+import pkgutil
+from importlib.metadata import version
+
+import torch
+
+from megatron_ksa import upstream
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
+from megatron_ksa.upstream.patches import Patch, apply_for_good
+
+WRITTEN_FOR = "0.19.2"
+
+
+def prepare_process(fsdp2: bool) -> None:
+    """Put them in place; may be called repeatedly. Call it before Megatron is imported.
+
+    Args:
+        fsdp2: torch's FSDP is asked for, with which Megatron refuses gradient accumulation fusion.
+
+    Raises:
+        UsageError: a target that is not what its replacement was written for.
+    """
+    activate_cpu_platform()
+    # These import Megatron, which must come after the CPU platform.
+    from megatron_ksa.upstream import dataset_helpers, distributed_optimizer, optimizer_kernels, weight_gradients
+
+    gradients = weight_gradients.patches() if torch.cuda.is_available() and not fsdp2 else ()
+    used = [*gradients, *dataset_helpers.PATCHES, *distributed_optimizer.patches(), *optimizer_kernels.patches()]
+    apply_for_good(used)
+    installed = version("megatron-core")
+    if installed != WRITTEN_FOR and used and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(patch.target.partition(":")[2] for patch in used)
+        print(f"megatron-core {installed}, not {WRITTEN_FOR}: replaced, with fitting signatures: {names}", flush=True)
+
+
+def declared() -> list[Patch]:
+    """Every replacement that a module of this folder declares; imports Megatron."""
+    names = [module.name for module in pkgutil.walk_packages(upstream.__path__, f"{upstream.__name__}.")]
+    return [patch for name in names for patch in getattr(importlib.import_module(name), "PATCHES", ())]

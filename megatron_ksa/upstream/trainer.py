@@ -1,0 +1,44 @@
+"""Calls of Megatron's trainer that this project goes around: `pretrain` has no callbacks for them."""
+
+from functools import wraps
+
+from megatron_ksa.upstream.patches import Patch
+
+# Takes a wrapper, as those below: called with Megatron's function, it returns what the trainer calls instead.
+LOAD_CHECKPOINT = Patch(
+    "megatron.training.training:load_checkpoint",
+    lambda original, wrap: wrap(original),
+    why="a dense checkpoint starts a KSA model, and norms have two names",
+    expects="(ddp_model, optimizer, opt_param_scheduler, load_arg='load', strict=True, checkpointing_context=None, "
+    "skip_load_to_model_and_opt=False, tp_group=None, pp_group=None, dp_cp_group=None, dp_group=None, "
+    "expt_dp_group=None, rng_state_key_prefix='')",
+)
+# Takes what is done to the state of Megatron's own GPT model, {name: sharded tensor}, when a checkpoint is read.
+SHARDED_STATE = Patch(
+    "megatron.core.models.gpt.gpt_model:GPTModel.sharded_state_dict",
+    lambda original, adapt: wraps(original)(lambda *args, **options: adapt(original(*args, **options))),
+    why="a checkpoint has other names for what the model asks for",
+    expects="(self, prefix='', sharded_offsets=tuple, metadata=None)",
+)
+TRAIN_STEP = Patch(
+    "megatron.training.training:train_step",
+    lambda original, wrap: wrap(original),
+    why="iterations are measured",
+    expects="(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, forward_backward_func, "
+    "iteration=None, pg_collection=None, p2p_communicator=None)",
+)
+TRAINING_LOG = Patch(
+    "megatron.training.training:training_log",
+    lambda original, wrap: wrap(original),
+    why="losses and gradient norms are recorded at full precision",
+    expects="(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, "
+    "grad_norm, params_norm, num_zeros_in_grad, max_attention_logit, pg_collection=None, is_first_iteration=False, "
+    "seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None)",
+)
+OPTIMIZER_STEP = Patch(
+    "megatron.core.optimizer.optimizer:ChainedOptimizer.step",
+    lambda original, wrap: wrap(original),
+    why="the optimizer's part of an iteration is measured",
+    expects="(self)",
+)
+PATCHES = (LOAD_CHECKPOINT, SHARDED_STATE, TRAIN_STEP, TRAINING_LOG, OPTIMIZER_STEP)
