@@ -19,6 +19,7 @@ from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.kernels.dispatch import force_reference
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
+from megatron_ksa.model.prepare import prepare_config
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 from megatron_ksa.training.datasets import dataset_prefixes
 from megatron_ksa.training.loss_mask import masked_prefixes
@@ -62,6 +63,14 @@ def configure(args: argparse.Namespace, settings: RunSettings) -> PretrainConfig
     model = model_config_from_args(args, settings.ksa, settings.bases)
     model.reset_documents = args.reset_position_ids
     model.train, model.distill = settings.train, settings.distill
+    prepare_config(
+        model.transformer,
+        settings.ksa,
+        args.seq_length,
+        bases=settings.bases,
+        decoder_seq_length=args.decoder_seq_length,
+        distils=settings.distill.enabled,
+    )
     install_flops(settings)
     if args.rank == 0:
         print(run_report(args, settings), flush=True)
