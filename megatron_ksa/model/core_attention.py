@@ -1,6 +1,6 @@
-"""Core attention of KSA, window and full layers: Megatron's `[rows, batch, heads, head_dim]` in, visibility decided here.
+"""Core attention of KSA, window and full layers: what each query sees, for rows [rows, batch, heads, head_dim].
 
-Both take Megatron's `attention_mask` argument as `document_start` (int32 [batch, n], see
+All take Megatron's `attention_mask` argument as `document_start` (int32 [batch, n], see
 `megatron_ksa.layout.rows.document_starts`) or None: the argument is the one tensor that Megatron hands through
 pipeline stages and activation recompute to every layer, and text-by-text masks are never needed here.
 """

@@ -180,8 +180,8 @@ class KSAGPTModel(GPTModel):
         documents = self._document_start
         if documents is not None and documents.shape != (rows.shape[1], length):
             raise UsageError(
-                f"documents are told for {documents.shape[0]} x {documents.shape[1]} tokens (batch x length), the model "
-                f"was given {rows.shape[1]} x {length}"
+                f"documents are told for {documents.shape[0]} x {documents.shape[1]} tokens (batch x length), the "
+                f"model was given {rows.shape[1]} x {length}"
             )
         return length
 

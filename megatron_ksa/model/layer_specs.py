@@ -48,8 +48,8 @@ def _layer_spec(
     """Megatron's layer `base` with the attention of `layer`."""
     backend, norm = _backend(config), _norm(config)
     heads = {"q_layernorm": norm, "k_layernorm": norm} if config.qk_layernorm else {}
-    # The input norm stands apart from the projections, which Transformer Engine would fuse it with; checkpoints have one
-    # name for it whatever the layers are made of.
+    # The input norm stands apart from the projections, which Transformer Engine would fuse it with; checkpoints have
+    # one name for it whatever the layers are made of.
     names = base.submodules.sharded_state_dict_keys_map | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     submodules = dataclasses.replace(base.submodules, input_layernorm=norm, sharded_state_dict_keys_map=names)
     if not uses_transformer_engine(config):

@@ -1,4 +1,4 @@
-"""What KSA and HARPE refuse or set in a model's configuration: one list for the trainer's flags and for library users."""
+"""What KSA and HARPE refuse or set in a configuration: one list for the trainer's flags and for library users."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -174,6 +174,10 @@ def check_settings(
         )
     if position_embedding_type == "harpe" and not bases:
         raise UsageError(f"{name('position_embedding_type', 'harpe')} needs the bases, one for each KV group")
+    if bases and len(bases) != config.num_query_groups:
+        raise UsageError(
+            f"HARPE has {len(bases)} bases, the model has {config.num_query_groups} KV groups: give one base a group"
+        )
     if config.context_parallel_size > 1:
         _check_context_parallel(config, feature, name)
     _check_cuda_graphs(config, ksa, name)
@@ -203,7 +207,7 @@ def _refused_machinery(config: Any, name: Callable[..., str]) -> Refusals:
     """Precision, further heads, schedules and CUDA graphs: as `_refused_attention`."""
     graphs = config.cuda_graph_impl
     unchecked = f"its attention and summary projections are not checked in {{}}; use {name('bf16')}"
-    yield bool(config.mtp_num_layers), name("mtp_num_layers"), "multi-token prediction layers are not supported; drop it"
+    yield bool(config.mtp_num_layers), name("mtp_num_layers"), "multi-token prediction is not supported; drop it"
     yield bool(config.fp8), name("fp8"), unchecked.format("FP8")
     yield bool(config.fp4), name("fp4"), unchecked.format("FP4")
     yield config.overlap_moe_expert_parallel_comm, name("overlap_moe_expert_parallel_comm"), (
@@ -238,7 +242,8 @@ def _check_context_parallel(config: Any, feature: str, name: Callable[..., str])
     for kind in kinds:
         if kind not in (None, *CP_COMM_TYPES):
             raise UsageError(
-                f"{feature} does not go with {name('cp_comm_type', kind)}: use p2p (halos and gathered summaries) or a2a"
+                f"{feature} does not go with {name('cp_comm_type', kind)}: use p2p (halos and gathered summaries) "
+                "or a2a"
             )
     if "a2a" not in kinds:
         return

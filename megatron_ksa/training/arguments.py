@@ -130,7 +130,9 @@ def _check(args: argparse.Namespace, settings: RunSettings) -> None:
         missing = "--reset-attention-mask" if args.reset_position_ids else "--reset-position-ids"
         raise UsageError(f"{feature} resets documents with both flags or neither: {missing} is missing")
     if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
-        raise UsageError("--cuda-graph-impl full_iteration cannot look at the loss: add --no-check-for-nan-in-loss-and-grad")
+        raise UsageError(
+            "--cuda-graph-impl full_iteration cannot look at the loss: add --no-check-for-nan-in-loss-and-grad"
+        )
     config = _as_config(args)
     check_settings(
         config,
