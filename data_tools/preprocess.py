@@ -71,7 +71,8 @@ def document_text(document: RawDocument, json_key: str) -> str:
     return record[json_key]
 
 
-_tokenizer: Tokenizer | None = None
+# A worker process's own, from `_start_worker` on.
+_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer_model: str) -> None:

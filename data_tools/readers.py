@@ -4,7 +4,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -92,7 +92,7 @@ def input_files(inputs: list[str], pattern: str) -> list[Path]:
     return files
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _decompressed(path: Path, raw: IO[bytes]) -> Iterable[bytes]:
     if path.suffix == ".gz":
         return gzip.open(raw)
     if path.suffix == ".zst":

@@ -73,13 +73,15 @@ class KSAConfig:
                 raise UsageError(f"--ksa-{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
         if (self.anneal_start is None) != (self.anneal_end is None):
             raise UsageError("--ksa-anneal-start and --ksa-anneal-end go together: one of them is missing")
-        if self.anneal_start is not None and not 0 <= self.anneal_start < self.anneal_end:
+        if self.initial_coefficient is not None and not 0 <= self.initial_coefficient <= 1:
+            raise UsageError(f"--ksa-initial-coefficient is {self.initial_coefficient:g}: it must lie in [0, 1]")
+        if self.anneal_start is None or self.anneal_end is None:
+            return
+        if not 0 <= self.anneal_start < self.anneal_end:
             raise UsageError(
                 f"--ksa-anneal-start {self.anneal_start} must be at least 0 and below --ksa-anneal-end {self.anneal_end}"
             )
-        if self.initial_coefficient is not None and not 0 <= self.initial_coefficient <= 1:
-            raise UsageError(f"--ksa-initial-coefficient is {self.initial_coefficient:g}: it must lie in [0, 1]")
-        if self.anneal_start is not None and not self.independent_projections:
+        if not self.independent_projections:
             raise UsageError("--ksa-anneal-start needs the summary projections: drop --no-ksa-independent-projections")
 
     def layers(self, num_layers: int, seq_length: int) -> tuple[KSALayer, ...]:
@@ -130,7 +132,7 @@ class KSAConfig:
         `initial_coefficient` (1 where unset) up to anneal_start, then linear to 0 at anneal_end.
         """
         initial = 1.0 if self.initial_coefficient is None else self.initial_coefficient
-        if self.anneal_start is None:
+        if self.anneal_start is None or self.anneal_end is None:
             return initial
         done = (iteration - self.anneal_start) / (self.anneal_end - self.anneal_start)
         return initial * (1.0 - min(max(done, 0.0), 1.0))
