@@ -112,8 +112,8 @@ def ancestors(parent: np.ndarray) -> csr_array:
         above = parent[columns[-1]]
         rows.append(rows[-1][above >= 0])
         columns.append(above[above >= 0])
-    rows, columns = np.concatenate(rows), np.concatenate(columns)
-    return csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(parent), len(parent)))
+    places = np.concatenate(rows), np.concatenate(columns)
+    return csr_array((np.ones(len(places[0])), places), shape=(len(parent), len(parent)))
 
 
 def ground(shares: csr_array, strength: np.ndarray, parent: np.ndarray) -> csr_array:
