@@ -6,7 +6,9 @@ import sys
 try:
     from megatron_ksa.data_tools.preprocess import PreprocessSettings, preprocess
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.data_tools.readers import input_files
 from megatron_ksa.data_tools.tokenizers import load_tokenizer

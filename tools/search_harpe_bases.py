@@ -15,7 +15,9 @@ import numpy as np
 try:
     from megatron_ksa.config.harpe import PRESETS, HarpeConfig
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.rotary import base_search

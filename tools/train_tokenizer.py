@@ -10,7 +10,9 @@ from pathlib import Path
 try:
     from megatron_ksa.data_tools.preprocess import document_text
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.data_tools.readers import BadDocument, input_files, read_documents
 from megatron_ksa.data_tools.tokenizers import load_tokenizer, train_sentencepiece, write_byte_level

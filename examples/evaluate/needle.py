@@ -8,7 +8,9 @@ from pathlib import Path
 try:
     from megatron_ksa.data_tools.tokenizers import load_tokenizer
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from common import add_model_arguments, lengths, load, read_text, write_json
 from tqdm import tqdm

@@ -9,7 +9,9 @@ import numpy as np
 try:
     from megatron_ksa.data_tools.tokenizers import load_tokenizer
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from pathlib import Path
 

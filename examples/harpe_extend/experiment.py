@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from report import write_report
 

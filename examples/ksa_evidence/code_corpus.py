@@ -19,7 +19,9 @@ from pathlib import Path
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 from megatron_ksa.evaluation.token_language import VOCABULARY

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 try:
     from megatron_ksa.config.ksa import KSAConfig
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from report import write_report
 
