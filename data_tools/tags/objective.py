@@ -1,4 +1,4 @@
-"""Tree information as a sum of concave functions of masses (SPEC-TAGS 4 and 5).
+"""Tree information as a sum of concave functions of masses (docs/tags.md, 4 and 5).
 
 I(S) = sum_v w(depth v) * phi(sum_{i in S} a[i, v]) with a[i, v] = s_i/|T_i| * #{t in T_i : v on the path root..t}.
 Every term is concave and rising in a sum of nonnegative masses, so I is monotone and submodular.
