@@ -1,6 +1,6 @@
 """Throughput of the KSA report's 1.9B model on one GPU: KSA against the same model with full attention.
 
-    python examples/throughput_1b9/run.py --report README.md
+    python examples/throughput_1b9/run.py --report docs/results.md
     python examples/throughput_1b9/run.py --models ksa summary distil --lengths 8192 32768 --out distil.json
 
 Each length and model trains a few iterations through `pretrain_gpt.py` in a process of its own, on generated tokens,
