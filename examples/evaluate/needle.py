@@ -50,7 +50,8 @@ def make_language(args: argparse.Namespace, vocab_size: int):
 
         if vocab_size < VOCABULARY:
             raise UsageError(
-                f"the language of token ids has {VOCABULARY} of them, the model knows {vocab_size}: give --tokenizer-model "
+                f"the language of token ids has {VOCABULARY} of them, the model knows {vocab_size}: give "
+                "--tokenizer-model "
                 "and --haystack"
             )
         return TokenLanguage()

@@ -1,10 +1,11 @@
-"""Do summaries pay? Small models from scratch and from a dense one, equal tokens, three seeds (README.md beside this file).
+"""Do summaries pay? Small models from scratch and from a dense one, equal tokens, three seeds (see README.md here).
 
-Part `scratch` trains full attention, 3:1 hybrids of window or KSA layers with full ones, and pure window and KSA models on
-the needle-rich language of token ids, and on real code where there is some. Part `dense` takes each seed's full model
-further: trained on, with window layers, with KSA at once, and with KSA by the report's stages (distil, anneal), then all
-of them at twice the length. Every model is scored on needles by distance, on perplexity by context length, and on the
-share of attention that falls on summaries. Everything runs with the tools that users have; what is done is not done again.
+Part `scratch` trains full attention, 3:1 hybrids of window or KSA layers with full ones, and pure window and KSA models
+on the needle-rich language of token ids, and on real code where there is some. Part `dense` takes each seed's full
+model further: trained on, with window layers, with KSA at once, and with KSA by the report's stages (distil, anneal),
+then all of them at twice the length. Every model is scored on needles by distance, on perplexity by context length, and
+on the share of attention that falls on summaries. Everything runs with the tools that users have; what is done is not
+done again.
 """
 
 import argparse
@@ -113,7 +114,8 @@ def dense_stages(args: argparse.Namespace) -> list[Stage]:
     for arm, layers in DENSE.items():
         first, flags = dense, ()
         if arm == DISTILLED:
-            first = Stage("dense", arm, "distil", layers, distil, args.dense_lr, dense, ("--ksa-distill", "--ksa-train", "summary"))
+            flags = ("--ksa-distill", "--ksa-train", "summary")
+            first = Stage("dense", arm, "distil", layers, distil, args.dense_lr, dense, flags)
             stages.append(first)
             rest = steps - distil
             # The coefficient is 0 for the last quarter: what is scored needs no summary projections.
@@ -121,7 +123,8 @@ def dense_stages(args: argparse.Namespace) -> list[Stage]:
         else:
             rest = steps
         trained = Stage("dense", arm, "trained", layers, rest, args.dense_lr, first, flags)
-        stages += [trained, Stage("dense", arm, "extended", layers, args.extend_steps, args.dense_lr, trained, length=2)]
+        extended = Stage("dense", arm, "extended", layers, args.extend_steps, args.dense_lr, trained, length=2)
+        stages += [trained, extended]
     return stages
 
 
@@ -255,7 +258,8 @@ def main() -> None:
         args = parse_arguments()
         if args.layers % 4:
             raise UsageError(f"--layers {args.layers}: a multiple of 4, for 3:1 hybrids")
-        for name in ("seeds", "layers", "heads", "steps", "dense_steps", "distil_steps", "extend_steps", "cases", "jobs"):
+        steps = ("steps", "dense_steps", "distil_steps", "extend_steps")
+        for name in ("seeds", "layers", "heads", *steps, "cases", "jobs"):
             if getattr(args, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
         if args.distil_steps >= args.dense_steps:

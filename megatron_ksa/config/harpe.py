@@ -76,7 +76,8 @@ def _read_bases(text: str) -> list:
         content = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--harpe-bases {text!r} is no list of numbers, no preset ({', '.join(PRESETS)}) and no readable file: {error}"
+            f"--harpe-bases {text!r} is no list of numbers, no preset ({', '.join(PRESETS)}) and no readable file: "
+            f"{error}"
         ) from None
     try:
         values = json.loads(content)

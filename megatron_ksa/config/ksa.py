@@ -49,7 +49,8 @@ class KSAConfig:
     )  # fmt: skip
     layer_pattern: str = option(
         "k", "Kind of each layer: k (KSA), l (KSA with a window over the whole sequence), f (full attention; summary "
-        "rows skip the layer), w (the window alone: text in the window, no summaries, which skip the layer). One letter for all layers or one a layer, such as kkkf*6."
+        "rows skip the layer), w (the window alone: text in the window, no summaries, which skip the layer). One "
+        "letter for all layers or one a layer, such as kkkf*6."
     )  # fmt: skip
     independent_projections: bool = option(
         True, "Give summary rows their own Q, K and V projections in each KSA layer."
@@ -79,7 +80,8 @@ class KSAConfig:
             return
         if not 0 <= self.anneal_start < self.anneal_end:
             raise UsageError(
-                f"--ksa-anneal-start {self.anneal_start} must be at least 0 and below --ksa-anneal-end {self.anneal_end}"
+                f"--ksa-anneal-start {self.anneal_start} must be at least 0 and below --ksa-anneal-end "
+                f"{self.anneal_end}"
             )
         if not self.independent_projections:
             raise UsageError("--ksa-anneal-start needs the summary projections: drop --no-ksa-independent-projections")

@@ -135,9 +135,8 @@ def row_positions(layout: RowLayout, num_text: int, document_start: Tensor | Non
         int64 [rows, batch or 1].
     """
     text = torch.arange(num_text, device=device)[None]
-    index = torch.cat([text, summary_positions(layout, num_text, None, device)], dim=1)
+    summaries = summary_positions(layout, num_text, document_start, device)
+    index = torch.cat([text.expand(len(summaries), -1), summaries], dim=1)
     if document_start is None:
         return index.transpose(0, 1)
-    summaries = summary_positions(layout, num_text, document_start, device)
-    index = torch.cat([text.expand(len(document_start), -1), summaries], dim=1)
     return (index - document_start.long().gather(1, index)).transpose(0, 1)
