@@ -165,12 +165,13 @@ class Experiment:
             blend = [0.8, self.work / "data/train", 0.2, args.code]
         return [
             "--num-layers", args.layers, "--hidden-size", hidden, "--ffn-hidden-size", hidden * 8 // 3 // 64 * 64,
-            "--num-attention-heads", args.heads, "--kv-channels", HEAD_DIM, "--normalization", "RMSNorm", "--qk-layernorm",
-            "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0,
+            "--num-attention-heads", args.heads, "--kv-channels", HEAD_DIM, "--normalization", "RMSNorm",
+            "--qk-layernorm", "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0,
             # One base for all heads is RoPE; this way the full model's attention is this project's too.
             "--position-embedding-type", "harpe", "--harpe-bases", ",".join([str(BASE)] * args.heads),
             *(() if stage.layers == "f" else self.ksa_flags(stage)), "--seq-length", length,
-            "--max-position-embeddings", 4 * args.length, "--micro-batch-size", max(args.micro_batch_tokens // length, 1),
+            "--max-position-embeddings", 4 * args.length,
+            "--micro-batch-size", max(args.micro_batch_tokens // length, 1),
             "--global-batch-size", max(args.batch_tokens // length, 1), "--tokenizer-type", "NullTokenizer",
             "--vocab-size", vocabulary - 1, "--data-path", *blend, "--split", "100,0,0", "--ckpt-format", "torch_dist",
         ]  # fmt: skip

@@ -129,7 +129,8 @@ def compare_stages(runs: list[dict]) -> list[str]:
         parts = {name: ms for name, ms in distil["parts_ms"].items() if name.startswith("teacher")}
         line = f"{length:,} tokens: {distil['iteration_ms']:,.0f} ms a distillation step, {distil['peak_gib']:.2f} GiB"
         if ksa:
-            line += f"; {distil['iteration_ms'] / ksa['iteration_ms']:.2f} of a KSA step ({ksa['iteration_ms']:,.0f} ms)"
+            ratio = distil["iteration_ms"] / ksa["iteration_ms"]
+            line += f"; {ratio:.2f} of a KSA step ({ksa['iteration_ms']:,.0f} ms)"
         if summary:
             line += f"; {distil['peak_gib'] - summary['peak_gib']:+.2f} GiB by the teacher"
         lines.append(line + "".join(f"; {name} {ms / distil['iteration_ms']:.0%}" for name, ms in parts.items()))

@@ -63,9 +63,9 @@ class KSAConfig:
     )  # fmt: skip
     anneal_end: int | None = option(None, "Iteration from which summary rows use only the text projections.")
     initial_coefficient: float | None = option(
-        None, "Weight of the summary projections on summary rows (a) at the start of the run, in [0, 1]. Unset: that of "
-        "the checkpoint loaded, so that a model annealed to 0 stays there; 1 without one. Above 0 after an annealing to "
-        "0, the summary projections start again as copies of the text projections."
+        None, "Weight of the summary projections on summary rows (a) at the start of the run, in [0, 1]. Unset: that "
+        "of the checkpoint loaded, so that a model annealed to 0 stays there; 1 without one. Above 0 after an "
+        "annealing to 0, the summary projections start again as copies of the text projections."
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -4,8 +4,8 @@ import torch
 from compare import assert_close
 from single_process import build_model, random_tokens
 
-from megatron_ksa.model.summary_parameters import copy_shared_parameters
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.model.summary_parameters import copy_shared_parameters
 
 
 def test_summary_projections_and_norms_start_as_the_shared_ones():
