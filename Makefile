@@ -1,6 +1,6 @@
 # `make test` and `make demo` set up .venv by themselves; `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo clean
+.PHONY: help setup lint format test demo clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.installed
@@ -22,6 +22,14 @@ $(STAMP): setup.py constraints.txt
 	echo "setting up $(VENV) with $$found" && "$$found" -m venv $(VENV) && \
 	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel && \
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]' && touch $(STAMP)
+
+lint: $(STAMP)  ## check style, types and shell scripts
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/shellcheck -x .ci/run slurm/*.sh slurm/cluster.env
+	$(VENV)/bin/mypy
+
+format: $(STAMP)  ## lay out the code (ruff format)
+	$(VENV)/bin/ruff format
 
 test: $(STAMP)  ## run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest

@@ -5,7 +5,9 @@ import sys
 try:
     from megatron_ksa.platform import prepare_platform
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.failure import failures_named

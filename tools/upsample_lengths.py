@@ -1,4 +1,4 @@
-"""Repeat the long documents of an indexed dataset until they hold a stated share of its tokens, for length extension."""
+"""Repeat long documents of an indexed dataset until they hold a stated share of its tokens, for length extension."""
 
 import argparse
 import sys
@@ -44,8 +44,10 @@ def main() -> None:
             args.data_path, args.output_prefix, args.threshold, args.share, seed=args.seed, overwrite=args.overwrite
         )
         print(
-            f"{args.output_prefix}: {counts.long_documents:,} of {counts.documents:,} documents exceed {args.threshold:,} "
-            f"tokens; they hold {counts.share_after:.1%} of {counts.tokens_after:,} tokens (before: {counts.share_before:.1%} of "
+            f"{args.output_prefix}: {counts.long_documents:,} of {counts.documents:,} documents exceed "
+            f"{args.threshold:,} "
+            f"tokens; they hold {counts.share_after:.1%} of {counts.tokens_after:,} tokens (before: "
+            f"{counts.share_before:.1%} of "
             f"{counts.tokens:,})"
         )
 

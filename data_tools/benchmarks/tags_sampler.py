@@ -143,11 +143,12 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=20, help="steps of the dense sampler to time")
     args = parser.parse_args()
+    instances, tags, choose = args.dense
     # The large pool first: the peak of memory is that of the whole process.
     result = {
         "cpus": len(os.sched_getaffinity(0)),
         "large": large(*args.large),
-        "dense": dense(*args.dense, args.steps),
+        "dense": dense(instances, tags, choose, args.steps),
     }
     write_json(args.out, result)
     print(args.out.read_text(encoding="utf-8"))

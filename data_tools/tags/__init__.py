@@ -1,1 +1,1 @@
-"""TAGS: from a pool of instructions to a tree-aware, target-aligned blend (SPEC-TAGS.md)."""
+"""TAGS: from a pool of instructions to a tree-aware, target-aligned blend (docs/tags.md)."""

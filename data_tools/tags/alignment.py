@@ -1,4 +1,4 @@
-"""Alignment to a target (SPEC-TAGS 6), written so that greedy keeps its guarantee.
+"""Alignment to a target (docs/tags.md, 6), written so that greedy keeps its guarantee.
 
 With q the target's leaf distribution and p_S the selection's, smoothed over L leaves,
 

@@ -246,6 +246,7 @@ def canonicalise(folder: Path, settings: CanonicalSettings, engine: Engine) -> d
         return (record_text(record) for _, record, _ in kept_instances(folder))
 
     instances = table.carried.shape[0]
+    embedder: LatentEmbedder | SentenceEmbedder
     if settings.embedding_model is None:
         embedder, cosine = LatentEmbedder.fit(texts, instances, engine), settings.merge_cosine
     else:

@@ -135,7 +135,8 @@ def _encoder(tokenizer_model: str, template: str) -> DocumentEncoder:
 def _encode_some(
     tokenizer_model: str, template: str, records: tuple[dict, ...]
 ) -> list[tuple[np.ndarray, np.ndarray] | str]:
-    encoder, results = _encoder(tokenizer_model, template), []
+    encoder = _encoder(tokenizer_model, template)
+    results: list[tuple[np.ndarray, np.ndarray] | str] = []
     for record in records:
         try:
             results.append(encoder.encode(record))

@@ -124,7 +124,7 @@ def cluster(vectors: np.ndarray, clusters: int, progress: tqdm | None = None) ->
             found = np.arange(len(members)) if share >= len(members) else np.zeros(len(members))
         found = np.unique(found, return_inverse=True)[1]
         labels[members] = found + used
-        used += found.max() + 1
+        used += int(found.max()) + 1
         if progress is not None:
             progress.update(len(members))
     return labels

@@ -69,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write an `.npz` file; numpy stamps its members with a fixed date, so the same arrays are the same bytes."""
     with whole_file(path, "wb") as stream:
-        np.savez_compressed(stream, **arrays)
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -83,7 +83,7 @@ def ground(folder: Path, tree_folder: Path, settings: GroundSettings, engine: En
             canonical[tag] = other
             placed.append({"tag": table.names[tag], "into": names[other], "similarity": round(near, 4)})
     leaf_of_tag = tree.leaf_of_tag
-    rows = {name: [] for name in ("record", "quality", "difficulty", "length")}
+    rows: dict[str, list] = {name: [] for name in ("record", "quality", "difficulty", "length")}
     indptr, leaves, unplaced = [0], [], []
     bounds, columns = table.carried.indptr, table.carried.indices
     for number, (line, record, tags) in enumerate(kept_instances(folder)):

@@ -1,4 +1,4 @@
-"""Tree information as a sum of concave functions of masses (SPEC-TAGS 4 and 5).
+"""Tree information as a sum of concave functions of masses (docs/tags.md, 4 and 5).
 
 I(S) = sum_v w(depth v) * phi(sum_{i in S} a[i, v]) with a[i, v] = s_i/|T_i| * #{t in T_i : v on the path root..t}.
 Every term is concave and rising in a sum of nonnegative masses, so I is monotone and submodular.
@@ -112,8 +112,8 @@ def ancestors(parent: np.ndarray) -> csr_array:
         above = parent[columns[-1]]
         rows.append(rows[-1][above >= 0])
         columns.append(above[above >= 0])
-    rows, columns = np.concatenate(rows), np.concatenate(columns)
-    return csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(parent), len(parent)))
+    places = np.concatenate(rows), np.concatenate(columns)
+    return csr_array((np.ones(len(places[0])), places), shape=(len(parent), len(parent)))
 
 
 def ground(shares: csr_array, strength: np.ndarray, parent: np.ndarray) -> csr_array:

@@ -35,8 +35,9 @@ def _parse(
     documents: tuple[RawDocument, ...], settings: RecordSettings
 ) -> list[tuple[str, int, dict | tuple[str, str]]]:
     """For each document its origin, the bytes read, and its record or why it is left out."""
-    results = []
+    results: list[tuple[str, int, dict | tuple[str, str]]] = []
     for document in documents:
+        result: dict | tuple[str, str]
         try:
             result = parse_record(document, _source(document), settings)
         except BadDocument as error:

@@ -1,4 +1,4 @@
-"""Sampling: a pool grounded on a tree, a budget and perhaps a target, to the chosen instances (SPEC-TAGS 4 to 7)."""
+"""Sampling: a grounded pool, a budget and perhaps a target, to the chosen instances (docs/tags.md, 4 to 7)."""
 
 from dataclasses import asdict, dataclass, field
 

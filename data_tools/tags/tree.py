@@ -165,7 +165,7 @@ def build_tree(
         ancestor = labels[ancestor]
         name.append(name[0][_medoids(vectors, counts, ancestor)])
     last = int(levels[-1].max()) + 1 if levels else tags
-    parent += [np.full(last, offset + last), [-1]]
+    parent += [np.full(last, offset + last), np.array([-1])]
     name.append(np.array([ROOT_NAME], object))
     parents = _without_only_children(np.concatenate(parent).astype(np.int64), tags)
     return _ordered(parents, np.concatenate(name), counts)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -225,7 +226,7 @@ def _write_blend(job: _Job, folder: Path, final: Path) -> dict:
         raise UsageError(f"--template {settings.template} refuses every instance, the first because {reason}")
     weights = _weights(written, settings.weights, job.target)
     flags = [tokenizer.training_flags] + ["--response-loss-only"] * (settings.loss_on == "responses")
-    summary = {
+    summary: dict[str, Any] = {
         "settings": asdict(settings),
         "instances": sum(group.instances for group in written),
         "tokens": sum(group.tokens for group in written),

@@ -1,4 +1,4 @@
-"""Select from Python's own standard library with TAGS and pretrain a tiny 3:1 hybrid KSA + HARPE model on it: `make demo`.
+"""Select from Python's standard library with TAGS and pretrain a tiny 3:1 hybrid KSA + HARPE model on it: `make demo`.
 
 Each step leaves its result under a name of its own when it is whole, so that a second run goes on where the first
 one stopped. Everything is done with the command lines that a user types; each is printed.
@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 try:
     from megatron_ksa.config.ksa import KSAConfig
 except ModuleNotFoundError:
-    print("error: megatron_ksa is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        "error: megatron_ksa is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from corpus import write_corpus
 from report import VALIDATION, kv_table, plot_losses, read_losses, unigram_loss
@@ -76,12 +78,14 @@ def prepare_data(folder: Path) -> None:
     # The report is what the last step writes.
     if not (folder / "tags" / "report" / "summary.json").exists():
         call(
-            "tools/preprocess_tags.py", "--work", folder / "tags", "--input", folder / "train.jsonl", "--budget", BUDGET,
+            "tools/preprocess_tags.py", "--work", folder / "tags", "--input", folder / "train.jsonl",
+            "--budget", BUDGET,
             "--top-branches", 8, "--min-instances", 10, "--tokenizer-model", tokenizer,
         )  # fmt: skip
     if not (folder / "validation.idx").exists():
         call(
-            "tools/preprocess_data.py", "--input", folder / "validation.jsonl", "--output-prefix", folder / "validation",
+            "tools/preprocess_data.py", "--input", folder / "validation.jsonl",
+            "--output-prefix", folder / "validation",
             "--tokenizer-model", tokenizer, "--workers", min(4, os.cpu_count() or 1),
         )  # fmt: skip
 
@@ -108,11 +112,13 @@ def train(folder: Path, steps: int, global_batch_size: int) -> None:
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "pretrain_gpt.py", *MODEL,
         *(["--bf16"] if gpu else []),
         "--micro-batch-size", global_batch_size // processes, "--global-batch-size", global_batch_size,
-        "--train-iters", steps, "--lr", 3e-3, "--min-lr", 3e-4, "--lr-decay-style", "cosine", "--lr-warmup-iters", min(20, steps // 10),
+        "--train-iters", steps, "--lr", 3e-3, "--min-lr", 3e-4, "--lr-decay-style", "cosine",
+        "--lr-warmup-iters", min(20, steps // 10),
         "--override-opt-param-scheduler", "--weight-decay", 0.1, "--clip-grad", 1.0, "--adam-beta2", 0.95,
         "--init-method-std", 0.02, "--use-distributed-optimizer",
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", data / "tokenizer.model",
-        "--train-data-path", *read_blend(data), "--valid-data-path", data / "validation", "--data-cache-path", data / "cache",
+        "--train-data-path", *read_blend(data), "--valid-data-path", data / "validation",
+        "--data-cache-path", data / "cache",
         "--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", interval,
         "--eval-interval", interval, "--eval-iters", max(EVALUATION_SEQUENCES // global_batch_size, 1),
         "--log-interval", min(steps, 10), "--tensorboard-dir", folder / "tensorboard", "--log-throughput",
@@ -127,9 +133,11 @@ def report(folder: Path) -> None:
     plot_losses(losses, unigram, folder / "loss.png")
     steps, values = losses[VALIDATION]
     print(
-        f"\nvalidation loss {values[-1]:.3f} nats a token after {steps[-1]} iterations; a unigram model of the same text: "
+        f"\nvalidation loss {values[-1]:.3f} nats a token after {steps[-1]} iterations; a unigram model of the same "
+        "text: "
         f"{unigram:.3f}\n\n{kv_table(KSA, LAYERS, (SEQUENCE, 8192, 131072))}\n\n"
-        f"selection    {data / 'tags' / 'report' / 'index.html'}\nloss curve   {folder / 'loss.png'}\nTensorBoard  {folder / 'tensorboard'}\ncheckpoints  {folder / 'checkpoints'}"
+        f"selection    {data / 'tags' / 'report' / 'index.html'}\nloss curve   {folder / 'loss.png'}\nTensorBoard  "
+        f"{folder / 'tensorboard'}\ncheckpoints  {folder / 'checkpoints'}"
     )
 
 
@@ -151,7 +159,8 @@ def main() -> None:
                 train(folder, args.steps, args.global_batch_size)
             else:
                 print(
-                    f"\nalready trained for {done} iterations: --steps (make demo STEPS=) goes on, --fresh (FRESH=1) starts over"
+                    f"\nalready trained for {done} iterations: --steps (make demo STEPS=) goes on, --fresh (FRESH=1) "
+                    "starts over"
                 )
             report(folder)
 

@@ -8,7 +8,9 @@ from pathlib import Path
 try:
     from megatron_ksa.data_tools.tokenizers import load_tokenizer
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from common import add_model_arguments, lengths, load, read_text, write_json
 from tqdm import tqdm
@@ -48,7 +50,8 @@ def make_language(args: argparse.Namespace, vocab_size: int):
 
         if vocab_size < VOCABULARY:
             raise UsageError(
-                f"the language of token ids has {VOCABULARY} of them, the model knows {vocab_size}: give --tokenizer-model "
+                f"the language of token ids has {VOCABULARY} of them, the model knows {vocab_size}: give "
+                "--tokenizer-model "
                 "and --haystack"
             )
         return TokenLanguage()

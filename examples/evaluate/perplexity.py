@@ -9,7 +9,9 @@ import numpy as np
 try:
     from megatron_ksa.data_tools.tokenizers import load_tokenizer
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from pathlib import Path
 
@@ -63,7 +65,8 @@ def main() -> None:
         print(f"{'context':>9} {'perplexity':>11} {'loss':>8} {'std. error':>11} {'tokens':>8}")
         for result in results:
             print(
-                f"{result.length:>9,} {result.perplexity:>11.3f} {result.loss:>8.4f} {result.standard_error:>11.4f} {result.tokens:>8,}"
+                f"{result.length:>9,} {result.perplexity:>11.3f} {result.loss:>8.4f} {result.standard_error:>11.4f} "
+                f"{result.tokens:>8,}"
             )
 
 

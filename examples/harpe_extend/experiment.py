@@ -1,10 +1,10 @@
 """HARPE against single bases on small models: pretrained short on needle-rich synthetic text, extended in one stage.
 
 For every seed a dense model is pretrained and then extended with the same tokens by several arms: each single base of
---single-bases, uniform HARPE, searched HARPE. Each is scored on RULER's eight needle forms and on sliding-window perplexity. Everything runs
-with the tools that users have. Extension goes in rounds of --extend-steps iterations, after each of which all arms are
-scored: results.json and results.md grow measurement by measurement, and compare what all seeds and arms have reached.
-What is done is not done again.
+--single-bases, uniform HARPE, searched HARPE. Each is scored on RULER's eight needle forms and on sliding-window
+perplexity. Everything runs with the tools that users have. Extension goes in rounds of --extend-steps iterations, after
+each of which all arms are scored: results.json and results.md grow measurement by measurement, and compare what all
+seeds and arms have reached. What is done is not done again.
 """
 
 import argparse
@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from report import write_report
 
@@ -40,7 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder of results.json and results.md")
     parser.add_argument("--work", type=Path, help="folder of data and checkpoints; OUT/work without it")
     parser.add_argument("--seeds", type=int, default=2, help="models pretrained and extended")
-    parser.add_argument("--single-bases", type=int, nargs="*", default=[500_000], help="bases of the baselines, an arm each")
+    parser.add_argument(
+        "--single-bases", type=int, nargs="*", default=[500_000], help="bases of the baselines, an arm each"
+    )
     parser.add_argument("--base-min", type=int, default=100_000, help="smallest base of HARPE")
     parser.add_argument("--base-max", type=int, default=500_000, help="largest base of HARPE")
     parser.add_argument("--stride", type=int, default=3000, help="between candidates of the search")
@@ -92,12 +96,12 @@ class Experiment:
             write_corpus(data / "mixed", short // 2, 4 * long, args.corpus_tokens, long, 2, pool)
             write_corpus(data / "validation", long + 512, long + 1024, 64 * long, long, 3, pool)
         if not (data / "extend.idx").exists():
-            self.runs.call(data / "upsample.log", "tools/upsample_lengths.py", "--data-path", data / "mixed", "--output-prefix",
-                      data / "extend", "--threshold", long, "--share", 0.8)  # fmt: skip
+            self.runs.call(data / "upsample.log", "tools/upsample_lengths.py", "--data-path", data / "mixed",
+                           "--output-prefix", data / "extend", "--threshold", long, "--share", 0.8)  # fmt: skip
         if not (data / "bases.json").exists():
-            self.runs.call(data / "bases.log", "tools/search_harpe_bases.py", "--groups", args.heads, "--head-dim", HEAD_DIM,
-                      "--base-min", args.base_min, "--base-max", args.base_max, "--stride", args.stride, "--length", long,
-                      "--output", data / "bases.json")  # fmt: skip
+            self.runs.call(data / "bases.log", "tools/search_harpe_bases.py", "--groups", args.heads,
+                           "--head-dim", HEAD_DIM, "--base-min", args.base_min, "--base-max", args.base_max,
+                           "--stride", args.stride, "--length", long, "--output", data / "bases.json")  # fmt: skip
 
     def pretrain(self, seed: int) -> None:
         """The dense model that the seed's arms start from."""
@@ -109,7 +113,8 @@ class Experiment:
         hidden, length = args.heads * HEAD_DIM, args.pretrain_length
         self.runs.call(
             folder / "dense.log", "pretrain_gpt.py", "--num-layers", args.layers, "--hidden-size", hidden,
-            "--ffn-hidden-size", hidden * 8 // 3 // 64 * 64, "--num-attention-heads", args.heads, "--kv-channels", HEAD_DIM,
+            "--ffn-hidden-size", hidden * 8 // 3 // 64 * 64, "--num-attention-heads", args.heads,
+            "--kv-channels", HEAD_DIM,
             # One base for all heads is RoPE; this way the attention is the one that the arms run.
             "--position-embedding-type", "harpe", "--harpe-bases", ",".join(["10000"] * args.heads),
             "--normalization", "RMSNorm", "--qk-layernorm", "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0,
@@ -118,7 +123,8 @@ class Experiment:
             "--global-batch-size", max(args.batch_tokens // length, 1), "--train-iters", args.pretrain_steps,
             "--lr", args.pretrain_lr, "--min-lr", args.pretrain_lr / 10, "--lr-decay-style", "cosine",
             "--lr-warmup-iters", min(100, args.pretrain_steps // 4), "--adam-beta2", 0.95, "--weight-decay", 0.1,
-            "--clip-grad", 1.0, "--seed", 1234 + seed, "--tokenizer-type", "NullTokenizer", "--vocab-size", VOCABULARY - 1,
+            "--clip-grad", 1.0, "--seed", 1234 + seed, "--tokenizer-type", "NullTokenizer",
+            "--vocab-size", VOCABULARY - 1,
             "--data-path", self.work / "data/pretrain", "--split", "100,0,0", "--data-cache-path", folder / "cache",
             "--eval-iters", 0, "--log-interval", 50, "--ckpt-format", "torch_dist", "--save", folder / "dense",
             "--load", folder / "dense", "--save-interval", args.pretrain_steps, *self.precision(),
@@ -145,7 +151,8 @@ class Experiment:
             return save / str(length)
         self.runs.call(
             save.with_suffix(".log"), "examples/harpe_extend/extend.py", "--load", folder / "dense", "--save", save,
-            "--data-path", self.work / "data/extend", *method, "--length", length, "--steps", args.extend_steps * args.rounds,
+            "--data-path", self.work / "data/extend", *method, "--length", length,
+            "--steps", args.extend_steps * args.rounds,
             "--global-batch-size", max(args.batch_tokens // length, 1),
             "--micro-batch-size", max(args.micro_batch_tokens // length, 1), "--lr", args.extend_lr,
             "--warmup", min(20, args.extend_steps // 4), "--seed", 1234 + seed,
@@ -164,13 +171,15 @@ class Experiment:
         needles, perplexity = folder / f"{name}-needles.json", folder / f"{name}-perplexity.json"
         flags = {
             needles: ["--cases", args.cases],
-            perplexity: ["--data-path", self.work / "data/validation", "--stride", min(256, args.pretrain_length), "--windows", 64],
+            perplexity: ["--data-path", self.work / "data/validation", "--stride", min(256, args.pretrain_length),
+                         "--windows", 64],
         }  # fmt: skip
 
         def score(output: Path) -> None:
             if not output.exists():
                 tool = f"examples/evaluate/{output.stem.rsplit('-', 1)[1].replace('needles', 'needle')}.py"
-                self.runs.call(output.with_suffix(".log"), tool, "--checkpoint", checkpoint, "--lengths", ",".join(map(str, lengths)),
+                self.runs.call(output.with_suffix(".log"), tool, "--checkpoint", checkpoint,
+                               "--lengths", ",".join(map(str, lengths)),
                           "--output", output, *flags[output])  # fmt: skip
 
         with ThreadPoolExecutor(2) as pool:

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError:
-    print("error: megatron_ksa is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        "error: megatron_ksa is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 
 METHODS = ("harpe", "single-base", "multi-stage")
@@ -150,11 +152,13 @@ def run_stage(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.nproc_per_node]
     command = [
         sys.executable, *(launcher if args.nproc_per_node > 1 else []), "pretrain_gpt.py", *model, *positions,
-        "--seq-length", length, "--max-position-embeddings", length, "--micro-batch-size", args.micro_batch_size * times,
+        "--seq-length", length, "--max-position-embeddings", length,
+        "--micro-batch-size", args.micro_batch_size * times,
         "--global-batch-size", args.global_batch_size * times, "--train-iters", steps, "--lr", args.lr,
         "--lr-decay-style", "constant", "--lr-warmup-iters", min(args.warmup, steps - 1), "--adam-beta2", 0.95,
         "--weight-decay", 0.1, "--clip-grad", 1.0, "--seed", args.seed, "--data-path", *args.data_path,
-        "--split", "100,0,0", "--data-cache-path", save / "cache", "--eval-iters", 0, "--log-interval", max(min(50, steps // 4), 1),
+        "--split", "100,0,0", "--data-cache-path", save / "cache", "--eval-iters", 0,
+        "--log-interval", max(min(50, steps // 4), 1),
         "--ckpt-format", "torch_dist", *source, "--save", save, "--save-interval", min(args.save_interval, steps),
         *args.trainer,
     ]  # fmt: skip

@@ -58,7 +58,8 @@ def tables(results: dict) -> str:
     settings = results["settings"]
     return "\n\n".join(
         [
-            f"Measured on {results['machine']['device']}: {settings['layers']} layers of {settings['heads']} heads, {settings['pretrain_steps']} "
+            f"Measured on {results['machine']['device']}: {settings['layers']} layers of {settings['heads']} heads, "
+            f"{settings['pretrain_steps']} "
             f"iterations at {settings['pretrain_length']} tokens, then {steps} at {settings['target_length']}, "
             f"{settings['batch_tokens']:,} tokens an iteration; mean ± half the range over seeds.",
             "Needle tests, values found (%), mean of the eight forms, by context length (tokens):",

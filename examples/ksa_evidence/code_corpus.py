@@ -20,7 +20,9 @@ from pathlib import Path
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 from megatron_ksa.evaluation.token_language import VOCABULARY
@@ -40,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, type=Path, help="prefix of the datasets and the tokenizer")
     parser.add_argument("--packages", nargs="+", default=PACKAGES, help="Debian source packages")
-    parser.add_argument("--mirror", help="archive and release to read, such as 'URI bookworm'; this machine's without it")
+    parser.add_argument("--mirror", help="archive and release, such as 'URI bookworm'; this machine's without it")
     parser.add_argument("--tokens", type=int, default=12_000_000, help="tokens to write, at most")
     parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer")
     parser.add_argument("--first-id", type=int, default=VOCABULARY, help="id of the first piece")

@@ -1,10 +1,11 @@
-"""Do summaries pay? Small models from scratch and from a dense one, equal tokens, three seeds (README.md beside this file).
+"""Do summaries pay? Small models from scratch and from a dense one, equal tokens, three seeds (see README.md here).
 
-Part `scratch` trains full attention, 3:1 hybrids of window or KSA layers with full ones, and pure window and KSA models on
-the needle-rich language of token ids, and on real code where there is some. Part `dense` takes each seed's full model
-further: trained on, with window layers, with KSA at once, and with KSA by the report's stages (distil, anneal), then all
-of them at twice the length. Every model is scored on needles by distance, on perplexity by context length, and on the
-share of attention that falls on summaries. Everything runs with the tools that users have; what is done is not done again.
+Part `scratch` trains full attention, 3:1 hybrids of window or KSA layers with full ones, and pure window and KSA models
+on the needle-rich language of token ids, and on real code where there is some. Part `dense` takes each seed's full
+model further: trained on, with window layers, with KSA at once, and with KSA by the report's stages (distil, anneal),
+then all of them at twice the length. Every model is scored on needles by distance, on perplexity by context length, and
+on the share of attention that falls on summaries. Everything runs with the tools that users have; what is done is not
+done again.
 """
 
 import argparse
@@ -18,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 try:
     from megatron_ksa.config.ksa import KSAConfig
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from report import write_report
 
@@ -112,7 +115,8 @@ def dense_stages(args: argparse.Namespace) -> list[Stage]:
     for arm, layers in DENSE.items():
         first, flags = dense, ()
         if arm == DISTILLED:
-            first = Stage("dense", arm, "distil", layers, distil, args.dense_lr, dense, ("--ksa-distill", "--ksa-train", "summary"))
+            flags = ("--ksa-distill", "--ksa-train", "summary")
+            first = Stage("dense", arm, "distil", layers, distil, args.dense_lr, dense, flags)
             stages.append(first)
             rest = steps - distil
             # The coefficient is 0 for the last quarter: what is scored needs no summary projections.
@@ -120,7 +124,8 @@ def dense_stages(args: argparse.Namespace) -> list[Stage]:
         else:
             rest = steps
         trained = Stage("dense", arm, "trained", layers, rest, args.dense_lr, first, flags)
-        stages += [trained, Stage("dense", arm, "extended", layers, args.extend_steps, args.dense_lr, trained, length=2)]
+        extended = Stage("dense", arm, "extended", layers, args.extend_steps, args.dense_lr, trained, length=2)
+        stages += [trained, extended]
     return stages
 
 
@@ -164,12 +169,13 @@ class Experiment:
             blend = [0.8, self.work / "data/train", 0.2, args.code]
         return [
             "--num-layers", args.layers, "--hidden-size", hidden, "--ffn-hidden-size", hidden * 8 // 3 // 64 * 64,
-            "--num-attention-heads", args.heads, "--kv-channels", HEAD_DIM, "--normalization", "RMSNorm", "--qk-layernorm",
-            "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0,
+            "--num-attention-heads", args.heads, "--kv-channels", HEAD_DIM, "--normalization", "RMSNorm",
+            "--qk-layernorm", "--swiglu", "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0,
             # One base for all heads is RoPE; this way the full model's attention is this project's too.
             "--position-embedding-type", "harpe", "--harpe-bases", ",".join([str(BASE)] * args.heads),
             *(() if stage.layers == "f" else self.ksa_flags(stage)), "--seq-length", length,
-            "--max-position-embeddings", 4 * args.length, "--micro-batch-size", max(args.micro_batch_tokens // length, 1),
+            "--max-position-embeddings", 4 * args.length,
+            "--micro-batch-size", max(args.micro_batch_tokens // length, 1),
             "--global-batch-size", max(args.batch_tokens // length, 1), "--tokenizer-type", "NullTokenizer",
             "--vocab-size", vocabulary - 1, "--data-path", *blend, "--split", "100,0,0", "--ckpt-format", "torch_dist",
         ]  # fmt: skip
@@ -257,7 +263,8 @@ def main() -> None:
         args = parse_arguments()
         if args.layers % 4:
             raise UsageError(f"--layers {args.layers}: a multiple of 4, for 3:1 hybrids")
-        for name in ("seeds", "layers", "heads", "steps", "dense_steps", "distil_steps", "extend_steps", "cases", "jobs"):
+        steps = ("steps", "dense_steps", "distil_steps", "extend_steps")
+        for name in ("seeds", "layers", "heads", *steps, "cases", "jobs"):
             if getattr(args, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
         if args.distil_steps >= args.dense_steps:

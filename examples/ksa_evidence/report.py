@@ -39,7 +39,8 @@ def needle_table(arms: dict[str, list[dict]], window: int) -> str:
     """Values found by distance; distances within the window of one layer are marked."""
     distances = sorted({distance(row) for runs in arms.values() for run in runs for row in run["needles"]})
     head = ["arm", *(f"{far:,}{' (window)' if far <= window else ''}" for far in distances)]
-    return table(head, [[arm, *(cell([needles(run, far) for run in runs], 100) for far in distances)] for arm, runs in arms.items()])
+    rows = [[arm, *(cell([needles(run, far) for run in runs], 100) for far in distances)] for arm, runs in arms.items()]
+    return table(head, rows)
 
 
 def form_table(arms: dict[str, list[dict]], beyond: int) -> str:
@@ -49,7 +50,8 @@ def form_table(arms: dict[str, list[dict]], beyond: int) -> str:
     def score(run: dict, form: str) -> float:
         return float(np.mean([r["values"] for r in run["needles"] if distance(r) > beyond and r["form"] == form]))
 
-    return table(["arm", *forms], [[arm, *(cell([score(run, form) for run in runs], 100) for form in forms)] for arm, runs in arms.items()])
+    rows = [[arm, *(cell([score(run, form) for run in runs], 100) for form in forms)] for arm, runs in arms.items()]
+    return table(["arm", *forms], rows)
 
 
 def perplexity_table(arms: dict[str, list[dict]], name: str) -> str:
@@ -82,7 +84,8 @@ def section(runs: list[dict], settings: dict, part: str, stage: str, title: str)
     seeds = ", ".join(f"{arm} {len(of_arm)}" for arm, of_arm in arms.items())
     parts = [
         f"### {title}", f"Seeds measured: {seeds}.",
-        f"Needles, values found (%), mean of four forms, by tokens between needle and question; a layer's window reaches {window} tokens:",
+        "Needles, values found (%), mean of four forms, by tokens between needle and question; a layer's window "
+        f"reaches {window} tokens:",
         needle_table(arms, window), "By form, mean of the distances beyond the window:", form_table(arms, window),
         "Perplexity by context length, synthetic text held out:", perplexity_table(arms, "perplexity"),
     ]  # fmt: skip
@@ -103,11 +106,15 @@ def text_of(results: dict) -> str:
     """All tables; each cell is the mean over seeds ± half their range."""
     settings, machine = results["settings"], results["machine"]
     head = (
-        f"Measured on {machine['device']} (torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}): "
-        f"{settings['layers']} layers of {settings['heads']} heads of 64, C {settings['chunk']}, S {settings['summaries']}, W "
+        f"Measured on {machine['device']} (torch {machine['torch']}, triton {machine['triton']}, commit "
+        f"{machine['commit']}): "
+        f"{settings['layers']} layers of {settings['heads']} heads of 64, C {settings['chunk']}, S "
+        f"{settings['summaries']}, W "
         f"{settings['window']}, {settings['length']:,} tokens; from scratch {settings['steps']:,} iterations of "
-        f"{settings['batch_tokens']:,} tokens at a learning rate of {settings['lr']:g}; from dense {settings['dense_steps']:,} "
-        f"(distillation {settings['distil_steps']:,} of them) and {settings['extend_steps']:,} at twice the length. Mean over "
+        f"{settings['batch_tokens']:,} tokens at a learning rate of {settings['lr']:g}; from dense "
+        f"{settings['dense_steps']:,} "
+        f"(distillation {settings['distil_steps']:,} of them) and {settings['extend_steps']:,} at twice the length. "
+        "Mean over "
         f"seeds ± half their range."
     )
     return "\n\n".join([head, *(part for each in SECTIONS for part in section(results["runs"], settings, *each))])
@@ -121,7 +128,9 @@ def plot(results: dict, output: Path) -> None:
     import matplotlib.pyplot as plt
 
     parts = [(part, stage, title) for part, stage, title in SECTIONS if arms_of(results["runs"], part, stage)]
-    figure, axes = plt.subplots(1, len(parts), figsize=(4.6 * len(parts), 3.6), squeeze=False, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(parts), figsize=(4.6 * len(parts), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
     settings = results["settings"]
     for axis, (part, stage, title) in zip(axes[0], parts, strict=True):
         for arm, runs in arms_of(results["runs"], part, stage).items():
@@ -138,7 +147,11 @@ def plot(results: dict, output: Path) -> None:
 
 
 def write_report(results: Path, output: Path) -> str:
-    """Write tables into `output`, between its marks where it has some, and the chart beside `results`; return the tables."""
+    """Write tables into `output`, between its marks where it has some, and the chart beside `results`.
+
+    Returns:
+        The tables.
+    """
     found = json.loads(results.read_text(encoding="utf-8"))
     text = text_of(found)
     write_between_marks(text, output)

@@ -1,6 +1,6 @@
 """Tables of a file of results: tokens/s, memory and MFU of both models, and the parts of an iteration.
 
-    python examples/throughput_1b9/report.py examples/throughput_1b9/results_h100.json README.md
+    python examples/throughput_1b9/report.py examples/throughput_1b9/results_h100.json docs/results.md
 
 The tables of results.json go into the section `throughput_1b9` of the Markdown file, those of results_h100.json into
 `throughput_1b9_h100`.

@@ -1,6 +1,6 @@
 """Throughput of the KSA report's 1.9B model on one GPU: KSA against the same model with full attention.
 
-    python examples/throughput_1b9/run.py --report README.md
+    python examples/throughput_1b9/run.py --report docs/results.md
     python examples/throughput_1b9/run.py --models ksa summary distil --lengths 8192 32768 --out distil.json
 
 Each length and model trains a few iterations through `pretrain_gpt.py` in a process of its own, on generated tokens,
@@ -17,7 +17,9 @@ from pathlib import Path
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.files import whole_file
 
@@ -128,7 +130,8 @@ def compare_stages(runs: list[dict]) -> list[str]:
         parts = {name: ms for name, ms in distil["parts_ms"].items() if name.startswith("teacher")}
         line = f"{length:,} tokens: {distil['iteration_ms']:,.0f} ms a distillation step, {distil['peak_gib']:.2f} GiB"
         if ksa:
-            line += f"; {distil['iteration_ms'] / ksa['iteration_ms']:.2f} of a KSA step ({ksa['iteration_ms']:,.0f} ms)"
+            ratio = distil["iteration_ms"] / ksa["iteration_ms"]
+            line += f"; {ratio:.2f} of a KSA step ({ksa['iteration_ms']:,.0f} ms)"
         if summary:
             line += f"; {distil['peak_gib'] - summary['peak_gib']:+.2f} GiB by the teacher"
         lines.append(line + "".join(f"; {name} {ms / distil['iteration_ms']:.0%}" for name, ms in parts.items()))

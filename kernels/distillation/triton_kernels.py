@@ -1,4 +1,4 @@
-"""Distillation losses of rows of logits in Triton: each pass reads both logits once; gradients take the student's place."""
+"""Distillation losses of logits in Triton: each pass reads both logits once; gradients take the student's place."""
 
 import torch
 import triton

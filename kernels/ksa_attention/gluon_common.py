@@ -134,7 +134,7 @@ def consumer_item(
 
 @gluon.jit
 def tile_at(tile, order):
-    """Whether tile `tile` of the ring is of text, its number among its kind, and which numbers need no mask: a range."""
+    """Whether tile `tile` of the ring is text, its number among its kind, and which numbers need no mask: a range."""
     cut, summaries_end, text, summary = order
     is_text = (tile < cut) | (tile >= summaries_end)
     number = gl.where(tile < cut, text[0] + tile, text[0] + cut + tile - summaries_end)

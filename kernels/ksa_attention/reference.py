@@ -44,8 +44,8 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _tile(
-    rows: slice, geometry: KSAGeometry, offsets: _Offsets, num_keys: int, num_summaries: int, document_start: Tensor | None,
-    device: torch.device,
+    rows: slice, geometry: KSAGeometry, offsets: _Offsets, num_keys: int, num_summaries: int,
+    document_start: Tensor | None, device: torch.device,
 ) -> _Tile:  # fmt: skip
     """Key ranges and visibility of the query block `rows` (local row numbers)."""
     chunk_size, summary_tokens, window = geometry.chunk_size, geometry.summary_tokens, geometry.window_chunks

@@ -2,8 +2,9 @@
 
 A dense model's checkpoint stacks its layers (`decoder.layers.<name>`), since all of them have the same parameters; a
 KSA model's has a key for each layer (`decoder.layers.<number>.<name>`). Either is read in any parallel layout. Summary
-projections and norms start as copies of the shared ones (SPEC: "Parameters"), the summary embedding as initialised.
-With `--finetune` the same holds of a KSA checkpoint's summary projections that it lacks or no longer used (a = 0).
+projections and norms start as copies of the shared ones (docs/ksa.md, "Parameters"), the summary embedding as
+initialised. With `--finetune` the same holds of a KSA checkpoint's summary projections that it lacks or no longer used
+(a = 0).
 """
 
 import argparse

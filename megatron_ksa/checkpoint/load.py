@@ -48,6 +48,10 @@ ALONE = {
     "variable_seq_lengths": False,
     "tp_comm_overlap": False,
     "spec": None,
+    "mtp_num_layers": None,
+    "fp8": None,
+    "fp4": None,
+    "cuda_graph_impl": "none",
 }
 
 

@@ -49,7 +49,8 @@ class KSAConfig:
     )  # fmt: skip
     layer_pattern: str = option(
         "k", "Kind of each layer: k (KSA), l (KSA with a window over the whole sequence), f (full attention; summary "
-        "rows skip the layer), w (the window alone: text in the window, no summaries, which skip the layer). One letter for all layers or one a layer, such as kkkf*6."
+        "rows skip the layer), w (the window alone: text in the window, no summaries, which skip the layer). One "
+        "letter for all layers or one a layer, such as kkkf*6."
     )  # fmt: skip
     independent_projections: bool = option(
         True, "Give summary rows their own Q, K and V projections in each KSA layer."
@@ -62,9 +63,9 @@ class KSAConfig:
     )  # fmt: skip
     anneal_end: int | None = option(None, "Iteration from which summary rows use only the text projections.")
     initial_coefficient: float | None = option(
-        None, "Weight of the summary projections on summary rows (a) at the start of the run, in [0, 1]. Unset: that of "
-        "the checkpoint loaded, so that a model annealed to 0 stays there; 1 without one. Above 0 after an annealing to "
-        "0, the summary projections start again as copies of the text projections."
+        None, "Weight of the summary projections on summary rows (a) at the start of the run, in [0, 1]. Unset: that "
+        "of the checkpoint loaded, so that a model annealed to 0 stays there; 1 without one. Above 0 after an "
+        "annealing to 0, the summary projections start again as copies of the text projections."
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -73,13 +74,16 @@ class KSAConfig:
                 raise UsageError(f"--ksa-{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
         if (self.anneal_start is None) != (self.anneal_end is None):
             raise UsageError("--ksa-anneal-start and --ksa-anneal-end go together: one of them is missing")
-        if self.anneal_start is not None and not 0 <= self.anneal_start < self.anneal_end:
-            raise UsageError(
-                f"--ksa-anneal-start {self.anneal_start} must be at least 0 and below --ksa-anneal-end {self.anneal_end}"
-            )
         if self.initial_coefficient is not None and not 0 <= self.initial_coefficient <= 1:
             raise UsageError(f"--ksa-initial-coefficient is {self.initial_coefficient:g}: it must lie in [0, 1]")
-        if self.anneal_start is not None and not self.independent_projections:
+        if self.anneal_start is None or self.anneal_end is None:
+            return
+        if not 0 <= self.anneal_start < self.anneal_end:
+            raise UsageError(
+                f"--ksa-anneal-start {self.anneal_start} must be at least 0 and below --ksa-anneal-end "
+                f"{self.anneal_end}"
+            )
+        if not self.independent_projections:
             raise UsageError("--ksa-anneal-start needs the summary projections: drop --no-ksa-independent-projections")
 
     def layers(self, num_layers: int, seq_length: int) -> tuple[KSALayer, ...]:
@@ -130,7 +134,7 @@ class KSAConfig:
         `initial_coefficient` (1 where unset) up to anneal_start, then linear to 0 at anneal_end.
         """
         initial = 1.0 if self.initial_coefficient is None else self.initial_coefficient
-        if self.anneal_start is None:
+        if self.anneal_start is None or self.anneal_end is None:
             return initial
         done = (iteration - self.anneal_start) / (self.anneal_end - self.anneal_start)
         return initial * (1.0 - min(max(done, 0.0), 1.0))

@@ -3,9 +3,10 @@
 import argparse
 import dataclasses
 import types
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None) -> Any:
@@ -52,7 +53,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, config: type, prefix: 
             )
 
 
-def config_from_args(config: type[Config], args: argparse.Namespace, prefix: str) -> Config:
+def config_from_args[Config: DataclassInstance](config: type[Config], args: argparse.Namespace, prefix: str) -> Config:
     """The dataclass `config` filled from parsed arguments.
 
     Raises:

@@ -10,7 +10,7 @@ from megatron_ksa.config.ksa import KSAConfig, LayerKind
 
 @lru_cache
 def visible_pairs(num_text: int, chunk_size: int, summary_tokens: int, window_chunks: int) -> int:
-    """Query-key pairs of one KSA layer and one sequence (SPEC: "Visibility"), text and summary queries together.
+    """Query-key pairs of one KSA layer and one sequence (docs/ksa.md, "Visibility"), text and summary queries together.
 
     Args:
         num_text: n, a multiple of chunk_size.

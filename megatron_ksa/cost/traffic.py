@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
 from megatron_ksa.context_parallel.plan import HaloPlan, sees_summaries
 from megatron_ksa.kernels.ksa_attention import KSAGeometry
+from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.layout.zigzag import ZigZag
 
 
@@ -43,7 +44,7 @@ def rows_sent(geometry: KSAGeometry, text_length: int, split: ZigZag, *, backwar
     text = plan.rows_received(split.rank) if backward else plan.rows_sent(split.rank)
     if not sees_summaries(geometry, text_length):
         return text
-    summaries = text_length // geometry.chunk_size * geometry.summary_tokens
+    summaries = RowLayout(geometry.chunk_size, geometry.summary_tokens).summary_rows(text_length)
     return text + summaries // split.size * (split.size - 1)
 
 

@@ -1,10 +1,10 @@
-"""RULER's eight needle-in-a-haystack forms (Hsieh et al. 2024, arXiv 2404.06654), built in tokens and scored in one forward.
+"""RULER's eight needle-in-a-haystack forms (Hsieh et al. 2024, arXiv 2404.06654), built in tokens, one forward a case.
 
 A case is scored with its answer teacher-forced: the reference answer is appended, and the most likely token is read at
 each of its positions. All of them are right exactly when greedy decoding writes the reference answer, since up to the
-first difference both see the same tokens; so `exact` is the exact match of greedy decoding, at the price of one forward.
-`values` is the share of single values whose tokens are all right after the reference's preceding ones, which for several
-values is kinder than decoding freely.
+first difference both see the same tokens; so `exact` is the exact match of greedy decoding, at the price of one
+forward. `values` is the share of single values whose tokens are all right after the reference's preceding ones, which
+for several values is kinder than decoding freely.
 """
 
 from collections.abc import Sequence

@@ -61,7 +61,8 @@ class TextLanguage:
         named = form.values if many else SINGULAR[form.values]
         verb = "are" if many else "is"
         return self.encode(
-            f"{'Some' if many else 'A'} special magic {named} {verb} hidden within the following text. Make sure to memorize "
+            f"{'Some' if many else 'A'} special magic {named} {verb} hidden within the following text. Make sure to "
+            "memorize "
             f"it. I will quiz you about the {named} afterwards.\n"
         )
 
@@ -71,7 +72,8 @@ class TextLanguage:
         many = form.asked * form.values_per_key > 1
         named, verb = (form.values, "are") if many else (SINGULAR[form.values], "is")
         return self.encode(
-            f"\nWhat {verb} {'all ' if many else ''}the special magic {named} for {query} mentioned in the provided text? "
+            f"\nWhat {verb} {'all ' if many else ''}the special magic {named} for {query} mentioned in the provided "
+            "text? "
             f"The special magic {named} for {query} mentioned in the provided text {verb}"
         )
 

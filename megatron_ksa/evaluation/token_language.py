@@ -1,10 +1,10 @@
-"""A language of token ids with long-range structure, for small models trained from scratch: needle tests and training text.
+"""A language of token ids with long-range structure, for small models trained from scratch: needles, training text.
 
-Ids: 0 ends a document, 1 to 7 are marks, then 256 bytes, 256 parts of names, and words. In a phrase every second word or
-so follows from the word before the last, so that a small model soon learns to look at the tokens before, which copying
-builds on. A document's text repeats phrases: the chance of a phrase that it has not used yet falls with its length, so
-that more context always predicts better. Between phrases stand needles `KEY k IS v END`, and later questions about them,
-`ASK k IS v END`.
+Ids: 0 ends a document, 1 to 7 are marks, then 256 bytes, 256 parts of names, and words. In a phrase every second word
+or so follows from the word before the last, so that a small model soon learns to look at the tokens before, which
+copying builds on. A document's text repeats phrases: the chance of a phrase that it has not used yet falls with its
+length, so that more context always predicts better. Between phrases stand needles `KEY k IS v END`, and later questions
+about them, `ASK k IS v END`.
 """
 
 import numpy as np
@@ -23,7 +23,8 @@ NOVELTY = 8
 # The word that follows two places after each word, where it follows from it at all.
 SUCCESSOR = WORDS + np.random.default_rng(0).permutation(NUM_WORDS)
 FOLLOWS = 0.5
-# Needles and questions are this share of a training document, drawn evenly: tests have haystacks of text and of needles.
+# Needles and questions are this share of a training document, drawn evenly: tests have haystacks of text and of
+# needles.
 INSERTS = (0.1, 0.9)
 # A needle stands u ** NEARNESS of the reach before its question, u even in 0 to 1: half of them within an eighth of it.
 NEARNESS = 3

@@ -116,7 +116,8 @@ def architecture_of(stored: StoredCheckpoint) -> Architecture:
         )
     if settings.ksa.enabled and LayerKind.WINDOW in settings.ksa.layer_pattern:
         raise UsageError(
-            f"{stored.folder}: --ksa-layer-pattern {settings.ksa.layer_pattern} has window layers without summaries (w), "
+            f"{stored.folder}: --ksa-layer-pattern {settings.ksa.layer_pattern} has window layers without summaries "
+            "(w), "
             f"which the exported layouts cannot hold"
         )
     coefficient = settings.ksa.summary_coefficient(stored.iteration) if settings.ksa.independent_projections else 1.0

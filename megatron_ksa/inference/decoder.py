@@ -30,7 +30,8 @@ class Decoder:
         self.model = model
         self.length = 0
         self._layout = model.layout
-        self._cores = [m for m in model.modules() if isinstance(m, CausalCoreAttention | KSACoreAttention | WindowCoreAttention)]
+        kinds = CausalCoreAttention | KSACoreAttention | WindowCoreAttention
+        self._cores = [m for m in model.modules() if isinstance(m, kinds)]
         # Which rows of a step are text depends on where in its chunk the step starts.
         self._laid_out = [m for m in model.modules() if isinstance(getattr(m, "layout", None), RowLayout)]
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ksa.errors import UsageError
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -36,12 +38,26 @@ class RowLayout:
         return text_rows + self.summary_rows(text_rows)
 
     def text_rows(self, total_rows: int) -> int:
-        """The inverse of `total_rows`."""
+        """The inverse of `total_rows`.
+
+        Raises:
+            UsageError: a number of rows that no number of text rows has, such as the rows of shards that cut a chunk.
+        """
         chunks, ragged = divmod(self.offset + total_rows, self.chunk_size + self.summary_tokens)
-        return chunks * self.chunk_size + ragged - self.offset
+        text = chunks * self.chunk_size + ragged - self.offset
+        if text < 0 or self.total_rows(text) != total_rows:
+            raise UsageError(
+                f"{total_rows} rows are no text rows with {self.summary_tokens} summary rows after each complete chunk "
+                f"of {self.chunk_size}: each shard's text must be a multiple of the chunk size (--ksa-chunk-size)"
+            )
+        return text
 
     def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-        """Views of the text rows and of the summary rows of `rows` along `dim`."""
+        """Views of the text rows and of the summary rows of `rows` along `dim`.
+
+        Raises:
+            UsageError: as from `text_rows`.
+        """
         text = self.text_rows(rows.shape[dim])
         # One split, not two slices, whose gradients would each be as large as the whole.
         return rows.split([text, rows.shape[dim] - text], dim)
@@ -84,7 +100,7 @@ def document_starts_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
 
 
 def summary_positions(layout: RowLayout, num_text: int, document_start: Tensor | None, device: torch.device) -> Tensor:
-    """Sequence index whose rotary position each summary row takes (SPEC: "Positions").
+    """Sequence index whose rotary position each summary row takes (docs/ksa.md, "Positions").
 
     Summary (c, s) takes text token c*C + ((s+1)*C)//S - 1, but none before the chunk's first token nor, with documents,
     before the first token of the document that the chunk's last token belongs to.
@@ -119,9 +135,8 @@ def row_positions(layout: RowLayout, num_text: int, document_start: Tensor | Non
         int64 [rows, batch or 1].
     """
     text = torch.arange(num_text, device=device)[None]
-    index = torch.cat([text, summary_positions(layout, num_text, None, device)], dim=1)
+    summaries = summary_positions(layout, num_text, document_start, device)
+    index = torch.cat([text.expand(len(summaries), -1), summaries], dim=1)
     if document_start is None:
         return index.transpose(0, 1)
-    summaries = summary_positions(layout, num_text, document_start, device)
-    index = torch.cat([text.expand(len(document_start), -1), summaries], dim=1)
     return (index - document_start.long().gather(1, index)).transpose(0, 1)

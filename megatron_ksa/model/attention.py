@@ -123,17 +123,34 @@ class KSASelfAttention(RotatedSelfAttention):
     def _project_and_rotate(self, text: Tensor, summaries: Tensor) -> Heads:
         """`get_query_key_value_tensors` with the rotation; only a blend of projections is normalised before it."""
         norms = (self.q_layernorm, self.k_layernorm)
-        a = self.summary_coefficient
         if not self._fuses(*norms):
             text_heads = self._project(self.linear_qkv, *norms, text)
             return self._rotate([text_heads, self._project_summaries(summaries)], [None, None])
         text_heads = self._project_mixed(self.linear_qkv, text)
-        shared = self.linear_qkv_summary is None or (a == 0.0 and not torch.is_grad_enabled())
-        if not (shared or a == 1.0):
+        if self._blends:
             return self._rotate([text_heads, self._project_summaries(summaries)], [norms, None])
-        summary_heads = self._project_mixed(self.linear_qkv if shared else self.linear_qkv_summary, summaries)
-        summary_norms = (self.q_layernorm_summary or norms[0], self.k_layernorm_summary or norms[1])
-        return self._rotate([text_heads, summary_heads], [norms, summary_norms])
+        summary_heads = self._project_mixed(self._summary_projection, summaries)
+        return self._rotate([text_heads, summary_heads], [norms, self._summary_norms])
+
+    @property
+    def _summary_projection(self) -> nn.Module:
+        """What projects summary rows: their own projection, or the text's where they share it.
+
+        They share it without a projection of their own, and once annealing has ended, a = 0. In training the own
+        projection is computed then too: its gradient, of zeros, is what data parallelism waits for.
+        """
+        annealed = self.summary_coefficient == 0.0 and not torch.is_grad_enabled()
+        return self.linear_qkv if self.linear_qkv_summary is None or annealed else self.linear_qkv_summary
+
+    @property
+    def _blends(self) -> bool:
+        """Whether summary rows mix their own projection with the text's."""
+        return self._summary_projection is not self.linear_qkv and self.summary_coefficient != 1.0
+
+    @property
+    def _summary_norms(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """Norms of the summary rows' queries and keys: their own, or the text's."""
+        return self.q_layernorm_summary or self.q_layernorm, self.k_layernorm_summary or self.k_layernorm
 
     def _project_mixed(self, linear: nn.Module, rows: Tensor) -> Tensor | Heads:
         """Projected heads as they lie in memory (see `_rotate`), or apart where ranks share a group."""
@@ -143,18 +160,12 @@ class KSASelfAttention(RotatedSelfAttention):
         return mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))
 
     def _project_summaries(self, summaries: Tensor) -> Heads:
+        heads = self._project(self._summary_projection, *self._summary_norms, summaries)
+        if not self._blends:
+            return heads
         a = self.summary_coefficient
-        q_norm = self.q_layernorm_summary or self.q_layernorm
-        k_norm = self.k_layernorm_summary or self.k_layernorm
-        if self.linear_qkv_summary is None:
-            return self._project(self.linear_qkv, q_norm, k_norm, summaries)
-        if a == 0.0 and not torch.is_grad_enabled():
-            return self._project(self.linear_qkv, q_norm, k_norm, summaries)
-        own = self._project(self.linear_qkv_summary, q_norm, k_norm, summaries)
-        if a == 1.0:
-            return own
         shared = self._project(self.linear_qkv, self.q_layernorm, self.k_layernorm, summaries)
-        return tuple(a * o + (1.0 - a) * s for o, s in zip(own, shared, strict=True))
+        return tuple(a * o + (1.0 - a) * s for o, s in zip(heads, shared, strict=True))
 
     def _project(
         self, linear: nn.Module, q_norm: nn.Module | None, k_norm: nn.Module | None, rows: Tensor

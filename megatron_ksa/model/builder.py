@@ -18,7 +18,6 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.model.gpt import KSAGPTModel
-from megatron_ksa.model.layer_specs import ksa_block_spec, row_layout
 from megatron_ksa.model.summary_parameters import freeze_shared_parameters
 
 
@@ -74,8 +73,6 @@ class KSAGPTModelBuilder(GPTModelBuilder):
         """One pipeline stage; arguments as in Megatron's `GPTModelBuilder.build_model`."""
         config = self._model_config
         transformer = config.transformer
-        # Layers of different kinds have different parameters: Megatron must not stack them in checkpoints.
-        transformer.hetereogenous_dist_checkpoint = config.ksa.enabled
         virtual = transformer.virtual_pipeline_model_parallel_size
         if pre_process is None:
             pre_process = is_vp_first_stage(vp_stage=vp_stage, vp_size=virtual) and is_pp_first_stage(pg_collection.pp)
@@ -87,10 +84,19 @@ class KSAGPTModelBuilder(GPTModelBuilder):
                 vocab_size, config.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size
             )
         model = KSAGPTModel(
-            config=transformer,
-            transformer_layer_spec=ksa_block_spec(transformer, config.ksa, config.text_length, vp_stage),
+            transformer,
+            config.ksa,
+            config.text_length,
             vocab_size=vocab_size,
+            bases=config.bases,
             max_sequence_length=config.seq_length,
+            position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling,
+            rope_scaling_factor=config.rope_scaling_factor,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+            reset_documents=config.reset_documents,
             fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
             parallel_output=config.parallel_output,
             share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
@@ -99,19 +105,9 @@ class KSAGPTModelBuilder(GPTModelBuilder):
             post_process=post_process,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
-            layout=row_layout(config.ksa),
-            bases=config.bases,
-            position_embedding_type=config.position_embedding_type,
-            rotary_percent=config.rotary_percent,
-            rotary_base=config.rotary_base,
-            rope_scaling=config.rope_scaling,
-            rope_scaling_factor=config.rope_scaling_factor,
-            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
-            reset_documents=config.reset_documents,
         )
         if config.train == "summary":
             freeze_shared_parameters(model)
         if config.distill.enabled:
             model.distill(config.distill, config.ksa.num_summarised(transformer.num_layers))
         return model
-

@@ -1,6 +1,6 @@
-"""Core attention of KSA, window and full layers: Megatron's `[rows, batch, heads, head_dim]` in, visibility decided here.
+"""Core attention of KSA, window and full layers: what each query sees, for rows [rows, batch, heads, head_dim].
 
-Both take Megatron's `attention_mask` argument as `document_start` (int32 [batch, n], see
+All take Megatron's `attention_mask` argument as `document_start` (int32 [batch, n], see
 `megatron_ksa.layout.rows.document_starts`) or None: the argument is the one tensor that Megatron hands through
 pipeline stages and activation recompute to every layer, and text-by-text masks are never needed here.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_ksa.context_parallel.attention import context_parallel_attention
 from megatron_ksa.context_parallel.ulysses import all_to_all_attention
+from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.ksa_attention import (
     KSAGeometry,
     ksa_attention,
@@ -36,6 +37,9 @@ class _CoreAttention(MegatronModule):
 
     Attributes:
         causal: the rows are text, and every query sees all before it, whatever the layer's window: a teacher's pass.
+
+    Raises:
+        UsageError: attention dropout above 0, which would have no effect.
     """
 
     causal = False
@@ -52,6 +56,9 @@ class _CoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout:
+            raise UsageError(f"this attention has no dropout, attention_dropout is {dropout}: use 0")
         self.softmax_scale = softmax_scale
         self.cp_comm_type = cp_comm_type
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None

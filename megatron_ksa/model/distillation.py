@@ -1,8 +1,8 @@
 """Teacher and student in one model: the decoder runs twice in a step, the first time as the dense model.
 
-On every pipeline stage the decoder's rows are `[text | summaries | teacher's text]`. The teacher's rows go first, without
-gradients, through the same layers with full causal attention, text projections and no summary rows; each KSA layer
-keeps its attention output for the student (`AttentionTerm`). Then the student's rows follow as they always do.
+On every pipeline stage the decoder's rows are `[text | summaries | teacher's text]`. The teacher's rows go first,
+without gradients, through the same layers with full causal attention, text projections and no summary rows; each KSA
+layer keeps its attention output for the student (`AttentionTerm`). Then the student's rows follow as they always do.
 """
 
 import contextlib

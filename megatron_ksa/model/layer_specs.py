@@ -48,8 +48,8 @@ def _layer_spec(
     """Megatron's layer `base` with the attention of `layer`."""
     backend, norm = _backend(config), _norm(config)
     heads = {"q_layernorm": norm, "k_layernorm": norm} if config.qk_layernorm else {}
-    # The input norm stands apart from the projections, which Transformer Engine would fuse it with; checkpoints have one
-    # name for it whatever the layers are made of.
+    # The input norm stands apart from the projections, which Transformer Engine would fuse it with; checkpoints have
+    # one name for it whatever the layers are made of.
     names = base.submodules.sharded_state_dict_keys_map | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     submodules = dataclasses.replace(base.submodules, input_layernorm=norm, sharded_state_dict_keys_map=names)
     if not uses_transformer_engine(config):
@@ -93,7 +93,7 @@ def ksa_block_spec(
     Raises:
         UsageError: a pattern in `ksa` that does not fit the number of layers.
     """
-    layout = row_layout(ksa)
+    layout = ksa.rows
     plan = dataclasses.replace(ksa, **({} if ksa.enabled else {"layer_pattern": "f", "chunk_size": 1}))
     base = get_gpt_decoder_layer_specs(
         config, uses_transformer_engine(config), config.normalization, config.qk_l2_norm, vp_stage=vp_stage
@@ -109,8 +109,3 @@ def ksa_block_spec(
         first = get_transformer_layer_offset(config, vp_stage=vp_stage)
         layers = layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(config))
-
-
-def row_layout(ksa: KSAConfig) -> RowLayout:
-    """The row layout of a model; without KSA there are text rows only."""
-    return ksa.rows

@@ -1,7 +1,6 @@
 """Megatron's command line with this project's flags, and the checks that need both."""
 
 import argparse
-import dataclasses
 
 from megatron_ksa.checkpoint.async_save import adapt_async_save, async_save_defaults, check_async_save
 from megatron_ksa.config.data import DataConfig
@@ -14,16 +13,12 @@ from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.config.stage import StageConfig
 from megatron_ksa.errors import UsageError
+from megatron_ksa.model.prepare import FLAGS, check_length, check_settings, pipeline_rows
 from megatron_ksa.training.given import given_flags, record_given
 from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_sizes
 from megatron_ksa.training.stages import check_stage
 from megatron_ksa.upstream import command_line
 from megatron_ksa.upstream.patches import Applied, apply
-
-ROTARY_TYPES = ("rope", "harpe")
-CP_COMM_TYPES = ("p2p", "a2a")
-# Those that train to the same numbers as without (tests/training/gpu_check.py).
-CUDA_GRAPHS = ("none", "full_iteration", "local")
 
 
 def install_arguments(defaults: dict[str, object]) -> Applied:
@@ -116,26 +111,13 @@ def _loss_config(args: argparse.Namespace) -> LossConfig:
 
 
 def _check(args: argparse.Namespace, settings: RunSettings) -> None:
-    """Refuse what KSA and HARPE cannot work with."""
-    feature = "--ksa" if settings.ksa.enabled else "--position-embedding-type harpe"
+    """Refuse what KSA and HARPE cannot work with: the list of `prepare_config`, and what only the trainer has."""
+    feature = FLAGS.feature(settings.ksa, settings.bases)
     for name in (name for name in REQUIRED if getattr(args, name) is None):
         raise UsageError(f"{feature} needs --{name.replace('_', '-')}")
     refused = [
-        (args.multi_latent_attention, "--multi-latent-attention", "it has no K/V heads to share; drop it"),
-        (args.use_rope_scaling and settings.bases, "--use-rope-scaling", "HARPE's bases take its place; drop it"),
-        (args.mtp_num_layers, "--mtp-num-layers", "multi-token prediction layers are not supported; drop it"),
-        (args.attention_output_gate, "--attention-output-gate", "gated attention is not supported; drop it"),
-        (args.attention_dropout, f"--attention-dropout {args.attention_dropout}", "use --attention-dropout 0"),
         (args.sft, "--sft", "the batch reader serves pretraining data; drop it"),
         (args.spec, "--spec", "the layer specs are this project's own; drop it"),
-        (args.flash_decode, "--flash-decode", "it assumes one frequency row for all heads; drop it"),
-        (args.fp8, "--fp8-format", "its attention and summary projections are not checked in FP8; use --bf16"),
-        (args.fp4, "--fp4-format", "its attention and summary projections are not checked in FP4; use --bf16"),
-        (args.external_cuda_graph or args.cuda_graph_impl == "transformer_engine", "CUDA graphs of Transformer Engine",
-         "it captures its own layers, and attention here is this project's; drop the flag"),
-        (args.cuda_graph_impl not in CUDA_GRAPHS, f"--cuda-graph-impl {args.cuda_graph_impl}",
-         f"use {', '.join(CUDA_GRAPHS)}"),
-        (args.num_experts is None and args.qk_l2_norm, "--qk-l2-norm", "use --qk-layernorm"),
     ]
     for active, flag, way_out in refused:
         if active:
@@ -143,65 +125,33 @@ def _check(args: argparse.Namespace, settings: RunSettings) -> None:
     if args.reset_position_ids != args.reset_attention_mask:
         missing = "--reset-attention-mask" if args.reset_position_ids else "--reset-position-ids"
         raise UsageError(f"{feature} resets documents with both flags or neither: {missing} is missing")
-    if args.context_parallel_size > 1:
-        _check_context_parallel(args, feature)
-    if args.enable_cuda_graph or args.cuda_graph_impl != "none":
-        _check_cuda_graphs(args, settings)
-    if settings.ksa.enabled:
-        if args.position_embedding_type not in (*ROTARY_TYPES, "none"):
-            raise UsageError(
-                f"--ksa needs explicit rotary positions, --position-embedding-type is {args.position_embedding_type}: "
-                f"use rope, harpe or none"
-            )
-        settings.ksa.layers(args.num_layers, args.seq_length)
-    rows = settings.ksa if settings.ksa.enabled else dataclasses.replace(settings.ksa, chunk_size=1)
-    rows.check_sequence(
-        args.seq_length,
-        context_parallel=args.context_parallel_size,
-        sequence_parallel=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+    if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
+        raise UsageError(
+            "--cuda-graph-impl full_iteration cannot look at the loss: add --no-check-for-nan-in-loss-and-grad"
+        )
+    config = _as_config(args)
+    check_settings(
+        config,
+        settings.ksa,
+        FLAGS,
+        bases=settings.bases,
+        position_embedding_type=args.position_embedding_type,
+        rope_scaling=args.use_rope_scaling,
     )
+    check_length(config, settings.ksa, args.seq_length)
     check_layout(args)
 
 
-def _check_cuda_graphs(args: argparse.Namespace, settings: RunSettings) -> None:
-    """Refuse what a CUDA graph would freeze, or what was never captured."""
-    graphs = "--enable-cuda-graph" if args.enable_cuda_graph else f"--cuda-graph-impl {args.cuda_graph_impl}"
-    if args.cuda_graph_impl == "full_iteration" and args.check_for_nan_in_loss_and_grad:
-        raise UsageError(f"{graphs} cannot look at the loss: add --no-check-for-nan-in-loss-and-grad")
-    if settings.ksa.anneal_start is not None:
-        raise UsageError(f"{graphs} would repeat one annealing coefficient: drop it or --ksa-anneal-start")
-    if args.context_parallel_size > 1:
-        raise UsageError(
-            f"{graphs} is not checked with --context-parallel-size {args.context_parallel_size}: use 1, or "
-            "--cuda-graph-impl none"
-        )
-
-
-def _check_context_parallel(args: argparse.Namespace, feature: str) -> None:
-    """Refuse the kinds of context parallelism that exist for Transformer Engine's attention only."""
-    size, tp = args.context_parallel_size, args.tensor_model_parallel_size
-    if args.hybrid_context_parallel:
-        raise UsageError(f"{feature} does not go with --hybrid-context-parallel: drop it")
-    for kind in args.cp_comm_type:
-        if kind not in CP_COMM_TYPES:
-            raise UsageError(
-                f"{feature} does not go with --cp-comm-type {kind}: use p2p (halos and gathered summaries) or a2a"
-            )
-    if "a2a" not in args.cp_comm_type:
-        return
+def _as_config(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments under the names of `TransformerConfig`'s fields."""
+    own_layers = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    heads, groups = args.num_attention_heads // tp, max(groups // tp, 1)
-    if heads % size:
-        largest = max(divisor for divisor in range(1, heads + 1) if heads % divisor == 0 and divisor <= size)
-        raise UsageError(
-            f"--cp-comm-type a2a divides the {heads} attention heads of a tensor-parallel rank among "
-            f"--context-parallel-size {size} ranks: use {largest}, or p2p"
-        )
-    if groups % size and size % groups:
-        raise UsageError(
-            f"--cp-comm-type a2a needs the {groups} K/V heads of a tensor-parallel rank to be a multiple or a divisor "
-            f"of --context-parallel-size {size}: use {groups}, or p2p"
-        )
+    names = {
+        "num_moe_experts": args.num_experts,
+        "num_query_groups": groups,
+        "heterogeneous_block_specs": bool(own_layers),
+    }
+    return argparse.Namespace(**{**vars(args), **names})
 
 
 def adapt_trainer(args: argparse.Namespace, settings: RunSettings) -> None:
@@ -220,9 +170,7 @@ def adapt_trainer(args: argparse.Namespace, settings: RunSettings) -> None:
     args.apply_rope_fusion = False
     if settings.ksa.enabled and args.pipeline_model_parallel_size > 1:
         if args.virtual_pipeline_model_parallel_size is None:
-            args.decoder_seq_length = settings.ksa.rows.total_rows(args.seq_length)
-            if settings.distill.enabled:
-                args.decoder_seq_length += args.seq_length
+            args.decoder_seq_length = pipeline_rows(settings.ksa, args.seq_length, distils=settings.distill.enabled)
         else:
             args.variable_seq_lengths = True
             # Megatron's check of variable lengths looks at the MoE dispatcher even of dense models.

@@ -16,6 +16,7 @@ from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.kernels.dispatch import force_reference
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
+from megatron_ksa.model.prepare import prepare_config
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 from megatron_ksa.training.blend import dataset_prefixes
 from megatron_ksa.training.flag_rules import check_flags, check_run
@@ -82,6 +83,14 @@ def configure(args: argparse.Namespace, settings: RunSettings) -> PretrainConfig
             model = model_config_from_args(args, settings.ksa, settings.bases)
             model.reset_documents = args.reset_position_ids
             model.train, model.distill = settings.train, settings.distill
+            prepare_config(
+                model.transformer,
+                settings.ksa,
+                args.seq_length,
+                bases=settings.bases,
+                decoder_seq_length=args.decoder_seq_length,
+                distils=settings.distill.enabled,
+            )
             if args.rank == 0:
                 print(run_report(args, settings), flush=True)
         model.pre_wrap_hooks.extend(model_hooks(args))

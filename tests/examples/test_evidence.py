@@ -30,7 +30,8 @@ def experiment(monkeypatch):
 
 
 def test_arms_from_dense_have_the_same_tokens_at_every_score(experiment):
-    args = argparse.Namespace(steps=9, lr=1.0, dense_steps=30, distil_steps=10, extend_steps=5, dense_lr=0.1, arms=["full"])
+    steps = dict(steps=9, dense_steps=30, distil_steps=10, extend_steps=5)
+    args = argparse.Namespace(lr=1.0, dense_lr=0.1, arms=["full"], **steps)
     stages = experiment.dense_stages(args)
 
     def tokens(stage) -> int:
@@ -49,9 +50,13 @@ def test_tables_and_chart(tmp_path):
     report = module(EXAMPLE / "report.py")
 
     def run(arm: str, seed: int, found: float) -> dict:
-        rows = [{"form": "single_2", "length": 1000, "depth": 1 - far / 1000, "values": v} for far, v in ((64, 1.0), (500, found))]
+        rows = [
+            {"form": "single_2", "length": 1000, "depth": 1 - far / 1000, "values": value}
+            for far, value in ((64, 1.0), (500, found))
+        ]
         return {
-            "part": "scratch", "arm": arm, "stage": "trained", "seed": seed, "length": 1000, "kv_rows": 500, "needles": rows,
+            "part": "scratch", "arm": arm, "stage": "trained", "seed": seed, "length": 1000, "kv_rows": 500,
+            "needles": rows,
             "perplexity": [{"length": 256, "loss": 0.0}],
         }  # fmt: skip
 

@@ -1,7 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ksa.errors import UsageError
 from megatron_ksa.layout.rows import (
     RowLayout,
     document_starts,
@@ -14,6 +16,18 @@ from megatron_ksa.layout.rows import (
 def test_text_rows_inverts_total_rows(chunk_size, summary_tokens, n, offset):
     layout = RowLayout(chunk_size, summary_tokens, offset % chunk_size)
     assert layout.text_rows(layout.total_rows(n)) == n
+
+
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 8), st.integers(0, 200))
+def test_rows_that_no_text_has_are_refused(chunk_size, summary_tokens, offset, rows):
+    """Two shards of a text and a half chunk each gave rows that were split in the wrong place without a word."""
+    layout = RowLayout(chunk_size, summary_tokens, offset % chunk_size)
+    if any(layout.total_rows(n) == rows for n in range(rows + 1)):
+        text, summaries = layout.split(torch.empty(rows))
+        assert layout.total_rows(len(text)) == rows and layout.summary_rows(len(text)) == len(summaries)
+    else:
+        with pytest.raises(UsageError, match=f"{rows} rows are no text rows.*--ksa-chunk-size"):
+            layout.split(torch.empty(rows))
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.lists(st.integers(1, 30), min_size=1))

@@ -1,4 +1,4 @@
-"""A model that is its own teacher: the teacher is the dense model, and the losses and gradients are those of float64."""
+"""A model that is its own teacher: the teacher is the dense model, losses and gradients are those of float64."""
 
 import pytest
 import torch
@@ -66,7 +66,8 @@ def expected_losses(config: DistillConfig, dense, student, seed: int = 0) -> tup
 def dense_twin(student, dtype=torch.float64):
     """The dense model with the student's shared weights."""
     dense = build_model(DENSE, transformer_config()).to(dtype)
-    dense.load_state_dict({name: value for name, value in student.state_dict().items() if not is_summary_parameter(name)})
+    shared = {name: value for name, value in student.state_dict().items() if not is_summary_parameter(name)}
+    dense.load_state_dict(shared)
     return dense
 
 

@@ -7,9 +7,11 @@ import torch
 from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.packed_seq_params import PackedSeqParams
 from single_process import build_model, random_tokens, transformer_config
 
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.errors import UsageError
 
 HYBRID = KSAConfig(enabled=True, chunk_size=4, window_chunks="[1]*4", layer_pattern="kklf")
 
@@ -48,6 +50,37 @@ def test_a_token_changes_no_earlier_logit_and_no_other_document(case):
     same |= document != document[place]
     assert torch.equal(before[0, same], after[0, same])
     assert not torch.equal(before[0, place], after[0, place])
+
+
+@pytest.mark.parametrize("summary_tokens", [1, 2, 3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_sequences_have_the_logits_of_reset_documents(summary_tokens, padded):
+    """With packed_seq_params attention masked documents, but positions did not restart.
+
+    Positions are relative, so that text alone does not show it; summaries of a chunk with a document boundary do, whose
+    positions are never before their document's first token.
+    """
+    ksa = dataclasses.replace(HYBRID, summary_tokens=summary_tokens, window_chunks="[0]*4", layer_pattern="kkkk")
+    tokens, lengths = random_tokens(1, 40), [15, 6, 19]
+    starts = torch.tensor([0, 15, 21, 40], dtype=torch.int32)
+    model = build_model(ksa, reset_documents=True).eval()
+    # Of the middle document four tokens are real and two are padding.
+    real = {"cu_seqlens_q": torch.tensor([0, 15, 19, 38], dtype=torch.int32), "cu_seqlens_q_padded": starts}
+    packed_params = PackedSeqParams(qkv_format="thd", **(real if padded else {"cu_seqlens_q": starts}))
+    with torch.no_grad():
+        expected = model(tokens, positions(lengths))
+        model.reset_documents = False
+        given_starts = model(tokens, torch.arange(40)[None], packed_seq_params=packed_params)
+        assert not torch.equal(given_starts, model(tokens, torch.arange(40)[None]))
+    assert torch.equal(given_starts, expected)
+
+
+def test_documents_of_another_length_are_refused():
+    """Positions were gathered beyond the documents' table: on a GPU, a device assertion."""
+    model = build_model(HYBRID).eval()
+    packed_params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 15, 39], dtype=torch.int32))
+    with pytest.raises(UsageError, match="told for 1 x 39 tokens .*given 1 x 40"):
+        model(random_tokens(1, 40), None, packed_seq_params=packed_params)
 
 
 def test_full_layers_see_their_whole_document():

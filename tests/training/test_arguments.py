@@ -69,6 +69,13 @@ def parse(monkeypatch, flags, processes=12):
         ("--ksa --position-embedding-type rope --loss-chunk-rows -3", "--loss-chunk-rows is -3"),
         ("--loss-chunk-rows 64 --defer-embedding-wgrad-compute", "does not go with --defer-embedding-wgrad-compute"),
         ("--position-embedding-type harpe --use-rope-scaling", "does not go with --use-rope-scaling"),
+        ("--ksa --position-embedding-type rope --softmax-type learnable", "does not go with --softmax-type learnable"),
+        ("--ksa --position-embedding-type rope --window-size 8,0", "does not go with --window-size: KSA's windows are"),
+        ("--position-embedding-type harpe --qk-clip", "does not go with --qk-clip"),
+        (
+            "--ksa --position-embedding-type rope --heterogeneous-layers-config-path x.json",
+            "does not go with --heterogeneous-layers-config-path: the layer specs are this project's own",
+        ),
     ],
 )
 def test_refused_in_one_line(monkeypatch, flags, message):

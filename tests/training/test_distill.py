@@ -1,4 +1,4 @@
-"""Distillation by the trainer: in every layout the numbers of one process, and nothing but summary parameters changes."""
+"""Distillation by the trainer: in every layout the numbers of one process, and only summary parameters change."""
 
 from pathlib import Path
 
@@ -67,7 +67,8 @@ class Runs:
         start = f"--train-iters 5 --load {folder}/start --finetune {DISTILL}"
         runs |= {case: f"{start} {case[1]} {case[2]}" for case in LAYOUTS}
         whole = f"{folder}/distilled"
-        runs[1, "whole"] = f"--train-iters 5 {from_dense} --save {whole} --save-interval 2 --tensorboard-dir {folder}/tensorboard"
+        logs = f"--tensorboard-dir {folder}/tensorboard"
+        runs[1, "whole"] = f"--train-iters 5 {from_dense} --save {whole} --save-interval 2 {logs}"
         for before in (2, 4):
             runs[1, "resumed", before] = f"--train-iters 5 --load {whole} --ckpt-step {before} {DISTILL}"
         self.runs = {run: (folder / f"{number}.json", flags) for number, (run, flags) in enumerate(runs.items())}
@@ -119,7 +120,7 @@ def test_resume_equals_the_uninterrupted_run(before, distilled):
 
 
 def test_only_summary_parameters_change_and_have_optimizer_state(distilled):
-    """Bitwise: the shared weights are the dense checkpoint's; moments exist for summary parameters and for no others."""
+    """Bitwise: the shared weights are the dense checkpoint's; moments exist for summary parameters and no others."""
     distilled.make(1)
     dense = tensors(distilled.folder / "dense" / "iter_0000001")
     first, last = (tensors(distilled.folder / "distilled" / f"iter_000000{step}") for step in (2, 4))

@@ -101,7 +101,9 @@ def test_starts_refused_in_one_line(monkeypatch, tmp_path, settings, stored, opt
         (PLAIN, KSAConfig(enabled=True, initial_coefficient=0.0), 8, False, {8: 0.0}),
     ],
 )
-def test_the_coefficient_belongs_to_the_checkpoint(monkeypatch, tmp_path, flags, stored, iteration, finetune, coefficients):
+def test_the_coefficient_belongs_to_the_checkpoint(
+    monkeypatch, tmp_path, flags, stored, iteration, finetune, coefficients
+):
     settings = start(monkeypatch, tmp_path, RunSettings(flags, None), stored, iteration, finetune)
     assert {step: settings.ksa.summary_coefficient(step) for step in coefficients} == coefficients
 

@@ -20,7 +20,7 @@ SYSTEM = (
     '"quality" is how correct, clear and useful the instance is, "difficulty" how much expertise it needs; both are '
     "integers from 1 to 10."
 )
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_TAGS},

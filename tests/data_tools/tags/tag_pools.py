@@ -31,7 +31,7 @@ class Pool:
         return tree_information(self.shares, self.strength, self.parent, 0.9 ** self.depth.astype(float), phi=self.phi)
 
     def value(self, chosen) -> float:
-        """I(S) of SPEC-TAGS 4 and 5, in loops."""
+        """I(S) of docs/tags.md, 4 and 5, in loops."""
         total = np.zeros(len(self.parent))
         for i in chosen:
             tags = self.leaves[self.indptr[i] : self.indptr[i + 1]]

@@ -105,7 +105,7 @@ def test_equals_dense_mask_in_float64(case, seed):
 @given(cases())
 @settings(max_examples=60, deadline=None)
 def test_every_past_chunk_is_seen_exactly_once(case):
-    """With values that are one-hot in the chunk, each past chunk of the document gets weight as text or as summaries."""
+    """With values one-hot in the chunk, each past chunk of the document gets weight as text or as summaries."""
     geometry, n, document = case
     mask = dense_mask(n, geometry, document.tolist())
     C, S = geometry.chunk_size, geometry.summary_tokens
@@ -145,5 +145,6 @@ def test_partial_results_merge_by_log_sum_exp():
     merged = weights[0] * near + weights[1] * far
     assert_close("lse", lse, whole_lse)
     assert_close("out", merged, whole)
-    for name, actual, wanted in zip("qkv", torch.autograd.grad((merged * q.detach()).sum(), leaves), expected):
+    gradients = torch.autograd.grad((merged * q.detach()).sum(), leaves)
+    for name, actual, wanted in zip("qkv", gradients, expected, strict=True):
         assert_close(f"d{name}", actual, wanted)

@@ -1,0 +1,261 @@
+"""What KSA and HARPE refuse or set in a configuration: one list for the trainer's flags and for library users."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.errors import UsageError
+
+POSITION_TYPES = ("rope", "harpe", "none")
+CP_COMM_TYPES = ("p2p", "a2a")
+# Those that train to the same numbers as without (tests/training/gpu_check.py).
+CUDA_GRAPHS = ("none", "full_iteration", "local")
+# Fields whose flag is not the field's name with hyphens.
+OTHER_FLAGS = {
+    "fp8": "fp8-format",
+    "fp4": "fp4-format",
+    "rope_scaling": "use-rope-scaling",
+    "heterogeneous_block_specs": "heterogeneous-layers-config-path",
+}
+# Attribute of a prepared configuration: the rows that the caller gives Megatron's pipeline schedule.
+ROWS_GIVEN = "ksa_decoder_seq_length"
+
+
+def _flag(field: str, value: object = None) -> str:
+    flag = f"--{OTHER_FLAGS.get(field, field.replace('_', '-'))}"
+    return flag if value is None else f"{flag} {value}"
+
+
+def _field(field: str, value: object = None) -> str:
+    return field if value is None else f"{field}={value}"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How an error names settings: as flags of the command line, or as fields of a `TransformerConfig`.
+
+    Attributes:
+        ksa: KSA.
+        harpe: HARPE.
+        name: a field of `TransformerConfig`, alone or with a value.
+    """
+
+    ksa: str
+    harpe: str
+    name: Callable[..., str]
+
+    def feature(self, ksa: KSAConfig, bases: tuple[float, ...] | None) -> str:
+        """What a setting does not go with; without KSA and HARPE, this project's model."""
+        return self.ksa if ksa.enabled else self.harpe if bases else "KSAGPTModel"
+
+
+FLAGS = Spelling("--ksa", "--position-embedding-type harpe", _flag)
+FIELDS = Spelling("KSA", "HARPE", _field)
+
+
+def prepare_config(
+    config: TransformerConfig,
+    ksa: KSAConfig,
+    seq_length: int,
+    *,
+    bases: tuple[float, ...] | None = None,
+    decoder_seq_length: int | None = None,
+    distils: bool = False,
+) -> TransformerConfig:
+    """Check a configuration for `KSAGPTModel` and set in it what KSA and HARPE need.
+
+    The configuration is changed in place, because Megatron's model chunks, schedule and optimizer share one object:
+    `hetereogenous_dist_checkpoint` becomes True with KSA (layers have different parameters), `apply_rope_fusion` False
+    (that kernel takes one row of angles), and with pipeline stages `variable_seq_lengths` True unless
+    decoder_seq_length is given. Preparing a configuration twice is the same as once.
+
+    Args:
+        config: Megatron's, with the parallel sizes of the run.
+        ksa: KSA settings; with `enabled` off, all layers are full attention.
+        seq_length: n, text tokens in a training sequence.
+        bases: HARPE bases, one for each KV group, or None.
+        decoder_seq_length: the rows that you give Megatron's `forward_backward_func` under that name, which must be
+            `pipeline_rows(ksa, seq_length)`; None lets pipeline stages tell each other their shapes.
+        distils: the model is its own teacher (`KSAGPTModel.distill`).
+
+    Returns:
+        `config`.
+
+    Raises:
+        UsageError: a setting that would fail or have no effect, a pattern that does not fit the number of layers, or a
+            length whose shards would cut a chunk.
+    """
+    check_settings(config, ksa, FIELDS, bases=bases)
+    check_length(config, ksa, seq_length)
+    rows = pipeline_rows(ksa, seq_length, distils=distils)
+    if decoder_seq_length not in (None, rows):
+        raise UsageError(f"decoder_seq_length is {decoder_seq_length}: text and summary rows are {rows}")
+    if decoder_seq_length is not None:
+        setattr(config, ROWS_GIVEN, rows)
+    return set_required(config, ksa)
+
+
+def pipeline_rows(ksa: KSAConfig, seq_length: int, *, distils: bool = False) -> int:
+    """Rows of a whole sequence of seq_length text tokens that pipeline stages exchange.
+
+    Those are the text and its summaries, and with distils the teacher's text besides.
+    """
+    return ksa.rows.total_rows(seq_length) + seq_length * distils
+
+
+def set_required(config: TransformerConfig, ksa: KSAConfig) -> TransformerConfig:
+    """Set, in place, what `prepare_config` says that it sets."""
+    # Layers of different kinds have different parameters: Megatron must not stack them in checkpoints.
+    config.hetereogenous_dist_checkpoint = config.hetereogenous_dist_checkpoint or ksa.enabled
+    config.apply_rope_fusion = False
+    if ksa.has_summaries and config.pipeline_model_parallel_size > 1 and getattr(config, ROWS_GIVEN, None) is None:
+        if config.num_moe_experts and config.moe_token_dispatcher_type == "allgather":
+            raise UsageError(
+                "KSA on pipeline stages does not go with moe_token_dispatcher_type=allgather: use alltoall, or give "
+                "prepare_config a decoder_seq_length"
+            )
+        config.variable_seq_lengths = True
+    return config
+
+
+def check_length(config: Any, ksa: KSAConfig, seq_length: int) -> None:
+    """Refuse patterns and text lengths that do not fit; `config` as in `check_settings`."""
+    if ksa.enabled:
+        ksa.layers(config.num_layers, seq_length)
+    check_shards(config, ksa, seq_length)
+
+
+def check_shards(config: Any, ksa: KSAConfig, seq_length: int) -> None:
+    """Refuse a text length whose shards would cut a chunk; without KSA, tokens are chunks."""
+    (ksa if ksa.enabled else dataclasses.replace(ksa, chunk_size=1)).check_sequence(
+        seq_length,
+        context_parallel=config.context_parallel_size,
+        sequence_parallel=config.tensor_model_parallel_size if config.sequence_parallel else 1,
+    )
+
+
+def check_settings(
+    config: Any,
+    ksa: KSAConfig,
+    spelling: Spelling,
+    *,
+    bases: tuple[float, ...] | None = None,
+    position_embedding_type: str = "rope",
+    rope_scaling: bool = False,
+) -> None:
+    """Refuse what this project's model cannot work with, or would silently leave without effect.
+
+    Args:
+        config: a `TransformerConfig`, or any object with its attributes.
+        spelling: how errors name settings.
+        bases: HARPE bases or None.
+        rope_scaling: Llama 3's scaling of the rotary frequencies.
+
+    Raises:
+        UsageError: one line with the setting and the way out.
+    """
+    feature, name = spelling.feature(ksa, bases), spelling.name
+    refused = [
+        (bool(rope_scaling and bases), name("rope_scaling"), "HARPE's bases take its place; drop it"),
+        *_refused_attention(config, name),
+        *_refused_machinery(config, name),
+    ]
+    for active, setting, way_out in refused:
+        if active:
+            raise UsageError(f"{feature} does not go with {setting}: {way_out}")
+    if position_embedding_type not in POSITION_TYPES:
+        raise UsageError(
+            f"{feature} needs explicit rotary positions, {name('position_embedding_type')} is "
+            f"{position_embedding_type}: use rope, harpe or none"
+        )
+    if position_embedding_type == "harpe" and not bases:
+        raise UsageError(f"{name('position_embedding_type', 'harpe')} needs the bases, one for each KV group")
+    if bases and len(bases) != config.num_query_groups:
+        raise UsageError(
+            f"HARPE has {len(bases)} bases, the model has {config.num_query_groups} KV groups: give one base a group"
+        )
+    if config.context_parallel_size > 1:
+        _check_context_parallel(config, feature, name)
+    _check_cuda_graphs(config, ksa, name)
+
+
+Refusals = Iterator[tuple[bool, str, str]]
+
+
+def _refused_attention(config: Any, name: Callable[..., str]) -> Refusals:
+    """Kinds of attention: whether the setting is active, its name, and the way out."""
+    dropout, softmax, variant = config.attention_dropout, config.softmax_type, config.experimental_attention_variant
+    other_layers = "the layer specs are this project's own; drop it"
+    yield bool(dropout), name("attention_dropout", dropout), f"use {name('attention_dropout', 0)}"
+    yield config.multi_latent_attention, name("multi_latent_attention"), "it has no K/V heads to share; drop it"
+    yield config.attention_output_gate, name("attention_output_gate"), "gated attention is not supported; drop it"
+    yield config.flash_decode, name("flash_decode"), "it assumes one frequency row for all heads; drop it"
+    yield config.window_size is not None, name("window_size"), "KSA's windows are those of KSAConfig; drop it"
+    yield softmax != "vanilla", name("softmax_type", softmax), "attention here has no sink; drop it"
+    yield config.qk_clip, name("qk_clip"), "attention here does not report its largest logit; drop it"
+    yield config.log_max_attention_logit, name("log_max_attention_logit"), "attention here does not report it; drop it"
+    yield variant is not None, name("experimental_attention_variant", variant), other_layers
+    yield config.heterogeneous_block_specs, name("heterogeneous_block_specs"), other_layers
+    yield config.num_moe_experts is None and config.qk_l2_norm, name("qk_l2_norm"), f"use {name('qk_layernorm')}"
+
+
+def _refused_machinery(config: Any, name: Callable[..., str]) -> Refusals:
+    """Precision, further heads, schedules and CUDA graphs: as `_refused_attention`."""
+    graphs = config.cuda_graph_impl
+    unchecked = f"its attention and summary projections are not checked in {{}}; use {name('bf16')}"
+    yield bool(config.mtp_num_layers), name("mtp_num_layers"), "multi-token prediction is not supported; drop it"
+    yield bool(config.fp8), name("fp8"), unchecked.format("FP8")
+    yield bool(config.fp4), name("fp4"), unchecked.format("FP4")
+    yield config.overlap_moe_expert_parallel_comm, name("overlap_moe_expert_parallel_comm"), (
+        "its schedule runs Megatron's own layers; drop it"
+    )
+    yield config.external_cuda_graph or graphs == "transformer_engine", "CUDA graphs of Transformer Engine", (
+        "it captures its own layers, and attention here is this project's; drop the flag"
+    )
+    yield graphs not in CUDA_GRAPHS, name("cuda_graph_impl", graphs), f"use {', '.join(CUDA_GRAPHS)}"
+
+
+def _check_cuda_graphs(config: Any, ksa: KSAConfig, name: Callable[..., str]) -> None:
+    """Refuse what a CUDA graph would freeze, or what was never captured."""
+    if not config.enable_cuda_graph and config.cuda_graph_impl == "none":
+        return
+    graphs = name("enable_cuda_graph") if config.enable_cuda_graph else name("cuda_graph_impl", config.cuda_graph_impl)
+    if ksa.anneal_start is not None:
+        raise UsageError(f"{graphs} would repeat one annealing coefficient: drop it or --ksa-anneal-start")
+    if config.context_parallel_size > 1:
+        raise UsageError(
+            f"{graphs} is not checked with {name('context_parallel_size', config.context_parallel_size)}: use 1, or "
+            f"{name('cuda_graph_impl', 'none')}"
+        )
+
+
+def _check_context_parallel(config: Any, feature: str, name: Callable[..., str]) -> None:
+    """Refuse the kinds of context parallelism that exist for Transformer Engine's attention only."""
+    size, tp = config.context_parallel_size, config.tensor_model_parallel_size
+    if config.hybrid_context_parallel:
+        raise UsageError(f"{feature} does not go with {name('hybrid_context_parallel')}: drop it")
+    kinds = [config.cp_comm_type] if isinstance(config.cp_comm_type, str | None) else config.cp_comm_type
+    for kind in kinds:
+        if kind not in (None, *CP_COMM_TYPES):
+            raise UsageError(
+                f"{feature} does not go with {name('cp_comm_type', kind)}: use p2p (halos and gathered summaries) "
+                "or a2a"
+            )
+    if "a2a" not in kinds:
+        return
+    heads, groups = config.num_attention_heads // tp, max(config.num_query_groups // tp, 1)
+    if heads % size:
+        largest = max(divisor for divisor in range(1, heads + 1) if heads % divisor == 0 and divisor <= size)
+        raise UsageError(
+            f"{name('cp_comm_type', 'a2a')} divides the {heads} attention heads of a tensor-parallel rank among "
+            f"{name('context_parallel_size', size)} ranks: use {largest}, or p2p"
+        )
+    if groups % size and size % groups:
+        raise UsageError(
+            f"{name('cp_comm_type', 'a2a')} needs the {groups} K/V heads of a tensor-parallel rank to be a multiple or "
+            f"a divisor of {name('context_parallel_size', size)}: use {groups}, or p2p"
+        )

@@ -1,0 +1,131 @@
+"""What a configuration object is refused for, and what is set in it, without the trainer."""
+
+import pytest
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from single_process import VOCABULARY, process_groups, transformer_config
+
+from megatron_ksa import KSAConfig, KSAGPTModel, ksa_block_spec, pipeline_rows, prepare_config
+from megatron_ksa.errors import UsageError
+
+KSA = KSAConfig(enabled=True, layer_pattern="kkkf")
+OFF = KSAConfig()
+BASES = (1e4, 1e5)
+REFUSED = [
+    ({"attention_dropout": 0.1}, "KSA does not go with attention_dropout=0.1: use attention_dropout=0"),
+    ({"attention_output_gate": True}, "KSA does not go with attention_output_gate: "),
+    ({"flash_decode": True}, "flash_decode: it assumes one frequency row"),
+    ({"window_size": (8, 0)}, "window_size: KSA's windows are those of KSAConfig"),
+    ({"softmax_type": "learnable"}, "softmax_type=learnable: attention here has no sink"),
+    ({"qk_clip": True}, "qk_clip: "),
+    ({"log_max_attention_logit": True}, "log_max_attention_logit: "),
+    ({"experimental_attention_variant": "gated_delta_net"}, "experimental_attention_variant=gated_delta_net: "),
+    ({"heterogeneous_block_specs": True}, "heterogeneous_block_specs: "),
+    ({"qk_l2_norm": True}, "qk_l2_norm: use qk_layernorm"),
+    ({"mtp_num_layers": 1}, "mtp_num_layers: "),
+    ({"fp8": "hybrid"}, "fp8: .*FP8; use bf16"),
+    ({"fp4": "e2m1"}, "fp4: .*FP4; use bf16"),
+    ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm: "),
+    ({"cuda_graph_impl": "transformer_engine"}, "CUDA graphs of Transformer Engine"),
+    ({"cuda_graph_impl": "other"}, "cuda_graph_impl=other: use none, full_iteration, local"),
+    ({"context_parallel_size": 2, "cp_comm_type": "all_gather"}, "cp_comm_type=all_gather: use p2p .*or a2a"),
+    ({"context_parallel_size": 2, "hybrid_context_parallel": True}, "hybrid_context_parallel: drop it"),
+    ({"context_parallel_size": 2, "cuda_graph_impl": "local"}, "not checked with context_parallel_size=2"),
+    ({"context_parallel_size": 3, "cp_comm_type": ["a2a"] * 4}, "context_parallel_size=3 ranks: use 2, or p2p"),
+]
+
+
+def changed(fields):
+    """A configuration with fields set after Megatron's own checks, so that this project's list is what is tested."""
+    config = transformer_config()
+    for name, value in fields.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=[next(reversed(fields)) for fields, _ in REFUSED])
+def test_refused_in_one_line_by_prepare_config_and_by_the_model(fields, message):
+    """Without the trainer attention dropout, windows and attention sinks were accepted and had no effect."""
+    with pytest.raises(UsageError, match=message) as error:
+        prepare_config(changed(fields), KSA, 96)
+    assert "\n" not in str(error.value)
+    process_groups()
+    with pytest.raises(UsageError, match=message):
+        KSAGPTModel(changed(fields), KSA, 96, vocab_size=VOCABULARY)
+
+
+def test_multi_latent_attention_is_refused():
+    config = MLATransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4, attention_dropout=0.0)
+    with pytest.raises(UsageError, match="KSA does not go with multi_latent_attention: "):
+        prepare_config(config, KSA, 96)
+
+
+@pytest.mark.parametrize("attention", ["ksa", "full", "window"])
+def test_core_attention_refuses_dropout(attention):
+    """A block spec in another model was built with dropout and ran without."""
+    process_groups()
+    layer = {"ksa": 0, "full": 3, "window": 2}[attention]
+    spec = ksa_block_spec(transformer_config(), KSAConfig(enabled=True, layer_pattern="kkwf"), 64).layer_specs[layer]
+    build = spec.submodules.self_attention.submodules.core_attention
+    settings = {"layer_number": 1, "attn_mask_type": None, "attention_type": "self"}
+    build(config=transformer_config(), **settings)
+    with pytest.raises(UsageError, match="attention_dropout is 0.2: use 0"):
+        build(config=transformer_config(attention_dropout=0.2), **settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "length", "message"),
+    [
+        ({}, 60, "60 is not a multiple of 8 .*: use 56 or 64"),
+        ({"context_parallel_size": 2}, 72, "72 is not a multiple of .*= 32: use 64 or 96"),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 72, "72 is not a multiple of .*: use 64 or 80"),
+        ({"num_layers": 3}, 64, "describes 4 layers, the model has 3"),
+    ],
+)
+def test_lengths_and_patterns_that_do_not_fit(fields, length, message):
+    with pytest.raises(UsageError, match=message):
+        prepare_config(changed(fields), KSA, length)
+
+
+def test_what_is_set():
+    config = changed({"apply_rope_fusion": True})
+    assert prepare_config(config, KSA, 64) is config
+    assert config.hetereogenous_dist_checkpoint and not config.apply_rope_fusion and not config.variable_seq_lengths
+    assert not prepare_config(changed({}), OFF, 63, bases=BASES).hetereogenous_dist_checkpoint
+
+
+def test_pipeline_stages_exchange_the_rows_that_the_schedule_is_given():
+    """Megatron's schedule took text rows for granted: the next stage's receive did not fit."""
+    staged = {"pipeline_model_parallel_size": 2}
+    assert pipeline_rows(KSA, 64) == 72 and pipeline_rows(OFF, 64) == 64
+    assert prepare_config(changed(staged), KSA, 64).variable_seq_lengths
+    told = prepare_config(changed(staged), KSA, 64, decoder_seq_length=72)
+    assert not told.variable_seq_lengths and not prepare_config(told, KSA, 64).variable_seq_lengths
+    assert not prepare_config(changed(staged), OFF, 64, bases=BASES).variable_seq_lengths
+    with pytest.raises(UsageError, match="decoder_seq_length is 64: text and summary rows are 72"):
+        prepare_config(changed(staged), KSA, 64, decoder_seq_length=64)
+    with pytest.raises(UsageError, match="moe_token_dispatcher_type=allgather: use alltoall"):
+        prepare_config(changed({**staged, "num_moe_experts": 2}), KSA, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type is learned_absolute: use rope"),
+        ({"position_embedding_type": "harpe"}, "position_embedding_type=harpe needs the bases"),
+        ({"bases": (1e4, 1e5, 1e6)}, "HARPE has 3 bases, the model has 2 KV groups"),
+        ({"bases": BASES, "rope_scaling": True}, "rope_scaling: HARPE's bases take its place"),
+    ],
+)
+def test_positions_that_the_model_does_not_have(settings, message):
+    """Another position type got rotary angles without a word, and bases switched rope scaling off."""
+    process_groups()
+    with pytest.raises(UsageError, match=message):
+        KSAGPTModel(transformer_config(), KSA, 64, vocab_size=VOCABULARY, **settings)
+
+
+def test_the_model_sets_what_its_configuration_lacks():
+    process_groups()
+    model = KSAGPTModel(transformer_config(), KSA, 64, vocab_size=VOCABULARY)
+    assert model.config.hetereogenous_dist_checkpoint
+    assert model.max_sequence_length == 64 and model.rotary.bases == (10000,)
