@@ -29,7 +29,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help=f"file of flags, as slurm/models has them (at most {SMALL_FILE_BYTES:,} bytes)")
+    about = f"file of flags, as slurm/models has them (at most {SMALL_FILE_BYTES:,} bytes)"
+    parser.add_argument("--model", type=Path, required=True, help=about)
     parser.add_argument("--seq-length", type=int, help="text tokens, instead of the model file's")
     parser.add_argument("--global-batch-size", type=int, help="sequences in a step, instead of the model file's")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of all nodes")

@@ -12,8 +12,14 @@ from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.evaluation.tables import cell, table, write_between_marks
 
 CHART = "needles.png"
-COLOURS = {"full": "#222222", "3:1 window": "#e08214", "3:1 KSA": "#1b7837", "3:1 KSA, distilled": "#762a83", "window": "#d6604d",
-           "KSA": "#2166ac"}  # fmt: skip
+COLOURS = {
+    "full": "#222222",
+    "3:1 window": "#e08214",
+    "3:1 KSA": "#1b7837",
+    "3:1 KSA, distilled": "#762a83",
+    "window": "#d6604d",
+    "KSA": "#2166ac",
+}
 
 
 def arms_of(runs: list[dict], part: str, stage: str) -> dict[str, list[dict]]:

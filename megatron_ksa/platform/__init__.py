@@ -1,5 +1,6 @@
-"""What the machine is: defaults of the trainer's flags by what is installed, and free ports."""
+"""What the trainer needs from the machine: defaults by what is installed, and the CPU as a device where there is no GPU."""
 
 from megatron_ksa.platform.defaults import prepare_platform, trainer_defaults
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
-__all__ = ["prepare_platform", "trainer_defaults"]
+__all__ = ["activate_cpu_platform", "prepare_platform", "trainer_defaults"]

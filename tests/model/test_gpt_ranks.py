@@ -15,7 +15,7 @@ from single_process import VOCABULARY, build_model, random_tokens, transformer_c
 
 from megatron_ksa import KSAConfig, KSAGPTModel, pipeline_rows, prepare_config
 from megatron_ksa.layout.zigzag import ZigZag
-from megatron_ksa.platform import activate_cpu_platform
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
 KSA = KSAConfig(enabled=True, chunk_size=4, summary_tokens=2, window_chunks="1", layer_pattern="kklf")
 LENGTHS = [10, 37, 17]
