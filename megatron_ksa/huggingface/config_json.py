@@ -34,6 +34,8 @@ FIXED = {
     "summary_chunk_position_ids_type": ("origin",),
     "summary_token_position_ids_type": ("last_chunk_slice_right",),
 }
+# Chunks of a window over the whole sequence, longer than any.
+EVERYTHING = 2**30
 # Llama 3's frequency scaling; Megatron takes the factor from its flags and has the others as constants.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -248,7 +250,9 @@ def _own_settings(arch: Architecture) -> dict[str, object]:
         "summary_token_begin": arch.vocab_size,
         "summary_sliding_chunk_num": arch.ksa.window_chunks,
         "summary_layer_pattern": arch.ksa.layer_pattern,
-        "summary_windows": [layer.window_chunks for layer in arch.layers],
+        "summary_windows": [
+            EVERYTHING if layer.kind == LayerKind.LARGE_WINDOW else layer.window_chunks for layer in arch.layers
+        ],
         "summary_layer_freq": [int(layer.kind != LayerKind.FULL) for layer in arch.layers],
         "summary_chunk_position_ids_type": "origin",
         "summary_token_position_ids_type": "last_chunk_slice_right",

@@ -1,6 +1,7 @@
 """One forward step of pretraining: batch, model, masked language-model loss."""
 
 import argparse
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -89,20 +90,21 @@ class ForwardStep:
     def __call__(self, data_iterator: Iterator | None, model: MegatronModule) -> tuple[Tensor, Callable]:
         """Losses [batch, n] on the last pipeline stage (hidden states before it), and the loss function."""
         batch = get_batch(data_iterator, self.args, get_attr_wrapped_model(model, "vp_stage"))
-        ksa = self.settings.ksa
+        ksa, watched = self.settings.ksa, contextlib.nullcontext()
         if ksa.enabled:
             chunk = unwrap_model(model)
-            self.log.watch(chunk)
+            watched = self.log.watch(chunk)
             if ksa.anneal_start is not None or ksa.initial_coefficient not in (None, 1):
                 chunk.set_summary_coefficient(ksa.summary_coefficient(self.args.curr_iteration))
             if chunk.distillation is not None:
                 chunk.distillation.set_scale(_scale_of_means(chunk))
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            batch.attention_mask,
-            labels=batch.labels,
-            loss_mask=batch.loss_mask,
-            output_processor=self.loss,
-        )
+        with watched:
+            output = model(
+                batch.tokens,
+                batch.position_ids,
+                batch.attention_mask,
+                labels=batch.labels,
+                loss_mask=batch.loss_mask,
+                output_processor=self.loss,
+            )
         return output, partial(self.reduce, batch.loss_mask, check_for_nan=self.args.check_for_nan_in_loss_and_grad)
