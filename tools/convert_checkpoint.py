@@ -40,6 +40,10 @@ def parse_arguments() -> argparse.Namespace:
     to_huggingface.add_argument("--iteration", type=int, help="iteration to export; the newest without it")
     to_huggingface.add_argument("--like", type=Path, help="Hugging Face folder to copy tokenizer and token ids from")
     to_huggingface.add_argument("--vocab-size", type=int, help="tokens to keep (all, with Megatron's padding)")
+    to_huggingface.add_argument(
+        "--format", choices=("transformers", "released"), default="transformers",
+        help="released: a KSA model for its authors' modelling code (modeling_qwen3sa.py, copied from --like)",
+    )  # fmt: skip
     to_huggingface.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest shard to write (5)")
     return parser.parse_args()
 
@@ -61,9 +65,13 @@ def run_export(args: argparse.Namespace, output: Path) -> str:
     from megatron_ksa.huggingface.exporter import export_checkpoint
 
     stored = find_checkpoint(args.input, args.iteration)
+    released = args.format == "released"
     arch = export_checkpoint(
-        stored, output, like=args.like, vocab_size=args.vocab_size, max_shard_bytes=int(args.shard_gigabytes * 1e9)
-    )
+        stored, output, like=args.like, vocab_size=args.vocab_size, released=released,
+        max_shard_bytes=int(args.shard_gigabytes * 1e9),
+    )  # fmt: skip
+    if released:
+        return "a qwen3 model with summary attention: its code, modeling_qwen3sa.py, belongs beside it"
     kind = family(arch)
     return f"a {kind} model" + (": load it with trust_remote_code=True" if kind == OWN_MODEL_TYPE else "")
 

@@ -18,6 +18,8 @@ LEFT_OUT = (
     "use_rope_scaling",
     "rope_scaling_factor",
     "rotary_seq_len_interpolation_factor",
+    # Of a released checkpoint, which its export has again.
+    "truncate_predict_nums",
 )
 
 

@@ -16,6 +16,6 @@ class StageConfig:
         "the others are frozen) or all. Unset: summary with --ksa-distill, else all.", choices=TRAIN
     )  # fmt: skip
     log_attention_share: bool = option(
-        False, "Log the share of attention that text queries give to summaries, at every --log-interval. It costs "
-        "another attention pass of one micro-batch."
+        False, "Log the share of attention that text queries give to summaries in the k layers, mean over heads and "
+        "text. It costs another forward pass of their attention."
     )  # fmt: skip

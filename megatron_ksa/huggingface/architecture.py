@@ -18,6 +18,7 @@ class Architecture:
         interpolation: positions are divided by it (linear scaling), or None.
         bases: HARPE bases, one for each KV group, or None.
         summary_coefficient: weight a of the summary projections on summary rows, 0 to 1.
+        predicted_tokens: logits beyond are cut (truncate_predict_nums), 0 where none are, None: beyond vocab_size.
         spare_projections: the checkpoint has summary projections that the model does not use (a = 0).
     """
 
@@ -44,6 +45,7 @@ class Architecture:
     ksa: KSAConfig = field(default_factory=KSAConfig)
     summary_coefficient: float = 1.0
     spare_projections: bool = False
+    predicted_tokens: int | None = None
 
     @property
     def layers(self) -> tuple[KSALayer, ...]:

@@ -10,15 +10,18 @@
 """
 
 import json
+import math
 from pathlib import Path
 
 from megatron_ksa.config.ksa import KSAConfig, LayerKind
+from megatron_ksa.config.patterns import parse_integers
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import read_small
 from megatron_ksa.huggingface.architecture import Architecture
 
 OWN_MODEL_TYPE = "megatron_ksa"
 OWN_FILES = ("configuration_megatron_ksa", "modeling_megatron_ksa")
+RELEASED_FAMILY = "qwen3"
 FAMILIES = ("llama", "qwen2", "qwen3", OWN_MODEL_TYPE)
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
@@ -35,6 +38,8 @@ FIXED = {
     "summary_chunk_position_ids_type": ("origin",),
     "summary_token_position_ids_type": ("last_chunk_slice_right",),
 }
+# Chunks of a window over the whole sequence, longer than any.
+EVERYTHING = 2**30
 # Llama 3's frequency scaling; Megatron takes the factor from its flags and has the others as constants.
 # The index of the largest models has some megabytes.
 MAX_JSON_BYTES = 100_000_000
@@ -118,19 +123,14 @@ def _architecture(config: dict, path: Path, seq_length: int | None) -> Architect
         ksa=ksa,
         summary_coefficient=coefficient,
         spare_projections=coefficient == 0.0,
+        predicted_tokens=_predicted_tokens(config, vocab, path) if ksa.enabled else None,
         **(_read_own_rotary(config) if own else _read_rotary(config, path)),
     )
 
 
 def _read_ksa(config: dict, path: Path) -> tuple[KSAConfig, float]:
     """KSA settings, and the coefficient of the summary projections."""
-    num_layers, mix = config["num_hidden_layers"], config.get("mix_coeff", 1.0)
-    if mix not in (0, 1):
-        raise UsageError(f"{path}: mix_coeff is {mix}: a half-annealed checkpoint cannot be imported, only 0 or 1")
-    frequencies = config["summary_layer_freq"]
-    if isinstance(frequencies, int):
-        frequencies = [frequencies] * num_layers
-    kinds = "".join(LayerKind.KSA if f else LayerKind.FULL for f in frequencies)
+    mix = _mix_coefficient(config, path)
     windows = config["summary_sliding_chunk_num"]
     independent = bool(config["summary_independent_parameters"])
     ksa = KSAConfig(
@@ -138,12 +138,51 @@ def _read_ksa(config: dict, path: Path) -> tuple[KSAConfig, float]:
         chunk_size=config["summary_chunk_size"],
         summary_tokens=config["summary_token_num"],
         window_chunks=windows if isinstance(windows, str) else str(windows),
-        layer_pattern=config.get("summary_layer_pattern") or kinds,
-        independent_projections=independent and mix == 1,
+        layer_pattern=config.get("summary_layer_pattern") or _layer_kinds(config, path),
+        independent_projections=independent and mix > 0,
         independent_qk_norm=bool(config.get("summary_independent_qk_norm", False)),
-        independent_layernorm=bool(config["summary_independent_attention_layernorm"]),
+        independent_layernorm=bool(config.get("summary_independent_attention_layernorm", False)),
+        initial_coefficient=mix if independent and mix < 1 else None,
     )
-    return ksa, 1.0 if mix == 1 or not independent else 0.0
+    return ksa, mix if independent else 1.0
+
+
+def _mix_coefficient(config: dict, path: Path) -> float:
+    """`mix_coeff`, a number in [0, 1], which may be written as a string; 1 where it is absent."""
+    given = config.get("mix_coeff", 1.0)
+    try:
+        mix = float(1.0 if given is None else given)
+    except (TypeError, ValueError):
+        mix = math.nan
+    if isinstance(given, bool) or not 0 <= mix <= 1:
+        raise UsageError(f"{path}: mix_coeff is {given!r}, a number from 0 to 1 is needed")
+    return mix
+
+
+def _layer_kinds(config: dict, path: Path) -> str:
+    """The kind of each layer from `summary_layer_freq`: 1 for KSA, 0 for full attention.
+
+    Absent, null, 0 and 1 mean KSA in all layers; otherwise a list, or a pattern such as "[1]*3+[0]", which is parsed.
+    """
+    num_layers, given = config["num_hidden_layers"], config.get("summary_layer_freq")
+    name = f"{path}: summary_layer_freq"
+    if given is None or (type(given) is int and given in (0, 1)):
+        return LayerKind.KSA * num_layers
+    if isinstance(given, str):
+        given = [1] * num_layers if given.strip() in ("0", "1") else list(parse_integers(given, num_layers, name))
+    if not isinstance(given, list) or len(given) != num_layers or any(one not in (0, 1) for one in given):
+        raise UsageError(f"{name} is {given!r}: a list of {num_layers} times 0 or 1 is needed, or such a pattern")
+    return "".join(LayerKind.KSA if one else LayerKind.FULL for one in given)
+
+
+def _predicted_tokens(config: dict, vocab: int, path: Path) -> int | None:
+    """`truncate_predict_nums`, beyond which logits are cut; 0 where nothing is cut, None for those of text tokens."""
+    given = config.get("truncate_predict_nums")
+    if given is not None and (type(given) is not int or not 0 <= given <= config["vocab_size"]):
+        raise UsageError(
+            f"{path}: truncate_predict_nums is {given!r}, a number of tokens up to {config['vocab_size']} is needed"
+        )
+    return None if given == vocab else given
 
 
 def _read_rotary(config: dict, path: Path) -> dict[str, object]:
@@ -191,13 +230,19 @@ def family(arch: Architecture) -> str:
     return "qwen3" if arch.qk_norm else "qwen2" if arch.qkv_bias else "llama"
 
 
-def write_config(arch: Architecture, dtype: str) -> dict[str, object]:
+def write_config(arch: Architecture, dtype: str, released: bool = False) -> dict[str, object]:
     """The content of `config.json`.
 
     Args:
         dtype: of the weights, such as bfloat16.
+        released: for the KSA authors' modelling code in place of this project's.
+
+    Raises:
+        UsageError: a model that the released code does not have.
     """
-    kind = family(arch)
+    kind = RELEASED_FAMILY if released else family(arch)
+    if released:
+        _check_released(arch)
     config: dict[str, object] = {
         "architectures": [CLASSES.get(kind, "MegatronKSAForCausalLM")],
         "model_type": kind,
@@ -214,7 +259,64 @@ def write_config(arch: Architecture, dtype: str) -> dict[str, object]:
         "tie_word_embeddings": arch.tied,
         "torch_dtype": dtype,
     }
+    if released:
+        return config | _rotary_settings(arch) | _released_settings(arch)
     return config | (_own_settings(arch) if kind == OWN_MODEL_TYPE else _rotary_settings(arch))
+
+
+def _check_released(arch: Architecture) -> None:
+    """Refuse what the released code, a Qwen 3 with summaries, does not have."""
+    refused = {
+        "a model without --ksa": not arch.ksa.enabled,
+        "HARPE's bases": arch.bases is not None,
+        "--rotary-percent other than 1": arch.rotary_percent != 1.0,
+        "--rotary-interleaved": arch.rotary_interleaved,
+        "a model without --qk-layernorm": not arch.qk_norm,
+        "--add-qkv-bias": arch.qkv_bias,
+        "--ksa-independent-qk-norm": arch.ksa.independent_qk_norm,
+    }
+    for what in (what for what, found in refused.items() if found):
+        raise UsageError(f"--format released: the released code does not have {what}: use --format transformers")
+
+
+def _released_settings(arch: Architecture) -> dict[str, object]:
+    """Summary attention as the released code's configuration spells it."""
+    windows: object = arch.ksa.window_chunks
+    if LayerKind.LARGE_WINDOW in arch.ksa.layer_pattern:
+        # It has no kind l: a number of chunks that covers every position.
+        whole = -(-arch.max_positions // arch.ksa.chunk_size)
+        windows = [
+            whole if layer.kind == LayerKind.LARGE_WINDOW else layer.window_chunks for layer in arch.layers
+        ]
+    return {
+        "auto_map": {
+            "AutoModel": "modeling_qwen3sa.Qwen3Model",
+            "AutoModelForCausalLM": "modeling_qwen3sa.Qwen3ForCausalLM",
+        },
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "use_summary_attention": True,
+        "summary_sliding_chunk_num": windows,
+        **_summary_settings(arch),
+    }
+
+
+def _summary_settings(arch: Architecture) -> dict[str, object]:
+    """Keys that the released configuration and this project's share."""
+    predicted = arch.predicted_tokens
+    return {
+        "summary_chunk_size": arch.ksa.chunk_size,
+        "summary_token_num": arch.ksa.summary_tokens,
+        "summary_token_begin": arch.vocab_size,
+        "summary_layer_freq": [int(layer.kind != LayerKind.FULL) for layer in arch.layers],
+        "summary_chunk_position_ids_type": "origin",
+        "summary_token_position_ids_type": "last_chunk_slice_right",
+        "summary_independent_parameters": arch.ksa.independent_projections or arch.spare_projections,
+        "summary_independent_attention_layernorm": arch.ksa.independent_layernorm,
+        "mix_coeff": arch.summary_coefficient,
+        "truncate_predict_nums": arch.vocab_size if predicted is None else predicted,
+    }
 
 
 def _rotary_settings(arch: Architecture) -> dict[str, object]:
@@ -246,18 +348,11 @@ def _own_settings(arch: Architecture) -> dict[str, object]:
     if not arch.ksa.enabled:
         return settings
     return settings | {
-        "summary_chunk_size": arch.ksa.chunk_size,
-        "summary_token_num": arch.ksa.summary_tokens,
-        "summary_token_begin": arch.vocab_size,
         "summary_sliding_chunk_num": arch.ksa.window_chunks,
         "summary_layer_pattern": arch.ksa.layer_pattern,
-        "summary_windows": [layer.window_chunks for layer in arch.layers],
-        "summary_layer_freq": [int(layer.kind != LayerKind.FULL) for layer in arch.layers],
-        "summary_chunk_position_ids_type": "origin",
-        "summary_token_position_ids_type": "last_chunk_slice_right",
-        "summary_independent_parameters": arch.ksa.independent_projections or arch.spare_projections,
+        "summary_windows": [
+            EVERYTHING if layer.kind == LayerKind.LARGE_WINDOW else layer.window_chunks for layer in arch.layers
+        ],
         "summary_independent_qk_norm": arch.ksa.independent_qk_norm,
-        "summary_independent_attention_layernorm": arch.ksa.independent_layernorm,
-        "mix_coeff": arch.summary_coefficient,
-        "truncate_predict_nums": arch.vocab_size,
+        **_summary_settings(arch),
     }

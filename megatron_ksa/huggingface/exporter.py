@@ -36,7 +36,7 @@ def _architecture(stored: StoredCheckpoint, reader: DistributedReader, vocab_siz
             raise UsageError(f"--vocab-size {vocab_size}: the embedding has {arch.padded_vocab_size} rows")
         arch = dataclasses.replace(arch, vocab_size=vocab_size)
     if any(key.startswith(UNUSED) and "linear_qkv_summary" in key for key in reader.tensors):
-        arch = dataclasses.replace(arch, spare_projections=True, summary_coefficient=0.0)
+        arch = dataclasses.replace(arch, spare_projections=not arch.ksa.independent_projections)
     return arch
 
 
@@ -87,6 +87,7 @@ def export_checkpoint(
     *,
     like: Path | None = None,
     vocab_size: int | None = None,
+    released: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable = tqdm,
 ) -> Architecture:
@@ -99,6 +100,8 @@ def export_checkpoint(
         output: an empty folder.
         like: Hugging Face folder whose tokenizer files and special token ids are copied.
         vocab_size: rows of the embedding to keep; by default all, with Megatron's padding.
+        released: write the configuration that the KSA authors' modelling code reads, and no modelling files; theirs
+            are copied from `like` where they are there.
         max_shard_bytes: size of a shard.
         progress: makes the progress bar, as tqdm.
 
@@ -115,11 +118,13 @@ def export_checkpoint(
         for name, shape in group.huggingface.items()
     }
     dtype = str(reader.dtype(plan[0].megatron[0])).removeprefix("torch.")
-    config = write_config(arch, dtype)
+    config = write_config(arch, dtype, released)
     if like is not None:
         _copy_companions(like, output, config)
+        for file in like.glob("modeling_qwen3sa*.py") if released else ():
+            shutil.copyfile(file, output / file.name)
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if family(arch) == OWN_MODEL_TYPE:
+    if family(arch) == OWN_MODEL_TYPE and not released:
         for name in OWN_FILES:
             shutil.copyfile(Path(modeling.__file__).parent / f"{name}.py", output / f"{name}.py")
     tensors = progress(_tensors(reader, plan), total=len(sizes), unit="tensor", desc="export")

@@ -1,5 +1,6 @@
 """Hugging Face checkpoint -> Megatron distributed checkpoint, one tensor at a time."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def import_checkpoint(
     """
     arch = read_config(source, seq_length)
     reader = ShardReader(source)
+    if arch.spare_projections and not any("_proj_summary." in name for name in reader.shapes):
+        arch = dataclasses.replace(arch, spare_projections=False)
     plan = list(groups(arch))
     _check_tensors(reader, arch, plan)
     dtypes = _slot_dtypes(reader, plan)

@@ -71,6 +71,8 @@ def training_flags(arch: Architecture) -> list[str]:
             "ksa-window-chunks": arch.ksa.window_chunks,
             "ksa-layer-pattern": arch.ksa.layer_pattern,
         }
+        if arch.ksa.initial_coefficient is not None:
+            values["ksa-initial-coefficient"] = repr(arch.ksa.initial_coefficient)
         switches |= {
             "no-ksa-independent-projections": not arch.ksa.independent_projections,
             "ksa-independent-qk-norm": arch.ksa.independent_qk_norm,
@@ -94,6 +96,7 @@ def training_args(arch: Architecture) -> argparse.Namespace:
     with contextlib.redirect_stdout(io.StringIO()):
         megatron_arguments.validate_args(args, {})
     adapt_trainer(args, settings)
+    args.truncate_predict_nums = arch.predicted_tokens
     return args
 
 
@@ -120,7 +123,6 @@ def architecture_of(stored: StoredCheckpoint) -> Architecture:
             "(w), "
             f"which the exported layouts cannot hold"
         )
-    coefficient = settings.ksa.summary_coefficient(stored.iteration) if settings.ksa.independent_projections else 1.0
     return Architecture(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -143,5 +145,6 @@ def architecture_of(stored: StoredCheckpoint) -> Architecture:
         interpolation=args.rotary_seq_len_interpolation_factor,
         bases=settings.bases,
         ksa=settings.ksa,
-        summary_coefficient=coefficient,
+        summary_coefficient=settings.ksa.summary_coefficient(stored.iteration),
+        predicted_tokens=getattr(args, "truncate_predict_nums", None),
     )

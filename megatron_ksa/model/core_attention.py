@@ -5,6 +5,7 @@ All take Megatron's `attention_mask` argument as `document_start` (int32 [batch,
 pipeline stages and activation recompute to every layer, and text-by-text masks are never needed here.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -128,14 +129,31 @@ class KSACoreAttention(_CoreAttention):
     """KSA among rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432, visibility rules).
 
     With a `cache` (see `megatron_ksa.inference`) the rows given are the newest, and see those in the cache too.
+
+    Args:
+        window_chunks: W, past chunks that a text query sees as text.
+        sees_all_text: the window is over the whole sequence, also one that is longer than `window_chunks` says.
+
+    Attributes:
+        shares: where a list, each pass appends the share of attention that text queries give to summaries, float32 [].
     """
 
     cache: KSACache | None = None
+    shares: list[Tensor] | None = None
 
-    def __init__(self, *args, layout: RowLayout, window_chunks: int, **kwargs) -> None:
+    def __init__(
+        self, *args, layout: RowLayout, window_chunks: int, sees_all_text: bool = False, **kwargs
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.layout = layout
+        self.layout, self.sees_all_text = layout, sees_all_text
         self.geometry = KSAGeometry(layout.chunk_size, layout.summary_tokens, window_chunks)
+
+    def _geometry(self, text_length: int) -> KSAGeometry:
+        """The geometry for a whole sequence of so much text."""
+        chunks = -(-text_length // self.geometry.chunk_size)
+        if not self.sees_all_text or chunks <= self.geometry.window_chunks:
+            return self.geometry
+        return dataclasses.replace(self.geometry, window_chunks=chunks)
 
     def forward(
         self,
@@ -158,23 +176,32 @@ class KSACoreAttention(_CoreAttention):
             laid out `[text | summaries]`, so that the output projection's reduce-scatter gives each rank its shard.
         """
         if self.cache is not None:
-            return self.cache.attend(query, key, value, self.layout, self.geometry, self.softmax_scale)
+            geometry = self._geometry(self.cache.text.length + query.shape[0])
+            return self.cache.attend(query, key, value, self.layout, geometry, self.softmax_scale)
         if self.causal:
             return self._attend_causally(query, key, value, attention_mask)
 
+        geometry = self._geometry(self.layout.text_rows(query.shape[0]) * self.split.size)
+
         def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             text_rows = self.layout.text_rows(q.shape[0])
-            if attention_mask is None and self.geometry.window_chunks * self.geometry.chunk_size >= text_rows:
+            if attention_mask is None and geometry.window_chunks * geometry.chunk_size >= text_rows:
                 return self._large_window(q, k, v)
             return ksa_attention(
                 *(rows.transpose(0, 1) for rows in (q, k, v)),
-                self.geometry,
+                geometry,
                 text_rows=text_rows,
                 document_start=attention_mask,
                 softmax_scale=self.softmax_scale,
             ).transpose(0, 1)
 
-        out = self._attend(whole, (query, key, value), self.layout, self.geometry, attention_mask).flatten(2)
+        if self.shares is not None:
+            # With values of 1 for summaries and 0 for text, attention's output is the share.
+            ones = torch.cat([part.fill_(of) for of, part in enumerate(self.layout.split(torch.empty_like(value)))])
+            with torch.no_grad():
+                share = self._attend(whole, (query, key, ones), self.layout, geometry, attention_mask)
+            self.shares.append(self.layout.split(share)[0].float().mean())
+        out = self._attend(whole, (query, key, value), self.layout, geometry, attention_mask).flatten(2)
         shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         if shards == 1:
             return out

@@ -27,9 +27,12 @@ def as_dense(decoder: nn.Module) -> Iterator[None]:
     Without dropout and activation recompute, which only a backward pass needs.
     """
     layouts = {module: module.layout for module in decoder.modules() if hasattr(module, "layout")}
+    cores = [module for module in decoder.modules() if hasattr(module, "causal")]
     training = decoder.training
     for module in layouts:
         module.layout = TEXT_ONLY
+    for core in cores:
+        core.causal = True
     decoder.eval()
     try:
         yield
@@ -37,6 +40,8 @@ def as_dense(decoder: nn.Module) -> Iterator[None]:
         decoder.train(training)
         for module, layout in layouts.items():
             module.layout = layout
+        for core in cores:
+            core.causal = False
 
 
 class Distillation:

@@ -19,6 +19,7 @@ from megatron_ksa.kernels.rotation.dispatch import OP as ROTATION
 from megatron_ksa.layout.rows import document_starts, document_starts_from_cu_seqlens, row_positions
 from megatron_ksa.layout.zigzag import ZigZag
 from megatron_ksa.model.attention import KSASelfAttention
+from megatron_ksa.model.core_attention import KSACoreAttention
 from megatron_ksa.model.distillation import Distillation
 from megatron_ksa.model.layer_specs import ksa_block_spec
 from megatron_ksa.model.layers import SummaryEmbedding
@@ -120,6 +121,16 @@ class KSAGPTModel(GPTModel):
             for module in self.decoder.modules():
                 if isinstance(module, RotatedSelfAttention):
                     module.set_rotary(self.rotary)
+
+    def measure_attention_share(self, measures: bool) -> None:
+        """Let every KSA layer of kind k append its share of attention on summaries to `shares`, or stop it."""
+        for core in self.summary_cores():
+            core.shares = [] if measures else None
+
+    def summary_cores(self) -> list[KSACoreAttention]:
+        """Core attention of the layers whose text sees summaries."""
+        modules = self.decoder.modules()
+        return [module for module in modules if isinstance(module, KSACoreAttention) and not module.sees_all_text]
 
     def distill(self, config: DistillConfig, num_ksa_layers: int) -> None:
         """Make the model its own teacher: its output processor is to be a `DistillationLoss`.

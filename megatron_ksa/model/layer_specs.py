@@ -63,7 +63,10 @@ def _layer_spec(
             core = partial(WindowCoreAttention, chunk_size=ksa.chunk_size, window_chunks=layer.window_chunks)
         attention = type(base.submodules.self_attention.submodules)(core_attention=core, **attention)
     else:
-        core = partial(KSACoreAttention, layout=layout, window_chunks=layer.window_chunks)
+        core = partial(
+            KSACoreAttention, layout=layout, window_chunks=layer.window_chunks,
+            sees_all_text=layer.kind == LayerKind.LARGE_WINDOW,
+        )  # fmt: skip
         module, params = KSASelfAttention, {"layout": layout}
         if ksa.independent_projections:
             attention["linear_qkv_summary"] = backend.column_parallel_linear()

@@ -1,6 +1,7 @@
 """One forward step of pretraining: batch, model, masked language-model loss."""
 
 import argparse
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -133,16 +134,16 @@ class ForwardStep:
         with self.straggler_timer(bdata=True):
             batch = get_batch(data_iterator, self.args, get_attr_wrapped_model(model, "vp_stage"))
         timers("batch-generator").stop()
-        ksa = self.settings.ksa
+        ksa, watched = self.settings.ksa, contextlib.nullcontext()
         if ksa.enabled:
             chunk = unwrap_model(model)
-            self.log.watch(chunk)
+            watched = self.log.watch(chunk)
             if ksa.anneal_start is not None or ksa.initial_coefficient not in (None, 1):
                 chunk.set_summary_coefficient(ksa.summary_coefficient(self.args.curr_iteration))
             if chunk.distillation is not None:
                 chunk.distillation.set_scale(_scale_of_means(chunk))
         run = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
-        with self.straggler_timer:
+        with watched, self.straggler_timer:
             output = run(
                 batch.tokens,
                 batch.position_ids,

@@ -1,6 +1,7 @@
 """What the trainer's log line and TensorBoard show of a step beyond the losses that the last stage knows."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import wraps
 
 import torch
@@ -9,12 +10,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_ksa.config.ksa import LayerKind
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.model.gpt import KSAGPTModel
 
 ATTENTION = "attention loss"
 COSINE = "attention cosine"
 COEFFICIENT = "summary coefficient"
+SHARE = "summary attention share"
 
 
 class StepLog:
@@ -23,20 +26,31 @@ class StepLog:
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.chunks: dict[int, KSAGPTModel] = {}
+        self.shares: list[Tensor] = []
+        self.passes = 0
 
     @property
     def is_needed(self) -> bool:
         """Whether there is anything to add to Megatron's log."""
-        return self.settings.ksa.enabled and (self.settings.distill.enabled or self._shows_coefficient)
+        return self._shows_coefficient or self.settings.stage.log_attention_share
 
     @property
     def _shows_coefficient(self) -> bool:
         ksa = self.settings.ksa
         return self.settings.distill.enabled or ksa.anneal_start is not None or ksa.initial_coefficient not in (None, 1)
 
-    def watch(self, chunk: MegatronModule) -> None:
-        """Include an unwrapped model chunk of this rank."""
+    @contextlib.contextmanager
+    def watch(self, chunk: MegatronModule) -> Iterator[None]:
+        """Include an unwrapped model chunk of this rank, of which a micro-batch's forward pass follows."""
         self.chunks[id(chunk)] = chunk
+        if not (self.settings.stage.log_attention_share and torch.is_grad_enabled()):
+            yield
+            return
+        chunk.measure_attention_share(True)
+        yield
+        self.shares += [share for core in chunk.summary_cores() for share in core.shares]
+        self.passes += 1
+        chunk.measure_attention_share(False)
 
     def take(self, iteration: int) -> dict[str, Tensor]:
         """Values by name, the same on all ranks, of the iteration that ended as number `iteration`, counted from 1."""
@@ -46,6 +60,11 @@ class StepLog:
         device = next(next(iter(self.chunks.values())).parameters()).device
         if self._shows_coefficient:
             values[COEFFICIENT] = torch.tensor(self.settings.ksa.summary_coefficient(iteration - 1), device=device)
+        if self.settings.stage.log_attention_share:
+            micro_batches = self.passes / len(self.chunks)
+            total = sum(self.shares, torch.zeros((), device=device)) / max(micro_batches * self._summary_layers(), 1)
+            self.shares, self.passes = [], 0
+            values[SHARE] = self._of_all_ranks(total, divided=True)
         if self.settings.distill.compares_attention and self.settings.distill.enabled:
             means = self._attention_terms(device)
             values[ATTENTION] = means[0]
@@ -61,13 +80,22 @@ class StepLog:
                 part = term.take()
                 if part is not None:
                     sums += part
+        return self._of_all_ranks(sums, divided=next(iter(self.chunks.values())).config.sequence_parallel)
+
+    def _of_all_ranks(self, value: Tensor, *, divided: bool) -> Tensor:
+        """Sum over pipeline stages, mean over data and context parallelism, and over tensor parallelism if divided."""
+        groups: ProcessGroupCollection = next(iter(self.chunks.values())).pg_collection
+        dist.all_reduce(value, group=groups.pp)
+        for group in (groups.dp_cp, *([groups.tp] if divided else [])):
+            dist.all_reduce(value, group=group)
+            value /= group.size()
+        return value
+
+    def _summary_layers(self) -> int:
+        """Layers of the whole model whose text sees summaries."""
         chunk = next(iter(self.chunks.values()))
-        groups: ProcessGroupCollection = chunk.pg_collection
-        dist.all_reduce(sums, group=groups.pp)
-        for group in (groups.dp_cp, *([groups.tp] if chunk.config.sequence_parallel else [])):
-            dist.all_reduce(sums, group=group)
-            sums /= group.size()
-        return sums
+        layers = self.settings.ksa.layers(chunk.config.num_layers, self.settings.ksa.chunk_size)
+        return sum(layer.kind == LayerKind.KSA for layer in layers)
 
     def extended(self, training_log: Callable) -> Callable:
         """The trainer's log of a step, with these values among its losses."""

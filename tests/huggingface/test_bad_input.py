@@ -90,7 +90,15 @@ def test_missing_key(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mix_coeff": 0.5}, "mix_coeff is 0.5"),
+        ({"mix_coeff": 1.5}, "mix_coeff is 1.5, a number from 0 to 1 is needed"),
+        ({"mix_coeff": "half"}, "mix_coeff is 'half', a number from 0 to 1"),
+        ({"mix_coeff": "nan"}, "mix_coeff is 'nan'"),
+        ({"mix_coeff": True}, "mix_coeff is True"),
+        ({"summary_layer_freq": [1, 0]}, r"summary_layer_freq is \[1, 0\]: a list of 4 times 0 or 1"),
+        ({"summary_layer_freq": "[1]*3+[2]"}, "a list of 4 times 0 or 1 is needed"),
+        ({"summary_layer_freq": "__import__('os')"}, "summary_layer_freq .*grammar"),
+        ({"summary_layer_freq": 3}, "summary_layer_freq is 3"),
+        ({"truncate_predict_nums": 262}, "truncate_predict_nums is 262, a number of tokens up to 261"),
         ({"use_summary_attention": False}, r"has the tensor .*k_proj_summary.weight of shape \(32, 64\)"),
         ({"summary_chunk_position_ids_type": "other"}, "only 'origin' is supported"),
         ({"summary_token_begin": 7}, "summary_token_begin is 7, the summary tokens must be the last 1 of 261 tokens"),

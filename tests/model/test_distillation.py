@@ -1,5 +1,7 @@
 """A model that is its own teacher: the teacher is the dense model, losses and gradients are those of float64."""
 
+import dataclasses
+
 import pytest
 import torch
 from compare import assert_close
@@ -71,9 +73,11 @@ def dense_twin(student, dtype=torch.float64):
     return dense
 
 
-def test_teacher_is_the_dense_model():
+@pytest.mark.parametrize("pattern", ["klkf", "kwkf"])
+def test_teacher_is_the_dense_model(pattern):
     """In float32: logits from the teacher's hidden states are those of the dense model with the same weights."""
-    student = distilled(DistillConfig(enabled=True), dtype=torch.float32)
+    ksa = dataclasses.replace(KSA, layer_pattern=pattern)
+    student = distilled(DistillConfig(enabled=True), ksa, dtype=torch.float32)
     dense, tokens, seen = dense_twin(student, torch.float32), random_tokens(BATCH, LENGTH), {}
 
     def processor(*, hidden_states, context, output_layer, **_unused):

@@ -12,6 +12,7 @@ from single_process import build_model, random_tokens, transformer_config
 
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
+from megatron_ksa.inference.decoder import Decoder
 
 HYBRID = KSAConfig(enabled=True, chunk_size=4, window_chunks="[1]*4", layer_pattern="kklf")
 
@@ -130,6 +131,49 @@ def test_windows_over_the_sequence_equal_full_attention_on_text():
     tokens = random_tokens(2, 64)
     with torch.no_grad():
         assert_close("logits", model(tokens, None), full(tokens, None))
+
+
+def test_kind_l_means_the_whole_sequence_at_any_length():
+    """Beyond the length that the model was built for, kind l kept the window of that length."""
+    ksa = KSAConfig(enabled=True, chunk_size=4, window_chunks="1", layer_pattern="l")
+    model = build_model(ksa, text_length=16).eval()
+    full = build_model(dataclasses.replace(ksa, layer_pattern="f"), seed=1).eval()
+    full.load_state_dict({k: v for k, v in model.state_dict().items() if "summary" not in k})
+    tokens = random_tokens(2, 64)
+    with torch.no_grad():
+        assert_close("logits", model(tokens, None), full(tokens, None))
+        with Decoder(model) as decoder:
+            parts = torch.cat([decoder.step(part) for part in tokens.split([30, 1, 33], dim=1)], dim=1)
+    assert_close("decoded", parts, full(tokens, None))
+
+
+def test_share_of_attention_on_summaries():
+    """Against an explicit softmax over what each text query sees; a layer of kind l sees no summary."""
+    model = build_model(dataclasses.replace(HYBRID, window_chunks="1", layer_pattern="k")).eval()
+    chunk, length = HYBRID.chunk_size, 32
+    model.measure_attention_share(True)
+    expected = []
+
+    def explicit(core, args, out):
+        query, key = (heads[:, 0].double() for heads in args[:2])  # [rows, heads, head_dim]
+        i, j = torch.arange(length)[:, None], torch.arange(length)
+        seen = (j <= i) & (i // chunk - j // chunk <= 1)
+        summaries = torch.arange(key.shape[0] - length) // HYBRID.summary_tokens
+        seen = torch.cat([seen, i // chunk - summaries > 1], dim=1)
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = torch.einsum("ihd,jhd->hij", query[:length], key) / query.shape[-1] ** 0.5
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        expected.append(weights[..., length:].sum(-1).mean().item())
+
+    for core in model.summary_cores():
+        core.register_forward_hook(explicit)
+    with torch.no_grad():
+        model(random_tokens(1, length), None)
+    got = [share.item() for core in model.summary_cores() for share in core.shares]
+    assert len(got) == 4 and min(got) > 0.05
+    assert got == pytest.approx(expected, rel=1e-5)
+    model.measure_attention_share(False)
+    assert all(core.shares is None for core in model.summary_cores())
 
 
 def test_summaries_carry_what_is_outside_the_window():

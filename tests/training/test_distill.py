@@ -12,7 +12,7 @@ PACKED = "--reset-position-ids --reset-attention-mask"
 TOLERANCE = 1e-5
 # Larger weights than by default: summaries must matter, or student and teacher differ by rounding only.
 LARGE = "--init-method-std 0.2"
-DISTILL = f"--ksa-distill --ksa-distill-cosine-weight 0.5 {LARGE}"
+DISTILL = f"--ksa-distill --ksa-distill-cosine-weight 0.5 --ksa-log-attention-share {LARGE}"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective"
 TP, SP, PP = "--tensor-model-parallel-size 2", "--sequence-parallel", "--pipeline-model-parallel-size 2"
@@ -97,6 +97,7 @@ def test_terms_are_there(distilled):
     record = distilled((1, "", ""))
     for name in ("kl loss", "attention loss", "attention cosine"):
         assert min(step[name] for step in record.values()) > 1e-3, name
+    assert 0.01 < record[1]["summary attention share"] < 0.9
     assert record[5]["kl loss"] < record[1]["kl loss"]
     assert record[1]["summary coefficient"] == 1
     assert record[1]["kl loss"] != pytest.approx(distilled((1, "", PACKED))[1]["kl loss"], rel=TOLERANCE)
@@ -109,7 +110,8 @@ def test_terms_are_in_the_log_line_and_in_tensorboard(distilled):
     line = next(line for line in done.stdout.splitlines() if "iteration        5/       5" in line)
     events = EventAccumulator(str(distilled.folder / "tensorboard"))
     events.Reload()
-    for name in ("lm loss", "kl loss", "attention loss", "attention cosine", "summary coefficient"):
+    for name in ("lm loss", "kl loss", "attention loss", "attention cosine", "summary coefficient",
+                 "summary attention share"):
         assert f"{name}: " in line, (name, line)
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5]
 
@@ -128,7 +130,7 @@ def test_only_summary_parameters_change_and_have_optimizer_state(distilled):
     moments = [name for name in last if name.startswith("optimizer.state.exp_avg.")]
     changed = {name for name in weights if not torch.equal(first[name], last[name])}
     summary = {name for name in weights if is_summary_parameter(name)}
-    assert changed == summary and len(summary) == 4
+    assert changed == summary and len(summary) == 3
     assert {name.removeprefix("optimizer.state.exp_avg.") for name in moments} == summary
     for name in set(weights) - summary:
         layer = name.split(".")

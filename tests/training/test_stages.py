@@ -160,10 +160,3 @@ def test_the_model_starts_where_annealing_left_it(chain):
         assert record(chain, name)[1]["loss"] == pytest.approx(extended[1]["loss"], rel=1e-6), name
     assert record(chain, "back")[1]["loss"] == pytest.approx(record(chain, "back at 0")[1]["loss"], rel=1e-6)
     assert record(chain, "mid")[1]["summary coefficient"] == 0.5
-
-
-def test_the_window_over_everything_grows_with_the_length():
-    """Layer kind l, of which a longer stage must not keep the first length."""
-    ksa = KSAConfig(enabled=True, layer_pattern="klkf")
-    for length in (64, 128, 100):
-        assert ksa.layers(4, length)[1].window_chunks * ksa.chunk_size >= length

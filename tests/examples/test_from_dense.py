@@ -1,0 +1,131 @@
+"""The chain from a dense model on a tiny Qwen 3 with random weights: killed once in each stage, same final bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "ksa_from_dense" / "run.py"
+VOCABULARY, STEPS = 128, 4
+LIMIT = 300
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A folder with the dense model and the data."""
+    folder = tmp_path_factory.mktemp("from_dense")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder / "qwen3")
+    random = np.random.default_rng(0)
+    with IndexedDatasetWriter(str(folder / "data"), VOCABULARY) as writer:
+        for length in random.integers(100, 300, 50):
+            writer.add_document(random.integers(0, VOCABULARY - 1, length))
+    return folder
+
+
+def command(source: Path, work: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, str(SCRIPT), "--input", str(source / "qwen3"), "--data-path", str(source / "data"), "--validation",
+        str(source / "data"), "--work", str(work), "--lengths", "64", "128", "--distil-at", "first", "--extend-steps", "0",
+        str(STEPS), "--distil-steps", str(STEPS), "--anneal-steps", str(STEPS), "--distil-batch", "2", "--anneal-batch",
+        "2", "--extend-batch", "2", "--distil-lr", "1e-2", "--anneal-lr", "1e-3", "--extend-lr", "1e-3", "--window-chunks",
+        "1", "--chunk-size", "4", "--dtype", "float32", "--save-interval", "1", "--evaluation-windows", "2", *more,
+    ]  # fmt: skip
+
+
+def start(source: Path, work: Path, log: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with log.open("a") as out:
+        return subprocess.Popen(command(source, work), stdout=out, stderr=out, env=environment, start_new_session=True)
+
+
+def test_killed_in_each_stage_it_ends_in_the_same_bytes(source, tmp_path):
+    whole = start(source, tmp_path / "whole", tmp_path / "whole.log")
+    assert whole.wait(LIMIT) == 0, (tmp_path / "whole.log").read_text()[-4000:]
+    work, log = tmp_path / "killed", tmp_path / "killed.log"
+    trainings = ["01-64-distil", "02-64-anneal", "03-128-extend"]
+    reached = {name: lambda name=name: _iterations(work / name) in range(1, STEPS) for name in trainings}
+    # The import and the exports are too short to be met: their folder beside the place is there while they write.
+    reached |= {"import": lambda: any(work.glob(".dense-*")), "export": lambda: any(work.glob(".03-128-extend-hf-*"))}
+    kills = ["import", *trainings, "export"]
+    for kill in kills:
+        chain = start(source, work, log)
+        deadline = time.monotonic() + LIMIT
+        while not reached[kill]() and chain.poll() is None:
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.01)
+        assert chain.poll() is None, (kill, log.read_text()[-4000:])
+        os.killpg(chain.pid, signal.SIGKILL)
+        chain.wait()
+    chain = start(source, work, log)
+    assert chain.wait(LIMIT) == 0, log.read_text()[-4000:]
+    for name in trainings:
+        ours, theirs = (load_file(folder / f"{name}-hf" / "model.safetensors") for folder in (work, tmp_path / "whole"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+        losses = [json.loads((folder / f"{name}-perplexity.json").read_text()) for folder in (work, tmp_path / "whole")]
+        assert losses[0] == losses[1]
+    config = json.loads((work / "03-128-extend-hf" / "config.json").read_text())
+    assert config["mix_coeff"] == 0.0 and config["summary_layer_freq"] == [1, 1, 1, 0]
+    assert config["max_position_embeddings"] == 128
+    refused = subprocess.run(
+        [*command(source, work), "--min-lr", "1e-9"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert refused.returncode == 2 and "was begun with flags" in refused.stderr
+
+
+def _iterations(folder: Path) -> int:
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text() or 0) if tracker.exists() else 0
+
+
+def test_dry_run_prints_every_command(source, tmp_path):
+    done = subprocess.run(
+        command(source, tmp_path / "work", "--distil-at", "every", "--dry-run", "--", "--tensor-model-parallel-size", "2"),
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert [next(word.split("/")[-1] for word in line.split() if word.endswith(".py")) for line in commands] == [
+        "convert_checkpoint.py", *["pretrain_gpt.py", "convert_checkpoint.py", "perplexity.py"] * 5
+    ]  # fmt: skip
+    trained = [line for line in commands if "pretrain_gpt.py" in line]
+    assert ["--ksa-distill" in line for line in trained] == [True, False, True, False, False]
+    assert ["--ksa-initial-coefficient 1" in line for line in trained] == [False, False, True, False, False]
+    assert all(line.endswith("--finetune --tensor-model-parallel-size 2") for line in trained)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lengths", "128", "64"], "--lengths 128 64: positive, the shortest first"),
+        (["--lengths", "66", "128"], "--seq-length 66 is not a multiple of 4"),
+        (["--anneal-steps", "1", "2", "3"], "--anneal-steps has 3 values for 2 lengths"),
+        (["--layer-pattern", "kkk"], "describes 3 layers, the model has 4"),
+        (["--input", "/nowhere"], "--input /nowhere is no folder"),
+    ],
+)
+def test_bad_input(flags, message, source, tmp_path):
+    done = subprocess.run(
+        command(source, tmp_path / "work", *flags, "--dry-run"), capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
