@@ -1,4 +1,4 @@
-"""What the trainer needs from the machine: defaults by what is installed, and the CPU as a device where there is no GPU."""
+"""What the trainer needs from the machine: defaults by what is installed, free ports, the CPU as a device."""
 
 from megatron_ksa.platform.defaults import prepare_platform, trainer_defaults
 from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
