@@ -6,6 +6,7 @@ strides, dtypes and settings, which training repeats from step to step; a repeat
 """
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -88,10 +89,11 @@ def call(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def repeatable(launches: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of a function `(tensors, settings)` that does nothing but `launch` and `call`.
+    """Decorator of a function `(*groups, settings)` that does nothing but `launch` and `call`.
 
-    Every tensor that these use must be one of `tensors`, the same object, of which the first is never None. What they
-    do may depend on the settings and on the tensors' shapes, strides, dtypes and alignment, and on nothing else.
+    A group is a tuple of tensors or None; NamedTuples reach the function as such. Every tensor that `launch` and `call`
+    use must be one of a group, the same object; the first tensor of the first group is never None. What they do may
+    depend on the settings and on the tensors' shapes, strides, dtypes and alignment, and on nothing else.
 
     Raises:
         LookupError: a launch uses another tensor.
@@ -99,7 +101,9 @@ def repeatable(launches: Callable[..., None]) -> Callable[..., None]:
     recorded: dict[tuple, list[_Step]] = {}
 
     @functools.wraps(launches)
-    def run(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
+    def run(*arguments: tuple) -> None:
+        *groups, settings = arguments
+        tensors = tuple(itertools.chain.from_iterable(groups))
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         kind = (
             settings, tensors[0].get_device(), tuple([address % 16 for address in addresses]),
@@ -118,7 +122,7 @@ def repeatable(launches: Callable[..., None]) -> Callable[..., None]:
 
         _state.record = record
         try:
-            launches(tensors, settings)
+            launches(*_regrouped(tensors, groups), settings)
         finally:
             _state.record = None
         if all(step.run is not None for step in steps):
@@ -127,3 +131,9 @@ def repeatable(launches: Callable[..., None]) -> Callable[..., None]:
             recorded[kind] = steps
 
     return run
+
+
+def _regrouped(tensors: tuple, groups: list[tuple]) -> list[tuple]:
+    """`tensors` in groups of the sizes and types of `groups`."""
+    rest = iter(tensors)
+    return [getattr(group, "_make", tuple)(itertools.islice(rest, len(group))) for group in groups]

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 
 from megatron_ksa.kernels.benchmarks import attention_features
 from megatron_ksa.kernels.benchmarks.registry import BOTH, FORWARD, Case, Op, Shape, small_shapes
-from megatron_ksa.kernels.ksa_attention import reference, triton_rows
+from megatron_ksa.kernels.ksa_attention import reference, triton_joint
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -36,10 +36,10 @@ def _case(shape: Shape, rows: int, run: Callable, expected: Callable, pairs: int
 
 def _ksa(shape: Shape, device: str) -> Case:
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        return (triton_rows.attention(q, k, v, shape.geometry, text_rows=shape.n),)
+        return (triton_joint.attention(q, k, v, shape.geometry, text_rows=shape.n),)
 
     def expected(*rows: Tensor) -> tuple[Tensor]:
-        return (attention_features.joint_reference(*rows, shape.geometry, shape.n),)
+        return (reference.attention(*rows, shape.geometry, text_rows=shape.n),)
 
     return _case(shape, shape.rows, run, expected, visible_pairs(shape), device)
 
@@ -126,7 +126,7 @@ def _flex(interleaved: bool) -> Callable[[Shape, str], Case]:
 
         def expected(*rows: Tensor) -> tuple[Tensor]:
             split = [t[:, order.argsort()] for t in rows]
-            return (attention_features.joint_reference(*split, shape.geometry, shape.n)[:, order],)
+            return (reference.attention(*split, shape.geometry, text_rows=shape.n)[:, order],)
 
         facts = {"block_mask_seconds": seconds, "block_mask_sparsity_percent": float(blocks.sparsity())}
         return _case(shape, shape.rows, run, expected, visible_pairs(shape), device, **facts)

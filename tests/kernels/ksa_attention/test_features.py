@@ -4,8 +4,7 @@ import pytest
 import torch
 from compare import assert_close
 
-from megatron_ksa.kernels.benchmarks.attention_features import joint_reference
-from megatron_ksa.kernels.ksa_attention import reference, triton_rows, triton_summary, triton_text, workspace
+from megatron_ksa.kernels.ksa_attention import reference, triton_joint, triton_summary, triton_text, workspace
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
 
@@ -58,9 +57,9 @@ def test_rows_of_two_batches_with_documents_and_a_ragged_tail(dim, dtype):
     compare(
         ("out", "dq", "dk", "dv"),
         lambda q, k, v: [
-            triton_rows.attention(q, k, v, geometry, text_rows=n, document_start=start, tiles=TILES),
+            triton_joint.attention(q, k, v, geometry, text_rows=n, document_start=start, tiles=TILES),
         ],
-        lambda q, k, v: [joint_reference(q, k, v, geometry, n, start)],
+        lambda q, k, v: [reference.attention(q, k, v, geometry, text_rows=n, document_start=start)],
         leaves(2, dim, dtype, (rows, 2), (rows, 1), (rows, 1)),
     )
 
@@ -72,8 +71,8 @@ def test_default_tiles_of_float32(dim):
     rows = n + n // 8
     compare(
         ("out", "dq", "dk", "dv"),
-        lambda q, k, v: [triton_rows.attention(q, k, v, geometry, text_rows=n)],
-        lambda q, k, v: [joint_reference(q, k, v, geometry, n)],
+        lambda q, k, v: [triton_joint.attention(q, k, v, geometry, text_rows=n)],
+        lambda q, k, v: [reference.attention(q, k, v, geometry, text_rows=n)],
         leaves(1, dim, torch.float32, (rows, 2), (rows, 2), (rows, 2)),
     )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.kernels.ksa_attention import KSAGeometry, tile_store, triton_config, triton_rows
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, tile_store, triton_config, triton_joint
 from megatron_ksa.kernels.ksa_attention.tile_store import PACKAGE_STORE, Situation, StoredTile, choose, merge, read
 from megatron_ksa.kernels.ksa_attention.triton_config import HALF, SINGLE, Tile, Tiles, tile_numbers, tiles_for
 
@@ -229,7 +229,7 @@ def test_attention_with_stored_tiles_equals_attention_with_given_ones(package_st
     assert tiles_for(rows, 2, geometry) == small
 
     def attend(q, tiles=None):
-        return triton_rows.attention(q, rows, rows, geometry, text_rows=36, tiles=tiles)
+        return triton_joint.attention(q, rows, rows, geometry, text_rows=36, tiles=tiles)
 
     out = attend(rows)
     assert torch.equal(out, attend(rows, small))

@@ -14,11 +14,11 @@ from compare import assert_close
 from triton.language import standard
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.kernels import dispatch as device_dispatch
+from megatron_ksa.kernels import dispatch
 from megatron_ksa.kernels.ksa_attention import (
-    dispatch,
+    ksa_text_attention,
     reference,
-    triton_rows,
+    triton_joint,
     triton_summary,
     triton_text,
     workspace,
@@ -194,7 +194,7 @@ def test_golden_output_and_gradients(case):
     order = torch.tensor(np.concatenate([np.flatnonzero(is_text), np.flatnonzero(~is_text)]))
     q, k, v = (torch.tensor(data[key])[:, order].to(DEVICE).requires_grad_() for key in "qkv")
     tiles = Tiles(*[Tile(32, 32, 4, 1)] * 4)
-    out = triton_rows.attention(q, k, v, geometry, text_rows=int(is_text.sum()), tiles=tiles)
+    out = triton_joint.attention(q, k, v, geometry, text_rows=int(is_text.sum()), tiles=tiles)
     out.backward(torch.tensor(data["dout"])[:, order].to(DEVICE))
     for name, actual in (("out", out), ("dq", q.grad), ("dk", k.grad), ("dv", v.grad)):
         assert_close(name, actual.cpu(), torch.tensor(data[name])[:, order])
@@ -206,9 +206,9 @@ def test_any_strides():
     generator, geometry = torch.Generator().manual_seed(0), KSAGeometry(4, 1, 3)
     leaves = [random_rows(generator, 50, 2, 2, 20, torch.float32).transpose(0, 1) for _ in range(3)]
     odd = [torch.nn.functional.pad(leaf, (0, 1))[..., :-1] for leaf in leaves]
-    expected = triton_rows.attention(*(leaf.contiguous() for leaf in leaves), geometry, text_rows=40, tiles=TILES)
+    expected = triton_joint.attention(*(leaf.contiguous() for leaf in leaves), geometry, text_rows=40, tiles=TILES)
     for rows in (leaves, odd):
-        out = triton_rows.attention(*rows, geometry, text_rows=40, tiles=TILES)
+        out = triton_joint.attention(*rows, geometry, text_rows=40, tiles=TILES)
         assert torch.equal(out, expected)
     (gradient,) = torch.autograd.grad(out.sum(), leaves[1])
     (wanted,) = torch.autograd.grad((expected * torch.ones_like(expected)).sum(), leaves[1])
@@ -220,7 +220,7 @@ def test_backward_is_deterministic():
     generator, geometry = torch.Generator().manual_seed(0), KSAGeometry(4, 1, 3)
     leaves = [random_rows(generator, 1, 100, heads, 16, torch.float32) for heads in (4, 2, 2)]
     gradients = [
-        torch.autograd.grad(triton_rows.attention(*leaves, geometry, text_rows=80, tiles=TILES).square().sum(), leaves)
+        torch.autograd.grad(triton_joint.attention(*leaves, geometry, text_rows=80, tiles=TILES).square().sum(), leaves)
         for _ in range(2)
     ]
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
@@ -248,7 +248,7 @@ def test_compiles_into_one_graph():
     leaves = [random_rows(generator, 1, 25, heads, 16, torch.float32) for heads in (2, 1, 1)]
 
     def attend(q, k, v):
-        return triton_rows.attention(q, k, v, geometry, text_rows=20, tiles=TILES)
+        return triton_joint.attention(q, k, v, geometry, text_rows=20, tiles=TILES)
 
     results = []
     for run in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
@@ -276,10 +276,10 @@ def test_refuses_what_it_cannot_compute(dim, heads, dtype, scale, message):
 
 
 def test_dispatch_takes_the_reference_off_the_gpu_and_says_so_once(caplog):
-    device_dispatch._announce.cache_clear()
+    dispatch._announce.cache_clear()
     rows = torch.randn(1, 10, 2, 16, generator=torch.Generator().manual_seed(0))
-    with caplog.at_level(logging.INFO, logger=device_dispatch.__name__):
-        results = [dispatch.text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2)) for _ in range(2)]
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        results = [ksa_text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2)) for _ in range(2)]
     expected = reference.text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2))
     assert all(torch.equal(out, wanted) for result in results for out, wanted in zip(result, expected, strict=True))
     assert [record.message for record in caplog.records] == ["KSA attention runs in plain PyTorch (cpu, torch.float32)"]
