@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import document_starts
 from compare import assert_close
 
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, triton_joint, triton_text
@@ -31,14 +32,6 @@ def test_kernels_compile_for_an_h100_and_launches_repeat():
     assert {row["kernel"] for row in found} > {"_summary_forward_kernel", "_summary_backward_kernel"}
     assert all(0 < row["shared"] <= SHARED_MEMORY for row in found), found
     assert all(0 < row["waits"] <= row["products"] // 4 for row in specialised), found
-
-
-def documents(*firsts: int, rows: int) -> torch.Tensor:
-    """int32 [1, rows]: the document starts, given the first token of each document."""
-    start = torch.zeros(1, rows, dtype=torch.int32, device="cuda")
-    for first in firsts:
-        start[:, first:] = first
-    return start
 
 
 needs_hopper = pytest.mark.skipif(
@@ -95,7 +88,7 @@ def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, 
     summaries = 0 if options.get("no_summaries") else n // 8
     counts = ((n - first, heads), (n, groups), (n, groups), (summaries, groups), (summaries, groups))
     rows = [torch.randn(batch, r, h, dim, device="cuda", dtype=dtype).requires_grad_() for r, h in counts]
-    start = documents(*options["document_start"], rows=n) if "document_start" in options else None
+    start = document_starts(options["document_start"], n, device="cuda") if "document_start" in options else None
     found = []
     for tiles in (HOPPER[128], HALF[128]):
         out, lse = triton_text.text_attention(*rows, geometry, document_start=start, query_start=first, tiles=tiles)
@@ -129,7 +122,7 @@ def test_summary_queries_equal_the_kernel_for_them(n, batch, heads, groups, dim,
         torch.randn(batch, rows, count, dim, device="cuda", dtype=dtype).requires_grad_()
         for count in (heads, groups, groups)
     ]
-    start, d_out = documents(*firsts, rows=n) if firsts else None, torch.randn_like(leaves[0])
+    start, d_out = document_starts(firsts, n, device="cuda") if firsts else None, torch.randn_like(leaves[0])
     found = []
     for tiles in (HOPPER[128], HALF[128]):
         out = triton_joint.attention(*leaves, KSAGeometry(*sizes), text_rows=n, document_start=start, tiles=tiles)
