@@ -11,6 +11,8 @@ class Constants(NamedTuple):
     """Compile-time numbers: KSA's C and S, query heads of a K/V head, channels of a head and of a tile (BD, padded),
     queries and keys of one consumer's tile, buffers of the ring, whether the kernel serves summary queries too, and
     whether there are documents.
+
+    To be built in the call that takes it: an assignment in compiled code turns its fields into run-time numbers.
     """
 
     C: Any

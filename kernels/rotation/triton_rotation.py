@@ -11,9 +11,9 @@ from megatron_ksa.kernels.rotation.triton_kernels import rotate_backward_kernel,
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
-# Programs of the backward pass: several for each multiprocessor of a large GPU, few enough that their parts of the
-# gains' gradients are small beside what they read, as with this many tiles each. No number of the GPU's, so that the
-# order of sums does not depend on it.
+# Programs of the backward pass. Each writes its own part of the weights' gradients, [2, D] in float32, which is small
+# beside the heads that it reads if it has 18 tiles of rows; 1024 programs at least are several for each multiprocessor
+# of a large GPU. The number does not depend on the GPU, and so neither does the order of the sums.
 FEWEST_PROGRAMS, MOST_PROGRAMS = 1024, 8192
 TILES_OF_A_PROGRAM = 18
 WARPS = 4
