@@ -1,8 +1,8 @@
 """Launches of an op's kernels, recorded on the first call of a kind and repeated with other addresses afterwards.
 
-Before every launch Triton looks at each argument to find the compiled kernel, and a tensor descriptor is checked and
-built anew. At 8k tokens that takes the host longer than the kernels take the GPU. All of it follows from shapes,
-strides, dtypes and settings, which training repeats from step to step; a repeated call fills in addresses only.
+Before every launch Triton looks at each argument to find the compiled kernel, and checks and builds each tensor
+descriptor. At 8k tokens this takes the host longer than the kernels take the GPU. The outcome depends on shapes,
+strides, dtypes and settings alone, which training repeats from step to step: a repeated call fills in addresses only.
 """
 
 import functools
@@ -76,7 +76,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if record is None:
         return
     rest = [constants.get(name) for name in kernel.arg_names[len(arguments) :]]
-    # Triton's interpreter compiles nothing that could be repeated; its arguments are looked at all the same.
+    # Triton's interpreter compiles nothing that could be repeated; a tensor from elsewhere is refused there too.
     run = None if compiled is None or not hasattr(compiled, "packed_metadata") else compiled[(*grid, 1, 1)[:3]]
     record(run, [*arguments, *rest], True)
 

@@ -1,5 +1,6 @@
 """Attention ops: KSA, FlexAttention with KSA's mask in two orders of the rows, and full causal attention by cuDNN."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -42,6 +43,10 @@ def _ksa(shape: Shape, device: str) -> Case:
         return (reference.attention(*rows, shape.geometry, text_rows=shape.n),)
 
     return _case(shape, shape.rows, run, expected, visible_pairs(shape), device)
+
+
+def _window(shape: Shape, device: str) -> Case:
+    return _ksa(dataclasses.replace(shape, summary_tokens=0), device)
 
 
 def _full(shape: Shape, device: str) -> Case:
@@ -143,6 +148,7 @@ def _grouped(device: str) -> list[Shape]:
 
 
 KSA = Op("ksa", "KSA, rows laid out [text | summaries]", _ksa, _check_shapes, attention_features.check)
+WINDOW = Op("window", "the same window without summaries, in the same kernels", _window, _check_shapes)
 FULL = Op(
     "full_attention", "full causal attention by cuDNN", _full, lambda device: small_shapes(device, (4, 4)),
     poisoned=False,

@@ -22,6 +22,9 @@ ON_GPU = {
     "segment": (Shape(500, 4, 2, 128, 2, 8, 1, 16), [300, 700], (512, (384, 628), (3, 100))),
     "float16": (Shape(1000, 4, 2, 128, 1, 8, 1, 16, "float16"), [500], None),
     "float32": (Shape(500, 2, 1, 128, 1, 8, 1, 16, "float32"), [300], None),
+    "window-documents": (Shape(900, 8, 2, 128, 2, 8, 0, 16), [1, 333, 610], None),
+    "window-dim64-batch": (Shape(700, 4, 4, 64, 2, 8, 0, 4), None, None),
+    "window-segment": (Shape(500, 4, 2, 128, 2, 8, 0, 16), [300, 700], (512, (384, 628), (3, 100))),
     "table-shape": (Shape(4096, 8, 2, 128, 1, 8, 1, 128), None, None),
 }
 INTERPRETED = {

@@ -13,7 +13,7 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward_backward"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one measurement: n text tokens, query and K/V heads, and KSA's three numbers."""
+    """Sizes of one measurement: n text tokens, query and K/V heads, and KSA's three numbers (S = 0: no summaries)."""
 
     n: int
     heads: int = 32

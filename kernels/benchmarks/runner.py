@@ -20,8 +20,8 @@ from megatron_ksa.kernels.benchmarks.registry import BACKWARD, BOTH, FORWARD, Ca
 OPS = {
     op.name: op
     for op in (
-        attention.KSA, attention.FULL, rotation.COPY, *rotation.ROTATIONS, attention_parts.PARTS, attention.FLEX,
-        attention.FLEX_INTERLEAVED,
+        attention.KSA, attention.WINDOW, attention.FULL, rotation.COPY, *rotation.ROTATIONS, attention_parts.PARTS,
+        attention.FLEX, attention.FLEX_INTERLEAVED,
     )
 }  # fmt: skip
 

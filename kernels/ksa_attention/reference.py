@@ -167,7 +167,8 @@ def text_attention(
     Args:
         q: [B, nq, Hq, D]: text queries at global positions query_start to query_start + nq - 1.
         k, v: [B, nk, Hkv, D]: text keys and values from global position key_start on.
-        k_summary, v_summary: [B, nc * S, Hkv, D]: summaries of the chunks from chunk_start on.
+        k_summary, v_summary: [B, nc * S, Hkv, D]: summaries of the chunks from chunk_start on. Without rows of these,
+            queries see the text in their window alone.
         document_start: int [B, text rows of the whole sequence]: global position of the first token of each token's
             document, indexed by global position; None for one document.
         softmax_scale: 1 / sqrt(D) by default.
@@ -250,7 +251,7 @@ def attention(
 
     Args:
         q: [B, text_rows + summary rows, Hq, D]; the text_rows // C whole chunks have S summaries each, a ragged last
-            chunk has none. Without summary rows, text queries see the text in their window alone.
+            chunk has none. Without summary rows, queries see the text in their window alone.
         k, v: [B, text_rows + summary rows, Hkv, D].
         document_start: int32 [B, text_rows] position of the first token of each token's document, or None.
         softmax_scale: 1 / sqrt(D) by default.

@@ -18,7 +18,13 @@ from megatron_ksa.kernels.ksa_attention.operands import (
     new_like,
     new_outputs,
 )
-from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_rows, finite_window, row_starts
+from megatron_ksa.kernels.ksa_attention.triton_common import (
+    addressable,
+    check_rows,
+    finite_window,
+    row_starts,
+    summary_divisor,
+)
 from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tile_numbers
 from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
 from megatron_ksa.kernels.ksa_attention.triton_text_backward import launch_backward
@@ -145,7 +151,7 @@ def attention(
     window = finite_window(geometry.window_chunks, text_rows, geometry.chunk_size)
     numbers = tiles.pack() if tiles else tile_numbers(q, k.shape[2], geometry)
     out, _ = _attention(
-        q, k, v, row_starts(document_start, q.shape[0]), text_rows, geometry.chunk_size, geometry.summary_tokens,
-        window, scale, numbers,
+        q, k, v, row_starts(document_start, q.shape[0]), text_rows, geometry.chunk_size,
+        summary_divisor(geometry, q.shape[1] - text_rows), window, scale, numbers,
     )  # fmt: skip
     return out

@@ -14,7 +14,13 @@ from megatron_ksa.kernels.ksa_attention.operands import (
     new_like,
     new_outputs,
 )
-from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_rows, finite_window, row_starts
+from megatron_ksa.kernels.ksa_attention.triton_common import (
+    addressable,
+    check_rows,
+    finite_window,
+    row_starts,
+    summary_divisor,
+)
 from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tile_numbers
 from megatron_ksa.kernels.ksa_attention.triton_text_backward import launch_backward
 from megatron_ksa.kernels.ksa_attention.triton_text_forward import launch_forward
@@ -116,6 +122,6 @@ def text_attention(
     window = finite_window(geometry.window_chunks, query_start + q.shape[1], geometry.chunk_size)
     numbers = tiles.pack() if tiles else tile_numbers(q, k.shape[2], geometry)
     return _text_attention(
-        q, *keys, row_starts(document_start, q.shape[0]), geometry.chunk_size, geometry.summary_tokens,
-        window, query_start, key_start, chunk_start, scale, numbers,
+        q, *keys, row_starts(document_start, q.shape[0]), geometry.chunk_size,
+        summary_divisor(geometry, k_summary.shape[1]), window, query_start, key_start, chunk_start, scale, numbers,
     )  # fmt: skip

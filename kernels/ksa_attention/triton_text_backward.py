@@ -283,7 +283,9 @@ def launch_dkv(
             workspace.summary_parts,
         )
     )  # fmt: skip
-    if not k.shape[1] or not rows.q.shape[1]:
+    if not k.shape[1]:
+        return
+    if not rows.q.shape[1]:
         call(Tensor.zero_, dk)
         call(Tensor.zero_, dv)
         return

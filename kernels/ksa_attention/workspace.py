@@ -59,7 +59,7 @@ def new_dealt(device: torch.device, counters: int = 1) -> tuple[Tensor, ...]:
 
 
 def _splits(q: Tensor, k: Tensor, tile: Tile) -> int:
-    """Parts of the queries that make programs of their own."""
+    """Into how many parts the queries are divided, each with programs of its own (see PROGRAMS)."""
     batch, num_keys, groups, _ = k.shape
     if not num_keys or not q.shape[1]:
         return 1

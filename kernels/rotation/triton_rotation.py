@@ -82,8 +82,8 @@ def _backward_programs(mixed: Tensor, block_rows: int) -> tuple[int, int, int]:
 def _launch_backward(tensors: tuple[Tensor | None, ...], settings: tuple[int, float, bool, bool]) -> None:
     """Write the gradient of one part's mixed heads, and each program's part of those of the weights.
 
-    tensors: positions, frequencies, gradients of query, key, value and mixed heads, of the weights by program (or
-    None), then mixed heads and weights, or none of these without a norm.
+    tensors: positions, frequencies, the gradients of query, key, value and mixed heads, the weights' gradients by
+    program (None without a norm), then with a norm the mixed heads and the weights of query and key.
     """
     positions, frequencies, d_query, d_key, d_value, d_mixed, d_gain, *normalised = tensors
     queries, eps, zero_centered, interleaved = settings
@@ -152,7 +152,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the mixed heads of text and summaries, and of the weights of query and key of both, [2, D].
 
-    text and summaries are needed, and those of the weights have elements, where there are weights.
+    With norm weights, text and summaries must be given; without, the gradients of the weights have no elements.
     """
     d_out = [_unit_stride(rows) for rows in (d_query, d_key, d_value)]
     d_parts, d_pairs, start = [], [], 0

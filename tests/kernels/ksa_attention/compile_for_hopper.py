@@ -108,9 +108,9 @@ def documents(n):
     return torch.zeros(2, n, dtype=torch.int32)
 
 
-def joint(tiles, start=None):
-    n, geometry = 2048, KSAGeometry(8, 1, 128)
-    leaves = [rows(n + n // 8, heads) for heads in (8, 2, 2)]
+def joint(tiles, start=None, summary_tokens=1):
+    n, geometry = 2048, KSAGeometry(8, summary_tokens, 128)
+    leaves = [rows(n + n // 8 * summary_tokens, heads) for heads in (8, 2, 2)]
     out = triton_joint.attention(*leaves, geometry, text_rows=n, document_start=start, tiles=tiles)
     out.backward(torch.zeros_like(out))
 
@@ -133,6 +133,7 @@ def summaries():
 CASES = {
     "joint": lambda: joint(HOPPER[128]),
     "joint, documents": lambda: joint(HOPPER[128], documents(2048)),
+    "window": lambda: joint(HOPPER[128], summary_tokens=0),
     "segment": lambda: segment(HOPPER[128], documents(2048)),
     "plain tiles": lambda: segment(HALF[128]),
     "summaries": summaries,

@@ -29,6 +29,9 @@ def test_kernels_compile_for_an_h100_and_launches_repeat():
     found = [json.loads(line) for line in run.stdout.splitlines()]
     specialised = [row for row in found if row["case"] in ("joint", "joint, documents", "segment")]
     assert [row["kernel"] for row in specialised] == ["_forward_kernel", "_dq_kernel", *["_dkv_kernel"] * 2] * 3
+    # Without summaries nothing is launched for them.
+    window = [row["kernel"] for row in found if row["case"] == "window"]
+    assert window == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
     assert {row["kernel"] for row in found} > {"_summary_forward_kernel", "_summary_backward_kernel"}
     assert all(0 < row["shared"] <= SHARED_MEMORY for row in found), found
     assert all(0 < row["waits"] <= row["products"] // 4 for row in specialised), found
@@ -80,6 +83,8 @@ def test_short_work_items_give_the_same_bits_every_time(n, batch, groups):
         (1000, 1, 4, 2, 128, 4, {"document_start": (300, 701)}),
         (2048, 1, 4, 4, 128, 16, {"query_start": 1024}),
         (2048, 1, 4, 4, 128, 1000, {"no_summaries": True}),
+        (2048, 2, 8, 2, 128, 16, {"no_summaries": True, "document_start": (300, 1701)}),
+        (1003, 1, 4, 4, 96, 4, {"no_summaries": True, "query_start": 512}),
     ],
 )
 def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, window, options, dtype):
