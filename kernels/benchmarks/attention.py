@@ -24,14 +24,17 @@ def visible_pairs(shape: Shape) -> int:
     return int((i + 1 - past * shape.chunk_size + past * shape.summary_tokens).sum())
 
 
-def _case(shape: Shape, rows: int, run: Callable, expected: Callable, pairs: int, device: str, **facts) -> Case:
+def attention_case(
+    shape: Shape, rows: int, run: Callable, expected: Callable, pairs: int, device: str, **facts
+) -> Case:
+    """A case of attention among `rows` rows of each of q, k and v, whose text queries see `pairs` keys in all."""
     leaves = [shape.random(rows, heads, device) for heads in (shape.heads, shape.groups, shape.groups)]
     flops = 4.0 * pairs * shape.batch * shape.heads * shape.head_dim
     # Output, three gradients, and three float32 statistics of a row.
     results = sum(leaf.numel() * leaf.element_size() for leaf in (leaves[0], *leaves))
     return Case(
         leaves, run, expected, NAMES, flops={FORWARD: flops, BOTH: 3.5 * flops},
-        needed_bytes=results + 3 * 4 * shape.batch * rows * shape.heads, facts=facts,
+        needed_bytes=results + 3 * 4 * shape.batch * rows * shape.heads, facts={"visible_pairs": pairs} | facts,
     )  # fmt: skip
 
 
@@ -42,7 +45,7 @@ def _ksa(shape: Shape, device: str) -> Case:
     def expected(*rows: Tensor) -> tuple[Tensor]:
         return (reference.attention(*rows, shape.geometry, text_rows=shape.n),)
 
-    return _case(shape, shape.rows, run, expected, visible_pairs(shape), device)
+    return attention_case(shape, shape.rows, run, expected, visible_pairs(shape), device)
 
 
 def _window(shape: Shape, device: str) -> Case:
@@ -62,7 +65,7 @@ def _full(shape: Shape, device: str) -> Case:
         causal = attention_features.CAUSAL
         return (reference.text_attention(q, k, v, k[:, :0], v[:, :0], causal)[0],)
 
-    return _case(shape, shape.n, run, expected, shape.n * (shape.n + 1) // 2, device, backend=backend)
+    return attention_case(shape, shape.n, run, expected, shape.n * (shape.n + 1) // 2, device, backend=backend)
 
 
 def mask(shape: Shape, interleaved: bool) -> Callable[..., Tensor]:
@@ -134,7 +137,7 @@ def _flex(interleaved: bool) -> Callable[[Shape, str], Case]:
             return (reference.attention(*split, shape.geometry, text_rows=shape.n)[:, order],)
 
         facts = {"block_mask_seconds": seconds, "block_mask_sparsity_percent": float(blocks.sparsity())}
-        return _case(shape, shape.rows, run, expected, visible_pairs(shape), device, **facts)
+        return attention_case(shape, shape.rows, run, expected, visible_pairs(shape), device, **facts)
 
     return prepare
 
