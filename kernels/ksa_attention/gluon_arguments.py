@@ -23,8 +23,8 @@ class Constants(NamedTuple):
     BM: Any
     BN: Any
     STAGES: Any
-    SUMMARIES: Any
-    DOCUMENTS: Any
+    HAS_SUMMARIES: Any
+    HAS_DOCUMENTS: Any
 
 
 class QuerySizes(NamedTuple):

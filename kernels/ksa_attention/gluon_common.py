@@ -84,7 +84,7 @@ def keys_seen(row, i_b, starts, sizes, constants):
     S: gl.constexpr = constants.S
     i = sizes.query_start + gl.minimum(row, sizes.nq - 1)
     start = i * 0
-    if constants.DOCUMENTS:
+    if constants.HAS_DOCUMENTS:
         start = gl.load(starts.p + i_b.to(gl.int64) * starts.stride + i)
     text = key_interval(i, start, sizes.key_start, sizes.nk, sizes.window, C, S, True)
     return text, key_interval(i, start, sizes.chunk_start, sizes.ns, sizes.window, C, S, False)

@@ -66,7 +66,7 @@ def _readers(key, i_b, stops, sizes, constants, IS_TEXT: gl.constexpr):
     S: gl.constexpr = constants.S
     query_start, nq = sizes.query_start, sizes.nq
     lower, upper = query_interval(key, stops.p, sizes.offset, query_start, nq, sizes.window, C, S, IS_TEXT, False)
-    if constants.DOCUMENTS:
+    if constants.HAS_DOCUMENTS:
         newest = key + sizes.offset if IS_TEXT else (key // S + sizes.offset) * C + C - 1
         newest = gl.minimum(newest, query_start + nq - 1)
         stop = gl.load(stops.p + i_b.to(gl.int64) * stops.stride + newest) - query_start
@@ -170,7 +170,7 @@ def _load(
         after = following(p_dealt)
         for i_q in range(GROUP):
             step = _load_queries(d_rows, i_b, i_g * GROUP + i_q, first, stop, ring, step, BM, STAGES)
-        if constants.SUMMARIES:
+        if constants.HAS_SUMMARIES:
             if i_s == 0:
                 first, stop = _summary_tiles(i_n, sizes, constants, 2 * BN, IS_TEXT)
                 for i_q in range(GROUP):
@@ -273,14 +273,14 @@ def _consume(
                 b_k, b_v, b_dk, b_dv, ring, before, first, stop, seen, b_lower, b_upper, scale_log2, BM, STAGES
             )
             before += stop - first
-        if constants.SUMMARIES:
+        if constants.HAS_SUMMARIES:
             if i_s == 0:
                 first, stop = _summary_tiles(i_n, sizes, constants, 2 * BN, IS_TEXT)
                 part_first, part_stop = _summary_tiles(i_part, sizes, constants, BN, IS_TEXT)
                 # Every tile of summary queries needs the mask: the range without one is empty.
                 summary_seen = (part_first, part_stop, part_stop, part_stop)
                 b_lower, b_upper = _summary_readers(o_n, sizes, constants, IS_TEXT)
-                if constants.DOCUMENTS and IS_TEXT:
+                if constants.HAS_DOCUMENTS and IS_TEXT:
                     # The summaries belong to the document of the chunk's last token.
                     b_stop = gl.load(stops.p + i_b.to(gl.int64) * stops.stride + gl.minimum(o_n, sizes.nq - 1))
                     b_upper = gl.where(b_stop >= o_n // C * C + C, b_upper, b_lower)
@@ -305,13 +305,13 @@ def _dkv_kernel(
     p_dk, p_dv, nq, summary_queries, num_keys, query_start, offset, window, scale, scale_log2, groups, tiles, all_heads,
     together, splits, stride_stop, stride_split, stride_b, stride_n, stride_g,
     C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, SUMMARIES: gl.constexpr,
-    DOCUMENTS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_TEXT: gl.constexpr, HAS_SUMMARIES: gl.constexpr,
+    HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of the text keys (IS_TEXT) or of the summaries, summed over the query heads that read them.
 
     A work item is two tiles of BN keys and one part in `splits` of the queries, written to its own slice of dk and dv;
-    the first part has the summary queries too (SUMMARIES).
+    the first part has the summary queries too (HAS_SUMMARIES).
     """
     s_k = gl.allocate_shared_memory(d_k.dtype, [2] + d_k.block_type.shape, d_k.layout)
     s_v = gl.allocate_shared_memory(d_v.dtype, [2] + d_v.block_type.shape, d_v.layout)
@@ -337,17 +337,17 @@ def _dkv_kernel(
             (_consume, (
                 s_k, s_v, s_out, keys_full, keys_empty, ring, items, stops, p_dk, p_dv, stride_split, out_strides,
                 sizes, schedule, groups, scale, scale_log2,
-                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, SUMMARIES, DOCUMENTS), 0, IS_TEXT,
+                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, HAS_SUMMARIES, HAS_DOCUMENTS), 0, IS_TEXT,
             )),
             (_consume, (
                 s_k, s_v, s_out, keys_full, keys_empty, ring, items, stops, p_dk, p_dv, stride_split, out_strides,
                 sizes, schedule, groups, scale, scale_log2,
-                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, SUMMARIES, DOCUMENTS), 1, IS_TEXT,
+                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, HAS_SUMMARIES, HAS_DOCUMENTS), 1, IS_TEXT,
             )),
             (_load, (
                 d_k, d_v, d_rows, d_summary, s_k, s_v, keys_full, keys_empty, ring, items, p_dealt, stops, sizes,
                 schedule, groups,
-                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, SUMMARIES, DOCUMENTS), IS_TEXT,
+                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, HAS_SUMMARIES, HAS_DOCUMENTS), IS_TEXT,
             )),
         ],
         [WARPS, 1],
@@ -391,6 +391,6 @@ def launch_dkv(
         sizes.softmax_scale, sizes.softmax_scale * LOG2E, groups, tiles, batch * groups, TOGETHER, splits,
         document_stop.stride(0) if document_stop is not None else 0, *split_strides(dk),
         C=sizes.chunk_size, S=sizes.summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
-        BM=tile.queries, BN=tile.keys, STAGES=tile.stages, IS_TEXT=is_text, SUMMARIES=summary is not None,
-        DOCUMENTS=document_stop is not None, num_warps=WARPS.value,
+        BM=tile.queries, BN=tile.keys, STAGES=tile.stages, IS_TEXT=is_text, HAS_SUMMARIES=summary is not None,
+        HAS_DOCUMENTS=document_stop is not None, num_warps=WARPS.value,
     )  # fmt: skip

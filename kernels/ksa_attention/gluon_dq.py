@@ -180,17 +180,17 @@ def _consume(
             mbarrier.arrive(ring.k_empty.index(last), count=1)
             b_left = gl.convert_layout(b_ds.to(dtype), left)
         last = (before + end - 1) % STAGES
-        if constants.SUMMARIES:
+        if constants.HAS_SUMMARIES:
             loaded = load_summaries(summary_keys, summary_queries, first, i_b, i_h, i_h // constants.GROUP, constants)
         b_dq = warpgroup_mma(b_left, ring.k.index(last).reshape([BN, BD]), b_dq, is_async=True)
         b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
         b_written = (b_dq * scale).to(dtype)
         o_head = i_b.to(gl.int64) * dq_strides.batch + i_h.to(gl.int64) * dq_strides.head
-        if constants.SUMMARIES:
+        if constants.HAS_SUMMARIES:
             b_k = chunk_keys(ring.k.index(last), PART, C, BM)
             b_v = chunk_keys(ring.v.index(last), PART, C, BM)
             i_summary = i_bh.to(gl.int64) * summary_results.stride
-            p_start = starts.p + i_b.to(gl.int64) * starts.stride if constants.DOCUMENTS else starts.p
+            p_start = starts.p + i_b.to(gl.int64) * starts.stride if constants.HAS_DOCUMENTS else starts.p
             summary_dq(
                 b_k, b_v, loaded, p_start, summary_results.dq + o_head, summary_results.lse2 + i_summary,
                 summary_results.delta + i_summary, dq_strides.row, scale, scale_log2, constants,
@@ -212,12 +212,12 @@ def _dq_kernel(
     stride_start, stride_statistics, stride_summary, stride_b, stride_n, stride_h, stride_qb, stride_qn, stride_qh,
     stride_dob, stride_don, stride_doh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SUMMARIES: gl.constexpr, DOCUMENTS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_SUMMARIES: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
     HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dQ, delta and lse to base 2 (for the dK/dV kernel); a work item is two tiles of BM queries of one head.
 
-    SUMMARIES: also those of the summary queries p_summary_q; strides of q, dO and dQ are those of the text's.
+    HAS_SUMMARIES: also those of the summary queries p_summary_q; strides of q, dO and dQ are those of the text's.
     """
     s_q = gl.allocate_shared_memory(d_q.dtype, [2] + d_q.block_type.shape, d_q.layout)
     s_out = gl.allocate_shared_memory(d_q.dtype, [2] + d_q.block_type.shape, d_q.layout)
@@ -246,18 +246,18 @@ def _dq_kernel(
                 s_dq, s_rows, rows_full, rows_empty, ring, items, summary_keys, summary_queries, summary_results,
                 starts, p_lse, p_dlse, p_lse2, p_delta, p_dq, stride_statistics, dq_strides, sizes, schedule, heads,
                 scale, scale_log2,
-                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, SUMMARIES, DOCUMENTS), 0, HAS_DLSE,
+                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, HAS_SUMMARIES, HAS_DOCUMENTS), 0, HAS_DLSE,
             )),
             (_consume, (
                 s_dq, s_rows, rows_full, rows_empty, ring, items, summary_keys, summary_queries, summary_results,
                 starts, p_lse, p_dlse, p_lse2, p_delta, p_dq, stride_statistics, dq_strides, sizes, schedule, heads,
                 scale, scale_log2,
-                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, SUMMARIES, DOCUMENTS), 1, HAS_DLSE,
+                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, HAS_SUMMARIES, HAS_DOCUMENTS), 1, HAS_DLSE,
             )),
             (_load, (
                 (d_q, d_out, d_do), KeyDescriptors(d_k, d_v, d_ks, d_vs), s_rows, rows_full, rows_empty, ring, items,
                 p_dealt, starts, sizes, schedule, heads,
-                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, SUMMARIES, DOCUMENTS),
+                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, HAS_SUMMARIES, HAS_DOCUMENTS),
             )),
         ],
         [WARPS, 1],
@@ -293,6 +293,6 @@ def launch_dq(
         document_start.stride(0) if document_start is not None else 0, workspace.delta.stride(1), stride_summary,
         *(stride for t in (dq, q, d_out, rows.k_summary, rows.v_summary) for stride in t.stride()[:3]),
         C=sizes.chunk_size, S=sizes.summary_tokens, GROUP=heads // rows.k.shape[2], D=dim, BD=block_dim,
-        BM=tile.queries, BN=tile.keys, STAGES=tile.stages, SUMMARIES=summary is not None,
-        DOCUMENTS=document_start is not None, HAS_DLSE=d_outputs.d_lse is not None, num_warps=WARPS.value,
+        BM=tile.queries, BN=tile.keys, STAGES=tile.stages, HAS_SUMMARIES=summary is not None,
+        HAS_DOCUMENTS=document_start is not None, HAS_DLSE=d_outputs.d_lse is not None, num_warps=WARPS.value,
     )  # fmt: skip

@@ -151,7 +151,7 @@ def _attend(
             mbarrier.arrive(ring.v_empty.index(last), count=1)
             b_left = gl.convert_layout(b_p.to(dtype), left)
             b_acc = b_acc * gl.convert_layout(b_decay, gl.SliceLayout(1, output))[:, None]
-        if constants.SUMMARIES:
+        if constants.HAS_SUMMARIES:
             loaded = load_summaries(summary_keys, summary_queries, first, i_b, i_h, i_h // constants.GROUP, constants)
         mbarrier.wait(ring.v_full.index(slot), ((before + end - 1) // STAGES) & 1)
         b_acc = warpgroup_mma(b_left, ring.v.index(slot).reshape([BN, BD]), b_acc, is_async=True)
@@ -161,10 +161,10 @@ def _attend(
         b_lse = gl.where(m_seen, (b_max + gl.log2(b_safe)) * 0.6931471805599453, float("-inf"))
         b_out = (b_acc * gl.convert_layout(1.0 / b_safe, gl.SliceLayout(1, output))[:, None]).to(dtype)
         o_head = i_b.to(gl.int64) * out_strides.batch + i_h.to(gl.int64) * out_strides.head
-        if constants.SUMMARIES:
+        if constants.HAS_SUMMARIES:
             b_k = chunk_keys(ring.k.index(slot), PART, C, BM)
             b_v = chunk_keys(ring.v.index(slot), PART, C, BM)
-            p_start = starts.p + i_b.to(gl.int64) * starts.stride if constants.DOCUMENTS else starts.p
+            p_start = starts.p + i_b.to(gl.int64) * starts.stride if constants.HAS_DOCUMENTS else starts.p
             attend_summaries(
                 b_k, b_v, loaded, p_start, p_summary_out + o_head, out_strides.row, scale_log2, constants
             )  # fmt: skip
@@ -185,11 +185,11 @@ def _forward_kernel(
     stride_start, stride_ob, stride_on, stride_oh, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
     C: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BD: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SUMMARIES: gl.constexpr, DOCUMENTS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_SUMMARIES: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * Q K^T) V and lse; a work item is two tiles of BM queries of one head.
 
-    SUMMARIES: also the outputs of the summary queries p_summary_q; strides of q and out are those of the text's.
+    HAS_SUMMARIES: also the outputs of the summary queries p_summary_q; strides of q and out are those of the text's.
     """
     s_q = gl.allocate_shared_memory(d_q.dtype, [2] + d_q.block_type.shape, d_q.layout)
     s_out = gl.allocate_shared_memory(d_q.dtype, [2] + d_q.block_type.shape, d_q.layout)
@@ -212,17 +212,17 @@ def _forward_kernel(
             (_attend, (
                 s_q, s_out, q_full, q_empty, ring, items, summary_keys, summary_queries, starts, p_out, p_summary_out,
                 p_lse, out_strides, sizes, schedule, heads, scale_log2,
-                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, SUMMARIES, DOCUMENTS), 0,
+                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, HAS_SUMMARIES, HAS_DOCUMENTS), 0,
             )),
             (_attend, (
                 s_q, s_out, q_full, q_empty, ring, items, summary_keys, summary_queries, starts, p_out, p_summary_out,
                 p_lse, out_strides, sizes, schedule, heads, scale_log2,
-                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, SUMMARIES, DOCUMENTS), 1,
+                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, HAS_SUMMARIES, HAS_DOCUMENTS), 1,
             )),
             (_load, (
                 d_q, KeyDescriptors(d_k, d_v, d_ks, d_vs), s_q, q_full, q_empty, ring, items, p_dealt, starts, sizes,
                 schedule, heads,
-                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, SUMMARIES, DOCUMENTS),
+                Constants(C, S, GROUP, D, BD, BM, BN, STAGES, HAS_SUMMARIES, HAS_DOCUMENTS),
             )),
         ],
         [WARPS, 1],
@@ -251,6 +251,6 @@ def launch_forward(
         document_start.stride(0) if document_start is not None else 0,
         *(stride for t in (outputs.out, q, rows.k_summary, rows.v_summary) for stride in t.stride()[:3]),
         C=sizes.chunk_size, S=sizes.summary_tokens, GROUP=heads // rows.k.shape[2], D=dim, BD=block_dim,
-        BM=tile.queries, BN=tile.keys, STAGES=tile.stages, SUMMARIES=summary is not None,
-        DOCUMENTS=document_start is not None, num_warps=WARPS.value,
+        BM=tile.queries, BN=tile.keys, STAGES=tile.stages, HAS_SUMMARIES=summary is not None,
+        HAS_DOCUMENTS=document_start is not None, num_warps=WARPS.value,
     )  # fmt: skip

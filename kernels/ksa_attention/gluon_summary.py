@@ -96,13 +96,15 @@ def _weighted(b_weights, b_keys, layout: gl.constexpr):
 
 
 @gluon.jit
-def _probabilities(b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, C: gl.constexpr, DOCUMENTS: gl.constexpr):
+def _probabilities(
+    b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, C: gl.constexpr, HAS_DOCUMENTS: gl.constexpr
+):
     """p over the text [chunks, C] and over the summaries [chunks, S], and the log-sum-exp to base 2 [chunks]."""
     text: gl.constexpr = gl.SliceLayout(2, b_k.type.layout)
     summary: gl.constexpr = gl.SliceLayout(2, b_ks.type.layout)
     b_text = _dots(b_row, b_k) * scale_log2
     b_summary = _dots(b_row, b_ks) * scale_log2
-    if DOCUMENTS:
+    if HAS_DOCUMENTS:
         # The summaries belong to the document of the chunk's last token.
         o_c = chunk + gl.arange(0, b_k.shape[0], layout=gl.SliceLayout(1, text))
         o_t = o_c[:, None] * C + gl.arange(0, C, layout=gl.SliceLayout(0, text))[None, :]
@@ -141,7 +143,7 @@ def attend_summaries(b_k, b_v, loaded, p_start, p_out, stride_n, scale_log2, con
     for i_s in range(S):
         b_row = _row(b_q, i_s, layout)
         b_text, b_summary, b_lse2 = _probabilities(
-            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, constants.C, constants.DOCUMENTS
+            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, constants.C, constants.HAS_DOCUMENTS
         )
         b_out = _weighted(b_text, b_v, layout) + _weighted(b_summary, b_vs, layout)
         _store(p_out, b_out, i_s, chunk, chunks, stride_n, S, constants.D)
@@ -158,7 +160,7 @@ def summary_dq(b_k, b_v, loaded, p_start, p_dq, p_lse2, p_delta, stride_n, scale
     for i_s in range(S):
         b_row = _row(b_q, i_s, layout)
         b_text, b_summary, b_lse2 = _probabilities(
-            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, constants.C, constants.DOCUMENTS
+            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, constants.C, constants.HAS_DOCUMENTS
         )
         b_row = _row(b_do, i_s, layout)
         b_dtext = _dots(b_row, b_v)

@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.language import standard
 
-from megatron_ksa.kernels import cross_entropy, dispatch, ksa_attention, rotation
+from megatron_ksa.kernels import cross_entropy, dispatch, distillation, ksa_attention, rotation
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +24,8 @@ OPS = {
     "rotate_heads": rotation.rotate_heads,
     "statistics": cross_entropy.statistics,
     "gradients": cross_entropy.gradients,
+    "distillation statistics": distillation.statistics,
+    "distillation gradients": distillation.gradients,
 }
 # Nothing but what torch, triton and numpy bring along may be imported; Megatron and the trainer's folders may not.
 BLOCKED = """
@@ -61,7 +63,8 @@ def test_examples_of_the_page_run_with_the_base_install_alone(example):
 
 def test_the_page_names_every_op():
     text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    for name, module in (("ksa_attention", ksa_attention), ("rotation", rotation), ("cross_entropy", cross_entropy)):
+    folders = (ksa_attention, rotation, cross_entropy, distillation)
+    for name, module in ((folder.__name__.rpartition(".")[2], folder) for folder in folders):
         for op in OPS.keys() & set(module.__all__):
             assert f"`{name}.{op}`" in text
     assert len(EXAMPLES) == 4
