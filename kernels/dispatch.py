@@ -1,7 +1,10 @@
 """Which implementation an op takes: Triton kernels on CUDA tensors, plain PyTorch elsewhere and for float64."""
 
 import functools
+import importlib
+import inspect
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,3 +30,39 @@ def uses_triton(op: str, rows: Tensor) -> bool:
     if not torch.compiler.is_compiling():
         _announce(op, "Triton kernels" if uses else f"plain PyTorch ({rows.device.type}, {rows.dtype})")
     return uses
+
+
+# torch.compile would trace the import of a module.
+@torch.compiler.assume_constant_result
+def _implementation(path: str) -> Callable:
+    """The function at "module:function"."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def by_device[**P, R](op: str, kernels: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of an op's reference: Triton kernels where `uses_triton` says so, else the reference.
+
+    The first argument, a tensor or a list of tensors, decides. Triton is first imported when it is needed.
+
+    Args:
+        op: what the log calls the op.
+        kernels: the function that takes the same arguments on a GPU, as "module:function".
+    """
+
+    def decorate(reference: Callable[P, R]) -> Callable[P, R]:
+        first = next(iter(inspect.signature(reference).parameters))
+
+        @functools.wraps(reference)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            rows = args[0] if args else kwargs[first]
+            uses = uses_triton(op, rows if isinstance(rows, Tensor) else rows[0])
+            return (_implementation(kernels) if uses else reference)(*args, **kwargs)
+
+        run.__doc__ = (
+            f"{inspect.getdoc(reference)}\n\nTriton kernels on a GPU (`{kernels}`), where an input that they do not "
+            "take raises UsageError;\nplain PyTorch elsewhere and for float64.\n"
+        )
+        return run
+
+    return decorate

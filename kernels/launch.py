@@ -1,11 +1,12 @@
 """Launches of an op's kernels, recorded on the first call of a kind and repeated with other addresses afterwards.
 
-Before every launch Triton looks at each argument to find the compiled kernel, and a tensor descriptor is checked and
-built anew. At 8k tokens that takes the host longer than the kernels take the GPU. All of it follows from shapes,
-strides, dtypes and settings, which training repeats from step to step; a repeated call fills in addresses only.
+Before every launch Triton looks at each argument to find the compiled kernel, and checks and builds each tensor
+descriptor. At 8k tokens this takes the host longer than the kernels take the GPU. The outcome depends on shapes,
+strides, dtypes and settings alone, which training repeats from step to step: a repeated call fills in addresses only.
 """
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +76,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if record is None:
         return
     rest = [constants.get(name) for name in kernel.arg_names[len(arguments) :]]
-    # Triton's interpreter compiles nothing that could be repeated; its arguments are looked at all the same.
+    # Triton's interpreter compiles nothing that could be repeated; a tensor from elsewhere is refused there too.
     run = None if compiled is None or not hasattr(compiled, "packed_metadata") else compiled[(*grid, 1, 1)[:3]]
     record(run, [*arguments, *rest], True)
 
@@ -88,10 +89,11 @@ def call(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def repeatable(launches: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of a function `(tensors, settings)` that does nothing but `launch` and `call`.
+    """Decorator of a function `(*groups, settings)` that does nothing but `launch` and `call`.
 
-    Every tensor that these use must be one of `tensors`, the same object, of which the first is never None. What they
-    do may depend on the settings and on the tensors' shapes, strides, dtypes and alignment, and on nothing else.
+    A group is a tuple of tensors or None; NamedTuples reach the function as such. Every tensor that `launch` and `call`
+    use must be one of a group, the same object; the first tensor of the first group is never None. What they do may
+    depend on the settings and on the tensors' shapes, strides, dtypes and alignment, and on nothing else.
 
     Raises:
         LookupError: a launch uses another tensor.
@@ -99,7 +101,9 @@ def repeatable(launches: Callable[..., None]) -> Callable[..., None]:
     recorded: dict[tuple, list[_Step]] = {}
 
     @functools.wraps(launches)
-    def run(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
+    def run(*arguments: tuple) -> None:
+        *groups, settings = arguments
+        tensors = tuple(itertools.chain.from_iterable(groups))
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         kind = (
             settings, tensors[0].get_device(), tuple([address % 16 for address in addresses]),
@@ -118,7 +122,7 @@ def repeatable(launches: Callable[..., None]) -> Callable[..., None]:
 
         _state.record = record
         try:
-            launches(tensors, settings)
+            launches(*_regrouped(tensors, groups), settings)
         finally:
             _state.record = None
         if all(step.run is not None for step in steps):
@@ -127,3 +131,9 @@ def repeatable(launches: Callable[..., None]) -> Callable[..., None]:
             recorded[kind] = steps
 
     return run
+
+
+def _regrouped(tensors: tuple, groups: list[tuple]) -> list[tuple]:
+    """`tensors` in groups of the sizes and types of `groups`."""
+    rest = iter(tensors)
+    return [getattr(group, "_make", tuple)(itertools.islice(rest, len(group))) for group in groups]

@@ -1,5 +1,6 @@
 """Attention ops: KSA, FlexAttention with KSA's mask in two orders of the rows, and full causal attention by cuDNN."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 
 from megatron_ksa.kernels.benchmarks import attention_features
 from megatron_ksa.kernels.benchmarks.registry import BOTH, FORWARD, Case, Op, Shape, small_shapes
-from megatron_ksa.kernels.ksa_attention import reference, triton_rows
+from megatron_ksa.kernels.ksa_attention import reference, triton_joint
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -23,25 +24,32 @@ def visible_pairs(shape: Shape) -> int:
     return int((i + 1 - past * shape.chunk_size + past * shape.summary_tokens).sum())
 
 
-def _case(shape: Shape, rows: int, run: Callable, expected: Callable, pairs: int, device: str, **facts) -> Case:
+def attention_case(
+    shape: Shape, rows: int, run: Callable, expected: Callable, pairs: int, device: str, **facts
+) -> Case:
+    """A case of attention among `rows` rows of each of q, k and v, whose text queries see `pairs` keys in all."""
     leaves = [shape.random(rows, heads, device) for heads in (shape.heads, shape.groups, shape.groups)]
     flops = 4.0 * pairs * shape.batch * shape.heads * shape.head_dim
     # Output, three gradients, and three float32 statistics of a row.
     results = sum(leaf.numel() * leaf.element_size() for leaf in (leaves[0], *leaves))
     return Case(
         leaves, run, expected, NAMES, flops={FORWARD: flops, BOTH: 3.5 * flops},
-        needed_bytes=results + 3 * 4 * shape.batch * rows * shape.heads, facts=facts,
+        needed_bytes=results + 3 * 4 * shape.batch * rows * shape.heads, facts={"visible_pairs": pairs} | facts,
     )  # fmt: skip
 
 
 def _ksa(shape: Shape, device: str) -> Case:
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        return (triton_rows.attention(q, k, v, shape.geometry, text_rows=shape.n),)
+        return (triton_joint.attention(q, k, v, shape.geometry, text_rows=shape.n),)
 
     def expected(*rows: Tensor) -> tuple[Tensor]:
-        return (attention_features.joint_reference(*rows, shape.geometry, shape.n),)
+        return (reference.attention(*rows, shape.geometry, text_rows=shape.n),)
 
-    return _case(shape, shape.rows, run, expected, visible_pairs(shape), device)
+    return attention_case(shape, shape.rows, run, expected, visible_pairs(shape), device)
+
+
+def _window(shape: Shape, device: str) -> Case:
+    return _ksa(dataclasses.replace(shape, summary_tokens=0), device)
 
 
 def _full(shape: Shape, device: str) -> Case:
@@ -57,7 +65,7 @@ def _full(shape: Shape, device: str) -> Case:
         causal = attention_features.CAUSAL
         return (reference.text_attention(q, k, v, k[:, :0], v[:, :0], causal)[0],)
 
-    return _case(shape, shape.n, run, expected, shape.n * (shape.n + 1) // 2, device, backend=backend)
+    return attention_case(shape, shape.n, run, expected, shape.n * (shape.n + 1) // 2, device, backend=backend)
 
 
 def mask(shape: Shape, interleaved: bool) -> Callable[..., Tensor]:
@@ -126,10 +134,10 @@ def _flex(interleaved: bool) -> Callable[[Shape, str], Case]:
 
         def expected(*rows: Tensor) -> tuple[Tensor]:
             split = [t[:, order.argsort()] for t in rows]
-            return (attention_features.joint_reference(*split, shape.geometry, shape.n)[:, order],)
+            return (reference.attention(*split, shape.geometry, text_rows=shape.n)[:, order],)
 
         facts = {"block_mask_seconds": seconds, "block_mask_sparsity_percent": float(blocks.sparsity())}
-        return _case(shape, shape.rows, run, expected, visible_pairs(shape), device, **facts)
+        return attention_case(shape, shape.rows, run, expected, visible_pairs(shape), device, **facts)
 
     return prepare
 
@@ -143,6 +151,7 @@ def _grouped(device: str) -> list[Shape]:
 
 
 KSA = Op("ksa", "KSA, rows laid out [text | summaries]", _ksa, _check_shapes, attention_features.check)
+WINDOW = Op("window", "the same window without summaries, in the same kernels", _window, _check_shapes)
 FULL = Op(
     "full_attention", "full causal attention by cuDNN", _full, lambda device: small_shapes(device, (4, 4)),
     poisoned=False,

@@ -1,11 +1,10 @@
 """KSA's features checked before it is timed: documents, segments, head dimensions, dtypes, windows, groups."""
 
 import torch
-from torch import Tensor
 
 from megatron_ksa.kernels.benchmarks.check import errors
 from megatron_ksa.kernels.benchmarks.registry import Shape
-from megatron_ksa.kernels.ksa_attention import reference, triton_rows, triton_text
+from megatron_ksa.kernels.ksa_attention import reference, triton_joint, triton_text
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 
 # A window that holds every past chunk.
@@ -23,24 +22,15 @@ ON_GPU = {
     "segment": (Shape(500, 4, 2, 128, 2, 8, 1, 16), [300, 700], (512, (384, 628), (3, 100))),
     "float16": (Shape(1000, 4, 2, 128, 1, 8, 1, 16, "float16"), [500], None),
     "float32": (Shape(500, 2, 1, 128, 1, 8, 1, 16, "float32"), [300], None),
+    "window-documents": (Shape(900, 8, 2, 128, 2, 8, 0, 16), [1, 333, 610], None),
+    "window-dim64-batch": (Shape(700, 4, 4, 64, 2, 8, 0, 4), None, None),
+    "window-segment": (Shape(500, 4, 2, 128, 2, 8, 0, 16), [300, 700], (512, (384, 628), (3, 100))),
     "table-shape": (Shape(4096, 8, 2, 128, 1, 8, 1, 128), None, None),
 }
 INTERPRETED = {
     "documents": (Shape(37, 2, 1, 16, 1, 4, 1, 3, "float32"), [20], None),
     "segment": (Shape(30, 2, 2, 16, 1, 4, 1, 3, "float32"), None, (24, (12, 42), (1, 12))),
 }
-
-
-def joint_reference(
-    q: Tensor, k: Tensor, v: Tensor, geometry: KSAGeometry, n: int, document_start: Tensor | None = None
-) -> Tensor:
-    """KSA of rows `[text | summaries]` by the PyTorch reference on any device: [B, rows, Hq, D]."""
-    (q, q_own), (k, k_own), (v, v_own) = ((rows[:, :n], rows[:, n:]) for rows in (q, k, v))
-    whole = n // geometry.chunk_size * geometry.chunk_size
-    text, _ = reference.text_attention(q, k, v, k_own, v_own, geometry, document_start=document_start)
-    keys = (k[:, :whole], v[:, :whole], k_own, v_own)
-    own = reference.summary_attention(q_own, *keys, geometry, document_start=document_start)
-    return torch.cat([text, own], dim=1)
 
 
 def check_feature(
@@ -68,8 +58,8 @@ def check_feature(
         return found
     joint = errors(
         ("out", "dq", "dk", "dv"),
-        lambda *rows: (triton_rows.attention(*rows, geometry, text_rows=shape.n, document_start=starts),),
-        lambda *rows: (joint_reference(*rows, geometry, shape.n, starts),),
+        lambda *rows: (triton_joint.attention(*rows, geometry, text_rows=shape.n, document_start=starts),),
+        lambda *rows: (reference.attention(*rows, geometry, text_rows=shape.n, document_start=starts),),
         [shape.random(shape.rows, heads, device) for heads in (shape.heads, shape.groups, shape.groups)],
     )
     joint["repeat"] = (joint["repeat"][0], 0.0)

@@ -10,79 +10,87 @@ from megatron_ksa.kernels.benchmarks.candidates import candidates
 from megatron_ksa.kernels.benchmarks.check import TOLERANCE, ratio
 from megatron_ksa.kernels.benchmarks.measure import milliseconds
 from megatron_ksa.kernels.benchmarks.registry import Case, Op, Shape
+from megatron_ksa.kernels.ksa_attention.operands import (
+    Gradients,
+    OutputGradients,
+    Rows,
+    Sizes,
+    SummaryBackward,
+    SummaryForward,
+    TextOutputs,
+)
 from megatron_ksa.kernels.ksa_attention.tile_store import KERNELS
-from megatron_ksa.kernels.ksa_attention.triton_backward import launch_dkv, launch_dq
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles, tiles_for
-from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.triton_summary import launch_summary_backward, launch_summary_forward
+from megatron_ksa.kernels.ksa_attention.triton_text_backward import launch_dkv, launch_dq
+from megatron_ksa.kernels.ksa_attention.triton_text_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.workspace import Workspace, new_dealt, new_workspace
 
-# Each candidate is timed for so long, in rounds that turn the order of the one before; one that takes so much longer
-# than the fastest in the first round is out.
+# A candidate is timed for 25 ms in each of four rounds; every round reverses the order of the round before. After the
+# first round, candidates that took over 1.25 times as long as the fastest are timed no more.
 ROUND_MS, LATER_ROUNDS, HOPELESS = 25, (-1, 1, -1), 1.25
 
 
 class Kernels:
     """Each kernel alone at one shape, on inputs made once.
 
-    With the stored tiles, kernels that serve the summaries' own queries do; with tiles that are tried, none does.
+    Kernels with the stored tiles serve the summary queries too where they can; with tiles that are tried, none does.
     """
 
     def __init__(self, shape: Shape, device: str) -> None:
-        self.device, self.n, self.sizes = device, shape.n, (shape.chunk_size, shape.summary_tokens)
-        self.window, self.scale = shape.window_chunks, shape.head_dim**-0.5
-        counts = (shape.heads, shape.groups, shape.groups)
-        q, k, v = (shape.random(shape.rows, count, device).detach() for count in counts)
-        d_out, out = torch.randn_like(q), torch.empty_like(q)
-        self.lse = torch.empty(shape.batch, shape.heads, shape.n, device=device)
-        gradients = [torch.empty_like(t) for t in (q, k, v)]
-        split = [(t[:, : shape.n], t[:, shape.n :]) for t in (q, k, v, out, d_out, *gradients)]
-        self.q, self.k, self.v, self.out, self.d_out, self.dq, self.dk, self.dv = split
-        self.keys = (self.k[0], self.v[0], self.k[1], self.v[1])
-        self.default = tiles_for(self.q[0], shape.groups, shape.geometry)
-        self.own = self.default.serve_summaries(*self.sizes)
+        self.device = device
+        self.sizes = Sizes(shape.chunk_size, shape.summary_tokens, shape.window_chunks, 0, 0, 0, shape.head_dim**-0.5)
+        q, k, v = (shape.random(shape.rows, count, device).detach() for count in (shape.heads, *[shape.groups] * 2))
+        lse = torch.empty(shape.batch, shape.heads, shape.n, device=device)
+        # Text rows and summary rows of each tensor.
+        q, k, v, out, d_out, dq, dk, dv = (
+            rows.split([shape.n, shape.summary_rows], dim=1)
+            for rows in (q, k, v, torch.empty_like(q), torch.randn_like(q), *(torch.empty_like(t) for t in (q, k, v)))
+        )
+        self.rows = Rows(q[0], k[0], v[0], k[1], v[1], None)
+        self.outputs, self.d_outputs = TextOutputs(out[0], lse), OutputGradients(d_out[0], None)
+        self.gradients = Gradients(dq[0], dk[0], dv[0], dk[1], dv[1])
+        self.forward_summary = SummaryForward(q[1], out[1])
+        self.backward_summary = SummaryBackward(q[1], d_out[1], dq[1])
+        self.default = tiles_for(q[0], shape.groups, shape.geometry)
+        self.serve_summaries = self.default.serve_summaries(shape.chunk_size, shape.summary_tokens)
         # Statistics are written by dQ and read by dK/dV.
         self.statistics = self._workspace(self.default)
         self.results = {
-            "forward": [self.out[0]], "dq": [self.dq[0]], "dkv_text": [self.dk[0], self.dv[0]],
-            "dkv_summary": [self.dk[1], self.dv[1]], "summary_forward": [self.out[1]],
-            "summary_backward": [self.dq[1]],
+            "forward": [out[0]], "dq": [dq[0]], "dkv_text": [dk[0], dv[0]], "dkv_summary": [dk[1], dv[1]],
+            "summary_forward": [out[1]], "summary_backward": [dq[1]],
         }  # fmt: skip
         for name in self.results:
             self.launch(name)
 
     def _workspace(self, tiles: Tiles) -> Workspace:
-        return new_workspace(self.q[0], self.k[0], self.k[1], None, self.lse, tiles, self.own)
+        rows = self.rows
+        return new_workspace(rows.q, rows.k, rows.k_summary, None, self.outputs.lse, tiles, self.serve_summaries)
 
     def launch(self, name: str, tile: Tile | None = None) -> None:
         """Run a kernel; those with tiles take other ones than the stored."""
-        if name.startswith("summary"):
-            options = (self.q[1], *self.keys, None, *self.sizes, 0, self.scale)
-            if name == "summary_forward":
-                return launch_summary_forward(*options, self.out[1])
-            gradients = (self.dq[1], self.dk[0], self.dv[0], self.dk[1], self.dv[1])
-            return launch_summary_backward(*options, self.d_out[1], *gradients, accumulate=True)
-        own = self.own and tile is None
+        rows, sizes = self.rows, self.sizes
+        if name == "summary_forward":
+            return launch_summary_forward(rows._replace(q=self.forward_summary.q), sizes, self.forward_summary.out)
+        if name == "summary_backward":
+            summary = self.backward_summary
+            gradients = self.gradients._replace(dq=summary.dq)
+            return launch_summary_backward(rows._replace(q=summary.q), sizes, summary.d_out, gradients, accumulate=True)
+        with_summaries = self.serve_summaries and tile is None
         tiles = self.default if tile is None else self.default._replace(**{name: tile})
         tile = getattr(tiles, name)
-        settings = (*self.sizes, self.window)
         if name == "forward":
-            keys = (self.q[0], *self.keys, None)
-            out = (self.out[0], self.lse, *new_dealt(self.lse.device), (self.q[1], self.out[1]) if own else None)
-            return launch_forward(*keys, *settings, 0, 0, 0, self.scale, tile, *out)
+            summary = self.forward_summary if with_summaries else None
+            return launch_forward(rows, sizes, tile, self.outputs, *new_dealt(rows.q.device), summary)
         kept = self.statistics
         workspace = self._workspace(tiles)._replace(
-            lse2=kept.lse2, delta=kept.delta, own_statistics=kept.own_statistics
+            lse2=kept.lse2, delta=kept.delta, summary_lse2=kept.summary_lse2, summary_delta=kept.summary_delta
         )
+        summary = self.backward_summary if with_summaries else None
         if name == "dq":
-            options = (self.q[0], *self.keys, None, *settings, 0, 0, 0, self.scale, tile, self.out[0], self.lse)
-            rows = (self.q[1], self.d_out[1], self.dq[1]) if own else None
-            return launch_dq(*options, self.d_out[0], None, self.dq[0], workspace, rows)
-        part = int(name == "dkv_summary")
-        return launch_dkv(
-            self.q[0], self.d_out[0], self.k[part], self.v[part], None, *settings, 0, 0, self.scale, not part, tile,
-            self.dk[part], self.dv[part], workspace, (self.q[1], self.d_out[1]) if own else None,
-        )  # fmt: skip
+            return launch_dq(rows, sizes, tile, self.outputs, self.d_outputs, self.gradients.dq, workspace, summary)
+        is_text = name == "dkv_text"
+        return launch_dkv(rows, sizes, is_text, tile, self.d_outputs.d_out, self.gradients, workspace, summary)
 
     def try_tile(self, name: str, tile: Tile, expected: list[torch.Tensor]) -> dict:
         """Whether a kernel's result with a candidate tile agrees with `expected`, and then its time once."""
@@ -92,7 +100,7 @@ class Kernels:
                 rows.fill_(float("nan"))
             self.launch(name, tile)
             entry["difference"] = max(ratio(*pair) for pair in zip(self.results[name], expected, strict=True))
-            if entry["difference"] < TOLERANCE[self.q[0].dtype]:
+            if entry["difference"] < TOLERANCE[self.rows.q.dtype]:
                 entry["rounds_ms"] = [self.time_tile(name, tile)]
         except (RuntimeError, triton.runtime.errors.TritonError) as error:
             entry["error"] = str(error).split("\n")[0][:200]

@@ -4,7 +4,7 @@
 
 Each measurement is a process of its own. What counts is the peak of its resident memory above that before the inputs
 exist, as the kernel of the operating system records it (VmHWM, reset by /proc/self/clear_refs): input, output and
-gradient tensors, all temporaries, and whatever the allocator keeps besides.
+gradient tensors, all temporaries, and freed memory that the allocator keeps.
 """
 
 import argparse

@@ -13,7 +13,7 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward_backward"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one measurement: n text tokens, query and K/V heads, and KSA's three numbers."""
+    """Sizes of one measurement: n text tokens, query and K/V heads, and KSA's three numbers (S = 0: no summaries)."""
 
     n: int
     heads: int = 32
@@ -90,6 +90,7 @@ class Op:
         features: device -> errors and limits of further cases, by case and entry.
         checked_by: name of the op whose check stands for this one.
         poisoned: uninitialised memory is NaN during the check; off for other libraries' ops.
+        missing: (shape, device) -> why the op cannot run there (a package that is not installed), or None.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Op:
     features: Callable[[str], dict[str, dict[str, tuple[float, float]]]] | None = None
     checked_by: str | None = None
     poisoned: bool = True
+    missing: Callable[[Shape, str], str | None] = lambda shape, device: None
 
 
 def small_shapes(device: str, *heads: tuple[int, int]) -> list[Shape]:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
-from megatron_ksa.kernels.benchmarks import attention, attention_parts, rotation
+from megatron_ksa.kernels.benchmarks import attention, attention_parts, baselines, rotation
 from megatron_ksa.kernels.benchmarks.check import check_op
 from megatron_ksa.kernels.benchmarks.measure import header, milliseconds, peak_bytes
 from megatron_ksa.kernels.benchmarks.registry import BACKWARD, BOTH, FORWARD, Case, Op, Shape
@@ -20,8 +20,8 @@ from megatron_ksa.kernels.benchmarks.registry import BACKWARD, BOTH, FORWARD, Ca
 OPS = {
     op.name: op
     for op in (
-        attention.KSA, attention.FULL, rotation.COPY, *rotation.ROTATIONS, attention_parts.PARTS, attention.FLEX,
-        attention.FLEX_INTERLEAVED,
+        attention.KSA, attention.WINDOW, attention.FULL, rotation.COPY, *rotation.ROTATIONS, attention_parts.PARTS,
+        attention.FLEX, *baselines.BASELINES, attention.FLEX_INTERLEAVED,
     )
 }  # fmt: skip
 
@@ -140,11 +140,12 @@ def run(plan: Plan) -> dict:
     ops = [op for name, op in OPS.items() if name in plan.ops]
     for heads in dict.fromkeys((shape.heads, shape.groups) for shape in plan.shapes):
         for op in ops:
-            wrong = fails(op.checked_by or op.name)
             for shape in plan.shapes:
                 if (shape.heads, shape.groups) != heads:
                     continue
-                if wrong:
+                if reason := op.missing(shape, plan.device):
+                    result = {"op": op.name, "shape": shape.as_json(), "skipped": reason}
+                elif fails(op.checked_by or op.name):
                     result = {"op": op.name, "shape": shape.as_json(), "error": "not timed: its check fails"}
                 elif time.monotonic() > deadline:
                     over = f"the run's {plan.limit:.0f} s were over"

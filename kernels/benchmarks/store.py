@@ -19,7 +19,7 @@ def fastest(tables: list[dict[tuple[int, ...], float]]) -> tuple[int, ...] | Non
     """The tile with the lowest sum, over shapes, of its time relative to the best there; None if none suits all.
 
     Args:
-        tables: milliseconds by tile, one table a shape; a tile absent from one of them is no winner.
+        tables: milliseconds by tile, one table a shape; only a tile in every table can win.
     """
     common = set.intersection(*map(set, tables)) if tables else set()
     best = [min((table[tile] for tile in common), default=0.0) for table in tables]

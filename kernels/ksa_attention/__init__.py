@@ -1,8 +1,19 @@
-"""KSA attention: text queries over windowed text and older summaries, summary queries over their own chunk."""
+"""KSA attention: text queries over windowed text and older summaries, summary queries over their own chunk.
 
-from megatron_ksa.kernels.ksa_attention.dispatch import attention as ksa_attention
-from megatron_ksa.kernels.ksa_attention.dispatch import summary_attention as ksa_summary_attention
-from megatron_ksa.kernels.ksa_attention.dispatch import text_attention as ksa_text_attention
+`ksa_attention` takes all rows of a sequence, laid out `[text | summaries]`; `ksa_text_attention` and
+`ksa_summary_attention` are its two halves, also for a part of a sequence. Each takes Triton kernels on a GPU and
+`reference` elsewhere. docs/kernels.md lists their shapes.
+"""
+
+from megatron_ksa.kernels.dispatch import by_device
+from megatron_ksa.kernels.ksa_attention import reference
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 
-__all__ = ["KSAGeometry", "ksa_attention", "ksa_summary_attention", "ksa_text_attention"]
+OP = "KSA attention"
+_FOLDER = "megatron_ksa.kernels.ksa_attention"
+
+ksa_attention = by_device(OP, f"{_FOLDER}.triton_joint:attention")(reference.attention)
+ksa_text_attention = by_device(OP, f"{_FOLDER}.triton_text:text_attention")(reference.text_attention)
+ksa_summary_attention = by_device(OP, f"{_FOLDER}.triton_summary:summary_attention")(reference.summary_attention)
+
+__all__ = ["KSAGeometry", "ksa_attention", "ksa_summary_attention", "ksa_text_attention", "reference"]

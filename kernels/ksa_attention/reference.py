@@ -167,7 +167,8 @@ def text_attention(
     Args:
         q: [B, nq, Hq, D]: text queries at global positions query_start to query_start + nq - 1.
         k, v: [B, nk, Hkv, D]: text keys and values from global position key_start on.
-        k_summary, v_summary: [B, nc * S, Hkv, D]: summaries of the chunks from chunk_start on.
+        k_summary, v_summary: [B, nc * S, Hkv, D]: summaries of the chunks from chunk_start on. Without rows of these,
+            queries see the text in their window alone.
         document_start: int [B, text rows of the whole sequence]: global position of the first token of each token's
             document, indexed by global position; None for one document.
         softmax_scale: 1 / sqrt(D) by default.
@@ -217,7 +218,7 @@ def summary_attention(
     queries = q.to(dtype).unflatten(1, (chunks, summary_tokens)).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
     scores = queries @ by_chunk(k, k_summary).transpose(-1, -2) * scale
     order = torch.arange(summary_tokens, device=q.device)
-    own = order[None, :] <= order[:, None]  # [S, S]
+    sees_summary = order[None, :] <= order[:, None]  # [S, S]
     text = torch.arange(key_start, key_start + chunks * chunk_size, device=q.device).view(1, chunks, chunk_size)
     if document_start is None:
         sees_text = torch.ones_like(text, dtype=torch.bool)
@@ -227,10 +228,46 @@ def summary_attention(
     visible = torch.cat(
         [
             sees_text[:, :, None].expand(batch, chunks, summary_tokens, chunk_size),
-            own.expand(batch, chunks, summary_tokens, summary_tokens),
+            sees_summary.expand(batch, chunks, summary_tokens, summary_tokens),
         ],
         dim=-1,
     )
     probabilities = scores.masked_fill(~visible[:, :, None, None], -math.inf).softmax(dim=-1)
     out = probabilities @ by_chunk(v, v_summary)
     return out.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2).to(q.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: KSAGeometry,
+    *,
+    text_rows: int,
+    document_start: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """KSA among all rows of a sequence, laid out `[text | summaries]`: the two attentions above, joined.
+
+    Args:
+        q: [B, text_rows + summary rows, Hq, D]; the text_rows // C whole chunks have S summaries each, a ragged last
+            chunk has none. Without summary rows, queries see the text in their window alone.
+        k, v: [B, text_rows + summary rows, Hkv, D].
+        document_start: int32 [B, text_rows] position of the first token of each token's document, or None.
+        softmax_scale: 1 / sqrt(D) by default.
+
+    Returns:
+        [B, text_rows + summary rows, Hq, D] in q's dtype.
+    """
+    options = {"document_start": document_start, "softmax_scale": softmax_scale}
+    (q_text, q_summary), (k_text, k_summary), (v_text, v_summary) = (
+        rows.split([text_rows, rows.shape[1] - text_rows], dim=1) for rows in (q, k, v)
+    )
+    text, _ = text_attention(q_text, k_text, v_text, k_summary, v_summary, geometry, **options)
+    if not q_summary.shape[1]:
+        return text
+    whole = text_rows // geometry.chunk_size * geometry.chunk_size
+    summaries = summary_attention(
+        q_summary, k_text[:, :whole], v_text[:, :whole], k_summary, v_summary, geometry, **options
+    )
+    return torch.cat([text, summaries], dim=1)

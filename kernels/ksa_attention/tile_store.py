@@ -139,7 +139,7 @@ def choose(records: Iterable[StoredTile], kernel: str, wanted: Situation) -> Sto
     """The record for a kernel, or None.
 
     Dtype size, head dimension and sharing of K/V heads must be equal. Records of the same GPU come before those of its
-    compute capability; among them the nearest (C, W) by `_distance` wins, and of equally near ones the latest.
+    compute capability; of each group the nearest (C, W) by `_distance` wins, and of equally near ones the latest.
     """
 
     def rank(record: StoredTile) -> tuple:

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 
 LOG2E = 1.4426950408889634
 LARGEST_HEAD_DIM = 256
@@ -107,6 +108,13 @@ def row_starts(document_start: Tensor | None, batch: int) -> Tensor | None:
 def finite_window(window_chunks: int, rows: int, chunk_size: int) -> int:
     """The window, at most the chunks in `rows` positions: the same attention, without overflow for a vast window."""
     return min(window_chunks, rows // chunk_size + 1)
+
+
+def summary_divisor(geometry: KSAGeometry, summary_rows: int) -> int:
+    """S as the kernels divide by it: 1 for a geometry without summaries (S = 0), whose calls have no summary rows."""
+    if summary_rows and not geometry.summary_tokens:
+        raise UsageError(f"{summary_rows} summary rows: a geometry with summary_tokens 0 has none")
+    return max(geometry.summary_tokens, 1)
 
 
 def check_rows(q: Tensor, keys: tuple[Tensor, ...], softmax_scale: float | None) -> float:

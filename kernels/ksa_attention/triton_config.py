@@ -17,8 +17,8 @@ from megatron_ksa.kernels.ksa_attention.tile_store import PACKAGE_STORE, Situati
 class Tile(NamedTuple):
     """Queries and keys of one tile of scores, warps of a program, and stages of its software pipeline.
 
-    specialised: 1 for the Hopper kernel of `gluon_forward`, `gluon_dq` or `gluon_dkv`: two such tiles of queries (of
-    keys in `gluon_dkv`) in a program, each with its own `warps`, fed by one more warp; at least 2 stages.
+    specialised: 1 for the Hopper kernel of `gluon_forward`, `gluon_dq` or `gluon_dkv`: a program has two tiles of
+    `queries` (of `keys` in `gluon_dkv`) with `warps` warps each, fed by one more warp; at least 2 stages.
     """
 
     queries: int
@@ -37,10 +37,11 @@ class Tiles(NamedTuple):
     dkv_summary: Tile
 
     def serve_summaries(self, chunk_size: int, summary_tokens: int) -> bool:
-        """Whether these kernels serve the summaries' own queries beside the text queries of their chunks.
+        """Whether these kernels serve the summary queries beside the text queries of the same chunks.
 
-        All of them must be specialised, the last tile of keys must hold the text beside the queries and no more than
-        that of both consumers, and a thread has room for the keys of a short chunk.
+        All four kernels must be specialised. A tile of keys must be as long as one consumer's queries or both
+        consumers', so that the last tile holds the text beside them. C must be a power of two up to 8 and S at most 8:
+        one thread holds 8 channels of all keys of a chunk in registers.
         """
         beside = all(tile.keys in (tile.queries, 2 * tile.queries) for tile in (self.forward, self.dq))
         short = chunk_size.bit_count() == 1 and chunk_size <= 8 and summary_tokens <= 8
@@ -55,7 +56,7 @@ class Tiles(NamedTuple):
         return cls(*(Tile(*numbers[start : start + 5]) for start in range(0, 20, 5)))
 
 
-# bf16 and fp16, by padded head dimension; chosen on an H100 from sweeps of which no record is left for tiles.json.
+# bf16 and fp16, by padded head dimension; chosen on an H100 from sweeps whose records were not kept.
 HALF = {
     64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
     128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),

@@ -6,13 +6,13 @@ once, and the backward pass needs neither atomics nor saved statistics. Scores, 
     dp = dO . v      ds = p * (dp - sum(p * dp))      dq = scale * ds k      dk = scale * ds q      dv = p dO
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatron_ksa.kernels.differentiable import differentiable
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
+from megatron_ksa.kernels.ksa_attention.operands import Gradients, Rows, Sizes, new_like
 from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E, check_rows, row_starts
 from megatron_ksa.kernels.launch import launch, repeatable
 
@@ -56,15 +56,15 @@ def _chunk_offsets(
 def _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP: tl.constexpr):
     """Softmax of one query a chunk, [BC, BD], over the chunk's text [BC, CP] and its summaries up to i_s [BC, SP]."""
     b_text = tl.sum(b_q[:, None, :] * b_k, axis=2) * scale_log2
-    b_own = tl.sum(b_q[:, None, :] * b_ks, axis=2) * scale_log2
+    b_summary = tl.sum(b_q[:, None, :] * b_ks, axis=2) * scale_log2
     b_text = tl.where(m_seen, b_text, float("-inf"))
-    b_own = tl.where((tl.arange(0, SP) <= i_s)[None, :], b_own, float("-inf"))
+    b_summary = tl.where((tl.arange(0, SP) <= i_s)[None, :], b_summary, float("-inf"))
     # [BC]
-    b_max = tl.maximum(tl.max(b_text, axis=1), tl.max(b_own, axis=1))
+    b_max = tl.maximum(tl.max(b_text, axis=1), tl.max(b_summary, axis=1))
     b_text = tl.math.exp2(b_text - b_max[:, None])
-    b_own = tl.math.exp2(b_own - b_max[:, None])
-    b_sum = tl.sum(b_text, axis=1) + tl.sum(b_own, axis=1)
-    return b_text / b_sum[:, None], b_own / b_sum[:, None]
+    b_summary = tl.math.exp2(b_summary - b_max[:, None])
+    b_sum = tl.sum(b_text, axis=1) + tl.sum(b_summary, axis=1)
+    return b_text / b_sum[:, None], b_summary / b_sum[:, None]
 
 
 @triton.jit
@@ -95,8 +95,8 @@ def _summary_forward_kernel(
             # [BC, BD]
             p_head, m_head = _rows(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D)
             b_q = tl.load(p_head, mask=m_head, other=0.0).to(tl.float32)
-            b_text, b_own = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
-            b_out = tl.sum(b_text[:, :, None] * b_v, axis=1) + tl.sum(b_own[:, :, None] * b_vs, axis=1)
+            b_text, b_summary = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
+            b_out = tl.sum(b_text[:, :, None] * b_v, axis=1) + tl.sum(b_summary[:, :, None] * b_vs, axis=1)
             p_head, m_head = _rows(p_out, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, out_b, out_n, out_h, D)
             tl.store(p_head, b_out.to(p_out.dtype.element_ty), mask=m_head)
 
@@ -138,22 +138,22 @@ def _summary_backward_kernel(
             p_head, m_head = _rows(p_do, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, do_b, do_n, do_h, D)
             b_do = tl.load(p_head, mask=m_head, other=0.0).to(tl.float32)
             # [BC, CP] and [BC, SP]
-            b_text, b_own = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
+            b_text, b_summary = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
             b_dtext = tl.sum(b_do[:, None, :] * b_v, axis=2)
-            b_down = tl.sum(b_do[:, None, :] * b_vs, axis=2)
+            b_dsummary = tl.sum(b_do[:, None, :] * b_vs, axis=2)
             # [BC]
-            b_delta = tl.sum(b_text * b_dtext, axis=1) + tl.sum(b_own * b_down, axis=1)
+            b_delta = tl.sum(b_text * b_dtext, axis=1) + tl.sum(b_summary * b_dsummary, axis=1)
             b_dtext = b_text * (b_dtext - b_delta[:, None]) * scale
-            b_down = b_own * (b_down - b_delta[:, None]) * scale
+            b_dsummary = b_summary * (b_dsummary - b_delta[:, None]) * scale
             # [BC, BD]
-            b_dq = tl.sum(b_dtext[:, :, None] * b_k, axis=1) + tl.sum(b_down[:, :, None] * b_ks, axis=1)
+            b_dq = tl.sum(b_dtext[:, :, None] * b_k, axis=1) + tl.sum(b_dsummary[:, :, None] * b_ks, axis=1)
             p_head, m_head = _rows(p_dq, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, dq_b, dq_n, dq_h, D)
             tl.store(p_head, b_dq.to(p_dq.dtype.element_ty), mask=m_head)
             # [BC, CP, BD] and [BC, SP, BD]
             b_dk += b_dtext[:, :, None] * b_q[:, None, :]
             b_dv += b_text[:, :, None] * b_do[:, None, :]
-            b_dks += b_down[:, :, None] * b_q[:, None, :]
-            b_dvs += b_own[:, :, None] * b_do[:, None, :]
+            b_dks += b_dsummary[:, :, None] * b_q[:, None, :]
+            b_dvs += b_summary[:, :, None] * b_do[:, None, :]
     _write(p_dk, b_dk, i_b, i_g, o_text, m_text, o_d, dk_b, dk_n, dk_h, D, ACCUMULATE)
     _write(p_dv, b_dv, i_b, i_g, o_text, m_text, o_d, dv_b, dv_n, dv_h, D, ACCUMULATE)
     _write(p_dks, b_dks, i_b, i_g, o_summary, m_summary, o_d, dks_b, dks_n, dks_h, D, ACCUMULATE)
@@ -169,15 +169,16 @@ def _write(p, b, i_b, i_g, o_n, m_n, o_d, stride_b, stride_n, stride_h, D: tl.co
     tl.store(p_rows, b.to(p.dtype.element_ty), mask=m_rows)
 
 
-def _shape(q: Tensor, k: Tensor, chunk_size: int, summary_tokens: int, document_start: Tensor | None):
-    """Grid and compile-time numbers of both kernels, and the stride of document_start."""
+def _shape(rows: Rows, sizes: Sizes) -> tuple[tuple[int, int], dict[str, int | bool], int, int]:
+    """Grid and compile-time numbers of both kernels, chunks, and the stride of document_start."""
+    q, k, *_, document_start = rows
     dim, groups = q.shape[-1], k.shape[2]
-    chunks = q.shape[1] // summary_tokens
-    padded = {"BD": triton.next_power_of_2(dim), "CP": triton.next_power_of_2(chunk_size)}
+    chunks = q.shape[1] // sizes.summary_tokens
+    padded = {"BD": triton.next_power_of_2(dim), "CP": triton.next_power_of_2(sizes.chunk_size)}
     block = max(1, BLOCK_ELEMENTS // (padded["BD"] * padded["CP"]))
     constants = {
-        "C": chunk_size, "S": summary_tokens, "GROUP": q.shape[2] // groups, "D": dim, **padded, "BC": block,
-        "SP": triton.next_power_of_2(summary_tokens), "HAS_DOCUMENTS": document_start is not None,
+        "C": sizes.chunk_size, "S": sizes.summary_tokens, "GROUP": q.shape[2] // groups, "D": dim, **padded,
+        "BC": block, "SP": triton.next_power_of_2(sizes.summary_tokens), "HAS_DOCUMENTS": document_start is not None,
     }  # fmt: skip
     stride = 0 if document_start is None else document_start.stride(0)
     return (triton.cdiv(chunks, block), q.shape[0] * groups), constants, chunks, stride
@@ -187,37 +188,29 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for rows in tensors for stride in rows.stride()[:3]]
 
 
-def launch_summary_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
-    chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float, out: Tensor,
-) -> None:  # fmt: skip
-    """Fill out [B, nc * S, Hq, D]. The last dimension of every tensor is contiguous."""
+def launch_summary_forward(rows: Rows, sizes: Sizes, out: Tensor) -> None:
+    """Fill out [B, nc * S, Hq, D] of the summary queries in `rows`."""
+    q, k = rows.q, rows.k
     if not q.shape[1]:
         return
-    rows = (q, k, v, k_summary, v_summary)
-    grid, constants, chunks, stride = _shape(q, k, chunk_size, summary_tokens, document_start)
+    grid, constants, chunks, stride = _shape(rows, sizes)
     launch(
         _summary_forward_kernel, grid,
-        *rows, document_start, out, chunks, key_start, softmax_scale * LOG2E, k.shape[2], stride,
-        *_strides(*rows, out), **constants, num_warps=4,
+        *rows, out, chunks, sizes.key_start, sizes.softmax_scale * LOG2E, k.shape[2], stride,
+        *_strides(*rows[:5], out), **constants, num_warps=4,
     )  # fmt: skip
 
 
-def launch_summary_backward(
-    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
-    chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float, d_out: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, dk_summary: Tensor, dv_summary: Tensor, accumulate: bool,
-) -> None:  # fmt: skip
-    """Fill the five gradients, or fill dq and add to the four of keys and values."""
+def launch_summary_backward(rows: Rows, sizes: Sizes, d_out: Tensor, gradients: Gradients, accumulate: bool) -> None:
+    """Fill the five gradients of the summary queries in `rows`, or fill dq and add to the four of keys and values."""
+    q, k = rows.q, rows.k
     if not q.shape[1]:
         return
-    rows = (q, k, v, k_summary, v_summary)
-    gradients = (dq, dk, dv, dk_summary, dv_summary)
-    grid, constants, chunks, stride = _shape(q, k, chunk_size, summary_tokens, document_start)
+    grid, constants, chunks, stride = _shape(rows, sizes)
     launch(
         _summary_backward_kernel, grid,
-        *rows, document_start, d_out, *gradients, chunks, key_start, softmax_scale, softmax_scale * LOG2E, k.shape[2],
-        stride, *_strides(*rows, d_out, *gradients), **constants, ACCUMULATE=accumulate, num_warps=4,
+        *rows, d_out, *gradients, chunks, sizes.key_start, sizes.softmax_scale, sizes.softmax_scale * LOG2E,
+        k.shape[2], stride, *_strides(*rows[:5], d_out, *gradients), **constants, ACCUMULATE=accumulate, num_warps=4,
     )  # fmt: skip
 
 
@@ -226,40 +219,39 @@ def _last_contiguous(rows: Tensor) -> Tensor:
 
 
 @repeatable
-def _launch_forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
-    launch_summary_forward(*tensors[:6], *settings, tensors[6])
+def _launch_forward(rows: Rows, outputs: tuple[Tensor], sizes: Sizes) -> None:
+    launch_summary_forward(rows, sizes, *outputs)
 
 
 @repeatable
-def _launch_backward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
-    launch_summary_backward(*tensors[:6], *settings, *tensors[6:], accumulate=False)
+def _launch_backward(rows: Rows, d_outputs: tuple[Tensor], gradients: Gradients, sizes: Sizes) -> None:
+    launch_summary_backward(rows, sizes, *d_outputs, gradients, accumulate=False)
+
+
+def _sizes(chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float) -> Sizes:
+    """Sizes of a call; summary queries have no window, and no places but that of their text."""
+    return Sizes(chunk_size, summary_tokens, 0, 0, key_start, 0, softmax_scale)
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    rows = [_last_contiguous(t) for t in (q, k, v, k_summary, v_summary)]
-    _launch_forward((*rows, document_start, out), (chunk_size, summary_tokens, key_start, softmax_scale))
-    return out
+    outputs = new_like(q)
+    rows = Rows(*(_last_contiguous(t) for t in (q, k, v, k_summary, v_summary)), document_start)
+    _launch_forward(rows, outputs, _sizes(chunk_size, summary_tokens, key_start, softmax_scale))
+    return outputs[0]
 
 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
     chunk_size: int, summary_tokens: int, key_start: int, softmax_scale: float, d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = [_last_contiguous(t) for t in (q, k, v, k_summary, v_summary)]
-    gradients = _new_gradients(*rows)
-    _launch_backward(
-        (*rows, document_start, _last_contiguous(d_out), *gradients),
-        (chunk_size, summary_tokens, key_start, softmax_scale),
-    )
-    return gradients
-
-
-def _new_gradients(*rows: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in rows)
+    rows = Rows(*(_last_contiguous(t) for t in (q, k, v, k_summary, v_summary)), document_start)
+    gradients = Gradients(*new_like(*rows[:5]))
+    sizes = _sizes(chunk_size, summary_tokens, key_start, softmax_scale)
+    _launch_backward(rows, (_last_contiguous(d_out),), gradients, sizes)
+    return tuple(gradients)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -274,7 +266,7 @@ def _gradients(ctx, backward, d_out: Tensor):
 
 _summary_attention = differentiable(
     "summary_attention", _forward, _backward, save=_save, gradients=_gradients,
-    fake=lambda q, *rest: _new_gradients(q)[0], fake_backward=lambda *inputs: _new_gradients(*inputs[:5]),
+    fake=lambda q, *rest: new_like(q)[0], fake_backward=lambda *inputs: new_like(*inputs[:5]),
 )  # fmt: skip
 
 

@@ -5,28 +5,44 @@ from torch import Tensor
 
 from megatron_ksa.kernels.differentiable import differentiable
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
-from megatron_ksa.kernels.ksa_attention.triton_backward import launch_backward
-from megatron_ksa.kernels.ksa_attention.triton_common import addressable, check_rows, finite_window, row_starts
+from megatron_ksa.kernels.ksa_attention.operands import (
+    Gradients,
+    OutputGradients,
+    Rows,
+    Sizes,
+    TextOutputs,
+    new_like,
+    new_outputs,
+)
+from megatron_ksa.kernels.ksa_attention.triton_common import (
+    addressable,
+    check_rows,
+    finite_window,
+    row_starts,
+    summary_divisor,
+)
 from megatron_ksa.kernels.ksa_attention.triton_config import Tiles, tile_numbers
-from megatron_ksa.kernels.ksa_attention.triton_forward import launch_forward, new_outputs
+from megatron_ksa.kernels.ksa_attention.triton_text_backward import launch_backward
+from megatron_ksa.kernels.ksa_attention.triton_text_forward import launch_forward
 from megatron_ksa.kernels.ksa_attention.workspace import Workspace, new_dealt, new_workspace
 from megatron_ksa.kernels.launch import repeatable
 
 
 @repeatable
-def _launch_forward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
-    """tensors: q, k, v, k_summary, v_summary, document_start, out, lse, counter of work items."""
-    *rows, out, lse, dealt = tensors
-    *geometry, tiles = settings
-    launch_forward(*rows, *geometry, Tiles.unpack(tiles).forward, out, lse, dealt)
+def _launch_forward(rows: Rows, outputs: TextOutputs, dealt: tuple[Tensor], settings: tuple) -> None:
+    """settings: Sizes, and the numbers of `Tiles.pack`."""
+    sizes, tiles = settings
+    launch_forward(rows, sizes, Tiles.unpack(tiles).forward, outputs, *dealt)
 
 
 @repeatable
-def _launch_backward(tensors: tuple[Tensor | None, ...], settings: tuple) -> None:
-    """tensors: as in the forward pass up to document_start; out, lse, d_out, d_lse, five gradients, workspace."""
-    *geometry, tiles = settings
-    workspace = Workspace.unpack(tensors[15:])
-    launch_backward(*tensors[:6], *geometry, Tiles.unpack(tiles), *tensors[6:15], workspace)
+def _launch_backward(
+    rows: Rows, outputs: TextOutputs, d_outputs: OutputGradients, gradients: Gradients, workspace: Workspace,
+    settings: tuple,
+) -> None:  # fmt: skip
+    """settings: as in `_launch_forward`."""
+    sizes, tiles = settings
+    launch_backward(rows, sizes, Tiles.unpack(tiles), outputs, d_outputs, gradients, workspace)
 
 
 def _forward(
@@ -34,13 +50,11 @@ def _forward(
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
     softmax_scale: float, tiles: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = new_outputs(q)
-    rows = [addressable(t) for t in (q, k, v, k_summary, v_summary)]
-    _launch_forward(
-        (*rows, document_start, out, lse, *new_dealt(q.device)),
-        (chunk_size, summary_tokens, window, query_start, key_start, chunk_start, softmax_scale, tuple(tiles)),
-    )
-    return out, lse
+    outputs = new_outputs(q, q.shape[1])
+    rows = Rows(*(addressable(t) for t in (q, k, v, k_summary, v_summary)), document_start)
+    sizes = Sizes(chunk_size, summary_tokens, window, query_start, key_start, chunk_start, softmax_scale)
+    _launch_forward(rows, outputs, new_dealt(q.device), (sizes, tuple(tiles)))
+    return tuple(outputs)
 
 
 def _backward(
@@ -48,19 +62,13 @@ def _backward(
     chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
     softmax_scale: float, tiles: list[int], out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = [addressable(t) for t in (q, k, v, k_summary, v_summary)]
-    gradients = _new_gradients(*rows)
-    workspace = new_workspace(rows[0], rows[1], rows[3], document_start, lse, Tiles.unpack(tiles))
-    d_lse = None if d_lse is None else d_lse.contiguous()
-    _launch_backward(
-        (*rows, document_start, out, lse, addressable(d_out), d_lse, *gradients, *workspace.pack()),
-        (chunk_size, summary_tokens, window, query_start, key_start, chunk_start, softmax_scale, tuple(tiles)),
-    )
-    return gradients
-
-
-def _new_gradients(*rows: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in rows)
+    rows = Rows(*(addressable(t) for t in (q, k, v, k_summary, v_summary)), document_start)
+    sizes = Sizes(chunk_size, summary_tokens, window, query_start, key_start, chunk_start, softmax_scale)
+    gradients = Gradients(*new_like(*rows[:5]))
+    d_outputs = OutputGradients(addressable(d_out), None if d_lse is None else d_lse.contiguous())
+    workspace = new_workspace(rows.q, rows.k, rows.k_summary, document_start, lse, Tiles.unpack(tiles))
+    _launch_backward(rows, TextOutputs(out, lse), d_outputs, gradients, workspace, (sizes, tuple(tiles)))
+    return tuple(gradients)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -79,7 +87,7 @@ def _gradients(ctx, backward, d_out: Tensor | None, d_lse: Tensor | None):
 
 _text_attention = differentiable(
     "text_attention", _forward, _backward, save=_save, gradients=_gradients,
-    fake=lambda q, *rest: new_outputs(q), fake_backward=lambda *inputs: _new_gradients(*inputs[:5]),
+    fake=lambda q, *rest: tuple(new_outputs(q, q.shape[1])), fake_backward=lambda *inputs: new_like(*inputs[:5]),
 )  # fmt: skip
 
 
@@ -114,6 +122,6 @@ def text_attention(
     window = finite_window(geometry.window_chunks, query_start + q.shape[1], geometry.chunk_size)
     numbers = tiles.pack() if tiles else tile_numbers(q, k.shape[2], geometry)
     return _text_attention(
-        q, *keys, row_starts(document_start, q.shape[0]), geometry.chunk_size, geometry.summary_tokens,
-        window, query_start, key_start, chunk_start, scale, numbers,
+        q, *keys, row_starts(document_start, q.shape[0]), geometry.chunk_size,
+        summary_divisor(geometry, k_summary.shape[1]), window, query_start, key_start, chunk_start, scale, numbers,
     )  # fmt: skip

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
 
-# dK/dV programs wanted at least: about four for each multiprocessor of a large GPU. Without them a part of the queries
-# makes a program of its own, whose float32 results cost less than an idle multiprocessor unless every query head has
-# its own keys and work items are dealt out.
+# dK/dV programs wanted at least: 512 are about four for each multiprocessor of a large GPU. Where the keys give fewer,
+# the queries are divided into parts with a program each: adding up the parts' float32 results costs less than
+# multiprocessors that idle. 256 are enough where work items are dealt out and every query head has keys of its own.
 PROGRAMS, DEALT_PROGRAMS = 512, 256
 MOST_SPLITS = 16
 
@@ -23,9 +23,10 @@ class Workspace(NamedTuple):
         lse2, delta: float32 [B, Hq, nq], each head's row at a multiple of 16 bytes: lse * log2(e), and
             rowsum(dO * O) - dLSE. The dQ kernel writes both, the dK/dV kernels read them.
         dealt_dq, dealt_text, dealt_summary: int32 [1], 0: work items that specialised kernels have dealt.
-        text_parts, summary_parts: float32 [splits, B, keys, Hkv, D] for dK and for dV, or None for one part.
         document_stop: int32 [B, rows], the first position after each position's document, for specialised kernels.
-        own_statistics: lse2 and delta of the summaries' own queries, or None where another kernel serves those.
+        dk_parts, dv_parts, dk_summary_parts, dv_summary_parts: float32 [splits, B, keys, Hkv, D], or None for one part.
+        summary_lse2, summary_delta: lse2 and delta of the summary queries, float32 [B, Hq, summary rows], or None where
+            `triton_summary` serves those.
     """
 
     lse2: Tensor
@@ -33,22 +34,23 @@ class Workspace(NamedTuple):
     dealt_dq: Tensor
     dealt_text: Tensor
     dealt_summary: Tensor
-    text_parts: tuple[Tensor, Tensor] | None
-    summary_parts: tuple[Tensor, Tensor] | None
     document_stop: Tensor | None
-    own_statistics: tuple[Tensor, Tensor] | None
+    dk_parts: Tensor | None
+    dv_parts: Tensor | None
+    dk_summary_parts: Tensor | None
+    dv_summary_parts: Tensor | None
+    summary_lse2: Tensor | None
+    summary_delta: Tensor | None
 
-    def pack(self) -> tuple[Tensor | None, ...]:
-        """The tensors alone, twelve or None."""
-        pairs = (self.text_parts, self.summary_parts, self.own_statistics)
-        return *self[:5], self.document_stop, *(tensor for pair in pairs for tensor in pair or (None, None))
+    @property
+    def text_parts(self) -> tuple[Tensor, Tensor] | None:
+        """Parts of dK and dV of the text keys."""
+        return None if self.dk_parts is None else (self.dk_parts, self.dv_parts)
 
-    @classmethod
-    def unpack(cls, tensors: tuple[Tensor | None, ...]) -> "Workspace":
-        text, summary, own = (
-            pair if pair[0] is not None else None for pair in (tensors[6:8], tensors[8:10], tensors[10:])
-        )
-        return cls(*tensors[:5], text, summary, tensors[5], own)
+    @property
+    def summary_parts(self) -> tuple[Tensor, Tensor] | None:
+        """Parts of dK and dV of the summaries."""
+        return None if self.dk_summary_parts is None else (self.dk_summary_parts, self.dv_summary_parts)
 
 
 def new_dealt(device: torch.device, counters: int = 1) -> tuple[Tensor, ...]:
@@ -57,7 +59,7 @@ def new_dealt(device: torch.device, counters: int = 1) -> tuple[Tensor, ...]:
 
 
 def _splits(q: Tensor, k: Tensor, tile: Tile) -> int:
-    """Parts of the queries that make programs of their own."""
+    """Into how many parts the queries are divided, each with programs of its own (see PROGRAMS)."""
     batch, num_keys, groups, _ = k.shape
     if not num_keys or not q.shape[1]:
         return 1
@@ -86,20 +88,22 @@ def _statistics(batch: int, heads: int, rows: int, like: Tensor) -> tuple[Tensor
 
 
 def new_workspace(
-    q: Tensor, k: Tensor, k_summary: Tensor, document_start: Tensor | None, lse: Tensor, tiles: Tiles, own: bool = False
-) -> Workspace:
+    q: Tensor, k: Tensor, k_summary: Tensor, document_start: Tensor | None, lse: Tensor, tiles: Tiles,
+    summary_queries: bool = False,
+) -> Workspace:  # fmt: skip
     """A workspace for queries [B, nq, Hq, D], text keys and summaries [B, keys, Hkv, D] and lse [B, Hq, nq].
 
-    own: with statistics of the summaries' own queries.
+    summary_queries: with their statistics, for kernels that serve the summary queries beside the text queries.
     """
     batch, heads, nq = lse.shape
     document_stop = None
     if document_start is not None and (tiles.dkv_text.specialised or tiles.dkv_summary.specialised):
         document_stop = document_stops(document_start)
-    parts = _parts(q, (k, k_summary), (tiles.dkv_text, tiles.dkv_summary))
-    own_statistics = _statistics(batch, heads, k_summary.shape[1], lse) if own else None
+    none = (None, None)
+    text, summary = (pair or none for pair in _parts(q, (k, k_summary), (tiles.dkv_text, tiles.dkv_summary)))
+    summary_statistics = _statistics(batch, heads, k_summary.shape[1], lse) if summary_queries else none
     statistics = _statistics(batch, heads, nq, lse)
-    return Workspace(*statistics, *new_dealt(lse.device, 3), *parts, document_stop, own_statistics)
+    return Workspace(*statistics, *new_dealt(lse.device, 3), document_stop, *text, *summary, *summary_statistics)
 
 
 def document_stops(document_start: Tensor) -> Tensor:

@@ -113,6 +113,6 @@ def rotate(
             part = heads[index].unflatten(-1, (count, dim)).flatten(2, 3)
             part = part.to(torch.promote_types(part.dtype, torch.float32))
             rows.append(part if pair is None else rms_norm(part, pair[index], eps, zero_centered))
-        own = theta.repeat_interleave(count, dim=2) if len(frequencies) > 1 else theta
-        results.append(_rotate(torch.cat(rows), own, interleaved).to(parts[0].dtype))
+        by_head = theta.repeat_interleave(count, dim=2) if len(frequencies) > 1 else theta
+        results.append(_rotate(torch.cat(rows), by_head, interleaved).to(parts[0].dtype))
     return *results, torch.cat([value for *_, value in split])

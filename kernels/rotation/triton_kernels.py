@@ -237,10 +237,7 @@ def rotate_backward_kernel(
         b_q_a, b_q_b, b_q_rest = load_gain(p_q_weight, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, ZERO_CENTERED)
         b_k_a, b_k_b, b_k_rest = load_gain(p_k_weight, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, ZERO_CENTERED)
     b_dq_a, b_dq_b, b_dk_a, b_dk_b = b_zero, b_zero, b_zero, b_zero
-    if PASS > 0:
-        b_dq_rest = tl.zeros((BLOCK_ROWS, BLOCK_PASS), tl.float32)
-    else:
-        b_dq_rest = b_zero
+    b_dq_rest = tl.zeros((BLOCK_ROWS, BLOCK_PASS), tl.float32) if PASS > 0 else b_zero
     b_dk_rest = b_dq_rest
     first = i_part * tiles_per_program
     for i_tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
@@ -264,9 +261,7 @@ def rotate_backward_kernel(
             o_mixed, o_row * stride_dko_row, o_dmixed, m_row, eps, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED,
             NORM,
         )  # fmt: skip
-        copy_head(
-            p_dv_out, p_dmixed + (QUERIES + 1) * DIM, o_row * stride_dvo_row, o_dmixed, m_row, DIM, BLOCK_DIM
-        )
+        copy_head(p_dv_out, p_dmixed + (QUERIES + 1) * DIM, o_row * stride_dvo_row, o_dmixed, m_row, DIM, BLOCK_DIM)
         if NORM:
             b_dk_a += b_a
             b_dk_b += b_b

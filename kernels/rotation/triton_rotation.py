@@ -11,9 +11,9 @@ from megatron_ksa.kernels.rotation.triton_kernels import rotate_backward_kernel,
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
-# Programs of the backward pass: several for each multiprocessor of a large GPU, few enough that their parts of the
-# gains' gradients are small beside what they read, as with this many tiles each. No number of the GPU's, so that the
-# order of sums does not depend on it.
+# Programs of the backward pass. Each writes its own part of the weights' gradients, [2, D] in float32, which is small
+# beside the heads that it reads if it has 18 tiles of rows; 1024 programs at least are several for each multiprocessor
+# of a large GPU. The number does not depend on the GPU, and so neither does the order of the sums.
 FEWEST_PROGRAMS, MOST_PROGRAMS = 1024, 8192
 TILES_OF_A_PROGRAM = 18
 WARPS = 4
@@ -82,8 +82,8 @@ def _backward_programs(mixed: Tensor, block_rows: int) -> tuple[int, int, int]:
 def _launch_backward(tensors: tuple[Tensor | None, ...], settings: tuple[int, float, bool, bool]) -> None:
     """Write the gradient of one part's mixed heads, and each program's part of those of the weights.
 
-    tensors: positions, frequencies, gradients of query, key, value and mixed heads, of the weights by program (or
-    None), then mixed heads and weights, or none of these without a norm.
+    tensors: positions, frequencies, the gradients of query, key, value and mixed heads, the weights' gradients by
+    program (None without a norm), then with a norm the mixed heads and the weights of query and key.
     """
     positions, frequencies, d_query, d_key, d_value, d_mixed, d_gain, *normalised = tensors
     queries, eps, zero_centered, interleaved = settings
@@ -152,7 +152,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the mixed heads of text and summaries, and of the weights of query and key of both, [2, D].
 
-    text and summaries are needed, and those of the weights have elements, where there are weights.
+    With norm weights, text and summaries must be given; without, the gradients of the weights have no elements.
     """
     d_out = [_unit_stride(rows) for rows in (d_query, d_key, d_value)]
     d_parts, d_pairs, start = [], [], 0

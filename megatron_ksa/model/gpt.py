@@ -15,7 +15,7 @@ from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.dispatch import uses_triton
-from megatron_ksa.kernels.rotation.dispatch import OP as ROTATION
+from megatron_ksa.kernels.rotation import OP as ROTATION
 from megatron_ksa.layout.rows import document_starts, document_starts_from_cu_seqlens, row_positions
 from megatron_ksa.layout.zigzag import ZigZag
 from megatron_ksa.model.attention import KSASelfAttention

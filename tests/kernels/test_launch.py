@@ -1,5 +1,7 @@
 """Repeated launches get the addresses of their own call, and nothing else of the first one."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -91,6 +93,27 @@ def test_one_tensor_in_two_places_may_be_two_tensors_later():
     run((one, one), ())
     run((one, two), ())
     assert kernel.compiled.calls[0][1][:2] == (one.data_ptr(), two.data_ptr())
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor | None
+
+
+def test_groups_of_tensors_keep_their_names():
+    """Tensors were found by their place in one tuple: a new one in the middle moved all that came after."""
+    kernel, seen = Kernel(), []
+
+    @launches.repeatable
+    def run(pair, rest, settings):
+        seen.append((type(pair), pair.second, len(rest)))
+        launches.launch(kernel, (1,), pair.first, *rest, 1, 2, BLOCK=settings[0])
+
+    run(Pair(torch.zeros(4), None), (torch.zeros(5),), (1,))
+    first, last = torch.zeros(4), torch.zeros(5)
+    run(Pair(first, None), (last,), (1,))
+    assert seen == [(Pair, None, 1)]
+    assert kernel.compiled.calls[0][1][:2] == (first.data_ptr(), last.data_ptr())
 
 
 def test_a_tensor_from_elsewhere_is_refused():

@@ -10,7 +10,7 @@ from single_process import build_model, random_tokens, transformer_config
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.inference.decoder import Decoder
 from megatron_ksa.kernels import dispatch
-from megatron_ksa.kernels.rotation import dispatch as rotation
+from megatron_ksa.kernels.rotation import OP as ROTATION
 from megatron_ksa.model import gpt
 
 HYBRID = KSAConfig(enabled=True, chunk_size=4, window_chunks="[1]*4", layer_pattern="kklf")
@@ -26,8 +26,8 @@ def take_kernel(monkeypatch):
     monkeypatch.setattr(triton_rotation, "rotate", lambda *args, **kw: (calls.append(args), rotate(*args, **kw))[1])
 
     def choose(taken=True):
-        for module in (gpt, rotation):
-            monkeypatch.setattr(module, "uses_triton", lambda op, rows: taken)
+        for module in (gpt, dispatch):
+            monkeypatch.setattr(module, "uses_triton", lambda op, rows: taken and op == ROTATION)
         return calls
 
     return choose

@@ -5,45 +5,45 @@ import json
 
 import pytest
 import torch
+from benchmark_program import SIZES, TINY, run_program
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.benchmarks import __main__ as program
-from megatron_ksa.kernels.benchmarks import attention, chart, runner
+from megatron_ksa.kernels.benchmarks import attention, baselines, chart, runner
 from megatron_ksa.kernels.benchmarks.measure import _summary
-from megatron_ksa.kernels.benchmarks.registry import BOTH, FORWARD, Case, Op, Shape
+from megatron_ksa.kernels.benchmarks.registry import BOTH, FORWARD, Case, Op
 
-TINY = Shape(40, 2, 1, 16, chunk_size=4, window_chunks=3, dtype="float32")
-ARGUMENTS = (
-    "--device cpu --dtype float32 --lengths 24 40 --heads 2/1 --head-dim 16 --chunk-size 4 --window-chunks 3".split()
-)
-
+# The chart draws the first two, and the check of `ksa` stands for the third: in the interpreter it takes many seconds.
+TWICE = ("ksa", "full_attention", "ksa_parts")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
-
-
-def run_program(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["benchmarks", *map(str, arguments)])
-    program.main()
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    """Folder and record of every op at two lengths."""
+    """Folder of a record of the ops in TWICE at two lengths, and this record with the other ops at one."""
     out = tmp_path_factory.mktemp("benchmarks")
+    others = [op for op in runner.OPS if op not in TWICE]
     with pytest.MonkeyPatch.context() as patch:
-        run_program(patch, "--out", out, *ARGUMENTS)
-    return out, json.loads((out / program.RECORD).read_text())
+        run_program(patch, "--out", out / "others", *SIZES, "--lengths", 24, "--op", *others)
+        run_program(patch, "--out", out, *SIZES, "--lengths", 24, 40, "--op", *TWICE)
+    first, second = (json.loads((folder / program.RECORD).read_text()) for folder in (out / "others", out))
+    checks, results = second["checks"] | first["checks"], second["results"] + first["results"]
+    return out, second | {"checks": checks, "results": results}
 
 
 @interpreted
 def test_every_op_is_checked_and_timed(record):
     out, written = record
     assert {"gpu", "driver", "torch", "triton", "commit"} <= set(written["header"])
-    assert set(written["checks"]) == set(runner.OPS) - {"ksa_parts"}
+    optional = {op.name for op in baselines.BASELINES}
+    assert set(written["checks"]) == set(runner.OPS) - {"ksa_parts"} - optional
     assert [(result["op"], result["shape"]["n"]) for result in written["results"]] == [
-        (op, n) for op in runner.OPS for n in (24, 40)
+        *((op, n) for op in runner.OPS if op in TWICE for n in (24, 40)),
+        *((op, 24) for op in runner.OPS if op not in TWICE),
     ]
     for result in written["results"]:
-        assert "error" not in result and "skipped" not in result
+        assert "error" not in result and ("skipped" in result) == (result["op"] in optional)
+    for result in [result for result in written["results"] if result["op"] not in optional]:
         for times in result["modes"].values():
             assert 0 < times["p20_ms"] <= times["median_ms"] <= times["p80_ms"]
     assert {BOTH, FORWARD} == set(written["results"][0]["modes"])

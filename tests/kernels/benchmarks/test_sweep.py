@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from benchmark_program import SIZES, TINY, run_program
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.benchmarks import __main__ as program
@@ -12,17 +13,10 @@ from megatron_ksa.kernels.benchmarks.registry import Shape
 from megatron_ksa.kernels.ksa_attention.tile_store import KERNELS, PACKAGE_STORE, Situation, read
 from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER, Tile
 
-TINY = Shape(40, 2, 1, 16, chunk_size=4, window_chunks=3, dtype="float32")
-SIZES = "--device cpu --dtype float32 --heads 2/1 --head-dim 16 --chunk-size 4 --window-chunks 3".split()
 FAST, SLOW, WRONG = (16, 16, 4, 1, 0), (16, 32, 4, 1, 0), (32, 16, 4, 1, 0)
 H100_SHARED = 227 * 1024
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
-
-
-def run_program(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["benchmarks", *map(str, arguments)])
-    program.main()
 
 
 def given(*tiles):

@@ -1,72 +1,149 @@
-"""Compiles the warp-specialised kernels for compute capability 9.0; prints a JSON line for each.
+"""Compiles and launches the kernels of KSA attention for compute capability 9.0 without a GPU; a JSON line each.
 
-Name, bytes of shared memory, matrix instructions and the waits for them: where registers run out, the compiler waits
-after every one.
+Triton compiles for a driver that stands for an H100, loads nothing and notes what it is given. So every launch goes
+through Triton's own code twice, first from its Python arguments and then repeated by `kernels/launch.py`, which must
+hand the driver the same (the attributes of compiled kernels that `launch.py` takes for granted differ between versions
+of Triton).
+
+Each line has the case, the kernel's name, bytes of shared memory, matrix products and the waits for them: where
+registers run out, the compiler waits after every product.
 
 Its own process: the test suite has the Triton interpreter on, and Gluon has no interpreter.
 """
 
 import json
+import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.tools.disasm import get_sass
 
-from megatron_ksa.kernels.ksa_attention import gluon_dkv, gluon_dq, gluon_forward
-from megatron_ksa.kernels.ksa_attention.triton_config import HOPPER, Tile
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, gluon_common, triton_joint, triton_summary, triton_text
+from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
 
-POINTERS = dict.fromkeys(("p_dealt", "p_start", "p_stop"), "*i32")
-POINTERS |= dict.fromkeys(("p_out", "p_dq", "p_dk", "p_dv"), "*bf16")
-POINTERS |= dict.fromkeys(("p_ks", "p_vs", "p_own_q", "p_own_out", "p_own_do", "p_own_dq"), "*bf16")
-POINTERS |= dict.fromkeys(("p_own_lse2", "p_own_delta", "p_lse", "p_dlse", "p_lse2", "p_delta"), "*fp32")
-KEYS = ("d_k", "d_v", "d_ks", "d_vs")
+case = ""
+calls: list[tuple] = []
 
 
-def compiled(kernel, tile: Tile, documents: bool):
-    """A kernel for head_dim 128."""
-
-    def descriptor(name: str) -> str:
-        rows = tile.keys if name in KEYS else tile.queries
-        if name.endswith(("lse2", "delta")):
-            layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-            return f"tensordesc<fp32{[1, 1, rows]},{layout!r}>"
-        block = [1, 1, rows, 128]
-        return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
-
-    sizes = {"C": 8, "S": 1, "GROUP": 4, "D": 128, "BD": 128}
-    constants = sizes | {"BM": tile.queries, "BN": tile.keys, "STAGES": tile.stages}
-    constants |= {"HAS_DOCUMENTS": documents, "HAS_DLSE": documents, "IS_TEXT": documents, "OWN": True}
-    if not documents:
-        constants |= {"p_start": None, "p_stop": None, "p_dlse": None}
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.startswith("d_"):
-            signature[name] = descriptor(name)
-        else:
-            signature[name] = POINTERS.get(name, "fp32" if name.startswith("scale") else "i32")
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in kernel.arg_names}
-    # What a launch finds out about its arguments: addresses and strides are multiples of 16.
-    aligned = [name for name in kernel.arg_names if name in POINTERS or name.startswith("stride")]
-    divisible = [["tt.divisibility", 16]]
-    attributes = {(kernel.arg_names.index(name),): divisible for name in aligned if name not in constants}
-    source = GluonASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    target = GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": tile.warps})
+def noted(argument: object) -> object:
+    """An argument as the driver's launcher uses it: tensors and pointers are addresses."""
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    if hasattr(argument, "block_shape"):
+        fields = vars(argument) | {"base": argument.base.data_ptr()}
+        return type(argument).__name__, *[tuple(v) if isinstance(v, torch.Size) else str(v) for v in fields.values()]
+    return argument
 
 
-tiles = HOPPER[128]
-for kernel, tile in (
-    (gluon_forward._forward_kernel, tiles.forward),
-    (gluon_dq._dq_kernel, tiles.dq),
-    (gluon_dkv._dkv_kernel, tiles.dkv_text),
-):
-    for documents in (False, True):
-        program = compiled(kernel, tile, documents)
-        instructions = program.asm["sass"].split()
-        row = {"kernel": kernel.__name__, "documents": documents, "shared": program.metadata.shared}
+class Launcher:
+    """Notes kernel, grid and arguments of a launch."""
+
+    def __init__(self, source, metadata):
+        self.name = source.fn.__name__
+
+    def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter, leave, *arguments):
+        calls.append((self.name, function, (x, y, z), packed_metadata, [noted(argument) for argument in arguments]))
+
+
+class Utilities:
+    """Triton's calls of the CUDA driver."""
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(self, name, binary, shared, device):
+        instructions = get_sass(binary).split()
+        row = {"case": case, "kernel": name, "shared": shared}
         row["products"] = sum(word.startswith("HGMMA") for word in instructions)
         row["waits"] = sum(word.startswith("WARPGROUP.DEPBAR") for word in instructions)
         print(json.dumps(row), flush=True)
+        return object(), len(calls), 0, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+
+class Driver:
+    """An H100 as far as a launch asks."""
+
+    launcher_cls, utils = Launcher, Utilities()
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def twice(launches):
+    """A `repeatable` function that is called a second time with the same tensors: both calls launch the same."""
+
+    def run(*arguments):
+        first = len(calls)
+        launches(*arguments)
+        second = len(calls)
+        assert second > first, "nothing was launched"
+        # A call that goes through Triton again shows in `repeatable`'s record: it would be made anew.
+        recorded = launches.__closure__[[*launches.__code__.co_freevars].index("recorded")].cell_contents
+        kinds = dict(recorded)
+        launches(*arguments)
+        assert kinds and recorded == kinds, "the launches were not kept for repetition"
+        assert calls[second:] == calls[first:second], (calls[first:second], calls[second:])
+
+    return run
+
+
+def rows(count, heads):
+    return torch.zeros(2, count, heads, 128, dtype=torch.bfloat16).requires_grad_()
+
+
+def documents(n):
+    return torch.zeros(2, n, dtype=torch.int32)
+
+
+def joint(tiles, start=None, summary_tokens=1):
+    n, geometry = 2048, KSAGeometry(8, summary_tokens, 128)
+    leaves = [rows(n + n // 8 * summary_tokens, heads) for heads in (8, 2, 2)]
+    out = triton_joint.attention(*leaves, geometry, text_rows=n, document_start=start, tiles=tiles)
+    out.backward(torch.zeros_like(out))
+
+
+def segment(tiles, start=None):
+    """A part of a longer sequence, with a gradient of the log-sum-exp."""
+    leaves = [rows(1024, 8), *[rows(2048, 2)] * 2, *[rows(128, 2)] * 2]
+    outputs = triton_text.text_attention(
+        *leaves, KSAGeometry(8, 1, 16), query_start=1024, document_start=start, tiles=tiles
+    )
+    torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
+
+
+def summaries():
+    leaves = [rows(128, 8), *[rows(1024, 2)] * 2, *[rows(128, 2)] * 2]
+    out = triton_summary.summary_attention(*leaves, KSAGeometry(8, 1, 16))
+    out.backward(torch.zeros_like(out))
+
+
+CASES = {
+    "joint": lambda: joint(HOPPER[128]),
+    "joint, documents": lambda: joint(HOPPER[128], documents(2048)),
+    "window": lambda: joint(HOPPER[128], summary_tokens=0),
+    "segment": lambda: segment(HOPPER[128], documents(2048)),
+    "plain tiles": lambda: segment(HALF[128]),
+    "summaries": summaries,
+}
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(Driver())
+    gluon_common._multiprocessors = lambda device: 132
+    for module in (triton_joint, triton_text, triton_summary):
+        module._launch_forward = twice(module._launch_forward)
+        module._launch_backward = twice(module._launch_backward)
+    for case in sys.argv[1:] or CASES:
+        CASES[case]()

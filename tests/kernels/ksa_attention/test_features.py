@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from compare import assert_close
+from attention_cases import compare, document_starts, random_rows
 
-from megatron_ksa.kernels.benchmarks.attention_features import joint_reference
-from megatron_ksa.kernels.ksa_attention import reference, triton_rows, triton_summary, triton_text, workspace
+from megatron_ksa.kernels.ksa_attention import reference, triton_joint, triton_summary, triton_text, workspace
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
 
@@ -20,48 +19,19 @@ def one_program_a_tile(monkeypatch):
     monkeypatch.setattr(workspace, "PROGRAMS", 1)
 
 
-def leaves(batch, dim, dtype, *counts):
-    """A leaf [batch, rows, heads, dim] for each (rows, heads)."""
-    generator = torch.Generator().manual_seed(dim)
-    return [
-        torch.randn(batch, rows, heads, dim, generator=generator).to(dtype).requires_grad_() for rows, heads in counts
-    ]
-
-
-def starts(cuts, rows, batch):
-    """int32 [batch, rows]: document starts; every further row of the batch has one cut less."""
-    start = torch.zeros(batch, rows, dtype=torch.int32)
-    for row in range(batch):
-        for cut in cuts[row:]:
-            start[row, cut:] = cut
-    return start
-
-
-def compare(names, run, expected, rows):
-    """Outputs and gradients of `run` against `expected` in float64."""
-    exact_rows = [leaf.detach().double().requires_grad_() for leaf in rows]
-    outputs, exact = run(*rows), expected(*exact_rows)
-    generator = torch.Generator().manual_seed(1)
-    d_outputs = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs]
-    gradients = torch.autograd.grad(outputs, rows, d_outputs)
-    exact_gradients = torch.autograd.grad(exact, exact_rows, [d_out.double() for d_out in d_outputs])
-    for name, actual, wanted in zip(names, (*outputs, *gradients), (*exact, *exact_gradients), strict=True):
-        assert_close(name, actual, wanted)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_rows_of_two_batches_with_documents_and_a_ragged_tail(dim, dtype):
     geometry, n = KSAGeometry(8, 2, 3), 76
     rows = n + n // 8 * 2
-    start = starts([21, 50], n, 2)
+    start = document_starts([21, 50], n, 2)
     compare(
         ("out", "dq", "dk", "dv"),
         lambda q, k, v: [
-            triton_rows.attention(q, k, v, geometry, text_rows=n, document_start=start, tiles=TILES),
+            triton_joint.attention(q, k, v, geometry, text_rows=n, document_start=start, tiles=TILES),
         ],
-        lambda q, k, v: [joint_reference(q, k, v, geometry, n, start)],
-        leaves(2, dim, dtype, (rows, 2), (rows, 1), (rows, 1)),
+        lambda q, k, v: [reference.attention(q, k, v, geometry, text_rows=n, document_start=start)],
+        random_rows(0, 2, dim, dtype, (rows, 2), (rows, 1), (rows, 1)),
     )
 
 
@@ -72,9 +42,9 @@ def test_default_tiles_of_float32(dim):
     rows = n + n // 8
     compare(
         ("out", "dq", "dk", "dv"),
-        lambda q, k, v: [triton_rows.attention(q, k, v, geometry, text_rows=n)],
-        lambda q, k, v: [joint_reference(q, k, v, geometry, n)],
-        leaves(1, dim, torch.float32, (rows, 2), (rows, 2), (rows, 2)),
+        lambda q, k, v: [triton_joint.attention(q, k, v, geometry, text_rows=n)],
+        lambda q, k, v: [reference.attention(q, k, v, geometry, text_rows=n)],
+        random_rows(0, 1, dim, torch.float32, (rows, 2), (rows, 2), (rows, 2)),
     )
 
 
@@ -83,12 +53,12 @@ def test_default_tiles_of_float32(dim):
 def test_a_segment_of_a_longer_sequence(dim, dtype):
     """Queries 64 to 103; text from 40 and summaries of chunks 1 to 9, as context parallelism hands them over."""
     geometry = KSAGeometry(8, 1, 2)
-    options = {"query_start": 64, "key_start": 40, "chunk_start": 1, "document_start": starts([70], 104, 2)}
+    options = {"query_start": 64, "key_start": 40, "chunk_start": 1, "document_start": document_starts([70], 104, 2)}
     compare(
         ("out", "lse", "dq", "dk", "dv", "dk_summary", "dv_summary"),
         lambda *rows: triton_text.text_attention(*rows, geometry, tiles=TILES, **options),
         lambda *rows: reference.text_attention(*rows, geometry, **options),
-        leaves(2, dim, dtype, (40, 2), (64, 1), (64, 1), (9, 1), (9, 1)),
+        random_rows(0, 2, dim, dtype, (40, 2), (64, 1), (64, 1), (9, 1), (9, 1)),
     )
 
 
@@ -97,19 +67,21 @@ def test_a_segment_of_a_longer_sequence(dim, dtype):
 def test_summaries_of_a_segment(dim, dtype):
     """The chunks from position 40 on, in two documents."""
     geometry, chunks = KSAGeometry(8, 2, 3), 6
-    options = {"document_start": starts([44, 60], 40 + chunks * 8, 2), "key_start": 40}
+    options = {"document_start": document_starts([44, 60], 40 + chunks * 8, 2), "key_start": 40}
     compare(
         ("out", "dq", "dk", "dv", "dk_summary", "dv_summary"),
         lambda *rows: [triton_summary.summary_attention(*rows, geometry, **options)],
         lambda *rows: [reference.summary_attention(*rows, geometry, **options)],
-        leaves(2, dim, dtype, (chunks * 2, 2), (chunks * 8, 1), (chunks * 8, 1), (chunks * 2, 1), (chunks * 2, 1)),
+        random_rows(
+            0, 2, dim, dtype, (chunks * 2, 2), (chunks * 8, 1), (chunks * 8, 1), (chunks * 2, 1), (chunks * 2, 1)
+        ),
     )
 
 
 def test_partial_results_merge_by_log_sum_exp():
     """Text and summaries attended to apart and merged equal one pass, gradients through the log-sum-exp included."""
     geometry, n, heads = KSAGeometry(4, 1, 2), 44, 2
-    rows = leaves(1, 64, torch.float32, *[(n, heads)] * 3, *[(n // 4, heads)] * 2)
+    rows = random_rows(0, 1, 64, torch.float32, *[(n, heads)] * 3, *[(n // 4, heads)] * 2)
     none = torch.zeros(1, 0, heads, 64)
 
     def merged(q, k, v, k_summary, v_summary):

@@ -8,32 +8,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import document_starts
 from compare import assert_close
 
-from megatron_ksa.kernels.ksa_attention import KSAGeometry, triton_rows, triton_text
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, triton_joint, triton_text
 from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
 
 SHARED_MEMORY = 227 * 1024
 
 
-def test_the_stored_tiles_compile_and_fit_an_h100():
-    """Also: products are in flight together; the compiler made dK and dV wait for each of 48 for want of registers."""
+def test_kernels_compile_for_an_h100_and_launches_repeat():
+    """Also: products are in flight together; the compiler made dK and dV wait for each of 48 for want of registers.
+
+    And what `kernels/launch.py` repeats is what Triton's own launch hands to the driver (see the script).
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_for_hopper.py"
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {row["kernel"] for row in found} == {"_forward_kernel", "_dq_kernel", "_dkv_kernel"}
+    specialised = [row for row in found if row["case"] in ("joint", "joint, documents", "segment")]
+    assert [row["kernel"] for row in specialised] == ["_forward_kernel", "_dq_kernel", *["_dkv_kernel"] * 2] * 3
+    # Without summaries nothing is launched for them.
+    window = [row["kernel"] for row in found if row["case"] == "window"]
+    assert window == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
+    assert {row["kernel"] for row in found} > {"_summary_forward_kernel", "_summary_backward_kernel"}
     assert all(0 < row["shared"] <= SHARED_MEMORY for row in found), found
-    assert all(0 < row["waits"] <= row["products"] // 4 for row in found), found
-
-
-def documents(*firsts: int, rows: int) -> torch.Tensor:
-    """int32 [1, rows]: the document starts, given the first token of each document."""
-    start = torch.zeros(1, rows, dtype=torch.int32, device="cuda")
-    for first in firsts:
-        start[:, first:] = first
-    return start
+    assert all(0 < row["waits"] <= row["products"] // 4 for row in specialised), found
 
 
 needs_hopper = pytest.mark.skipif(
@@ -59,7 +60,7 @@ def test_short_work_items_give_the_same_bits_every_time(n, batch, groups):
     d_out = torch.randn_like(leaves[0])
 
     def run(tiles):
-        out = triton_rows.attention(*leaves, KSAGeometry(8, 1, 128), text_rows=n, tiles=tiles)
+        out = triton_joint.attention(*leaves, KSAGeometry(8, 1, 128), text_rows=n, tiles=tiles)
         return out, *torch.autograd.grad(out, leaves, d_out)
 
     plain, first = run(HALF[128]), run(HOPPER[128])
@@ -82,6 +83,8 @@ def test_short_work_items_give_the_same_bits_every_time(n, batch, groups):
         (1000, 1, 4, 2, 128, 4, {"document_start": (300, 701)}),
         (2048, 1, 4, 4, 128, 16, {"query_start": 1024}),
         (2048, 1, 4, 4, 128, 1000, {"no_summaries": True}),
+        (2048, 2, 8, 2, 128, 16, {"no_summaries": True, "document_start": (300, 1701)}),
+        (1003, 1, 4, 4, 96, 4, {"no_summaries": True, "query_start": 512}),
     ],
 )
 def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, window, options, dtype):
@@ -90,12 +93,10 @@ def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, 
     summaries = 0 if options.get("no_summaries") else n // 8
     counts = ((n - first, heads), (n, groups), (n, groups), (summaries, groups), (summaries, groups))
     rows = [torch.randn(batch, r, h, dim, device="cuda", dtype=dtype).requires_grad_() for r, h in counts]
-    start = documents(*options["document_start"], rows=n) if "document_start" in options else None
+    start = document_starts(options["document_start"], n, device="cuda") if "document_start" in options else None
     found = []
     for tiles in (HOPPER[128], HALF[128]):
-        out, lse = triton_text.text_attention(
-            *rows, geometry, document_start=start, query_start=first, tiles=tiles
-        )
+        out, lse = triton_text.text_attention(*rows, geometry, document_start=start, query_start=first, tiles=tiles)
         gradients = torch.autograd.grad((out, lse), rows, (torch.ones_like(out), torch.ones_like(lse)))
         found.append((out, lse, *gradients))
     for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv", "dks", "dvs"), *found, strict=True):
@@ -119,17 +120,17 @@ def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, 
         (5, 1, 2, 2, 128, (8, 1, 1), ()),
     ],
 )
-def test_own_queries_of_summaries_equal_the_kernel_for_them(n, batch, heads, groups, dim, sizes, firsts, dtype):
+def test_summary_queries_equal_the_kernel_for_them(n, batch, heads, groups, dim, sizes, firsts, dtype):
     torch.manual_seed(0)
     rows = n + n // sizes[0] * sizes[1]
     leaves = [
         torch.randn(batch, rows, count, dim, device="cuda", dtype=dtype).requires_grad_()
         for count in (heads, groups, groups)
     ]
-    start, d_out = documents(*firsts, rows=n) if firsts else None, torch.randn_like(leaves[0])
+    start, d_out = document_starts(firsts, n, device="cuda") if firsts else None, torch.randn_like(leaves[0])
     found = []
     for tiles in (HOPPER[128], HALF[128]):
-        out = triton_rows.attention(*leaves, KSAGeometry(*sizes), text_rows=n, document_start=start, tiles=tiles)
+        out = triton_joint.attention(*leaves, KSAGeometry(*sizes), text_rows=n, document_start=start, tiles=tiles)
         found.append((out, *torch.autograd.grad(out, leaves, d_out)))
     for name, actual, expected in zip(("out", "dq", "dk", "dv"), *found, strict=True):
         assert torch.isfinite(actual).all(), name

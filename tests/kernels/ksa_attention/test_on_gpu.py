@@ -4,11 +4,11 @@ import pytest
 import torch
 from compare import assert_close
 
-from megatron_ksa.kernels.benchmarks import attention, attention_features
+from megatron_ksa.kernels.benchmarks import attention
 from megatron_ksa.kernels.benchmarks.check import errors
 from megatron_ksa.kernels.benchmarks.measure import peak_bytes
 from megatron_ksa.kernels.benchmarks.registry import Shape
-from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference, triton_rows, triton_text, workspace
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference, triton_joint, triton_text, workspace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +79,7 @@ def test_memory_is_that_of_outputs_and_gradients(groups):
         d_out = torch.randn_like(leaves[0])
 
         def both(leaves=leaves, d_out=d_out, shape=shape):
-            out = triton_rows.attention(*leaves, shape.geometry, text_rows=shape.n)
+            out = triton_joint.attention(*leaves, shape.geometry, text_rows=shape.n)
             torch.autograd.grad(out, leaves, d_out)
 
         both()
@@ -96,8 +96,8 @@ def test_a_repeated_call_computes_its_own_tensors(groups):
         leaves = [shape.random(shape.rows, count, "cuda") for count in (4, groups, groups)]
         found = errors(
             ("out", "dq", "dk", "dv"),
-            lambda *rows: (triton_rows.attention(*rows, shape.geometry, text_rows=shape.n),),
-            lambda *rows: (attention_features.joint_reference(*rows, shape.geometry, shape.n),),
+            lambda *rows: (triton_joint.attention(*rows, shape.geometry, text_rows=shape.n),),
+            lambda *rows: (reference.attention(*rows, shape.geometry, text_rows=shape.n),),
             leaves,
         )
         assert all(error <= limit for error, limit in found.values()), found

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.kernels.ksa_attention import KSAGeometry, tile_store, triton_config, triton_rows
+from megatron_ksa.kernels.benchmarks.candidates import candidates
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, tile_store, triton_config, triton_joint
 from megatron_ksa.kernels.ksa_attention.tile_store import PACKAGE_STORE, Situation, StoredTile, choose, merge, read
 from megatron_ksa.kernels.ksa_attention.triton_config import HALF, SINGLE, Tile, Tiles, tile_numbers, tiles_for
 
 H100 = Situation("NVIDIA H100", "9.0", 2, 128, False, 8, 128)
 TILE = (64, 128, 4, 2, 1)
+H100_SHARED = 227 * 1024
 
 
 def stored(tile=TILE, kernel="forward", date="2026-01-01", **situation) -> StoredTile:
@@ -25,8 +27,16 @@ def test_kernels_are_those_with_tiles():
     assert len(TILE) == len(Tile._fields)
 
 
-def test_the_package_has_a_store():
-    read(PACKAGE_STORE)
+def test_stored_tiles_are_candidates_that_fit():
+    """Each kernel and situation has one record, of a GPU, with a tile that a sweep tries there."""
+    records = read(PACKAGE_STORE)
+    assert records and len({(record.kernel, record.situation) for record in records}) == len(records)
+    for record in records:
+        found = record.situation
+        hopper = found.capability.startswith("9.")
+        tried = candidates(record.kernel, found.head_dim, found.element_bytes, H100_SHARED, hopper)
+        assert found.gpu != "cpu" and record.tile in tried
+        assert record.measured["median_ms"] and record.measured["commit"]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +239,7 @@ def test_attention_with_stored_tiles_equals_attention_with_given_ones(package_st
     assert tiles_for(rows, 2, geometry) == small
 
     def attend(q, tiles=None):
-        return triton_rows.attention(q, rows, rows, geometry, text_rows=36, tiles=tiles)
+        return triton_joint.attention(q, rows, rows, geometry, text_rows=36, tiles=tiles)
 
     out = attend(rows)
     assert torch.equal(out, attend(rows, small))

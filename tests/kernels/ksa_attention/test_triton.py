@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 import triton
+from attention_cases import compare, document_starts, random_rows
 from compare import assert_close
 from triton.language import standard
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.kernels import dispatch as device_dispatch
+from megatron_ksa.kernels import dispatch
 from megatron_ksa.kernels.ksa_attention import (
-    dispatch,
+    ksa_text_attention,
     reference,
-    triton_rows,
+    triton_joint,
     triton_summary,
     triton_text,
     workspace,
@@ -55,55 +56,19 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda rows, **options: poison(empty_like(rows, **options)))
 
 
-def random_rows(generator, batch, rows, heads, dim, dtype):
-    values = torch.randn(batch, rows, heads, dim, generator=generator).to(DEVICE, dtype)
-    return values.requires_grad_()
-
-
-def document_starts(cuts, rows, batch):
-    """Starts of packed documents cut at the given positions; every further row of the batch has one cut less."""
-    starts = torch.zeros(batch, rows, dtype=torch.int32)
-    for row in range(batch):
-        for cut in cuts[row:]:
-            starts[row, cut:] = cut
-    return starts.to(DEVICE)
-
-
-def compare(names, attend, expected, leaves, tolerance=None):
-    """Outputs and gradients of `attend` against those of `expected` in float64, under the same random gradients."""
-    outputs = attend(*leaves)
-    seen = [torch.isfinite(out) for out in outputs]
-    d_outputs = [torch.randn_like(out) * finite for out, finite in zip(outputs, seen, strict=True)]
-    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    exact = expected(*exact_leaves)
-    for ours, theirs in zip(seen, exact, strict=True):
-        assert torch.equal(ours, torch.isfinite(theirs))
-    # Rows that see nothing have lse = -inf on both sides; they are compared above.
-    loss, exact_loss = (
-        [out.masked_fill(~finite, 0) for out, finite in zip(results, seen, strict=True)] for results in (outputs, exact)
-    )
-    gradients = torch.autograd.grad(loss, leaves, d_outputs)
-    exact_gradients = torch.autograd.grad(exact_loss, exact_leaves, [d_out.double() for d_out in d_outputs])
-    for name, actual, wanted in zip(names, [*loss, *gradients], [*exact_loss, *exact_gradients], strict=True):
-        assert_close(name, actual, wanted, tolerance)
-
-
 def text_case(
     geometry, nq, *, heads=(2, 2), dim=16, batch=1, dtype=torch.float32, cuts=None, query_start=0, keys=None,
     chunks=None, tiles=TILES,
 ):  # fmt: skip
     """Compare text_attention; keys and chunks are (first, count), by default all up to the last query."""
-    generator = torch.Generator().manual_seed(nq)
     n = query_start + nq
     key_start, nk = keys or (0, n)
     chunk_start, nc = chunks or (0, n // geometry.chunk_size)
     ns = nc * geometry.summary_tokens
-    leaves = [
-        random_rows(generator, batch, rows, count, dim, dtype)
-        for rows, count in ((nq, heads[0]), (nk, heads[1]), (nk, heads[1]), (ns, heads[1]), (ns, heads[1]))
-    ]
+    counts = ((nq, heads[0]), (nk, heads[1]), (nk, heads[1]), (ns, heads[1]), (ns, heads[1]))
+    leaves = random_rows(nq, batch, dim, dtype, *counts, device=DEVICE)
     options = {
-        "document_start": None if cuts is None else document_starts(cuts, n, batch),
+        "document_start": None if cuts is None else document_starts(cuts, n, batch, DEVICE),
         "query_start": query_start,
         "key_start": key_start,
         "chunk_start": chunk_start,
@@ -172,10 +137,11 @@ def test_parts_of_the_queries_are_summed(monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("C, S, heads, dim, cuts", [(8, 1, (2, 2), 16, None), (6, 2, (4, 2), 24, [20, 45])])
 def test_summary_attention(C, S, heads, dim, cuts):
-    geometry, chunks, generator = KSAGeometry(C, S, 3), 45, torch.Generator().manual_seed(C)
+    geometry, chunks = KSAGeometry(C, S, 3), 45
     counts = ((S, heads[0]), (C, heads[1]), (C, heads[1]), (S, heads[1]), (S, heads[1]))
-    leaves = [random_rows(generator, 2, chunks * rows, count, dim, torch.float32) for rows, count in counts]
-    starts = None if cuts is None else document_starts(cuts, chunks * C, 2)
+    counts = [(chunks * rows, count) for rows, count in counts]
+    leaves = random_rows(C, 2, dim, torch.float32, *counts, device=DEVICE)
+    starts = None if cuts is None else document_starts(cuts, chunks * C, 2, DEVICE)
     compare(
         ("out", *NAMES[2:]),
         lambda *rows: [triton_summary.summary_attention(*rows, geometry, document_start=starts)],
@@ -194,7 +160,7 @@ def test_golden_output_and_gradients(case):
     order = torch.tensor(np.concatenate([np.flatnonzero(is_text), np.flatnonzero(~is_text)]))
     q, k, v = (torch.tensor(data[key])[:, order].to(DEVICE).requires_grad_() for key in "qkv")
     tiles = Tiles(*[Tile(32, 32, 4, 1)] * 4)
-    out = triton_rows.attention(q, k, v, geometry, text_rows=int(is_text.sum()), tiles=tiles)
+    out = triton_joint.attention(q, k, v, geometry, text_rows=int(is_text.sum()), tiles=tiles)
     out.backward(torch.tensor(data["dout"])[:, order].to(DEVICE))
     for name, actual in (("out", out), ("dq", q.grad), ("dk", k.grad), ("dv", v.grad)):
         assert_close(name, actual.cpu(), torch.tensor(data[name])[:, order])
@@ -203,12 +169,12 @@ def test_golden_output_and_gradients(case):
 @needs_kernels
 def test_any_strides():
     """[rows, batch, heads, dim] storage as the layer has it, and rows that the copy engine cannot address."""
-    generator, geometry = torch.Generator().manual_seed(0), KSAGeometry(4, 1, 3)
-    leaves = [random_rows(generator, 50, 2, 2, 20, torch.float32).transpose(0, 1) for _ in range(3)]
+    geometry = KSAGeometry(4, 1, 3)
+    leaves = [t.transpose(0, 1) for t in random_rows(0, 50, 20, torch.float32, *[(2, 2)] * 3, device=DEVICE)]
     odd = [torch.nn.functional.pad(leaf, (0, 1))[..., :-1] for leaf in leaves]
-    expected = triton_rows.attention(*(leaf.contiguous() for leaf in leaves), geometry, text_rows=40, tiles=TILES)
+    expected = triton_joint.attention(*(leaf.contiguous() for leaf in leaves), geometry, text_rows=40, tiles=TILES)
     for rows in (leaves, odd):
-        out = triton_rows.attention(*rows, geometry, text_rows=40, tiles=TILES)
+        out = triton_joint.attention(*rows, geometry, text_rows=40, tiles=TILES)
         assert torch.equal(out, expected)
     (gradient,) = torch.autograd.grad(out.sum(), leaves[1])
     (wanted,) = torch.autograd.grad((expected * torch.ones_like(expected)).sum(), leaves[1])
@@ -217,10 +183,10 @@ def test_any_strides():
 
 @needs_kernels
 def test_backward_is_deterministic():
-    generator, geometry = torch.Generator().manual_seed(0), KSAGeometry(4, 1, 3)
-    leaves = [random_rows(generator, 1, 100, heads, 16, torch.float32) for heads in (4, 2, 2)]
+    geometry = KSAGeometry(4, 1, 3)
+    leaves = random_rows(0, 1, 16, torch.float32, (100, 4), (100, 2), (100, 2), device=DEVICE)
     gradients = [
-        torch.autograd.grad(triton_rows.attention(*leaves, geometry, text_rows=80, tiles=TILES).square().sum(), leaves)
+        torch.autograd.grad(triton_joint.attention(*leaves, geometry, text_rows=80, tiles=TILES).square().sum(), leaves)
         for _ in range(2)
     ]
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
@@ -229,26 +195,25 @@ def test_backward_is_deterministic():
 @needs_kernels
 def test_custom_ops_obey_their_schemas():
     """Fake implementations and autograd registration, as torch.compile and recompute rely on them."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [random_rows(generator, 1, count, 1, 16, torch.float32) for count in (16, 16, 16, 4, 4)]
+    rows = random_rows(0, 1, 16, torch.float32, *[(16, 1)] * 3, *[(4, 1)] * 2, device=DEVICE)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     ops = torch.ops.megatron_ksa
     settings = (4, 1, 2, 0, 0, 0, 0.25, TILES.pack())
     torch.library.opcheck(ops.text_attention.default, (*rows, None, *settings), test_utils=checks)
     summary = (rows[3], rows[1], rows[2], rows[3], rows[4], None, 4, 1, 0, 0.25)
     torch.library.opcheck(ops.summary_attention.default, summary, test_utils=checks)
-    joint = [random_rows(generator, 1, 20, 1, 16, torch.float32) for _ in range(3)]
+    joint = random_rows(0, 1, 16, torch.float32, *[(20, 1)] * 3, device=DEVICE)
     settings = (None, 16, 4, 1, 2, 0.25, TILES.pack())
     torch.library.opcheck(ops.attention.default, (*joint, *settings), test_utils=checks)
 
 
 @needs_kernels
 def test_compiles_into_one_graph():
-    generator, geometry = torch.Generator().manual_seed(0), KSAGeometry(4, 1, 2)
-    leaves = [random_rows(generator, 1, 25, heads, 16, torch.float32) for heads in (2, 1, 1)]
+    geometry = KSAGeometry(4, 1, 2)
+    leaves = random_rows(0, 1, 16, torch.float32, (25, 2), (25, 1), (25, 1), device=DEVICE)
 
     def attend(q, k, v):
-        return triton_rows.attention(q, k, v, geometry, text_rows=20, tiles=TILES)
+        return triton_joint.attention(q, k, v, geometry, text_rows=20, tiles=TILES)
 
     results = []
     for run in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
@@ -276,10 +241,10 @@ def test_refuses_what_it_cannot_compute(dim, heads, dtype, scale, message):
 
 
 def test_dispatch_takes_the_reference_off_the_gpu_and_says_so_once(caplog):
-    device_dispatch._announce.cache_clear()
+    dispatch._announce.cache_clear()
     rows = torch.randn(1, 10, 2, 16, generator=torch.Generator().manual_seed(0))
-    with caplog.at_level(logging.INFO, logger=device_dispatch.__name__):
-        results = [dispatch.text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2)) for _ in range(2)]
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        results = [ksa_text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2)) for _ in range(2)]
     expected = reference.text_attention(rows, rows, rows, rows, rows, KSAGeometry(1, 1, 2))
     assert all(torch.equal(out, wanted) for result in results for out, wanted in zip(result, expected, strict=True))
     assert [record.message for record in caplog.records] == ["KSA attention runs in plain PyTorch (cpu, torch.float32)"]

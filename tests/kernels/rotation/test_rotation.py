@@ -10,8 +10,8 @@ from compare import assert_close
 from triton.language import standard
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.kernels import dispatch as device_dispatch
-from megatron_ksa.kernels.rotation import dispatch, fixed_point, mix, reference, triton_rotation
+from megatron_ksa.kernels import dispatch
+from megatron_ksa.kernels.rotation import OP, fixed_point, mix, reference, rotate_heads, triton_rotation
 
 INTERPRETED = not isinstance(standard.sum, triton.runtime.JITFunction)
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -129,11 +129,11 @@ def test_refuses_what_it_cannot_compute(options, message):
 
 
 def test_dispatch_says_once_what_it_takes(caplog):
-    device_dispatch._announce.cache_clear()
+    dispatch._announce.cache_clear()
     parts, queries, _, positions, freqs = case(norm=False)
     parts, positions, freqs = [part.detach().cpu() for part in parts], positions.cpu(), freqs.cpu()
-    with caplog.at_level(logging.INFO, logger=device_dispatch.__name__):
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         for _ in range(2):
-            dispatch.rotate(parts, queries, [None] * 2, positions, freqs, eps=0.0)
-    message = f"{dispatch.OP} runs in plain PyTorch (cpu, torch.float32)"
+            rotate_heads(parts, queries, [None] * 2, positions, freqs, eps=0.0)
+    message = f"{OP} runs in plain PyTorch (cpu, torch.float32)"
     assert [record.message for record in caplog.records] == [message]

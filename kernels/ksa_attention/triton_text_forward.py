@@ -1,10 +1,10 @@
 """Forward pass of the text queries of KSA attention: text in the window, then older summaries, in one softmax."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_ksa.kernels.ksa_attention.operands import Rows, Sizes, SummaryForward, TextOutputs
 from megatron_ksa.kernels.ksa_attention.triton_common import LOG2E, descriptor, key_interval, tile_ranges
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_dim
 from megatron_ksa.kernels.launch import launch
@@ -120,47 +120,36 @@ def _forward_kernel(
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
-    chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
-    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, dealt: Tensor, own: tuple[Tensor, Tensor] | None = None,
-) -> None:  # fmt: skip
-    """Fill out [B, nq, Hq, D] (last dimension contiguous) and lse [B, Hq, nq] (contiguous).
+    rows: Rows, sizes: Sizes, tile: Tile, outputs: TextOutputs, dealt: Tensor, summary: SummaryForward | None = None
+) -> None:
+    """Fill the outputs of the text queries, and that of the summary queries where they are given.
 
-    dealt: int32 [1], 0: counts the work items that are dealt (specialised tiles).
-    own: the summaries' own queries and their output, which is filled too, of the strides of q and out; for specialised
-        tiles, where all offsets are 0 and keys of text and summaries have equal strides.
+    Args:
+        dealt: int32 [1], 0: counts the work items that are dealt (specialised tiles).
+        summary: for specialised tiles, where all offsets are 0, keys of text and summaries have equal strides, and
+            the summary queries and their output have the strides of q and out.
     """
     if tile.specialised:
         from megatron_ksa.kernels.ksa_attention import gluon_forward
 
-        gluon_forward.launch_forward(
-            q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-            chunk_start, softmax_scale, tile, out, lse, dealt, own,
-        )  # fmt: skip
+        gluon_forward.launch_forward(rows, sizes, tile, outputs, dealt, summary)
         return
+    q, *keys, document_start = rows
+    out, lse = outputs
     batch, nq, heads, dim = q.shape
     if not nq:
         return
-    nk, ns = k.shape[1], k_summary.shape[1]
     block_dim = padded_head_dim(dim)
     d_q = descriptor(q, tile.queries, block_dim)
     # A descriptor of no rows cannot be made: an absent kind of keys borrows the queries' memory and is never read.
-    d_keys = [descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)]
+    d_keys = [descriptor(kind if kind.shape[1] else q, tile.keys, block_dim) for kind in keys]
     launch(
         _forward_kernel, (triton.cdiv(nq, tile.queries), batch * heads),
         d_q, *d_keys, document_start, out, lse,
-        nq, nk, ns, query_start, key_start, chunk_start, window, softmax_scale * LOG2E, heads,
+        nq, rows.k.shape[1], rows.k_summary.shape[1], sizes.query_start, sizes.key_start, sizes.chunk_start,
+        sizes.window, sizes.softmax_scale * LOG2E, heads,
         document_start.stride(0) if document_start is not None else 0, *out.stride()[:3],
-        C=chunk_size, S=summary_tokens, GROUP=heads // k.shape[2], D=dim, BD=block_dim,
+        C=sizes.chunk_size, S=sizes.summary_tokens, GROUP=heads // rows.k.shape[2], D=dim, BD=block_dim,
         BM=tile.queries, BN=tile.keys, HAS_DOCUMENTS=document_start is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-
-
-def new_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised out [B, nq, Hq, D] and lse, float32 [B, Hq, nq]."""
-    batch, nq, heads, _ = q.shape
-    return (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty((batch, heads, nq), dtype=torch.float32, device=q.device),
-    )

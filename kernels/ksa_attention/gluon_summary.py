@@ -1,12 +1,12 @@
-"""The summaries' own queries in the Hopper kernels: a consumer serves those of the chunks that its text queries are in.
+"""The summary queries in the Hopper kernels: a consumer serves those of the chunks that its text queries are in.
 
-Each has C + S keys, too few for a tile of products: plain arithmetic, on the tile of keys beside the queries, which a
-consumer reads last and keeps until its summaries are done. A thread holds 8 channels of all keys of a chunk; blocks are
-[chunks, rows of a chunk, channels]. With p = softmax(scale * q . k):
+Each summary query has C + S keys, too few for a tile of matrix products: plain arithmetic, on the tile of keys beside
+the text queries, which a consumer reads last and keeps until its summary queries are done. A thread holds 8 channels
+of all keys of a chunk; blocks are [chunks, rows of a chunk, channels]. With p = softmax(scale * q . k):
 
     dp = dO . v      delta = sum(p * dp)      ds = p * (dp - delta)      dq = scale * ds k
 
-What they add to dK and dV is left to the kernels for those, which get log-sum-exp and delta from here.
+What summary queries add to dK and dV is left to the kernel for dK and dV, which gets lse and delta from here.
 """
 
 from triton.experimental import gluon
@@ -32,31 +32,31 @@ def _chunk_rows(
 @gluon.jit
 def _head(p, i_b, i_h, strides):
     """First row of a head."""
-    return p + i_b.to(gl.int64) * strides[0] + i_h.to(gl.int64) * strides[2]
+    return p + i_b.to(gl.int64) * strides.batch + i_h.to(gl.int64) * strides.head
 
 
 @gluon.jit
-def load_own(
-    own, queries, first, i_b, i_h, i_g, C: gl.constexpr, S: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
-    BD: gl.constexpr,
-):  # fmt: skip
-    """Rows of the summaries of the chunks in text rows [first, first + BM): their K and V, and `queries`.
+def load_summaries(keys, queries, first, i_b, i_h, i_g, constants):
+    """Rows of the summaries of the chunks in text rows [first, first + BM), from keys: SummaryKeys and queries:
+    SummaryQueries.
 
-    Returns these, the first of the chunks, and the number of all.
-
-    own: pointers to their K and V, strides of both, and the number of chunks.
-    queries: pointers and strides of their q, and of their dO in the backward pass.
+    Returns K, V, q and dO (q again in the forward pass), the first of the chunks, and the number of all.
     """
-    p_ks, p_vs, k_strides, v_strides, chunks = own
-    CHUNKS: gl.constexpr = BM // C
+    C: gl.constexpr = constants.C
+    S: gl.constexpr = constants.S
+    D: gl.constexpr = constants.D
+    BD: gl.constexpr = constants.BD
+    CHUNKS: gl.constexpr = constants.BM // C
+    chunks = keys.chunks
     chunk = first // C
-    b_ks = _chunk_rows(_head(p_ks, i_b, i_g, k_strides), chunk, chunks, k_strides[1], S, CHUNKS, D, BD)
-    b_vs = _chunk_rows(_head(p_vs, i_b, i_g, v_strides), chunk, chunks, v_strides[1], S, CHUNKS, D, BD)
-    p_q, p_do, q_strides, do_strides = queries
-    b_q = _chunk_rows(_head(p_q, i_b, i_h, q_strides), chunk, chunks, q_strides[1], S, CHUNKS, D, BD)
+    b_ks = _chunk_rows(_head(keys.k, i_b, i_g, keys.k_strides), chunk, chunks, keys.k_strides.row, S, CHUNKS, D, BD)
+    b_vs = _chunk_rows(_head(keys.v, i_b, i_g, keys.v_strides), chunk, chunks, keys.v_strides.row, S, CHUNKS, D, BD)
+    p_q = _head(queries.q, i_b, i_h, queries.q_strides)
+    b_q = _chunk_rows(p_q, chunk, chunks, queries.q_strides.row, S, CHUNKS, D, BD)
     b_do = b_q
-    if p_do is not None:
-        b_do = _chunk_rows(_head(p_do, i_b, i_h, do_strides), chunk, chunks, do_strides[1], S, CHUNKS, D, BD)
+    if queries.do is not None:
+        p_do = _head(queries.do, i_b, i_h, queries.do_strides)
+        b_do = _chunk_rows(p_do, chunk, chunks, queries.do_strides.row, S, CHUNKS, D, BD)
     return b_ks, b_vs, b_q, b_do, chunk, chunks
 
 
@@ -75,8 +75,8 @@ def chunk_keys(s_rows, PART: gl.constexpr, C: gl.constexpr, BM: gl.constexpr):
 @gluon.jit
 def _row(b_rows, i_s, layout: gl.constexpr):
     """Row i_s of each chunk, float32 [chunks, BD] as a slice of `layout` along its rows."""
-    own: gl.constexpr = b_rows.type.layout
-    o_r = gl.arange(0, b_rows.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, own)))
+    given: gl.constexpr = b_rows.type.layout
+    o_r = gl.arange(0, b_rows.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, given)))
     b_row = gl.sum(gl.where((o_r == i_s)[None, :, None], b_rows.to(gl.float32), 0.0), axis=1)
     return gl.convert_layout(b_row, gl.SliceLayout(1, layout))
 
@@ -101,24 +101,24 @@ def _probabilities(
 ):
     """p over the text [chunks, C] and over the summaries [chunks, S], and the log-sum-exp to base 2 [chunks]."""
     text: gl.constexpr = gl.SliceLayout(2, b_k.type.layout)
-    own: gl.constexpr = gl.SliceLayout(2, b_ks.type.layout)
+    summary: gl.constexpr = gl.SliceLayout(2, b_ks.type.layout)
     b_text = _dots(b_row, b_k) * scale_log2
-    b_own = _dots(b_row, b_ks) * scale_log2
+    b_summary = _dots(b_row, b_ks) * scale_log2
     if HAS_DOCUMENTS:
         # The summaries belong to the document of the chunk's last token.
         o_c = chunk + gl.arange(0, b_k.shape[0], layout=gl.SliceLayout(1, text))
         o_t = o_c[:, None] * C + gl.arange(0, C, layout=gl.SliceLayout(0, text))[None, :]
         b_start = gl.load(p_start + o_c * C + C - 1, mask=o_c < chunks, other=0)
         b_text = gl.where(o_t >= b_start[:, None], b_text, float("-inf"))
-    o_r = gl.arange(0, b_ks.shape[1], layout=gl.SliceLayout(0, own))
-    b_own = gl.where((o_r <= i_s)[None, :], b_own, float("-inf"))
-    b_max = gl.maximum(gl.max(b_text, axis=1), gl.convert_layout(gl.max(b_own, axis=1), gl.SliceLayout(1, text)))
+    o_r = gl.arange(0, b_ks.shape[1], layout=gl.SliceLayout(0, summary))
+    b_summary = gl.where((o_r <= i_s)[None, :], b_summary, float("-inf"))
+    b_max = gl.maximum(gl.max(b_text, axis=1), gl.convert_layout(gl.max(b_summary, axis=1), gl.SliceLayout(1, text)))
     b_text = gl.exp2(b_text - b_max[:, None])
-    b_own = gl.exp2(b_own - gl.convert_layout(b_max, gl.SliceLayout(1, own))[:, None])
-    b_sum = gl.sum(b_text, axis=1) + gl.convert_layout(gl.sum(b_own, axis=1), gl.SliceLayout(1, text))
+    b_summary = gl.exp2(b_summary - gl.convert_layout(b_max, gl.SliceLayout(1, summary))[:, None])
+    b_sum = gl.sum(b_text, axis=1) + gl.convert_layout(gl.sum(b_summary, axis=1), gl.SliceLayout(1, text))
     b_scale = 1.0 / b_sum
-    b_own *= gl.convert_layout(b_scale, gl.SliceLayout(1, own))[:, None]
-    return b_text * b_scale[:, None], b_own, b_max + gl.log2(b_sum)
+    b_summary *= gl.convert_layout(b_scale, gl.SliceLayout(1, summary))[:, None]
+    return b_text * b_scale[:, None], b_summary, b_max + gl.log2(b_sum)
 
 
 @gluon.jit
@@ -132,49 +132,45 @@ def _store(p, b_row, i_s, chunk, chunks, stride_n, S: gl.constexpr, D: gl.conste
 
 
 @gluon.jit
-def attend_own(
-    b_k, b_v, loaded, p_start, p_out, stride_n, scale_log2,
-    C: gl.constexpr, S: gl.constexpr, D: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
-):  # fmt: skip
-    """Outputs of the own queries, from `chunk_keys` and `load_own`.
+def attend_summaries(b_k, b_v, loaded, p_start, p_out, stride_n, scale_log2, constants):
+    """Store the outputs of summary queries, from `chunk_keys` and `load_summaries`.
 
     p_out: first row of their head. p_start: first positions of documents, of their sequence.
     """
     b_ks, b_vs, b_q, b_do, chunk, chunks = loaded
+    S: gl.constexpr = constants.S
     layout: gl.constexpr = b_k.type.layout
     for i_s in range(S):
         b_row = _row(b_q, i_s, layout)
-        b_text, b_own, b_lse2 = _probabilities(
-            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, C, HAS_DOCUMENTS
+        b_text, b_summary, b_lse2 = _probabilities(
+            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, constants.C, constants.HAS_DOCUMENTS
         )
-        b_out = _weighted(b_text, b_v, layout) + _weighted(b_own, b_vs, layout)
-        _store(p_out, b_out, i_s, chunk, chunks, stride_n, S, D)
+        b_out = _weighted(b_text, b_v, layout) + _weighted(b_summary, b_vs, layout)
+        _store(p_out, b_out, i_s, chunk, chunks, stride_n, S, constants.D)
 
 
 @gluon.jit
-def own_dq(
-    b_k, b_v, loaded, p_start, p_dq, p_lse2, p_delta, stride_n, scale, scale_log2,
-    C: gl.constexpr, S: gl.constexpr, D: gl.constexpr, HAS_DOCUMENTS: gl.constexpr,
-):  # fmt: skip
-    """dQ of the own queries, their log-sum-exp to base 2 and delta; arguments as in `attend_own`."""
+def summary_dq(b_k, b_v, loaded, p_start, p_dq, p_lse2, p_delta, stride_n, scale, scale_log2, constants):
+    """Store dQ of summary queries, their log-sum-exp to base 2 and delta; arguments as in `attend_summaries`."""
     b_ks, b_vs, b_q, b_do, chunk, chunks = loaded
+    S: gl.constexpr = constants.S
     layout: gl.constexpr = b_k.type.layout
     text: gl.constexpr = gl.SliceLayout(2, layout)
-    own: gl.constexpr = gl.SliceLayout(2, b_ks.type.layout)
+    summary: gl.constexpr = gl.SliceLayout(2, b_ks.type.layout)
     for i_s in range(S):
         b_row = _row(b_q, i_s, layout)
-        b_text, b_own, b_lse2 = _probabilities(
-            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, C, HAS_DOCUMENTS
+        b_text, b_summary, b_lse2 = _probabilities(
+            b_row, b_k, b_ks, i_s, chunk, chunks, p_start, scale_log2, constants.C, constants.HAS_DOCUMENTS
         )
         b_row = _row(b_do, i_s, layout)
         b_dtext = _dots(b_row, b_v)
-        b_down = _dots(b_row, b_vs)
+        b_dsummary = _dots(b_row, b_vs)
         b_delta = gl.sum(b_text * b_dtext, axis=1)
-        b_delta += gl.convert_layout(gl.sum(b_own * b_down, axis=1), gl.SliceLayout(1, text))
+        b_delta += gl.convert_layout(gl.sum(b_summary * b_dsummary, axis=1), gl.SliceLayout(1, text))
         b_dtext = b_text * (b_dtext - b_delta[:, None])
-        b_down = b_own * (b_down - gl.convert_layout(b_delta, gl.SliceLayout(1, own))[:, None])
-        b_dq = (_weighted(b_dtext, b_k, layout) + _weighted(b_down, b_ks, layout)) * scale
-        _store(p_dq, b_dq, i_s, chunk, chunks, stride_n, S, D)
+        b_dsummary = b_summary * (b_dsummary - gl.convert_layout(b_delta, gl.SliceLayout(1, summary))[:, None])
+        b_dq = (_weighted(b_dtext, b_k, layout) + _weighted(b_dsummary, b_ks, layout)) * scale
+        _store(p_dq, b_dq, i_s, chunk, chunks, stride_n, S, constants.D)
         o_c = chunk + gl.arange(0, b_k.shape[0], layout=gl.SliceLayout(1, text))
         gl.store(p_lse2 + o_c * S + i_s, b_lse2, mask=o_c < chunks)
         gl.store(p_delta + o_c * S + i_s, b_delta, mask=o_c < chunks)

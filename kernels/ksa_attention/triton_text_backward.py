@@ -10,6 +10,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megatron_ksa.kernels.ksa_attention.operands import (
+    Gradients,
+    OutputGradients,
+    Rows,
+    Sizes,
+    SummaryBackward,
+    TextOutputs,
+)
 from megatron_ksa.kernels.ksa_attention.triton_common import (
     LOG2E,
     descriptor,
@@ -191,12 +199,8 @@ def _dkv_kernel(
     if HAS_DOCUMENTS:
         p_start += i_b.to(tl.int64) * stride_start
     last_key = tl.minimum(i_n * BN + BN, num_keys) - 1
-    lower, full_upper = query_interval(
-        i_n * BN, p_start, offset, query_start, nq, window, C, S, IS_TEXT, HAS_DOCUMENTS
-    )
-    full_lower, upper = query_interval(
-        last_key, p_start, offset, query_start, nq, window, C, S, IS_TEXT, HAS_DOCUMENTS
-    )
+    lower, full_upper = query_interval(i_n * BN, p_start, offset, query_start, nq, window, C, S, IS_TEXT, HAS_DOCUMENTS)
+    full_lower, upper = query_interval(last_key, p_start, offset, query_start, nq, window, C, S, IS_TEXT, HAS_DOCUMENTS)
     first, full_first, full_stop, stop = tile_ranges(lower, full_lower, full_upper, upper, BM)
     part = tl.cdiv(stop - first, tl.num_programs(2))
     first = tl.minimum(first + i_s * part, stop)
@@ -232,66 +236,69 @@ def _dkv_kernel(
 
 
 def launch_dq(
-    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
-    chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
-    softmax_scale: float, tile: Tile, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, dq: Tensor,
-    workspace: Workspace, own: tuple[Tensor, Tensor, Tensor] | None = None,
+    rows: Rows, sizes: Sizes, tile: Tile, outputs: TextOutputs, d_outputs: OutputGradients, dq: Tensor,
+    workspace: Workspace, summary: SummaryBackward | None = None,
 ) -> None:  # fmt: skip
-    """Fill dq, and delta and lse2 of the workspace; lse and d_lse [B, Hq, nq] are contiguous.
+    """Fill dq of the text queries, and lse2 and delta of the workspace.
 
-    own: the summaries' own queries, their dO, and their dQ, which is filled too (as in `triton_forward`).
+    summary: the summary queries, whose dQ and statistics are filled too (conditions: `launch_forward`).
     """
     if tile.specialised:
         from megatron_ksa.kernels.ksa_attention import gluon_dq
 
-        gluon_dq.launch_dq(
-            q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-            chunk_start, softmax_scale, tile, out, lse, d_out, d_lse, dq, workspace, own,
-        )  # fmt: skip
+        gluon_dq.launch_dq(rows, sizes, tile, outputs, d_outputs, dq, workspace, summary)
         return
+    q, *keys, document_start = rows
     batch, nq, heads, dim = q.shape
     if not nq:
         return
-    nk, ns = k.shape[1], k_summary.shape[1]
-    lse2, delta = workspace.lse2, workspace.delta
     block_dim = padded_head_dim(dim)
     launch(
         _dq_kernel, (triton.cdiv(nq, tile.queries), batch * heads),
-        *(descriptor(rows, tile.queries, block_dim) for rows in (q, out, d_out)),
-        *(descriptor(rows if rows.shape[1] else q, tile.keys, block_dim) for rows in (k, v, k_summary, v_summary)),
-        document_start, lse, d_lse, lse2, delta, dq,
-        nq, nk, ns, query_start, key_start, chunk_start, window, softmax_scale, softmax_scale * LOG2E, heads,
-        document_start.stride(0) if document_start is not None else 0, delta.stride(1), *dq.stride()[:3],
-        C=chunk_size, S=summary_tokens, GROUP=heads // k.shape[2], D=dim, BD=block_dim,
-        BM=tile.queries, BN=tile.keys, HAS_DOCUMENTS=document_start is not None, HAS_DLSE=d_lse is not None,
+        *(descriptor(kind, tile.queries, block_dim) for kind in (q, outputs.out, d_outputs.d_out)),
+        *(descriptor(kind if kind.shape[1] else q, tile.keys, block_dim) for kind in keys),
+        document_start, outputs.lse, d_outputs.d_lse, workspace.lse2, workspace.delta, dq,
+        nq, rows.k.shape[1], rows.k_summary.shape[1], sizes.query_start, sizes.key_start, sizes.chunk_start,
+        sizes.window, sizes.softmax_scale, sizes.softmax_scale * LOG2E, heads,
+        document_start.stride(0) if document_start is not None else 0, workspace.delta.stride(1), *dq.stride()[:3],
+        C=sizes.chunk_size, S=sizes.summary_tokens, GROUP=heads // rows.k.shape[2], D=dim, BD=block_dim,
+        BM=tile.queries, BN=tile.keys, HAS_DOCUMENTS=document_start is not None, HAS_DLSE=d_outputs.d_lse is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def launch_dkv(
-    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None,
-    chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
-    is_text: bool, tile: Tile, dk: Tensor, dv: Tensor, workspace: Workspace, own: tuple[Tensor, Tensor] | None = None,
+    rows: Rows, sizes: Sizes, is_text: bool, tile: Tile, d_out: Tensor, gradients: Gradients, workspace: Workspace,
+    summary: SummaryBackward | None = None,
 ) -> None:  # fmt: skip
-    """Fill dk and dv, [B, keys, Hkv, D] of equal strides, of the text keys or of the summaries.
+    """Fill dK and dV of the text keys (is_text) or of the summaries.
 
-    offset: position of the first text key, or chunk of the first summary.
-    own: the summaries' own queries and their dO, whose part is added (as in `triton_forward`).
+    summary: the summary queries, whose part is added (conditions: `launch_forward`).
     """
-    if not k.shape[1] or not q.shape[1]:
+    k, v, dk, dv, offset, parts = (
+        (rows.k, rows.v, gradients.dk, gradients.dv, sizes.key_start, workspace.text_parts)
+        if is_text
+        else (
+            rows.k_summary, rows.v_summary, gradients.dk_summary, gradients.dv_summary, sizes.chunk_start,
+            workspace.summary_parts,
+        )
+    )  # fmt: skip
+    if not k.shape[1]:
+        return
+    if not rows.q.shape[1]:
         call(Tensor.zero_, dk)
         call(Tensor.zero_, dv)
         return
-    parts = workspace.text_parts if is_text else workspace.summary_parts
-    shared = (chunk_size, summary_tokens, window, query_start, offset, softmax_scale, is_text, tile)
     splits, targets = (parts[0].shape[0], parts) if parts else (1, (dk, dv))
     if tile.specialised:
         from megatron_ksa.kernels.ksa_attention import gluon_dkv
 
-        gluon_dkv.launch_dkv(q, d_out, k, v, *shared, splits, *targets, workspace, own)
+        gluon_dkv.launch_dkv(
+            rows.q, d_out, k, v, sizes, offset, is_text, tile, splits, *targets, workspace, summary
+        )  # fmt: skip
     else:
         _launch_plain_dkv(
-            q, d_out, k, v, document_start, workspace.lse2, workspace.delta, *shared, splits, *targets
+            rows.q, d_out, k, v, rows.document_start, workspace, sizes, offset, is_text, tile, splits, *targets
         )
     # Parts of the queries are summed in float32 in a fixed order: too few keys to fill the GPU, still no atomics.
     for gradient, part in zip((dk, dv), parts or (), strict=bool(parts)):
@@ -303,48 +310,38 @@ def _sum_parts(gradient: Tensor, parts: Tensor) -> None:
 
 
 def _launch_plain_dkv(
-    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, lse2: Tensor, delta: Tensor,
-    chunk_size: int, summary_tokens: int, window: int, query_start: int, offset: int, softmax_scale: float,
-    is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor,
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None, workspace: Workspace,
+    sizes: Sizes, offset: int, is_text: bool, tile: Tile, splits: int, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """As `launch_dkv`, into dk and dv [B, keys, Hkv, D], or [splits, B, keys, Hkv, D]."""
+    """As `launch_dkv`, into dk and dv [B, keys, Hkv, D], or [splits, B, keys, Hkv, D].
+
+    offset: position of the first text key, or chunk of the first summary.
+    """
     batch, num_keys, groups, dim = k.shape
     block_dim = padded_head_dim(dim)
     launch(
         _dkv_kernel, (triton.cdiv(num_keys, tile.keys), batch * groups, splits),
         *(descriptor(rows, tile.keys, block_dim) for rows in (k, v)),
         *(descriptor(rows, tile.queries, block_dim) for rows in (q, d_out)),
-        *(TensorDescriptor(rows, rows.shape, rows.stride(), [1, 1, tile.queries]) for rows in (lse2, delta)),
+        *(
+            TensorDescriptor(rows, rows.shape, rows.stride(), [1, 1, tile.queries])
+            for rows in (workspace.lse2, workspace.delta)
+        ),
         document_start, dk, dv,
-        q.shape[1], num_keys, query_start, offset, window, softmax_scale, softmax_scale * LOG2E, groups,
+        q.shape[1], num_keys, sizes.query_start, offset, sizes.window,
+        sizes.softmax_scale, sizes.softmax_scale * LOG2E, groups,
         document_start.stride(0) if document_start is not None else 0, *split_strides(dk),
-        C=chunk_size, S=summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
+        C=sizes.chunk_size, S=sizes.summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
         BM=tile.queries, BN=tile.keys, IS_TEXT=is_text, HAS_DOCUMENTS=document_start is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def launch_backward(
-    q: Tensor, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor, document_start: Tensor | None,
-    chunk_size: int, summary_tokens: int, window: int, query_start: int, key_start: int, chunk_start: int,
-    softmax_scale: float, tiles: Tiles, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
-    dq: Tensor, dk: Tensor, dv: Tensor, dk_summary: Tensor, dv_summary: Tensor, workspace: Workspace,
-    own: tuple[Tensor, Tensor, Tensor] | None = None,
+    rows: Rows, sizes: Sizes, tiles: Tiles, outputs: TextOutputs, d_outputs: OutputGradients, gradients: Gradients,
+    workspace: Workspace, summary: SummaryBackward | None = None,
 ) -> None:  # fmt: skip
-    """Fill the five gradients; lse and d_lse [B, Hq, nq] are contiguous, dk and dv have equal strides.
-
-    own: as in `launch_dq`.
-    """
-    launch_dq(
-        q, k, v, k_summary, v_summary, document_start, chunk_size, summary_tokens, window, query_start, key_start,
-        chunk_start, softmax_scale, tiles.dq, out, lse, d_out, d_lse, dq, workspace, own,
-    )  # fmt: skip
-    shared = (chunk_size, summary_tokens, window, query_start)
-    for is_text, offset, tile, keys, values, d_keys, d_values in (
-        (True, key_start, tiles.dkv_text, k, v, dk, dv),
-        (False, chunk_start, tiles.dkv_summary, k_summary, v_summary, dk_summary, dv_summary),
-    ):
-        launch_dkv(
-            q, d_out, keys, values, document_start, *shared, offset, softmax_scale, is_text, tile, d_keys, d_values,
-            workspace, own and own[:2],
-        )  # fmt: skip
+    """Fill the five gradients, and those of the summary queries where they are given (conditions: `launch_forward`)."""
+    launch_dq(rows, sizes, tiles.dq, outputs, d_outputs, gradients.dq, workspace, summary)
+    for is_text, tile in ((True, tiles.dkv_text), (False, tiles.dkv_summary)):
+        launch_dkv(rows, sizes, is_text, tile, d_outputs.d_out, gradients, workspace, summary)
