@@ -35,7 +35,7 @@ def check_blend(folder: Path, datasets: list[dict], end_of_document: int, vocab_
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-        from megatron_ksa.training.loss_mask import ResponseLossDataset, masked_prefixes
+        from megatron_ksa.data_tools.loss_masks import ResponseLossDataset, masked_prefixes
 
         prefixes = [str(folder / dataset["prefix"]) for dataset in datasets]
         if Path(f"{loss_mask_prefix(prefixes[0])}.idx").exists():

@@ -6,13 +6,14 @@ no turn.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import batched, groupby
 from os.path import commonprefix
 
 import numpy as np
 
+from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tokenizers import ChatTemplateError, Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
 
@@ -20,6 +21,32 @@ TEMPLATES = ("plain", "chatml", "tokenizer")
 RESPONSE_ROLE = "assistant"
 PLAIN_SEPARATOR = "\n\n"
 RECORDS_PER_TASK = 64
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """How a record becomes tokens, for the sample step's budget in tokens and for the write step.
+
+    Args:
+        tokenizer_model: as `load_tokenizer` takes it.
+        template: one of `TEMPLATES`.
+    """
+
+    tokenizer_model: str | None = option(
+        None, "SentencePiece .model, or a folder with tokenizer.json.", flag="--tokenizer-model"
+    )
+    template: str = option(
+        "plain", "How messages are joined: by empty lines, as ChatML, or by the tokenizer's own chat template.",
+        choices=TEMPLATES, flag="--template",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.template not in TEMPLATES:
+            raise UsageError(f"--template {self.template}: not one of {', '.join(TEMPLATES)}")
+
+    def decides(self) -> dict:
+        """Everything but the tokenizer's content that decides the tokens, as JSON, without the place it lies at."""
+        return {name: value for name, value in asdict(self).items() if name != "tokenizer_model"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +74,6 @@ class DocumentEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
-        if template not in TEMPLATES:
-            raise UsageError(f"--template {template}: not one of {', '.join(TEMPLATES)}")
         self.tokenizer, self.template = tokenizer, template
         self._layouts: dict[tuple[str, ...], list[Segment]] = {}
 
@@ -128,14 +153,12 @@ class DocumentEncoder:
 
 
 @cache
-def _encoder(tokenizer_model: str, template: str) -> DocumentEncoder:
-    return DocumentEncoder(load_tokenizer(tokenizer_model), template)
+def _encoder(settings: EncodingSettings) -> DocumentEncoder:
+    return DocumentEncoder(load_tokenizer(settings.tokenizer_model), settings.template)
 
 
-def _encode_some(
-    tokenizer_model: str, template: str, records: tuple[dict, ...]
-) -> list[tuple[np.ndarray, np.ndarray] | str]:
-    encoder, results = _encoder(tokenizer_model, template), []
+def _encode_some(settings: EncodingSettings, records: tuple[dict, ...]) -> list[tuple[np.ndarray, np.ndarray] | str]:
+    encoder, results = _encoder(settings), []
     for record in records:
         try:
             results.append(encoder.encode(record))
@@ -145,13 +168,13 @@ def _encode_some(
 
 
 def encode_records(
-    records: Iterable[dict], tokenizer_model: str, template: str, run: Callable = map
+    records: Iterable[dict], settings: EncodingSettings, run: Callable = map
 ) -> Iterator[tuple[np.ndarray, np.ndarray] | str]:
     """What `DocumentEncoder.encode` gives for each record, in order, or why the template refuses it.
 
     Args:
         run: `map`, or one that works elsewhere: results of a function of tasks, in order (`engine.Engine.map`).
     """
-    _encoder(tokenizer_model, template)  # a tokenizer that does not load is reported here and not by a worker
-    for results in run(partial(_encode_some, tokenizer_model, template), batched(records, RECORDS_PER_TASK)):
+    _encoder(settings)  # a tokenizer that does not load is reported here and not by a worker
+    for results in run(partial(_encode_some, settings), batched(records, RECORDS_PER_TASK)):
         yield from results

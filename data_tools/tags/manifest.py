@@ -14,6 +14,7 @@ from megatron_ksa.data_tools.tags.files import write_json
 from megatron_ksa.errors import UsageError
 
 VERSION = 1
+MANIFEST = "manifest.json"
 
 
 class Manifest:
@@ -31,7 +32,7 @@ class Manifest:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--work {folder}: {error.strerror}") from None
-        self.folder, self.path = folder, folder / "manifest.json"
+        self.folder, self.path = folder, folder / MANIFEST
         # Hashes of files by size and time of change, kept apart so that the manifest's bytes depend on contents only.
         self._digests_path = folder / ".digests.json"
         self.steps: dict[str, dict] = self._load(self.path).get("steps", {})

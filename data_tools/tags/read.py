@@ -11,6 +11,7 @@ from megatron_ksa.data_tools.readers import JSONL_SUFFIXES, PARQUET_SUFFIX, BadD
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import json_line
 from megatron_ksa.data_tools.tags.records import RecordSettings, parse_record
+from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
 
@@ -79,3 +80,14 @@ def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engi
                 f"--input: no record that can be used ({found}); see data_tools/tags/README.md for the schemas"
             )
     return {"records": len(seen), "rejected": sum(reasons.values()), "reasons": dict(reasons), "sources": dict(sources)}
+
+
+def _run(context: Context, settings: RecordSettings) -> dict:
+    return read(list(context.inputs), context.folder, settings, context.engine)
+
+
+def _raw_files(context: Context, settings: RecordSettings) -> dict[str, Path]:
+    return {f"input:{number}:{path.name}": path for number, path in enumerate(context.inputs)}
+
+
+STEP = Step("read", {"records": RecordSettings}, reads=(), writes=(RECORDS, REJECTED), run=_run, also_reads=_raw_files)

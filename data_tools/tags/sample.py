@@ -158,7 +158,9 @@ class _Problem:
         pool, settings = self.pool, self.settings
         if settings.method == "label-graph":
             if pool.leaf_vectors is None:
-                raise UsageError("--method label-graph: the tree has no embeddings of its tags; run the embed step")
+                raise UsageError(
+                    "--method label-graph: the tree has no embeddings of its tags; run the tree step again"
+                )
             graph = baselines.label_graph(pool.leaf_vectors, settings.label_similarity)
             return self.maximise(
                 lambda rows: baselines.label_information(pool.shares[rows], self.strength[rows], pool.leaf_nodes, graph)

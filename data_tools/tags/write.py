@@ -21,11 +21,16 @@ from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
 from megatron_ksa.data_tools.tags.blend_check import check_blend
 from megatron_ksa.data_tools.tags.branches import branch_of
-from megatron_ksa.data_tools.tags.chat_template import TEMPLATES, encode_records
+from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
+from megatron_ksa.data_tools.tags.chat_template import EncodingSettings, encode_records
 from megatron_ksa.data_tools.tags.files import json_line, read_jsonl, write_json
+from megatron_ksa.data_tools.tags.ground import GROUNDING
 from megatron_ksa.data_tools.tags.objective import ancestors
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
-from megatron_ksa.data_tools.tags.selection import read_selection
+from megatron_ksa.data_tools.tags.read import RECORDS
+from megatron_ksa.data_tools.tags.selection import SELECTION, read_selection
+from megatron_ksa.data_tools.tags.step import Context, Step
+from megatron_ksa.data_tools.tags.tree import TREE
 from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
@@ -36,6 +41,8 @@ LOSSES = ("all", "responses")
 # Every dataset keeps up to four files open while it is written.
 MAX_DATASETS = 100
 REST = "rest"
+# A folder, and in it what training reads, the summary, and what the template refuses.
+BLEND, BLEND_FILE, BLEND_SUMMARY, UNWRITTEN = "blend", "blend.txt", "blend.json", "unwritten.jsonl"
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,6 @@ class WriteSettings:
     """What the write step does.
 
     Args:
-        tokenizer_model: as `load_tokenizer` takes it.
-        template: one of `chat_template.TEMPLATES`.
         loss_on: one of `LOSSES`; `responses` writes masks.
         group_by: one of `GROUPS`, what makes a dataset.
         weights: one of `WEIGHTS`: a dataset counts by its tokens, like every other, or by the target's share of its
@@ -52,13 +57,6 @@ class WriteSettings:
         min_instances: smaller groups are joined into one named `rest`, as are those beyond the largest hundred.
     """
 
-    tokenizer_model: str | None = option(
-        None, "SentencePiece .model, or a folder with tokenizer.json.", flag="--tokenizer-model"
-    )
-    template: str = option(
-        "plain", "How messages are joined: by empty lines, as ChatML, or by the tokenizer's own chat template.",
-        choices=TEMPLATES, flag="--template",
-    )  # fmt: skip
     loss_on: str = option(
         "all", "Tokens that the loss counts; responses writes masks.", choices=LOSSES, flag="--loss-on"
     )
@@ -72,8 +70,6 @@ class WriteSettings:
     min_instances: int = option(1, "Smaller datasets are joined into one named rest.", flag="--min-instances")
 
     def __post_init__(self) -> None:
-        if self.tokenizer_model is None:
-            raise UsageError("--tokenizer-model is needed: tools/train_tokenizer.py makes one")
         for name, choices in (("loss_on", LOSSES), ("group_by", GROUPS), ("weights", WEIGHTS)):
             if getattr(self, name) not in choices:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: not one of {', '.join(choices)}")
@@ -151,6 +147,7 @@ class _Job:
     work: Path
     pool: Pool
     settings: WriteSettings
+    encoding: EncodingSettings
     tokenizer: Tokenizer
     groups: list[Group]
     branch: np.ndarray
@@ -165,14 +162,14 @@ def _write_datasets(job: _Job, folder: Path) -> int:
     refused = 0
     every = {group.prefix: group for group in job.groups}
     with ExitStack() as stack:
-        unwritten = stack.enter_context(whole_file(folder / "unwritten.jsonl"))
+        unwritten = stack.enter_context(whole_file(folder / UNWRITTEN))
         writers = {name: stack.enter_context(IndexedDatasetWriter(str(folder / name), vocab_size)) for name in every}
         masks = {
             name: stack.enter_context(IndexedDatasetWriter(loss_mask_prefix(str(folder / name)), 2, dtype=np.uint8))
             for name in every if settings.loss_on == "responses"
         }  # fmt: skip
         records = read_records(job.work, pool.record)
-        encoded = encode_records(records, settings.tokenizer_model, settings.template, job.run)
+        encoded = encode_records(records, job.encoding, job.run)
         rows = zip(read_records(job.work, pool.record), encoded, job.groups, job.branch.tolist(), strict=True)
         for record, result, group, node in tqdm(
             rows, total=pool.instances, desc="write", unit=" instances", mininterval=1.0, disable=not job.show_progress
@@ -221,12 +218,12 @@ def _write_blend(job: _Job, folder: Path, final: Path) -> dict:
         {group.prefix: group for group in job.groups if group.instances}.values(), key=lambda group: group.prefix
     )
     if not written:
-        reason = next(read_jsonl(folder / "unwritten.jsonl"))["reason"]
-        raise UsageError(f"--template {settings.template} refuses every instance, the first because {reason}")
+        reason = next(read_jsonl(folder / UNWRITTEN))["reason"]
+        raise UsageError(f"--template {job.encoding.template} refuses every instance, the first because {reason}")
     weights = _weights(written, settings.weights, job.target)
     flags = [tokenizer.training_flags] + ["--response-loss-only"] * (settings.loss_on == "responses")
     summary = {
-        "settings": asdict(settings),
+        "settings": asdict(job.encoding) | asdict(settings),
         "instances": sum(group.instances for group in written),
         "tokens": sum(group.tokens for group in written),
         "tokens_in_loss": sum(group.tokens_in_loss for group in written),
@@ -241,16 +238,36 @@ def _write_blend(job: _Job, folder: Path, final: Path) -> dict:
         ],
     }  # fmt: skip
     check_blend(folder, summary["datasets"], tokenizer.end_of_document, tokenizer.vocab_size)
-    write_json(folder / "blend.json", summary)
-    with whole_file(folder / "blend.txt") as stream:
+    write_json(folder / BLEND_SUMMARY, summary)
+    with whole_file(folder / BLEND_FILE) as stream:
         stream.writelines(
             f"{weight:.8g} {final / group.prefix}\n" for group, weight in zip(written, weights, strict=True)
         )
     return summary
 
 
+def check_write(work: Path, settings: WriteSettings, encoding: EncodingSettings, target: Path | None) -> None:
+    """Check what can be told before there is a selection.
+
+    Raises:
+        UsageError: no tokenizer, a path with white space, weights of a target that is not there.
+    """
+    if encoding.tokenizer_model is None:
+        raise UsageError("--tokenizer-model is needed: tools/train_tokenizer.py makes one")
+    if re.search(r"\s", str((work / BLEND).absolute())):
+        raise UsageError(f"--work {work}: Megatron splits blend files at white space; choose a path without")
+    if settings.weights == "target" and target is None:
+        raise UsageError("--weights target needs --target")
+
+
 def write_step(
-    work: Path, settings: WriteSettings, *, target: Path | None = None, run: Callable = map, show_progress: bool = True
+    work: Path,
+    settings: WriteSettings,
+    encoding: EncodingSettings,
+    *,
+    target: Path | None = None,
+    run: Callable = map,
+    show_progress: bool = True,
 ) -> dict:
     """Write `blend/` of a work folder, have Megatron read it, and only then give it its name.
 
@@ -264,21 +281,18 @@ def write_step(
     Raises:
         UsageError: nothing to write, a tokenizer or template that does not work, a path with white space.
     """
-    final, partial = (work / "blend").absolute(), (work / "blend.partial").absolute()
-    if re.search(r"\s", str(final)):
-        raise UsageError(f"--work {work}: Megatron splits blend files at white space; choose a path without")
+    check_write(work, settings, encoding, target)
+    final, partial = (work / BLEND).absolute(), (work / f"{BLEND}.partial").absolute()
     mass = None
     if settings.weights == "target":
-        if target is None:
-            raise UsageError("--weights target needs --target")
         grounded = load_pool(target, tree=work)
         mass = grounded.shares.sum(axis=0) @ ancestors(grounded.parent)
-    tokenizer = load_tokenizer(settings.tokenizer_model)
+    tokenizer = load_tokenizer(encoding.tokenizer_model)
     pool = load_pool(work, vectors=True)
     pool = pool.take(np.sort(read_selection(work)))
     if not pool.instances:
-        raise UsageError(f"{work / 'selection.jsonl'}: nothing is chosen; run the sample step again")
-    job = _Job(work, pool, settings, tokenizer, *_groups_of(work, pool, settings), mass, run, show_progress)
+        raise UsageError(f"{work / SELECTION}: nothing is chosen; run the sample step again")
+    job = _Job(work, pool, settings, encoding, tokenizer, *_groups_of(work, pool, settings), mass, run, show_progress)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -289,3 +303,32 @@ def write_step(
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return summary
+
+
+def _check(context: Context, settings: WriteSettings, encoding: EncodingSettings) -> None:
+    check_write(context.folder, settings, encoding, context.target)
+
+
+def _run(context: Context, settings: WriteSettings, encoding: EncodingSettings) -> dict:
+    summary = write_step(context.folder, settings, encoding, target=context.target, run=context.engine.map)
+    names = ("instances", "tokens", "tokens_in_loss", "refused_by_template")
+    return {"datasets": len(summary["datasets"]), **{name: summary[name] for name in names}}
+
+
+def _tokenizer_and_target(context: Context, settings: WriteSettings, encoding: EncodingSettings) -> dict[str, Path]:
+    files = {"tokenizer:": Path(encoding.tokenizer_model)}
+    if settings.weights == "target":
+        files |= context.files(context.target, "target", GROUNDING)
+    return files
+
+
+def _decides(context: Context, settings: WriteSettings, encoding: EncodingSettings) -> dict:
+    # The blend file and the flags for training name places.
+    return asdict(settings) | asdict(encoding) | {"folder": str(context.folder.absolute())}
+
+
+STEP = Step(
+    "write", {"writing": WriteSettings, "encoding": EncodingSettings},
+    reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS, SELECTION), writes=(BLEND,),
+    run=_run, also_reads=_tokenizer_and_target, decides=_decides, check=_check,
+)  # fmt: skip

@@ -17,11 +17,11 @@ from megatron_ksa.checkpoint.tracker import install_tracker_replacement
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
+from megatron_ksa.data_tools.loss_masks import masked_prefixes
 from megatron_ksa.kernels.dispatch import force_reference
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 from megatron_ksa.training.datasets import dataset_prefixes
-from megatron_ksa.training.loss_mask import masked_prefixes
 from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.upstream.flops import install_flops
 

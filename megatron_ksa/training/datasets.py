@@ -10,8 +10,8 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_ksa.config.data import DataConfig
+from megatron_ksa.data_tools.loss_masks import ResponseLossDataset
 from megatron_ksa.errors import UsageError
-from megatron_ksa.training.loss_mask import ResponseLossDataset
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:

@@ -10,6 +10,7 @@ from tag_pools import random_pool
 from work_folder import TOPICS, make_work_folder, record
 
 from megatron_ksa.data_tools.tags import report_page
+from megatron_ksa.data_tools.tags.chat_template import EncodingSettings
 from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_jsonl
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool
 from megatron_ksa.data_tools.tags.report import report_step
@@ -35,7 +36,7 @@ def hostile_work_folder(folder):
     write_jsonl(folder / "duplicates.jsonl", [{"id": "a", "kept": "b", "similarity": 0.9}])
     make_work_folder(folder / "target", instances=30, seed=2)
     sample_step(folder, SampleSettings("40"), target=folder / "target", show_progress=False)
-    write_step(folder, WriteSettings(str(folder / "tokenizer")), show_progress=False)
+    write_step(folder, WriteSettings(), EncodingSettings(str(folder / "tokenizer")), show_progress=False)
     return folder
 
 

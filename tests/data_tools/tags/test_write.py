@@ -17,7 +17,7 @@ from work_folder import TOPICS, make_work_folder, record
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.data_tools.tags import blend_check
 from megatron_ksa.data_tools.tags import write as write_module
-from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder
+from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder, EncodingSettings
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tags.sample import SampleSettings
 from megatron_ksa.data_tools.tags.selection import read_selection, sample_step
@@ -34,8 +34,9 @@ def work(tmp_path_factory):
 
 
 def write(work, **changes):
-    settings = WriteSettings(**{"tokenizer_model": str(work / "tokenizer"), "template": "chatml", **changes})
-    return write_step(work, settings, show_progress=False)
+    encoding = {"tokenizer_model": str(work / "tokenizer"), "template": "chatml"}
+    encoding |= {name: changes.pop(name) for name in tuple(changes) if name in encoding}
+    return write_step(work, WriteSettings(**changes), EncodingSettings(**encoding), show_progress=False)
 
 
 def blend_of(work) -> tuple[list[str], list[float]]:
@@ -84,8 +85,8 @@ def test_same_bytes_again_and_for_tasks_run_elsewhere(work):
         tasks = list(tasks)
         return reversed([function(task) for task in reversed(tasks)])
 
-    settings = WriteSettings(str(work / "tokenizer"), "chatml", "responses")
-    write_step(work, settings, run=backwards, show_progress=False)
+    settings = WriteSettings("responses"), EncodingSettings(str(work / "tokenizer"), "chatml")
+    write_step(work, *settings, run=backwards, show_progress=False)
     assert digests(work / "blend") == first
 
 
@@ -108,9 +109,9 @@ def test_groups_and_weights(work, changes, names, weights):
 
 def test_weights_of_the_target(work, tmp_path):
     target = make_work_folder(tmp_path / "target", instances=400, seed=3)
-    settings = WriteSettings(str(work / "tokenizer"), weights="target")
+    settings = WriteSettings(weights="target"), EncodingSettings(str(work / "tokenizer"))
     weights = {
-        d["name"]: d["weight"] for d in write_step(work, settings, target=target, show_progress=False)["datasets"]
+        d["name"]: d["weight"] for d in write_step(work, *settings, target=target, show_progress=False)["datasets"]
     }
     assert sum(weights.values()) == pytest.approx(400)
     assert max(weights, key=weights.get) == TOPICS[0]
@@ -176,23 +177,23 @@ def write_module_encoder_reset() -> None:
 def test_killed_run_leaves_the_old_blend_and_a_rerun_gives_the_same_bytes(work):
     write(work)
     old = digests(work / "blend")
-    settings = WriteSettings(str(work / "tokenizer"), "plain", "responses")
+    settings = WriteSettings("responses"), EncodingSettings(str(work / "tokenizer"))
 
     def killed(function, tasks):
         yield function(next(iter(tasks)))
         os.kill(os.getpid(), signal.SIGKILL)
 
     child = multiprocessing.get_context("fork").Process(
-        target=write_step, args=(work, settings), kwargs={"run": killed, "show_progress": False}
+        target=write_step, args=(work, *settings), kwargs={"run": killed, "show_progress": False}
     )
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert (work / "blend.partial").exists() and digests(work / "blend") == old
-    write_step(work, settings, show_progress=False)
+    write_step(work, *settings, show_progress=False)
     after_kill = digests(work / "blend")
     shutil.rmtree(work / "blend")
-    write_step(work, settings, show_progress=False)
+    write_step(work, *settings, show_progress=False)
     assert digests(work / "blend") == after_kill != old
     assert not (work / "blend.partial").exists()
 
