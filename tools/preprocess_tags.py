@@ -17,8 +17,8 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[data]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
-from megatron_ksa.data_tools.readers import input_files
 from megatron_ksa.data_tools.tags.engine import ENGINES, Engine
+from megatron_ksa.data_tools.tags.formats import input_files
 from megatron_ksa.data_tools.tags.manifest import MANIFEST
 from megatron_ksa.data_tools.tags.report import PAGE, REPORT
 from megatron_ksa.data_tools.tags.selection import read_summary
@@ -48,9 +48,14 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.set_defaults(tree=None, input=None, target=None)
     if "tag" in commands(name):
         parser.add_argument(
-            "--input", nargs="+", required=True, help="JSONL (also .gz, .zst), Parquet, or folders of text"
+            "--input",
+            nargs="+",
+            required=True,
+            help="files or folders: JSONL, JSON, Parquet, Arrow, save_to_disk, text",
         )
-        parser.add_argument("--glob", default="**/*.txt", help="files of a folder that are records (default: **/*.txt)")
+        parser.add_argument(
+            "--glob", help="files of a folder to read (default: its data files, or else its .txt files)"
+        )
         parser.add_argument("--target", nargs="+", default=[], help="data that the selection is aligned to, as --input")
     if "tree" in commands(name):
         parser.add_argument(
