@@ -17,7 +17,7 @@ def check_blend(folder: Path, datasets: list[dict], end_of_document: int, vocab_
 
     Args:
         folder: where the datasets lie.
-        datasets: "prefix", "weight", "instances" and "tokens" of each, as they were written.
+        datasets: "prefix", "weight", "documents" and "written_tokens" of each, as they were written.
 
     Raises:
         UsageError: a dataset that is not what was written, or that Megatron does not read.
@@ -26,7 +26,7 @@ def check_blend(folder: Path, datasets: list[dict], end_of_document: int, vocab_
         prefix = str(folder / dataset["prefix"])
         check_indexed_dataset(prefix)
         lengths = sequence_lengths(prefix)
-        if (len(lengths), int(lengths.sum())) != (dataset["instances"], dataset["tokens"]):
+        if (len(lengths), int(lengths.sum())) != (dataset["documents"], dataset["written_tokens"]):
             raise UsageError(
                 f"{prefix}: read back {len(lengths)} documents, {lengths.sum()} tokens; written were others"
             )

@@ -145,7 +145,9 @@ class DocumentEncoder:
         if self._template is not None:
             return self._template.rendering(messages, tools, with_responses=masked)
         if tools or any(message.get(name) for message in messages for name in ("tool_calls", "reasoning_content")):
-            raise ChatTemplateError("plain joining has no form for tools, tool calls and thoughts; use --template tokenizer")
+            raise ChatTemplateError(
+                "plain joining has no form for tools, tool calls and thoughts; use --template tokenizer"
+            )
         text, responses = "", []
         for i, message in enumerate(messages):
             text += PLAIN_SEPARATOR * (i > 0)

@@ -127,7 +127,9 @@ class Template:
         for message, place in zip(messages, result, strict=True):
             if place is not None:
                 if None in place or not last <= place[0] <= place[1]:
-                    raise ChatTemplateError(f"the template does not write the {message['role']} message once and in order")
+                    raise ChatTemplateError(
+                        f"the template does not write the {message['role']} message once and in order"
+                    )
                 last = place[1]
         if rest != text:
             raise ChatTemplateError("the template changes contents: what it writes of them cannot be found again")
@@ -209,7 +211,9 @@ class Template:
         changed = self._try([*messages[:i], other, *messages[i + 1 :]], tools)
         return None if changed is None else min(_before_marker(text, len(commonprefix([changed, text]))), bound)
 
-    def _end(self, text: str, messages: list[dict], tools: list[dict], places: list[Place | None], i: int) -> int | None:
+    def _end(
+        self, text: str, messages: list[dict], tools: list[dict], places: list[Place | None], i: int
+    ) -> int | None:
         """The end of what the template writes after the response as well where it is the last: what ends its turn."""
         if i == len(messages) - 1:
             return len(text)

@@ -28,7 +28,7 @@ def count_tokens(work: Path, pool: Pool, settings: EncodingSettings, run: Callab
     records = read_records(work, pool.record)
     encoded = encode_records(records, settings, run)
     bar = tqdm(encoded, total=pool.instances, desc="count tokens", unit=" instances", mininterval=1.0)
-    return np.array([0 if isinstance(result, str) else len(result[0]) for result in bar], np.int64)
+    return np.array([0 if isinstance(result, str) else len(result.ids) for result in bar], np.int64)
 
 
 def sample_step(

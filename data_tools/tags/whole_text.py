@@ -135,7 +135,9 @@ class WholeText:
         model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
         kind = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
         markers = [
-            (id, piece) for id, piece in enumerate(model.pieces) if piece.type == kind and _NAME_OF_PIECE.fullmatch(piece.piece)
+            (id, piece)
+            for id, piece in enumerate(model.pieces)
+            if piece.type == kind and _NAME_OF_PIECE.fullmatch(piece.piece)
         ]
         self._plain = _SentencePiece(model.SerializeToString())
         self.names = {piece.piece: chr(FIRST_ALIAS + i) for i, (_, piece) in enumerate(markers)}
@@ -173,7 +175,9 @@ class WholeText:
 
     def _encode_with_text(self, text: str, as_text: list[tuple[int, int]]) -> Tokens:
         if any(chr(FIRST_ALIAS) <= character < chr(FIRST_ALIAS + len(self.names)) for character in text):
-            raise ChatTemplateError("a content has characters of the last private plane and the name of a control token")
+            raise ChatTemplateError(
+                "a content has characters of the last private plane and the name of a control token"
+            )
         spans, parts, places, at = list(as_text), [], [], 0
         control = 0
         for found in self._any_name.finditer(text):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from chat_templates import KINDS
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_ksa.data_tools.tags.chat_template import (

@@ -19,9 +19,10 @@ from megatron_ksa.data_tools.tags import blend_check
 from megatron_ksa.data_tools.tags import write as write_module
 from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder, EncodingSettings
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
+from megatron_ksa.data_tools.tags.groups import GroupSettings, make_groups, slug
 from megatron_ksa.data_tools.tags.sample import SampleSettings
 from megatron_ksa.data_tools.tags.selection import read_selection, sample_step
-from megatron_ksa.data_tools.tags.write import WriteSettings, make_groups, slug, write_step
+from megatron_ksa.data_tools.tags.write import write_step
 from megatron_ksa.data_tools.tokenizers import load_tokenizer
 from megatron_ksa.errors import UsageError
 
@@ -35,8 +36,9 @@ def work(tmp_path_factory):
 
 def write(work, **changes):
     encoding = {"tokenizer_model": str(work / "tokenizer"), "template": "chatml"}
-    encoding |= {name: changes.pop(name) for name in tuple(changes) if name in encoding}
-    return write_step(work, WriteSettings(**changes), EncodingSettings(**encoding), show_progress=False)
+    names = ("tokenizer_model", "template", "loss_on", "max_length", "pack")
+    encoding |= {name: changes.pop(name) for name in names if name in changes}
+    return write_step(work, GroupSettings(**changes), EncodingSettings(**encoding), show_progress=False)
 
 
 def blend_of(work) -> tuple[list[str], list[float]]:
@@ -85,7 +87,7 @@ def test_same_bytes_again_and_for_tasks_run_elsewhere(work):
         tasks = list(tasks)
         return reversed([function(task) for task in reversed(tasks)])
 
-    settings = WriteSettings("responses"), EncodingSettings(str(work / "tokenizer"), "chatml")
+    settings = GroupSettings(), EncodingSettings(str(work / "tokenizer"), "chatml", "responses")
     write_step(work, *settings, run=backwards, show_progress=False)
     assert digests(work / "blend") == first
 
@@ -109,7 +111,7 @@ def test_groups_and_weights(work, changes, names, weights):
 
 def test_weights_of_the_target(work, tmp_path):
     target = make_work_folder(tmp_path / "target", instances=400, seed=3)
-    settings = WriteSettings(weights="target"), EncodingSettings(str(work / "tokenizer"))
+    settings = GroupSettings(weights="target"), EncodingSettings(str(work / "tokenizer"))
     weights = {
         d["name"]: d["weight"] for d in write_step(work, *settings, target=target, show_progress=False)["datasets"]
     }
@@ -177,7 +179,7 @@ def write_module_encoder_reset() -> None:
 def test_killed_run_leaves_the_old_blend_and_a_rerun_gives_the_same_bytes(work):
     write(work)
     old = digests(work / "blend")
-    settings = WriteSettings("responses"), EncodingSettings(str(work / "tokenizer"))
+    settings = GroupSettings(), EncodingSettings(str(work / "tokenizer"), "plain", "responses")
 
     def killed(function, tasks):
         yield function(next(iter(tasks)))
@@ -213,7 +215,7 @@ def test_megatrons_reading_is_checked(work):
     blend_check.check_blend(work / "blend", datasets, 256, 257)
     with pytest.raises(UsageError, match="Megatron reads other tokens"):
         blend_check.check_blend(work / "blend", datasets, 256, 100)
-    datasets[0]["tokens"] += 1
+    datasets[0]["written_tokens"] += 1
     with pytest.raises(UsageError, match="read back"):
         blend_check.check_blend(work / "blend", datasets, 256, 257)
 
