@@ -11,7 +11,7 @@ from pathlib import Path
 
 try:
     from megatron_ksa.config.options import add_config_arguments, config_from_args
-    from megatron_ksa.data_tools.tags.pipeline import ADOPTING_STEPS, COMMANDS, TARGET, Pipeline
+    from megatron_ksa.data_tools.tags.pipeline import ADOPTING_STEPS, COMMANDS, TARGET, Pipeline, finish
 except ModuleNotFoundError as error:
     print(
         f"error: {error.name} is not installed here: run `pip install -e '.[data]'` in the repository", file=sys.stderr
@@ -96,6 +96,9 @@ def make_pipelines(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]
     context = Context(args.work, engine, inputs, args.tree, folder if given else None)
     pipeline = Pipeline(context, settings, lambda line: print(line, flush=True))
     if not given:
+        if args.target is not None and (folder / MANIFEST).exists():
+            (folder / MANIFEST).unlink()
+            print("target: none is given; that of an earlier run is forgotten", flush=True)
         return pipeline, None
     with of_target():
         inputs = tuple(input_files(args.target, args.glob)) if args.target else ()
@@ -114,11 +117,14 @@ def main() -> None:
             steps["tree"] = ADOPTING_STEPS
         for name in names:
             pipeline.check(steps[name])
-        for name in names:
-            pipeline.run(steps[name])
-            if target is not None:
-                with of_target():
-                    target.run(COMMANDS[name].target_steps)
+        try:
+            for name in names:
+                pipeline.run(steps[name])
+                if target is not None:
+                    with of_target():
+                        target.run(COMMANDS[name].target_steps)
+        finally:
+            finish([pipeline] if target is None else [pipeline, target])
         if "write" in names:
             flags = read_summary(args.work / BLEND / BLEND_SUMMARY)["training_flags"]
             print(f"train with: --data-args-path {args.work / BLEND / BLEND_FILE} {flags}", flush=True)

@@ -1,12 +1,16 @@
 """The steps from raw data to a blend and its report, each skipped when its last run stands (`manifest.py`)."""
 
-from collections.abc import Callable, Iterable
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_ksa.data_tools.tags import (
     canonicalise,
     duplicates,
+    export,
     ground,
     read,
     report,
@@ -17,8 +21,14 @@ from megatron_ksa.data_tools.tags import (
 )
 from megatron_ksa.data_tools.tags.manifest import Manifest
 from megatron_ksa.data_tools.tags.step import Context, Step
+from megatron_ksa.errors import UsageError
 
 TARGET = "target"
+# In the work folder while a run is under way: one that was killed leaves it.
+UNFINISHED = "UNFINISHED.txt"
+_UNFINISHED_TEXT = (
+    "A run began here and has not ended: files may be older than those they are made from. Run the command again.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ COMMANDS = {
     "sample": Command(
         "choose what covers the tree best within a budget, aligned to the target", (selection.STEP,)
     ),
+    "export": Command("the chosen records as data for any trainer: --export jsonl or parquet", (export.STEP,)),
     "write": Command(
         "write the selection as datasets and a blend file that pretrain_gpt.py --data-args-path reads", (write.STEP,)
     ),
@@ -80,19 +91,64 @@ class Pipeline:
             UsageError: the first.
         """
         for step in steps:
-            step.check(*self._arguments(step))
+            arguments = self._arguments(step)
+            if step.wanted(*arguments):
+                step.check(*arguments)
 
     def run(self, steps: Iterable[Step]) -> None:
         """Do the steps that do not stand, in order, and tell what came of each."""
         for step in steps:
             arguments = self._arguments(step)
+            if not step.wanted(*arguments):
+                continue
             inputs = {name: self.context.folder / name for name in step.reads} | step.also_reads(*arguments)
-            done = self.manifest.run(
-                step.name, step.decides(*arguments), inputs, list(step.writes),
-                lambda step=step, arguments=arguments: step.run(*arguments), again=step.again(*arguments),
-            )  # fmt: skip
+            with _disk_errors(step, self.context.folder):
+                done = self.manifest.run(
+                    step.name, step.decides(*arguments), inputs, list(step.writes),
+                    lambda step=step, arguments=arguments: self._do(step, arguments), again=step.again(*arguments),
+                )  # fmt: skip
             counts = self.manifest.steps[step.name]["counts"]
             self.tell(f"{step.name}: {'' if done else 'stands; '}{_sentence(counts)}")
+
+    def end(self) -> None:
+        """Take back the mark of a run that is under way."""
+        self._mark.unlink(missing_ok=True)
+
+    @property
+    def _mark(self) -> Path:
+        return (self.context.pool or self.context.folder) / UNFINISHED
+
+    def _do(self, step: Step, arguments: tuple) -> dict:
+        self._mark.write_text(_UNFINISHED_TEXT, encoding="utf-8")
+        return step.run(*arguments)
+
+
+@contextmanager
+def _disk_errors(step: Step, folder: Path) -> Iterator[None]:
+    """A full disk, or a file that cannot be read or written, is one line."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        place, reason = getattr(error, "filename", None) or folder, getattr(error, "strerror", None) or error
+        raise UsageError(f"{step.name}: {place}: {reason}; nothing half-written is kept, run it again") from None
+
+
+def finish(pipelines: list[Pipeline]) -> None:
+    """End a run, whether it went well or not: what is older than what it was made from goes, with a line each."""
+    try:
+        found = True
+        while found:
+            found = False
+            for pipeline in pipelines:
+                for step, name in pipeline.manifest.remove_stale().items():
+                    found = True
+                    pipeline.tell(f"{step}: what it wrote is removed, since {name} is another now; run its command again")
+    except OSError as error:
+        # The mark stays: what is left may not fit together.
+        pipelines[0].tell(f"what is older than its input could not be removed ({error.strerror or error})")
+        return
+    for pipeline in pipelines:
+        pipeline.end()
 
 
 def _sentence(counts: dict) -> str:

@@ -77,6 +77,10 @@ def _never(context: Context, *settings: Any) -> bool:
     return False
 
 
+def _always(context: Context, *settings: Any) -> bool:
+    return True
+
+
 def _no_objection(context: Context, *settings: Any) -> None:
     return None
 
@@ -95,6 +99,7 @@ class Step:
         decides: everything but the inputs' content that decides what is written, as JSON.
         check: raises a `UsageError` for a mistake that can be told before any step runs.
         again: do it even if its last run stands.
+        wanted: whether the settings ask for it at all.
     """
 
     name: str
@@ -106,3 +111,4 @@ class Step:
     decides: Callable[..., dict] = _every_field
     check: Callable[..., None] = _no_objection
     again: Callable[..., bool] = _never
+    wanted: Callable[..., bool] = _always
