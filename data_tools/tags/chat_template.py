@@ -194,6 +194,11 @@ class DocumentEncoder:
         return np.array(self.tokenizer.encode_content(text), np.int32)
 
 
+def has_response(record: dict) -> bool:
+    """Whether there is anything for a loss on responses: a text, or a response that is not of weight 0."""
+    return "text" in record or any(m["role"] == RESPONSE_ROLE and m.get("weight", 1) for m in record["messages"])
+
+
 def until_response(messages: list[dict], limit: int | None = None) -> list[dict]:
     """The messages up to the last response among the first `limit`; none where there is no response."""
     for i in range(len(messages) if limit is None else limit, 0, -1):
@@ -216,7 +221,7 @@ def encode_document(encoder: DocumentEncoder, record: dict, settings: EncodingSe
         return document
     messages = record["messages"]
     kept = until_response(messages) if masked else messages
-    if not kept or (masked and not any(m["role"] == RESPONSE_ROLE and m.get("weight", 1) for m in kept)):
+    if not kept or (masked and not has_response(record)):
         raise ChatTemplateError(NO_RESPONSE)
     cut, whole = len(messages) - len(kept), len(kept)
     ids, mask = encoder.encode({**record, "messages": kept}, masked=masked)
