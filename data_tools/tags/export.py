@@ -14,7 +14,7 @@ from megatron_ksa.data_tools.tags.ground import GROUNDING
 from megatron_ksa.data_tools.tags.groups import Group, GroupSettings, groups_of, target_mass, weights_of
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.read import RECORDS
-from megatron_ksa.data_tools.tags.selection import SELECTION
+from megatron_ksa.data_tools.tags.selection import SELECTION, selected_rows
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tag import TAGS
 from megatron_ksa.data_tools.tags.tree import TREE
@@ -24,8 +24,8 @@ from megatron_ksa.files import whole_file
 FORMATS = ("none", "jsonl", "parquet")
 EXPORT = "export"
 ROWS_AT_ONCE = 4096
-# Fields of a message that Parquet gives a column; the others are JSON text in `other`.
-MESSAGE_TEXTS = ("role", "content", "reasoning_content")
+# Fields of a message that have a column in every Parquet file.
+MESSAGE_TEXTS = ("role", "content", "reasoning_content", "tool_calls")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def exported_rows(work: Path, settings: GroupSettings, target: Path | None = Non
     Args:
         target: the target's folder, for `weights="target"`.
     """
-    selection = list(read_jsonl(work / SELECTION))
+    selection = selected_rows(work, settings.of_budget)
     rank = np.argsort([row["row"] for row in selection], kind="stable")
     pool = load_pool(work, vectors=True)
     pool = pool.take(np.array([selection[place]["row"] for place in rank], np.int64))
@@ -100,33 +100,38 @@ def exported_rows(work: Path, settings: GroupSettings, target: Path | None = Non
             "weight": weights[i],
             "rank": place,
             "gain": selection[place]["gain"],
+            "budget": selection[place].get("budget", 1),
         }
 
 
+def _other_fields(work: Path) -> list[str]:
+    """Names of the fields that messages of the pool have beside the usual ones."""
+    usual = (*MESSAGE_TEXTS, "weight")
+    names = {name for record in read_jsonl(work / RECORDS) for message in record.get("messages", ()) for name in message}
+    return sorted(names.difference(usual))
+
+
 def _flat_message(message: dict) -> dict:
-    """A message with the same columns as every other; what has none is JSON text."""
-    other = {name: value for name, value in message.items() if name not in (*MESSAGE_TEXTS, "tool_calls", "weight")}
-    calls = message.get("tool_calls")
-    return {
-        **{name: message.get(name) for name in MESSAGE_TEXTS},
-        "tool_calls": json.dumps(calls, ensure_ascii=False) if calls else None,
-        "weight": message.get("weight"),
-        "other": json.dumps(other, ensure_ascii=False) if other else None,
-    }
+    """A message with the same columns as every other; what is no text is JSON."""
+    as_text = {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in message.items() if name != "weight"
+    }  # fmt: skip
+    return as_text | {"weight": message.get("weight")}
 
 
-def _write_parquet(path: Path, rows: Iterator[dict]) -> int:
+def _write_parquet(path: Path, rows: Iterator[dict], other_fields: list[str]) -> int:
     import pyarrow
     from pyarrow import parquet
 
     text, number = pyarrow.string(), pyarrow.float64()
     message = pyarrow.struct(
-        [(name, text) for name in (*MESSAGE_TEXTS, "tool_calls", "other")] + [("weight", pyarrow.int8())]
+        [(name, text) for name in (*MESSAGE_TEXTS, *other_fields)] + [("weight", pyarrow.int8())]
     )
     schema = pyarrow.schema(
         [("id", text), ("source", text), ("messages", pyarrow.list_(message)), ("tools", text), ("text", text),
          ("quality", number), ("difficulty", number), ("tags", pyarrow.list_(text)), ("branch", text), ("dataset", text),
-         ("weight", number), ("rank", pyarrow.int64()), ("gain", number)]
+         ("weight", number), ("rank", pyarrow.int64()), ("gain", number), ("budget", pyarrow.int64())]
     )  # fmt: skip
     count, batch = 0, []
     with whole_file(path, "wb") as stream, parquet.ParquetWriter(stream, schema) as writer:
@@ -148,7 +153,7 @@ def export(work: Path, settings: ExportSettings, groups: GroupSettings, target: 
     """Write `export/selection.jsonl` or `export/selection.parquet`, and remove the other; returns counts."""
     rows, folder = exported_rows(work, groups, target), work / EXPORT
     path = folder / f"selection.{settings.format}"
-    count = write_jsonl(path, rows) if settings.format == "jsonl" else _write_parquet(path, rows)
+    count = write_jsonl(path, rows) if settings.format == "jsonl" else _write_parquet(path, rows, _other_fields(work))
     for old in folder.iterdir():
         if old != path:
             old.unlink()

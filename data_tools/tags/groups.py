@@ -31,6 +31,7 @@ class GroupSettings:
             branch.
         min_instances: smaller groups are joined into one named `rest`, as are those beyond the largest hundred.
         repeat: as `repetitions` reads it.
+        of_budget: as `selection.selected_rows` takes it.
 
     Raises:
         UsageError: values that do not exist or contradict each other.
@@ -48,7 +49,13 @@ class GroupSettings:
         "", "Times that a dataset's weight counts, by its name: 'algebra=2,chess=0.5'.", flag="--repeat"
     )
 
+    of_budget: int = option(
+        0, "Of several budgets the selection to write, counted from 1; 0: the largest.", flag="--of-budget"
+    )
+
     def __post_init__(self) -> None:
+        if self.of_budget < 0:
+            raise UsageError(f"--of-budget {self.of_budget}: at least 1, or 0 for the largest")
         for name, choices in (("group_by", GROUPS), ("weights", WEIGHTS)):
             if getattr(self, name) not in choices:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: not one of {', '.join(choices)}")

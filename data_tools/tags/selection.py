@@ -153,9 +153,25 @@ def _write(work: Path, nested: list[Sample], record: np.ndarray) -> None:
     write_json(work / SUMMARY, found.summary | ({"smaller_budgets": smaller} if smaller else {}))
 
 
-def read_selection(work: Path) -> np.ndarray:
-    """int64 [chosen], rows of `grounding.npz` in order of choice; of several budgets the largest."""
-    return np.array([row["row"] for row in read_jsonl(work / SELECTION)], np.int64)
+def selected_rows(work: Path, of_budget: int = 0) -> list[dict]:
+    """Rows of `selection.jsonl` in order of choice.
+
+    Args:
+        of_budget: of several budgets which, counted from 1; 0 is the largest.
+
+    Raises:
+        UsageError: there is no such budget.
+    """
+    rows = list(read_jsonl(work / SELECTION))
+    budgets = max((row.get("budget", 1) for row in rows), default=1)
+    if of_budget > budgets:
+        raise UsageError(f"--of-budget {of_budget}: the selection has {budgets}; run the sample step with more of them")
+    return [row for row in rows if row.get("budget", 1) <= (of_budget or budgets)]
+
+
+def read_selection(work: Path, of_budget: int = 0) -> np.ndarray:
+    """int64 [chosen], rows of `grounding.npz` in order of choice; `of_budget` as `selected_rows` takes it."""
+    return np.array([row["row"] for row in selected_rows(work, of_budget)], np.int64)
 
 
 def read_summary(path: Path) -> dict:

@@ -211,7 +211,7 @@ def write_step(
     mass = target_mass(work, target, settings)
     tokenizer = load_tokenizer(encoding.tokenizer_model)
     pool = load_pool(work, vectors=True)
-    pool = pool.take(np.sort(read_selection(work)))
+    pool = pool.take(np.sort(read_selection(work, settings.of_budget)))
     if not pool.instances:
         raise UsageError(f"{work / SELECTION}: nothing is chosen; run the sample step again")
     job = _Job(work, pool, settings, encoding, tokenizer, *groups_of(work, pool, settings), mass, run, show_progress)
