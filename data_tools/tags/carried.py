@@ -46,8 +46,8 @@ def _call(call: dict, *, parse: bool) -> dict:
 def as_template_takes(messages: list[dict]) -> Iterator[list[dict]]:
     """The messages in the forms that templates take, the usual one first; what is not for templates is left out.
 
-    Templates differ in whether the arguments of a tool call are an object or JSON text, and whether a call without words
-    has a content.
+    Templates differ in whether the arguments of a tool call are an object or JSON text, and whether a call without
+    words has a content.
     """
     plain = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
     if not any(message.get("tool_calls") for message in plain):

@@ -1,7 +1,7 @@
 """Records to tokens, with a mask of the responses: a chat template, ChatML, or plain joining.
 
-The text is what the template writes of the record (`rendering.py`), its tokens are those of the whole text encoded at once
-(`whole_text.py`). Contents are text: an instance that writes `<|im_end|>` ends no turn.
+The text is what the template writes of the record (`rendering.py`), its tokens are those of the whole text encoded at
+once (`whole_text.py`). Contents are text: an instance that writes `<|im_end|>` ends no turn.
 """
 
 import re
@@ -50,13 +50,13 @@ class EncodingSettings:
     )  # fmt: skip
     loss_on: str = option(
         "all",
-        "Tokens that the loss counts; responses writes masks, leaves out records without a response and cuts what follows "
-        "the last one.",
+        "Tokens that the loss counts; responses writes masks, leaves out records without a response and cuts what "
+        "follows the last one.",
         choices=LOSSES,
         flag="--loss-on",
     )
     max_length: int = option(
-        0, "Longest instance, tokens: later turns are cut, whole; one whose first exchange is longer is left out. 0: any.",
+        0, "Longest instance, tokens: later turns are cut, whole; a longer first exchange is left out. 0: any.",
         flag="--max-length",
     )  # fmt: skip
     pack: int = option(
@@ -160,8 +160,8 @@ class DocumentEncoder:
     def encode(self, record: dict, *, masked: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [tokens] with the end of the document, and uint8 [tokens], 1 where the loss counts the token.
 
-        Every token of a plain text counts. A token that is part of a response and part of markup counts, and so does the
-        end of the document after a response. A response of weight 0 does not count.
+        Every token of a plain text counts. A token that is part of a response and part of markup counts, and so does
+        the end of the document after a response. A response of weight 0 does not count.
 
         Args:
             record: {"messages", "tools"} or {"text"}, as in `records.jsonl`.

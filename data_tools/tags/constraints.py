@@ -1,8 +1,8 @@
 """What a selection must and must not hold: records that are always in it, and bounds for sources and branches.
 
-A bound counts in the budget's unit. Greedy stays greedy: what may no longer be chosen is closed, once and for all, so lazy
-evaluation holds. With bounds from above alone the value is at least half of the optimum (a partition matroid, Fisher et al.
-1978).
+A bound counts in the budget's unit. Greedy stays greedy: what may no longer be chosen is closed, once and for all, so
+lazy evaluation holds. With quotas of sources alone, in instances, the value is at least half of the optimum (a
+partition matroid, Fisher et al. 1978).
 """
 
 from dataclasses import dataclass, field
@@ -48,7 +48,9 @@ def parse_bounds(flag: str, text: str) -> list[Bound]:
         except ValueError:
             amount = -1.0
         if kind not in KINDS or not name or not 0 <= amount < float("inf") or (is_share and amount > 1):
-            raise UsageError(f"{flag} {part}: give source:NAME=AMOUNT or branch:NAME=AMOUNT, an amount or 5% of the budget")
+            raise UsageError(
+                f"{flag} {part}: give source:NAME=AMOUNT or branch:NAME=AMOUNT, a number or a share of the budget (5%)"
+            )
         if any((bound.kind, bound.name) == (kind, name) for bound in found):
             raise UsageError(f"{flag} {part}: {kind} {name} is given twice")
         found.append(Bound(flag, kind, name, amount, is_share))
@@ -64,8 +66,9 @@ class ConstraintSettings:
     """
 
     quota: str = option(
-        "", "At most, by source or branch: 'source:flan=20%,branch:chess=100', shares being of the budget.", flag="--quota"
-    )
+        "", "At most, by source or branch: 'source:flan=20%,branch:chess=100', shares being of the budget.",
+        flag="--quota",
+    )  # fmt: skip
     floor: str = option("", "At least, as --quota.", flag="--floor")
     always: str | None = option(
         None, "Always choose these records: a file with an id a line, or JSONL with ids.", flag="--always"
@@ -144,7 +147,8 @@ class Rules:
         # What is always chosen counts towards the floors.
         missing = [max(limit.least - cost[self.first][limit.member[self.first]].sum(), 0.0) for limit in self.limits]
         if needed + sum(missing) > budget:
-            raise UsageError(f"--floor: needs {needed + sum(missing):,.0f} of a --budget of {budget:,.0f}, --always included")
+            needed += sum(missing)
+            raise UsageError(f"--floor: needs {needed:,.0f} of a --budget of {budget:,.0f}, --always included")
 
 
 class Ledger:

@@ -107,7 +107,8 @@ def exported_rows(work: Path, settings: GroupSettings, target: Path | None = Non
 def _other_fields(work: Path) -> list[str]:
     """Names of the fields that messages of the pool have beside the usual ones."""
     usual = (*MESSAGE_TEXTS, "weight")
-    names = {name for record in read_jsonl(work / RECORDS) for message in record.get("messages", ()) for name in message}
+    messages = (message for record in read_jsonl(work / RECORDS) for message in record.get("messages", ()))
+    names = {name for message in messages for name in message}
     return sorted(names.difference(usual))
 
 
@@ -125,13 +126,11 @@ def _write_parquet(path: Path, rows: Iterator[dict], other_fields: list[str]) ->
     from pyarrow import parquet
 
     text, number = pyarrow.string(), pyarrow.float64()
-    message = pyarrow.struct(
-        [(name, text) for name in (*MESSAGE_TEXTS, *other_fields)] + [("weight", pyarrow.int8())]
-    )
+    message = pyarrow.struct([(name, text) for name in (*MESSAGE_TEXTS, *other_fields)] + [("weight", pyarrow.int8())])
     schema = pyarrow.schema(
         [("id", text), ("source", text), ("messages", pyarrow.list_(message)), ("tools", text), ("text", text),
-         ("quality", number), ("difficulty", number), ("tags", pyarrow.list_(text)), ("branch", text), ("dataset", text),
-         ("weight", number), ("rank", pyarrow.int64()), ("gain", number), ("budget", pyarrow.int64())]
+         ("quality", number), ("difficulty", number), ("tags", pyarrow.list_(text)), ("branch", text),
+         ("dataset", text), ("weight", number), ("rank", pyarrow.int64()), ("gain", number), ("budget", pyarrow.int64())]
     )  # fmt: skip
     count, batch = 0, []
     with whole_file(path, "wb") as stream, parquet.ParquetWriter(stream, schema) as writer:

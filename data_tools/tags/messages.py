@@ -113,7 +113,7 @@ def _counts(message: dict) -> bool:
 
 
 def message_of(value: Any) -> dict:
-    """A message as `{"role", "content", ...}`, with `tool_calls`, `reasoning_content` and `weight` (0) where it has them.
+    """A message as `{"role", "content", ...}`, with `tool_calls`, `reasoning_content` and `weight` (0) if it has them.
 
     Raises:
         BadDocument: it cannot be carried.

@@ -1,7 +1,7 @@
 """Whole documents packed into sequences of one length, so that none is cut where a training sample ends.
 
-Megatron cuts its samples from documents laid end to end in any order; where each has the length of a sample, samples are
-documents.
+Megatron cuts its samples from documents laid end to end in any order; where each has the length of a sample, samples
+are documents.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ class Packer:
         self.filled = 0
 
     def add(self, ids: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Take a document, int32 [tokens] and uint8 [tokens], at most a sequence; returns the sequences that are done."""
+        """Take a document, int32 [tokens] and uint8 [tokens], at most `length`; returns the sequences that are done."""
         fits = [(left - len(ids), place) for place, left in enumerate(self._left) if left >= len(ids)]
         if fits:
             left, place = min(fits)

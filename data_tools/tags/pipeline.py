@@ -142,7 +142,7 @@ def finish(pipelines: list[Pipeline]) -> None:
             for pipeline in pipelines:
                 for step, name in pipeline.manifest.remove_stale().items():
                     found = True
-                    pipeline.tell(f"{step}: what it wrote is removed, since {name} is another now; run its command again")
+                    pipeline.tell(f"{step}: what it wrote is removed, since {name} is another now; run it again")
     except OSError as error:
         # The mark stays: what is left may not fit together.
         pipelines[0].tell(f"what is older than its input could not be removed ({error.strerror or error})")

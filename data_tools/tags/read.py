@@ -1,4 +1,4 @@
-"""The reading step: raw files to `records.jsonl`, and every raw document left out to `rejected.jsonl` with its reason."""
+"""The reading step: raw files to `records.jsonl`, and every raw document left out to `rejected.jsonl` with why."""
 
 import hashlib
 from collections import Counter

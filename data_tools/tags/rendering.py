@@ -1,7 +1,7 @@
 """A conversation as the text that a chat template writes, with where its responses lie in that text.
 
-Where a response lies is told by the template's generation marks, or else by renderings: of the conversation's prefixes, and
-of the conversation with marks in its contents. What these do not show is refused, not guessed.
+Where a response lies is told by the template's generation marks, or else by renderings: of the conversation's prefixes,
+and of the conversation with marks in its contents. What these do not show is refused, not guessed.
 """
 
 import re
@@ -67,7 +67,8 @@ class Template:
     """A chat template.
 
     Args:
-        render: messages, tools, and whether to end with what comes before a response, to text. Raises `ChatTemplateError`.
+        render: messages, tools, and whether to end with what comes before a response, to text; raises
+            `ChatTemplateError`.
         whole: knows the names of control tokens.
         generation: messages and tools to text and the spans of its generation marks, of a template that has such marks.
     """

@@ -1,8 +1,8 @@
 """The schemas of instruction data that are recognised by their fields; each gives messages, tools or a text.
 
-In this order, null fields counting as absent: preference pairs (`chosen`, `rejected`: the chosen side), `messages` (OpenAI) or
-`conversations` (ShareGPT), `instruction` and `output` (Alpaca) or `response` (Dolly), other pairs of a question and its
-answer, `text`.
+In this order, null fields counting as absent: preference pairs (`chosen`, `rejected`: the chosen side), `messages`
+(OpenAI) or `conversations` (ShareGPT), `instruction` and `output` (Alpaca) or `response` (Dolly), other pairs of a
+question and its answer, `text`.
 """
 
 from typing import Any
@@ -13,7 +13,8 @@ from megatron_ksa.data_tools.tags.messages import MEDIA, NO_FIELDS, message_of, 
 LISTS = ("messages", "conversations", "conversation")
 PAIRS = (
     ("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("question", "response"),
-    ("prompt", "completion"), ("prompt", "response"), ("query", "response"), ("query", "answer"), ("problem", "solution"),
+    ("prompt", "completion"), ("prompt", "response"), ("query", "response"), ("query", "answer"),
+    ("problem", "solution"),
 )  # fmt: skip
 PROMPTS = ("prompt", "instruction", "question", "query")
 # Beside a question: what it is asked about.

@@ -59,11 +59,12 @@ def _make_rules(
             known = ", ".join(sorted(set(keys[bound.kind].tolist()))[:10])
             raise UsageError(f"{bound.flag} {bound.kind}:{bound.name}: the pool has none; it has {known}")
         limit = limits.get((bound.kind, bound.name), Limit(member))
-        if bound.flag == "--floor" and amount > cost[member].sum():
-            raise UsageError(f"--floor {bound.kind}:{bound.name}: the pool has {cost[member].sum():,.0f}, less than {amount:,.0f}")
+        told, held = f"--floor {bound.kind}:{bound.name}", cost[member].sum()
+        if bound.flag == "--floor" and amount > held:
+            raise UsageError(f"{told}: the pool has {held:,.0f}, less than {amount:,.0f}")
         limit = replace(limit, **{"least" if bound.flag == "--floor" else "most": amount})
         if limit.least > limit.most:
-            raise UsageError(f"--floor {bound.kind}:{bound.name}: {limit.least:,.0f} is more than its --quota {limit.most:,.0f}")
+            raise UsageError(f"{told}: {limit.least:,.0f} is more than its --quota {limit.most:,.0f}")
         limits[bound.kind, bound.name] = limit
     return Rules(first, tuple(limits.values()))
 
@@ -77,7 +78,12 @@ def _keys(work: Path, pool: Pool, kind: str) -> np.ndarray:
 
 
 def _nested(
-    work: Path, pool: Pool, settings: SampleSettings, constraints: ConstraintSettings, target: np.ndarray | None, show: bool
+    work: Path,
+    pool: Pool,
+    settings: SampleSettings,
+    constraints: ConstraintSettings,
+    target: np.ndarray | None,
+    show: bool,
 ) -> list[Sample]:
     """A selection for each budget, each with the one before in it."""
     found: list[Sample] = []
@@ -85,7 +91,7 @@ def _nested(
     for text in settings.budget.split(","):
         budget = parse_budget(text.strip(), pool.instances, pool.tokens)
         if found and (budget.in_tokens != found[-1].budget.in_tokens or budget.amount <= found[-1].budget.amount):
-            raise UsageError(f"--budget {settings.budget}: several budgets rise, and are all in tokens or all in instances")
+            raise UsageError(f"--budget {settings.budget}: several budgets rise, all in tokens or all in instances")
         first = found[-1].chosen if found else np.empty(0, np.int64)
         rules = _make_rules(work, pool, constraints, budget, first, ids)
         found.append(sample(pool, replace(settings, budget=text.strip()), target, rules=rules, show_progress=show))

@@ -1,9 +1,9 @@
 """A whole text to tokens at once, with the characters that each token stands for.
 
-Tokens of a text are not the tokens of its parts: a word may span a seam, and some tokenizers put a space before each part. So
-a conversation is encoded as one text, and what a person wrote in it must not become a control token all the same. Where a
-content holds the name of one, the same tokenizer is used with its control tokens under other names: the markup gets those
-names, the content keeps its own, which then are text.
+Tokens of a text are not the tokens of its parts: a word may span a seam, and some tokenizers put a space before each
+part. So a conversation is encoded as one text, and what a person wrote in it must not become a control token all the
+same. Where a content holds the name of one, the same tokenizer is used with its control tokens under other names: the
+markup gets those names, the content keeps its own, which then are text.
 """
 
 import json

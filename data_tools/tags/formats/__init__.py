@@ -22,8 +22,8 @@ _INNER = {"data", "default", "train", "test", "validation", "valid", "dev"}
 def source_name(path: Path) -> str:
     """The name of the data that a file belongs to.
 
-    A file's name without the suffixes that tell its format; of numbered shards the dataset's folder; of a text file in a
-    folder the folder's name.
+    A file's name without the suffixes that tell its format; of numbered shards the dataset's folder; of a text file in
+    a folder the folder's name.
     """
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if path.name.endswith(suffix):
@@ -43,7 +43,7 @@ def _of_one_split(folder: Path, files: list[Path]) -> list[Path]:
     splits = sorted(names & _INNER)
     if len(splits) > 1:
         raise UsageError(
-            f"--input {folder}: holds the splits {', '.join(splits)}; choose with --glob '**/{splits[-1]}-*' or name files"
+            f"--input {folder}: holds the splits {', '.join(splits)}; choose with --glob '**/{splits[-1]}-*'"
         )
     return files
 

@@ -30,10 +30,8 @@ def saved_files(folder: Path) -> list[Path] | None:
     if (folder / SPLITS).is_file():
         splits = _json(folder / SPLITS).get("splits", [])
         if len(splits) != 1:
-            raise UsageError(
-                f"--input {folder}: holds the splits {', '.join(map(str, splits))}; name one, such as {folder}/{splits[0]}"
-                if splits else f"--input {folder}: {SPLITS} names no split; save the dataset again"
-            )  # fmt: skip
+            names = ", ".join(map(str, splits)) or "none"
+            raise UsageError(f"--input {folder}: holds the splits {names}; name one, as {folder}/SPLIT")
         folder = folder / str(splits[0])
     if not (folder / STATE).is_file():
         return None

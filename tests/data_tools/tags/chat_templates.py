@@ -91,7 +91,9 @@ MISTRAL = """
 {{- bos_token -}}
 {%- for m in messages -%}
   {%- if m.role == 'user' -%}
-    {%- if tools and loop.index0 == ns.last -%}{{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' -}}{%- endif -%}
+    {%- if tools and loop.index0 == ns.last -%}
+      {{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' -}}
+    {%- endif -%}
     {{- '[INST] ' + m.content + '[/INST]' -}}
   {%- elif m.role == 'assistant' and m.tool_calls -%}
     {{- '[TOOL_CALLS] [' -}}
@@ -147,7 +149,9 @@ PHI = """
 MARKED = """
 {%- for m in messages -%}
   {{- '<|im_start|>' + m.role + '\\n' -}}
-  {%- if m.role == 'assistant' -%}{% generation %}{{ m.content }}{% endgeneration %}{%- else -%}{{ m.content }}{%- endif -%}
+  {%- if m.role == 'assistant' -%}
+    {%- generation -%}{{- m.content -}}{%- endgeneration -%}
+  {%- else -%}{{- m.content -}}{%- endif -%}
   {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 """
@@ -160,14 +164,14 @@ KINDS = {
     "qwen 3": (QWEN_3, ["<|im_start|>", "<|im_end|>"]),
     "mistral": (
         MISTRAL,
-        ["<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
-         "[/TOOL_RESULTS]"],
+        ["<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]",
+         "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
     ),
     "gemma": (GEMMA, ["<s>", "<start_of_turn>", "<end_of_turn>"]),
     "deepseek": (
         DEEPSEEK,
-        ["<s>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
-         "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"],
+        ["<s>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<｜tool▁call▁begin｜>",
+         "<｜tool▁call▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"],
     ),
     "phi": (PHI, ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]),
     "marked": (MARKED, ["<|im_start|>", "<|im_end|>"]),

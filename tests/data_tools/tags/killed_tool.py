@@ -6,8 +6,8 @@ imports, so that a run costs its work alone.
 
     python killed_tool.py < calls    # a JSON line a call: [rename to die at, arguments, sync to fail at, largest file]
 
-Numbers count from 0, null is never. A sync that fails and a largest file, bytes, stand for a full disk: the kernel refuses
-to keep what was written, or to write more in the middle of a write.
+Numbers count from 0, null is never. A sync that fails and a largest file, bytes, stand for a full disk: the kernel
+refuses to keep what was written, or to write more in the middle of a write.
 """
 
 import errno

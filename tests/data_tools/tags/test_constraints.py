@@ -1,4 +1,4 @@
-"""Bounds by source and branch, records that are always chosen, and several budgets of which each holds the one before."""
+"""Bounds by source and branch, records that are always chosen, and several budgets, each with the one before in it."""
 
 import json
 
@@ -85,7 +85,8 @@ def test_several_budgets_are_nested(work):
     ("constraints", "budget", "message"),
     [
         ({"quota": "flan=3"}, "40", "give source:NAME=AMOUNT"), ({"quota": "source:a=x"}, "40", "give source:NAME"),
-        ({"floor": "source:a=120%"}, "40", "give source:NAME"), ({"quota": "source:a=1,source:a=2"}, "40", "given twice"),
+        ({"floor": "source:a=120%"}, "40", "give source:NAME"),
+        ({"quota": "source:a=1,source:a=2"}, "40", "given twice"),
         ({"quota": "source:nowhere=3"}, "40", "the pool has none; it has source 0"),
         ({"floor": "source:source 0=100"}, "140", "the pool has 67, less than 100"),
         ({"floor": "source:source 0=30,source:source 1=30"}, "40", "--floor: needs 60 of a --budget of 40"),
@@ -107,7 +108,8 @@ def test_unknown_and_too_many_ids(work, tmp_path):
     with pytest.raises(UsageError, match="--always: its records need 2 of a --budget of 1"):
         chosen(work, "1", ConstraintSettings(always=str(tmp_path / "ids.txt")))
     with pytest.raises(UsageError, match="--parts: not with"):
-        sample_step(work, SampleSettings("40", parts=2), ConstraintSettings(quota="source:source 0=3"), show_progress=False)
+        constraints = ConstraintSettings(quota="source:source 0=3")
+        sample_step(work, SampleSettings("40", parts=2), constraints, show_progress=False)
 
 
 @pytest.mark.parametrize("in_tokens", [False, True])
@@ -125,9 +127,8 @@ def test_lazy_and_plain_greedy_choose_the_same_under_rules(in_tokens):
         rules = Rules(generator.choice(400, 3, replace=False), limits)
         strength = generator.uniform(0.5, 1.5, 400)
         coverage = tree_information(pool.shares, strength, pool.parent, np.ones(len(pool.parent)))
-        lazy, plain = (
-            greedy(coverage, budget, cost if in_tokens else None, lazy=lazy, rules=rules, window=16) for lazy in (True, False)
-        )
+        costs = cost if in_tokens else None
+        lazy, plain = (greedy(coverage, budget, costs, lazy=lazy, rules=rules, window=16) for lazy in (True, False))
         np.testing.assert_array_equal(lazy.chosen, plain.chosen)
         spent = [cost[plain.chosen][groups[plain.chosen] == group].sum() for group in range(5)]
         assert spent[0] >= 0.3 * budget - cost.max() and spent[2] <= 0.12 * budget + cost[rules.first].sum()

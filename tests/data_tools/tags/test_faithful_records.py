@@ -110,7 +110,10 @@ CALL = {"name": "tides", "arguments": {"port": "Brest"}}
     [
         # The older function_call, with functions beside it.
         (
-            {"messages": [WHY, {"role": "assistant", "content": None, "function_call": CALL}], "functions": [TIDES["function"]]},
+            {
+                "messages": [WHY, {"role": "assistant", "content": None, "function_call": CALL}],
+                "functions": [TIDES["function"]],
+            },
             [WHY, {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}],
         ),
         (
@@ -143,7 +146,8 @@ def test_older_and_other_forms_of_tool_calls(tmp_path, row, messages):
         ({"messages": [WHY, {**BECAUSE, "reasoning": "Hm."}]}, [WHY, {**BECAUSE, "reasoning_content": "Hm."}]),
         (
             {"messages": [WHY, {"role": "assistant", "content": [
-                {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Be"}, {"type": "text", "text": "cause."},
+                {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Be"},
+                {"type": "text", "text": "cause."},
             ]}]},
             [WHY, {"role": "assistant", "content": "Be\ncause.", "reasoning_content": "Hm."}],
         ),
@@ -212,9 +216,13 @@ def test_fields_by_a_path_with_dots(tmp_path, settings, row):
         ),
         ({"messages": [WHY, BECAUSE], "images": ["a.png"]}, "images or other media"),
         ({"conversations": [WHY, BECAUSE], "image": {"bytes": "", "path": "a.png"}}, "images or other media"),
-        ({"messages": [WHY, {**BECAUSE, "tool_calls": [{"function": {"arguments": "{}"}}]}]}, "tool call without a name"),
         (
-            {"conversations": [WHY, {"from": "function_call", "value": "call the harbour"}]}, "tool call without a name",
+            {"messages": [WHY, {**BECAUSE, "tool_calls": [{"function": {"arguments": "{}"}}]}]},
+            "tool call without a name",
+        ),
+        (
+            {"conversations": [WHY, {"from": "function_call", "value": "call the harbour"}]},
+            "tool call without a name",
         ),
         ({"messages": [WHY, BECAUSE], "tools": "a hammer"}, "tools that are no list"),
         ({"messages": [WHY, {**BECAUSE, "weight": 0.5}]}, "weight of a message other than 0 and 1"),
@@ -245,7 +253,8 @@ def saved(folder: Path, rows: list[dict]) -> Path:
 
 def rows_of_a_table() -> list[dict]:
     """Tools of different fields: Arrow gives each the fields of all, with nulls."""
-    tides, ferry = {"name": "tides", "parameters": {"port": {"type": "string"}}}, {"name": "ferry", "parameters": {"line": {"type": "integer"}}}  # fmt: skip
+    tides = {"name": "tides", "parameters": {"port": {"type": "string"}}}
+    ferry = {"name": "ferry", "parameters": {"line": {"type": "integer"}}}
     return [
         {"id": number, "messages": [WHY, {**BECAUSE, "weight": None}], "tools": [tool]}
         for number, tool in enumerate((tides, ferry, tides))
@@ -258,7 +267,8 @@ def test_folders_of_datasets(tmp_path):
     (tmp_path / "harbour" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     for folder in (tmp_path / "harbour", tmp_path / "harbour" / "train"):
         counts, records, _ = reading(tmp_path, folder)
-        assert counts["sources"] == {"harbour": 3} and [record["id"] for record in records] == ["harbour/0", "harbour/1", "harbour/2"]  # fmt: skip
+        assert counts["sources"] == {"harbour": 3}
+        assert [record["id"] for record in records] == ["harbour/0", "harbour/1", "harbour/2"]
         assert [record["tools"][0]["function"] for record in records] == [row["tools"][0] for row in rows]
         assert records[0]["messages"] == [WHY, BECAUSE]
     (tmp_path / "harbour" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')

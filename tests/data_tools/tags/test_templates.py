@@ -35,10 +35,12 @@ TOOLS = [
 ]
 CALL = {"type": "function", "function": {"name": "tides", "arguments": '{"port": "Brest", "day": 3}'}}
 WITH_CALL = [
-    TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": '{"high": "00:40"}'},
-    {"role": "assistant", "content": "At 00:40."}, *TURNS[2:],
+    TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": '{"high": "00:40"}'}, {"role": "assistant", "content": "At 00:40."}, *TURNS[2:],
 ]  # fmt: skip
-THOUGHTS = [TURNS[0], {**TURNS[1], "reasoning_content": "count"}, TURNS[2], {**TURNS[3], "reasoning_content": "count on"}]
+THOUGHTS = [
+    TURNS[0], {**TURNS[1], "reasoning_content": "count"}, TURNS[2], {**TURNS[3], "reasoning_content": "count on"},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,10 @@ def test_several_turns_with_a_system_text(tokenizer, kind, chat, responses):
 @pytest.mark.parametrize(
     ("kind", "parse", "call", "answer"),
     [
-        ("llama 3", True, '{"name": "tides", "parameters": {"port": "Brest", "day": 3}}<|eot_id|>', "At 00:40.<|eot_id|>"),
+        (
+            "llama 3", True, '{"name": "tides", "parameters": {"port": "Brest", "day": 3}}<|eot_id|>',
+            "At 00:40.<|eot_id|>",
+        ),
         (
             "qwen 3", True,
             '<tool_call>\n{"name": "tides", "arguments": {"port": "Brest", "day": 3}}\n</tool_call><|im_end|>\n',
@@ -160,7 +165,8 @@ def test_thoughts(tokenizer):
 
 def test_thinking_case(tmp_path, tokenizer):
     """The case's template: thoughts of the last response alone, blanks trimmed."""
-    loaded = tokenizer((CASES / "templates" / "thinking.jinja").read_text(encoding="utf-8"), ["<|im_start|>", "<|im_end|>"])
+    template = (CASES / "templates" / "thinking.jinja").read_text(encoding="utf-8")
+    loaded = tokenizer(template, ["<|im_start|>", "<|im_end|>"])
     read(input_files([str(CASES / "thinking.jsonl")]), tmp_path, RecordSettings(), Engine())
     (record,) = read_jsonl(tmp_path / RECORDS)
     raw = json.loads((CASES / "thinking.jsonl").read_text(encoding="utf-8"))
@@ -208,7 +214,8 @@ def test_what_a_template_leaves_out_refuses_the_record(tokenizer, kind, record, 
         ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "once and in order"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "the template changes a content"),
         (
-            "{% for m in messages %}{{ m.content + m.tool_calls | default([]) | map(attribute='function') | join }}{% endfor %}",
+            "{% for m in messages %}{{ m.content }}"
+            "{{ m.tool_calls | default([]) | map(attribute='function') | join }}{% endfor %}",
             "as Python, not as JSON",
         ),
     ],
@@ -236,7 +243,8 @@ def test_a_content_that_names_control_tokens_is_text(tokenizer, kind):
 def metaspace(folder: Path) -> None:
     """A tokenizer of Llama 2's kind: a space before the text, and spaces as part of words."""
     words = ["▁", *"abcdefghijklmnopqrstuvwxyzBOT?.1234567890\n", "▁Be", "▁One", "One", "▁1", "brief"]
-    vocabulary = {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "</s>": 3} | {word: 4 + i for i, word in enumerate(words)}
+    vocabulary = {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "</s>": 3}
+    vocabulary |= {word: 4 + i for i, word in enumerate(words)}
     merges = [("▁", "B"), ("▁B", "e"), ("▁", "O"), ("▁O", "n"), ("▁On", "e"), ("O", "n"), ("On", "e"), ("▁", "1")]
     for pair in merges:
         vocabulary.setdefault("".join(pair), len(vocabulary))
@@ -261,7 +269,9 @@ def test_no_lone_space_at_a_seam(tmp_path, template):
         sentence_iterator=iter(sample), model_prefix=str(tmp_path / "bpe"), vocab_size=290, byte_fallback=True,
         model_type="bpe", user_defined_symbols=["<|im_start|>", "<|im_end|>"], minloglevel=2,
     )  # fmt: skip
-    chat = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "Be"}]
+    chat = [
+        {"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "Be"},
+    ]  # fmt: skip
     text = "One?\n\n1\n\nBe" if template == "plain" else "".join(
         f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat
     )  # fmt: skip

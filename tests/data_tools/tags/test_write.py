@@ -139,7 +139,8 @@ def test_repeated_datasets_weigh_more(work):
         "history": 2.5 * tokens["history"], "Algebra": 0,
     }  # fmt: skip
     assert len(blend_of(work)[0]) == 3
-    for repeat, message in (("geometry=2", "no such dataset; there are"), ("history", "NAME=NUMBER"), ("a=-1", "NAME=N")):
+    refused = {"geometry=2": "no such dataset; there are", "history": "NAME=NUMBER", "a=-1": "NAME=NUMBER"}
+    for repeat, message in refused.items():
         with pytest.raises(UsageError, match=message):
             write(work, repeat=repeat)
     with pytest.raises(UsageError, match="every dataset has weight 0"):
@@ -148,7 +149,7 @@ def test_repeated_datasets_weigh_more(work):
 
 @pytest.mark.parametrize("loss_on", ["all", "responses"])
 def test_packed_documents_have_the_length_of_a_sample(work, loss_on):
-    """Every instance is whole in one document, what fills it is outside the loss, and Megatron's samples are documents."""
+    """Every instance is whole in one document, and what fills the document is outside the loss."""
     plain = write(work, loss_on=loss_on)
     contents = {}
     for dataset in plain["datasets"]:
