@@ -115,6 +115,8 @@ def main() -> None:
         steps = {name: COMMANDS[name].steps for name in names}
         if args.tree is not None:
             steps["tree"] = ADOPTING_STEPS
+        if names == ("export",) and args.export == "none":
+            raise UsageError("--export none: name a format, jsonl or parquet")
         for name in names:
             pipeline.check(steps[name])
         try:

@@ -130,7 +130,8 @@ def _write_parquet(path: Path, rows: Iterator[dict], other_fields: list[str]) ->
     schema = pyarrow.schema(
         [("id", text), ("source", text), ("messages", pyarrow.list_(message)), ("tools", text), ("text", text),
          ("quality", number), ("difficulty", number), ("tags", pyarrow.list_(text)), ("branch", text),
-         ("dataset", text), ("weight", number), ("rank", pyarrow.int64()), ("gain", number), ("budget", pyarrow.int64())]
+         ("dataset", text), ("weight", number), ("rank", pyarrow.int64()), ("gain", number),
+         ("budget", pyarrow.int64())]
     )  # fmt: skip
     count, batch = 0, []
     with whole_file(path, "wb") as stream, parquet.ParquetWriter(stream, schema) as writer:

@@ -37,7 +37,7 @@ class SampleSettings:
 
     budget: str = option(
         "5%",
-        "How much to choose: instances (5000), a share of them (5%), or tokens (20Mt). Several, rising and with commas: "
+        "How much to choose: instances (5000), a share of them (5%), or tokens (20Mt). Several, rising, with commas: "
         "selections of which each holds the one before.",
         flag="--budget",
     )

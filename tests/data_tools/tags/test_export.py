@@ -80,7 +80,7 @@ def test_it_stands_and_one_budget_of_several(work, call):
     whole = len(list(read_jsonl(work / "export" / "selection.jsonl")))
     assert call("export", "--work", work, "--export", "jsonl", "--of-budget", 1)[0] == 0
     assert 0 < len(list(read_jsonl(work / "export" / "selection.jsonl"))) < whole
-    assert call("export", "--work", work)[0] == 0  # nothing is asked for
+    assert call("export", "--work", work)[2] == "error: --export none: name a format, jsonl or parquet"
     assert call("export", "--work", work, "--export", "jsonl", "--of-budget", 3)[2].startswith("error: --of-budget 3")
 
 
