@@ -54,8 +54,12 @@ class Tokenizer(Protocol):
             ContentError: the tokenizer has no tokens for this text.
         """
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The tokenizer's own chat template applied to messages {"role", "content"}.
+    def render_chat(self, messages: list[dict], tools: list[dict] | None = None, *, asked: bool = False) -> str:
+        """The tokenizer's own chat template applied to messages {"role", "content", ...}.
+
+        Args:
+            tools: what an assistant may call.
+            asked: end with what the template writes before a response (`add_generation_prompt`).
 
         Raises:
             UsageError: the tokenizer has no template.
@@ -168,9 +172,14 @@ class SentencePieceTokenizer:
             )
         return self._end
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
+    def render_chat(self, messages: list[dict], tools: list[dict] | None = None, *, asked: bool = False) -> str:
         """A SentencePiece model has no chat template."""
         raise UsageError(f"--template: {self._path}, a SentencePiece model, has no chat template; choose another")
+
+    @property
+    def path(self) -> Path:
+        """The model's file."""
+        return self._path
 
 
 class HuggingFaceTokenizer:
@@ -222,16 +231,24 @@ class HuggingFaceTokenizer:
         """Token ids of markup: names of special tokens mean those tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
+    def render_chat(self, messages: list[dict], tools: list[dict] | None = None, *, asked: bool = False) -> str:
         """The tokenizer's own chat template applied to the messages."""
         from jinja2 import TemplateError
 
         if self._tokenizer.chat_template is None:
             raise UsageError(f"--template: the tokenizer {self._folder} has no chat template; choose another")
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ChatTemplateError(str(error)) from None
+            text = self._tokenizer.apply_chat_template(
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=asked
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ChatTemplateError(" ".join(str(error).split())) from None
+        return str(text)
+
+    @property
+    def fast(self):
+        """The `transformers` tokenizer."""
+        return self._tokenizer
 
 
 def load_tokenizer(model: str) -> Tokenizer:

@@ -4,6 +4,7 @@ import numpy as np
 from scipy.sparse import csr_array, diags_array
 
 from megatron_ksa.data_tools.tags.branches import branch_of
+from megatron_ksa.data_tools.tags.constraints import Ledger, Rules
 from megatron_ksa.data_tools.tags.objective import Coverage
 from megatron_ksa.data_tools.tags.pool import Pool
 
@@ -11,13 +12,19 @@ LABEL_SIMILARITY = 0.9
 LABELS_AT_ONCE = 1024
 
 
-def spend(order: np.ndarray, budget: float, cost: np.ndarray | None) -> np.ndarray:
+def spend(order: np.ndarray, budget: float, cost: np.ndarray | None, rules: Rules | None = None) -> np.ndarray:
     """Walk an order and take every instance that still fits the budget: int64 [chosen].
 
     Args:
         order: int64 [instances].
         budget: instances, or tokens where `cost` (int [instances]) is given.
+        rules: what the selection must hold.
+
+    Raises:
+        UsageError: rules that cannot be met.
     """
+    if rules:
+        return _spend_by_rules(order, budget, np.ones(len(order)) if cost is None else cost, rules)
     if cost is None:
         return order[: int(budget)]
     spent, taken = np.cumsum(cost[order]), []
@@ -28,6 +35,17 @@ def spend(order: np.ndarray, budget: float, cost: np.ndarray | None) -> np.ndarr
             taken.append(row)
             left -= cost[row]
     return np.concatenate([order[:first], np.array(taken, np.int64)])
+
+
+def _spend_by_rules(order: np.ndarray, budget: float, cost: np.ndarray, rules: Rules) -> np.ndarray:
+    rules.check(budget, cost)
+    ledger, left, taken = Ledger(rules, cost, budget), budget, []
+    for row in np.concatenate([rules.first, order[~np.isin(order, rules.first)]]):
+        if cost[row] <= left and (ledger.open[row] or len(taken) < len(rules.first)):
+            taken.append(int(row))
+            left -= cost[row]
+            ledger.take(row)
+    return np.array(taken, np.int64)
 
 
 def random_order(instances: int, seed: int) -> np.ndarray:

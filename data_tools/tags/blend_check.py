@@ -17,7 +17,7 @@ def check_blend(folder: Path, datasets: list[dict], end_of_document: int, vocab_
 
     Args:
         folder: where the datasets lie.
-        datasets: "prefix", "weight", "instances" and "tokens" of each, as they were written.
+        datasets: "prefix", "weight", "documents" and "written_tokens" of each, as they were written.
 
     Raises:
         UsageError: a dataset that is not what was written, or that Megatron does not read.
@@ -26,7 +26,7 @@ def check_blend(folder: Path, datasets: list[dict], end_of_document: int, vocab_
         prefix = str(folder / dataset["prefix"])
         check_indexed_dataset(prefix)
         lengths = sequence_lengths(prefix)
-        if (len(lengths), int(lengths.sum())) != (dataset["instances"], dataset["tokens"]):
+        if (len(lengths), int(lengths.sum())) != (dataset["documents"], dataset["written_tokens"]):
             raise UsageError(
                 f"{prefix}: read back {len(lengths)} documents, {lengths.sum()} tokens; written were others"
             )
@@ -35,7 +35,7 @@ def check_blend(folder: Path, datasets: list[dict], end_of_document: int, vocab_
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-        from megatron_ksa.training.loss_mask import ResponseLossDataset, masked_prefixes
+        from megatron_ksa.data_tools.loss_masks import ResponseLossDataset, masked_prefixes
 
         prefixes = [str(folder / dataset["prefix"]) for dataset in datasets]
         if Path(f"{loss_mask_prefix(prefixes[0])}.idx").exists():

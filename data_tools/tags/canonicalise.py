@@ -21,7 +21,10 @@ from megatron_ksa.data_tools.tags.duplicates import DUPLICATES, Index, letter_sh
 from megatron_ksa.data_tools.tags.embed import LatentEmbedder, SentenceEmbedder
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays, write_jsonl
+from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.records import record_text
+from megatron_ksa.data_tools.tags.step import Context, Step
+from megatron_ksa.data_tools.tags.tag import TAGS
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
 
@@ -294,3 +297,13 @@ def read_carried(path: Path, tags: int) -> csr_array:
     arrays = read_arrays(path)
     ones = np.ones(len(arrays["tags"]), np.float32)
     return csr_array((ones, arrays["tags"], arrays["indptr"]), shape=(len(arrays["indptr"]) - 1, tags))
+
+
+def _run(context: Context, settings: CanonicalSettings) -> dict:
+    return canonicalise(context.folder, settings, context.engine)
+
+
+STEP = Step(
+    "canonicalise", {"canonical tags": CanonicalSettings}, reads=(RECORDS, TAGS, DUPLICATES),
+    writes=(VOCABULARY, MERGES, CARRIED, EMBEDDINGS, EMBEDDER), run=_run,
+)  # fmt: skip

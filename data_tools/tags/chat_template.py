@@ -1,42 +1,132 @@
-"""Messages to tokens, with a mask of the responses: a chat template, ChatML, or plain joining.
+"""Records to tokens, with a mask of the responses: a chat template, ChatML, or plain joining.
 
-A template is asked once for every sequence of roles, with place-holders for the contents. What it writes around them is
-markup, where names of special tokens mean those tokens; contents are text, so an instance that writes `<|im_end|>` ends
-no turn.
+The text is what the template writes of the record (`rendering.py`), its tokens are those of the whole text encoded at
+once (`whole_text.py`). Contents are text: an instance that writes `<|im_end|>` ends no turn.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
-from itertools import batched, groupby
-from os.path import commonprefix
+from itertools import batched
 
 import numpy as np
 
+from megatron_ksa.config.options import option
+from megatron_ksa.data_tools.tags.rendering import RESPONSE_ROLE, Rendering, Template
+from megatron_ksa.data_tools.tags.whole_text import WholeText
 from megatron_ksa.data_tools.tokenizers import ChatTemplateError, Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
 
 TEMPLATES = ("plain", "chatml", "tokenizer")
-RESPONSE_ROLE = "assistant"
+LOSSES = ("all", "responses")
 PLAIN_SEPARATOR = "\n\n"
 RECORDS_PER_TASK = 64
+NO_RESPONSE = "no response"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A piece of a document: the content of a message, or markup where `message` is None, and whether it counts."""
+class EncodingSettings:
+    """How a record becomes tokens, for the sample step's budget in tokens and for the write step.
 
-    text: str
-    message: int | None
-    counts: bool
+    Args:
+        tokenizer_model: as `load_tokenizer` takes it.
+        template: one of `TEMPLATES`.
+        loss_on: one of `LOSSES`; `responses` writes masks.
+        max_length: tokens of a document, its end included; 0 for any.
+        pack: tokens of a document into which whole instances are packed; 0 for a document an instance.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    tokenizer_model: str | None = option(
+        None, "SentencePiece .model, or a folder with tokenizer.json.", flag="--tokenizer-model"
+    )
+    template: str = option(
+        "plain", "How messages are joined: by empty lines, as ChatML, or by the tokenizer's own chat template.",
+        choices=TEMPLATES, flag="--template",
+    )  # fmt: skip
+    loss_on: str = option(
+        "all",
+        "Tokens that the loss counts; responses writes masks, leaves out records without a response and cuts what "
+        "follows the last one.",
+        choices=LOSSES,
+        flag="--loss-on",
+    )
+    max_length: int = option(
+        0, "Longest instance, tokens: later turns are cut, whole; a longer first exchange is left out. 0: any.",
+        flag="--max-length",
+    )  # fmt: skip
+    pack: int = option(
+        0, "Pack whole instances into documents of this many tokens, for --seq-length of the same; 0: each by itself.",
+        flag="--pack",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, choices in (("template", TEMPLATES), ("loss_on", LOSSES)):
+            if getattr(self, name) not in choices:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: not one of {', '.join(choices)}")
+        for name in ("max_length", "pack"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1, or 0 for none")
+        if self.pack and self.max_length > self.pack:
+            raise UsageError(f"--max-length {self.max_length}: at most --pack {self.pack}")
+
+    @property
+    def limit(self) -> int:
+        """Longest instance, tokens; 0 for any."""
+        return self.max_length or self.pack
+
+    def decides(self) -> dict:
+        """Everything but the tokenizer's content that decides the tokens, as JSON, without the place it lies at."""
+        return {name: value for name, value in asdict(self).items() if name != "tokenizer_model"}
 
 
-def _chatml(messages: list[dict[str, str]]) -> str:
-    return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+@dataclass(frozen=True)
+class Document:
+    """The tokens of an instance.
+
+    Args:
+        ids: int32 [tokens], the end of the document included.
+        mask: uint8 [tokens], 1 where the loss counts the token.
+        cut: messages left out after the last response.
+        truncated: messages left out because of the length.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    cut: int = 0
+    truncated: int = 0
 
 
-def _place_holder(message: int) -> str:
-    return f"\ue000{message}\ue001"
+def _chatml(messages: list[dict], tools: list[dict], asked: bool) -> str:
+    if tools or any(message.get(name) for message in messages for name in ("tool_calls", "reasoning_content")):
+        raise ChatTemplateError("ChatML has no form for tools, tool calls and thoughts; use --template tokenizer")
+    text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
+    return text + f"<|im_start|>{RESPONSE_ROLE}\n" * asked
+
+
+def _make_template(tokenizer: Tokenizer, name: str, whole: WholeText) -> Template:
+    if name == "chatml":
+        return Template(_chatml, whole)
+
+    def render(messages: list[dict], tools: list[dict], asked: bool) -> str:
+        return tokenizer.render_chat(messages, tools, asked=asked)
+
+    def generation(messages: list[dict], tools: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        fast = tokenizer.fast
+        texts, spans = render_jinja_template(
+            conversations=[messages], tools=tools or None, chat_template=fast.get_chat_template(tools=tools or None),
+            return_assistant_tokens_mask=True, **fast.special_tokens_map,
+        )  # fmt: skip
+        return texts[0], spans[0]
+
+    written = getattr(getattr(tokenizer, "fast", None), "chat_template", None)
+    return Template(render, whole, generation if _GENERATION.search(str(written)) else None)
 
 
 class DocumentEncoder:
@@ -47,84 +137,102 @@ class DocumentEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
-        if template not in TEMPLATES:
-            raise UsageError(f"--template {template}: not one of {', '.join(TEMPLATES)}")
-        self.tokenizer, self.template = tokenizer, template
-        self._layouts: dict[tuple[str, ...], list[Segment]] = {}
+        self.tokenizer, self.whole = tokenizer, WholeText(tokenizer)
+        self._template = None if template == "plain" else _make_template(tokenizer, template, self.whole)
 
-    def layout(self, roles: tuple[str, ...]) -> list[Segment]:
-        """Segments of a conversation with these roles, place-holders as the contents.
+    def _rendering(self, record: dict, *, masked: bool) -> Rendering:
+        messages, tools = record["messages"], record.get("tools", [])
+        if self._template is not None:
+            return self._template.rendering(messages, tools, with_responses=masked)
+        if tools or any(message.get(name) for message in messages for name in ("tool_calls", "reasoning_content")):
+            raise ChatTemplateError(
+                "plain joining has no form for tools, tool calls and thoughts; use --template tokenizer"
+            )
+        text, responses = "", []
+        for i, message in enumerate(messages):
+            text += PLAIN_SEPARATOR * (i > 0)
+            if message["role"] == RESPONSE_ROLE:
+                responses.append((i, len(text), len(text) + len(message["content"])))
+            text += message["content"]
+        # Nothing is markup here, so no name means a control token.
+        return Rendering(text, responses, [(0, len(text))] if self.whole.has_name(text) else [])
 
-        Raises:
-            ChatTemplateError: the template refuses these roles, or does not write every content once and in order.
-        """
-        if roles not in self._layouts:
-            self._layouts[roles] = self._make_layout(roles)
-        return self._layouts[roles]
-
-    def _render(self, roles: tuple[str, ...]) -> str:
-        messages = [{"role": role, "content": _place_holder(i)} for i, role in enumerate(roles)]
-        return _chatml(messages) if self.template == "chatml" else self.tokenizer.render_chat(messages)
-
-    def _make_layout(self, roles: tuple[str, ...]) -> list[Segment]:
-        responses = [role == RESPONSE_ROLE for role in roles]
-        if self.template == "plain":
-            segments = [Segment(PLAIN_SEPARATOR, None, False)] * (2 * len(roles) - 1)
-            segments[::2] = [Segment("", i, counts) for i, counts in enumerate(responses)]
-            return segments
-        rest, segments = self._render(roles), []
-        for i, counts in enumerate(responses):
-            before, found, rest = rest.partition(_place_holder(i))
-            if not found or _place_holder(i) in rest:
-                raise ChatTemplateError(f"the template does not write the {roles[i]} message once and in order")
-            segments += [Segment(before, None, False), Segment("", i, counts)]
-            if counts:
-                # What ends the turn is the response's as well, and no more than that.
-                end = self._render(roles[: i + 1]).partition(_place_holder(i))[2]
-                end = commonprefix([end, rest])
-                segments.append(Segment(end, None, True))
-                rest = rest.removeprefix(end)
-        return [
-            segment
-            for segment in (*segments, Segment(rest, None, False))
-            if segment.text or segment.message is not None
-        ]
-
-    def encode(self, record: dict) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, record: dict, *, masked: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Token ids int32 [tokens] with the end of the document, and uint8 [tokens], 1 where the loss counts the token.
 
-        Every token of a plain text counts. The end of the document counts after a response.
+        Every token of a plain text counts. A token that is part of a response and part of markup counts, and so does
+        the end of the document after a response. A response of weight 0 does not count.
 
         Args:
-            record: {"messages": [{"role", "content"}, ...]} or {"text"}.
+            record: {"messages", "tools"} or {"text"}, as in `records.jsonl`.
+            masked: tell responses; every token counts without.
 
         Raises:
-            ChatTemplateError: the template refuses the messages, or a text has no UTF-8.
+            ChatTemplateError: the template refuses the messages or leaves something out, or a text has no UTF-8.
         """
-        if "messages" in record:
-            contents = [message["content"] for message in record["messages"]]
-            segments = self.layout(tuple(message["role"] for message in record["messages"]))
+        if "text" in record:
+            ids, counts, ends = self._text_ids(record["text"]), None, True
         else:
-            contents, segments = [record["text"]], [Segment("", 0, True)]
-        ids: list[int] = []
-        mask: list[bool] = []
-        for (counts, is_markup), run in groupby(segments, lambda segment: (segment.counts, self._is_markup(segment))):
-            text = "".join(segment.text if segment.message is None else contents[segment.message] for segment in run)
-            try:
-                # A lone surrogate, which JSON can escape, has no bytes to tokenise.
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ChatTemplateError(f"invalid UTF-8 ({error.reason})") from None
-            new = self.tokenizer.encode(text) if is_markup else self.tokenizer.encode_content(text)
-            ids += new
-            mask += [counts] * len(new)
-        if not ids or ids[-1] != self.tokenizer.end_of_document:
-            ids.append(self.tokenizer.end_of_document)
-            mask.append(any(segment.counts for segment in segments[-2:]))
-        return np.array(ids, np.int32), np.array(mask, np.uint8)
+            rendering = self._rendering(record, masked=masked)
+            tokens, messages = self.whole.encode(rendering.text, rendering.as_text), record["messages"]
+            ids, counts = tokens.ids, None
+            weights = [message.get("weight", 1) for message in messages]
+            ends = messages[-1]["role"] == RESPONSE_ROLE and weights[-1] != 0
+            if masked:
+                counts = tokens.overlap([(first, end) for i, first, end in rendering.responses if weights[i]])
+        mask = np.ones(len(ids), np.uint8) if counts is None else counts.astype(np.uint8)
+        if not len(ids) or ids[-1] != self.tokenizer.end_of_document:
+            ids = np.append(ids, np.int32(self.tokenizer.end_of_document))
+            mask = np.append(mask, np.uint8(ends or not masked))
+        return ids, mask
 
-    def _is_markup(self, segment: Segment) -> bool:
-        return segment.message is None and self.template != "plain"
+    def _text_ids(self, text: str) -> np.ndarray:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ChatTemplateError(f"invalid UTF-8 ({error.reason})") from None
+        return np.array(self.tokenizer.encode_content(text), np.int32)
+
+
+def has_response(record: dict) -> bool:
+    """Whether there is anything for a loss on responses: a text, or a response that is not of weight 0."""
+    return "text" in record or any(m["role"] == RESPONSE_ROLE and m.get("weight", 1) for m in record["messages"])
+
+
+def until_response(messages: list[dict], limit: int | None = None) -> list[dict]:
+    """The messages up to the last response among the first `limit`; none where there is no response."""
+    for i in range(len(messages) if limit is None else limit, 0, -1):
+        if messages[i - 1]["role"] == RESPONSE_ROLE:
+            return messages[:i]
+    return []
+
+
+def encode_document(encoder: DocumentEncoder, record: dict, settings: EncodingSettings) -> Document:
+    """The tokens of a record under the settings.
+
+    Raises:
+        ChatTemplateError: from `DocumentEncoder.encode`, or there is no response, or it is too long.
+    """
+    masked = settings.loss_on == "responses"
+    if "text" in record:
+        document = Document(*encoder.encode(record, masked=masked))
+        if settings.limit and len(document.ids) > settings.limit:
+            raise ChatTemplateError(f"a text longer than {settings.limit:,} tokens")
+        return document
+    messages = record["messages"]
+    kept = until_response(messages) if masked else messages
+    if not kept or (masked and not has_response(record)):
+        raise ChatTemplateError(NO_RESPONSE)
+    cut, whole = len(messages) - len(kept), len(kept)
+    ids, mask = encoder.encode({**record, "messages": kept}, masked=masked)
+    while settings.limit and len(ids) > settings.limit:
+        kept = until_response(kept, len(kept) - 1)
+        if not kept:
+            raise ChatTemplateError(f"a first exchange longer than {settings.limit:,} tokens")
+        ids, mask = encoder.encode({**record, "messages": kept}, masked=masked)
+    if masked and not mask.any():
+        raise ChatTemplateError(NO_RESPONSE)
+    return Document(ids, mask, cut, whole - len(kept))
 
 
 @cache
@@ -132,27 +240,25 @@ def _encoder(tokenizer_model: str, template: str) -> DocumentEncoder:
     return DocumentEncoder(load_tokenizer(tokenizer_model), template)
 
 
-def _encode_some(
-    tokenizer_model: str, template: str, records: tuple[dict, ...]
-) -> list[tuple[np.ndarray, np.ndarray] | str]:
-    encoder = _encoder(tokenizer_model, template)
-    results: list[tuple[np.ndarray, np.ndarray] | str] = []
+def _encode_some(settings: EncodingSettings, records: tuple[dict, ...]) -> list[Document | str]:
+    encoder, results = _encoder(settings.tokenizer_model, settings.template), []
     for record in records:
         try:
-            results.append(encoder.encode(record))
+            results.append(encode_document(encoder, record, settings))
         except ChatTemplateError as error:
             results.append(str(error))
     return results
 
 
 def encode_records(
-    records: Iterable[dict], tokenizer_model: str, template: str, run: Callable = map
-) -> Iterator[tuple[np.ndarray, np.ndarray] | str]:
-    """What `DocumentEncoder.encode` gives for each record, in order, or why the template refuses it.
+    records: Iterable[dict], settings: EncodingSettings, run: Callable = map
+) -> Iterator[Document | str]:
+    """The document of each record, in order, or why there is none.
 
     Args:
         run: `map`, or one that works elsewhere: results of a function of tasks, in order (`engine.Engine.map`).
     """
-    _encoder(tokenizer_model, template)  # a tokenizer that does not load is reported here and not by a worker
-    for results in run(partial(_encode_some, tokenizer_model, template), batched(records, RECORDS_PER_TASK)):
+    # A tokenizer that does not load is reported here and not by a worker.
+    _encoder(settings.tokenizer_model, settings.template)
+    for results in run(partial(_encode_some, settings), batched(records, RECORDS_PER_TASK)):
         yield from results

@@ -20,6 +20,7 @@ from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.records import record_text
+from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tag import TAGS
 from megatron_ksa.errors import UsageError
 
@@ -146,3 +147,10 @@ def find_duplicates(folder: Path, settings: DuplicateSettings, engine: Engine, t
                 progress.update(len(batch))
 
     return {"duplicates": write_jsonl(folder / DUPLICATES, rows())}
+
+
+def _run(context: Context, settings: DuplicateSettings) -> dict:
+    return find_duplicates(context.folder, settings, context.engine, context.counted("tag", "tagged"))
+
+
+STEP = Step("duplicates", {"near-duplicates": DuplicateSettings}, reads=(RECORDS, TAGS), writes=(DUPLICATES,), run=_run)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from megatron_ksa.data_tools.tags.constraints import Ledger, Rules
 from megatron_ksa.data_tools.tags.objective import Coverage
 
 WINDOW = 8192
@@ -25,21 +26,29 @@ class Selection:
 class _Progress:
     """The selection as it grows: masses and phi of every node, the budget left, and what was chosen."""
 
-    def __init__(self, coverage: Coverage, budget: float, cost: np.ndarray, show: bool) -> None:
+    def __init__(self, coverage: Coverage, budget: float, cost: np.ndarray, show: bool, rules: Rules) -> None:
         self.coverage, self.left, self.cost = coverage, budget, cost
+        self.ledger = Ledger(rules, cost, budget)
         self.total = np.zeros(len(coverage.weight))
         self.reached = np.zeros(len(coverage.weight))
         self.value, self.evaluations = 0.0, 0
         self.chosen: list[int] = []
         self.gains: list[float] = []
         self.bar = tqdm(total=budget, desc="select", unit_scale=True, disable=not show, mininterval=1.0)
+        for row in rules.first:
+            self.add(row, self.refresh(np.array([row]))[0])
+
+    def candidates(self) -> np.ndarray:
+        """int64 [rows], what may be chosen and fits."""
+        return np.flatnonzero(self.ledger.open & (self.cost <= self.left))
 
     def refresh(self, rows: np.ndarray) -> np.ndarray:
         """Gain for each unit of cost, float64 [rows]."""
         self.evaluations += len(rows)
         return self.coverage.gains(rows, self.total, self.reached) / self.cost[rows]
 
-    def add(self, row: int, ratio: float) -> None:
+    def add(self, row: int, ratio: float) -> bool:
+        """Choose a row; returns whether that closed others."""
         mass = self.coverage.mass
         nodes = mass.indices[mass.indptr[row] : mass.indptr[row + 1]]
         self.total[nodes] += mass.data[mass.indptr[row] : mass.indptr[row + 1]]
@@ -49,11 +58,12 @@ class _Progress:
         self.value += self.gains[-1]
         self.left -= self.cost[row]
         self.bar.update(self.cost[row])
+        return self.ledger.take(row)
 
     def fill(self, candidates: np.ndarray) -> None:
         """Spend what is left on instances that add nothing, the lowest index first."""
         for row in np.sort(candidates):
-            if self.cost[row] <= self.left:
+            if self.cost[row] <= self.left and self.ledger.open[row]:
                 self.add(row, 0.0)
 
     def selection(self) -> Selection:
@@ -62,9 +72,8 @@ class _Progress:
 
 
 def _plain(progress: _Progress) -> Selection:
-    open_ = np.ones(progress.coverage.instances, bool)
     while True:
-        rows = np.flatnonzero(open_ & (progress.cost <= progress.left))
+        rows = progress.candidates()
         if not len(rows):
             return progress.selection()
         ratio = progress.refresh(rows)
@@ -73,7 +82,6 @@ def _plain(progress: _Progress) -> Selection:
             progress.fill(rows)
             return progress.selection()
         progress.add(rows[best], ratio[best])
-        open_[rows[best]] = False
 
 
 def _top(bound: np.ndarray, rows: np.ndarray, size: int) -> tuple[np.ndarray, float]:
@@ -91,20 +99,19 @@ def _lazy(progress: _Progress, base: int) -> Selection:
     longer beats what is outside of it.
     """
     bound = progress.refresh(np.arange(progress.coverage.instances))
-    open_ = np.ones(len(bound), bool)
     size = base
     while True:
-        rows = np.flatnonzero(open_ & (progress.cost <= progress.left))
+        rows = progress.candidates()
         if not len(rows) or bound[rows].max() <= 0:
             progress.fill(rows)
             return progress.selection()
         window, outside = _top(bound, rows, size)
-        taken = _spend_window(progress, window, bound, open_, outside)
+        taken = _spend_window(progress, window, bound, outside)
         # Many equal bounds can outnumber a window; a larger one holds them all.
         size = base if taken else 4 * size
 
 
-def _spend_window(progress: _Progress, window: np.ndarray, bound: np.ndarray, open_: np.ndarray, outside: float) -> int:
+def _spend_window(progress: _Progress, window: np.ndarray, bound: np.ndarray, outside: float) -> int:
     """Choose from the window while its best beats the bound `outside`; returns how many were chosen."""
     local, cost, taken = bound[window], progress.cost[window], 0
     dearest = cost.max()
@@ -130,9 +137,10 @@ def _spend_window(progress: _Progress, window: np.ndarray, bound: np.ndarray, op
             fits = local > -np.inf
             bound[window[fits]] = local[fits]
             return taken
-        progress.add(window[best], local[best])
-        open_[window[best]] = False
+        closed = progress.add(window[best], local[best])
         local[best] = -np.inf
+        if closed:
+            local[~progress.ledger.open[window]] = -np.inf
         taken += 1
 
 
@@ -144,6 +152,7 @@ def greedy(
     lazy: bool = True,
     show_progress: bool = False,
     window: int = WINDOW,
+    rules: Rules | None = None,
 ) -> Selection:
     """Choose by largest gain, or gain for a unit of cost, until nothing more fits; ties go to the lower index.
 
@@ -156,11 +165,17 @@ def greedy(
         cost: [instances], above 0.
         lazy: compute few gains anew in a step instead of all; what is chosen is the same.
         window: rows in the lazy queue's window; a matter of speed only.
+        rules: what the selection must hold; the bound of token budgets is not for it.
+
+    Raises:
+        UsageError: rules that cannot be met.
     """
+    rules = rules or Rules()
     costs = np.ones(coverage.instances) if cost is None else np.asarray(cost, np.float64)
-    progress = _Progress(coverage, budget, costs, show_progress)
+    rules.check(budget, costs)
+    progress = _Progress(coverage, budget, costs, show_progress, rules)
     result = _lazy(progress, window) if lazy else _plain(progress)
-    if cost is None or not coverage.instances:
+    if cost is None or not coverage.instances or rules:
         return result
     alone = np.where(costs <= budget, coverage.singles(), -np.inf)
     best = int(alone.argmax())

@@ -9,11 +9,15 @@ from scipy.sparse import csr_array
 
 from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags.canonicalise import EMBEDDER, EMBEDDINGS, MERGES, TagTable, kept_instances, nearest
+from megatron_ksa.data_tools.tags.duplicates import DUPLICATES
 from megatron_ksa.data_tools.tags.embed import load_embedder
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_arrays, write_jsonl
+from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.records import record_text
-from megatron_ksa.data_tools.tags.tree import TREE, load_tree, read_vocabulary
+from megatron_ksa.data_tools.tags.step import Context, Step
+from megatron_ksa.data_tools.tags.tag import TAGS
+from megatron_ksa.data_tools.tags.tree import TREE, TREE_FILES, load_tree, read_vocabulary
 from megatron_ksa.errors import UsageError
 
 GROUNDING, UNPLACED, PLACED = "grounding.npz", "unplaced.jsonl", "placed_tags.jsonl"
@@ -114,3 +118,17 @@ def ground(folder: Path, tree_folder: Path, settings: GroundSettings, engine: En
         "placed_tags": len(placed),
     }
     return counts | {"tags": indptr[-1]}
+
+
+def _run(context: Context, settings: GroundSettings) -> dict:
+    return ground(context.folder, context.tree_folder, settings, context.engine)
+
+
+def _tree(context: Context, settings: GroundSettings) -> dict[str, Path]:
+    return context.files(context.tree_folder, "tree", *TREE_FILES)
+
+
+STEP = Step(
+    "ground", {"grounding": GroundSettings}, reads=(RECORDS, TAGS, DUPLICATES), writes=(GROUNDING, PLACED, UNPLACED),
+    run=_run, also_reads=_tree,
+)  # fmt: skip

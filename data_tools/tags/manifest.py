@@ -2,11 +2,12 @@
 
 `manifest.json` has for each step its settings, the SHA-256 of what it read and wrote, and its counts. A changed
 setting changes the hashes of what the step writes, and so redoes the steps that read it, unless it changed nothing in
-the files.
+the files. What was made from files that are others now, and is not made anew, is removed (`remove_stale`).
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron_ksa.data_tools.tags.files import write_json
 from megatron_ksa.errors import UsageError
 
 VERSION = 1
+MANIFEST = "manifest.json"
 
 
 class Manifest:
@@ -31,7 +33,7 @@ class Manifest:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--work {folder}: {error.strerror}") from None
-        self.folder, self.path = folder, folder / "manifest.json"
+        self.folder, self.path = folder, folder / MANIFEST
         # Hashes of files by size and time of change, kept apart so that the manifest's bytes depend on contents only.
         self._digests_path = folder / ".digests.json"
         self.steps: dict[str, dict] = self._load(self.path).get("steps", {})
@@ -97,7 +99,39 @@ class Manifest:
             if None not in written.values() and written == last["outputs"]:
                 return False
         counts = action()
+        # A file belongs to the step that wrote it last.
+        self.steps = {
+            name: done for name, done in self.steps.items() if name == step or not paths.keys() & done["outputs"].keys()
+        }
         self.steps[step] = before | {"outputs": self._hashes(paths), "counts": counts}
+        self._save()
+        return True
+
+    def _save(self) -> None:
         write_json(self._digests_path, {"version": VERSION, "files": self._digests})
         write_json(self.path, {"version": VERSION, "steps": self.steps})
-        return True
+
+    def remove_stale(self) -> dict[str, str]:
+        """Remove what steps wrote from files that are others now.
+
+        Inputs whose name has a colon lie elsewhere; the rest are named from the work folder.
+
+        Returns:
+            For each step whose files went, the input that is another now.
+        """
+        found: dict[str, str] = {}
+        while True:
+            stale = {
+                step: name
+                for step, done in self.steps.items()
+                for name, digest in done["inputs"].items()
+                if ":" not in name and self.digest(self.folder / name) != digest
+            }
+            if not stale:
+                return found
+            found |= stale
+            for step in stale:
+                for name in self.steps.pop(step)["outputs"]:
+                    path = self.folder / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            self._save()

@@ -1,242 +1,154 @@
 """The steps from raw data to a blend and its report, each skipped when its last run stands (`manifest.py`)."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.readers import input_files
-from megatron_ksa.data_tools.tags import canonicalise, duplicates, ground, read, tag, tree
-from megatron_ksa.data_tools.tags.budget import counts_tokens
-from megatron_ksa.data_tools.tags.engine import Engine
-from megatron_ksa.data_tools.tags.files import copy_whole
+from megatron_ksa.data_tools.tags import (
+    canonicalise,
+    duplicates,
+    export,
+    ground,
+    read,
+    report,
+    selection,
+    tag,
+    tree,
+    write,
+)
 from megatron_ksa.data_tools.tags.manifest import Manifest
-from megatron_ksa.data_tools.tags.records import RecordSettings
-from megatron_ksa.data_tools.tags.report import report_step
-from megatron_ksa.data_tools.tags.sample import SampleSettings
-from megatron_ksa.data_tools.tags.selection import TokenSettings, sample_step
-from megatron_ksa.data_tools.tags.taggers import Tagger
-from megatron_ksa.data_tools.tags.taggers.endpoint import EndpointSettings, EndpointTagger
-from megatron_ksa.data_tools.tags.taggers.in_data import InDataTagger
-from megatron_ksa.data_tools.tags.taggers.keyphrase import KeyphraseTagger
-from megatron_ksa.data_tools.tags.write import WriteSettings, write_step
+from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.errors import UsageError
 
-TAGGERS = ("keyphrase", "llm", "data")
 TARGET = "target"
-CACHE = "tag_cache/answers.sqlite"
-# What instances need to be put on a tree.
-TREE_FILES = (
-    canonicalise.VOCABULARY, canonicalise.MERGES, canonicalise.EMBEDDINGS, canonicalise.EMBEDDER, tree.TREE,
-)  # fmt: skip
+# In the work folder while a run is under way: one that was killed leaves it.
+UNFINISHED = "UNFINISHED.txt"
+_UNFINISHED_TEXT = (
+    "A run began here and has not ended: files may be older than those they are made from. Run the command again.\n"
+)
 
 
 @dataclass(frozen=True)
-class TaggerSettings:
-    """Where tags come from."""
+class Command:
+    """A command of `tools/preprocess_tags.py`.
 
-    kind: str = option(
-        "keyphrase",
-        "llm: an endpoint. keyphrase: phrases that TF-IDF finds, offline, the weaker choice. data: the records' own.",
-        choices=TAGGERS, flag="--tagger",
-    )  # fmt: skip
-    count: int = option(6, "Tags of a record, at most (keyphrase).", flag="--tags-per-record")
-    retry_failed: bool = option(False, "Ask again about records that failed in the last run.", flag="--retry-failed")
+    Args:
+        help: one line.
+        steps: what it does to the pool, in order.
+        target_steps: what it then does to the target.
+    """
+
+    help: str
+    steps: tuple[Step, ...]
+    target_steps: tuple[Step, ...] = ()
 
 
-@dataclass(frozen=True)
-class TreeStepSettings:
-    """Settings of the steps that `tree` runs."""
-
-    duplicates: duplicates.DuplicateSettings
-    canonical: canonicalise.CanonicalSettings
-    tree: tree.TreeSettings
-    ground: ground.GroundSettings
+COMMANDS = {
+    "tag": Command("read the input and tag every record", (read.STEP, tag.STEP), (read.STEP, tag.STEP)),
+    "tree": Command(
+        "leave out near-duplicates, join tags into a tree, put the records on it",
+        (duplicates.STEP, canonicalise.STEP, tree.STEP, ground.STEP), (duplicates.STEP, ground.STEP),
+    ),
+    "sample": Command(
+        "choose what covers the tree best within a budget, aligned to the target", (selection.STEP,)
+    ),
+    "export": Command("the chosen records as data for any trainer: --export jsonl or parquet", (export.STEP,)),
+    "write": Command(
+        "write the selection as datasets and a blend file that pretrain_gpt.py --data-args-path reads", (write.STEP,)
+    ),
+    "report": Command("a page, a picture and a summary of the selection", (report.STEP,)),
+}  # fmt: skip
+# What `tree` does with the tree of another work folder.
+ADOPTING_STEPS = (duplicates.STEP, tree.ADOPT, ground.STEP)
 
 
 class Pipeline:
-    """Runs the steps of one work folder.
+    """Runs steps in one work folder.
 
     Args:
-        folder: the work folder.
-        engine: where records are handled.
+        context: the folder, and what steps work with.
+        settings: an object of every class that the steps take.
         tell: takes one line for every step.
     """
 
-    def __init__(self, folder: Path, engine: Engine, tell: Callable[[str], None] = print) -> None:
-        self.folder, self.engine, self.tell = folder, engine, tell
-        self.manifest = Manifest(folder)
+    def __init__(
+        self, context: Context, settings: dict[type, Any], tell: Callable[[str], None] = print
+    ) -> None:  # fmt: skip
+        self.context, self.settings, self.tell = context, settings, tell
+        self.manifest = Manifest(context.folder)
 
-    def run(
-        self,
-        step: str,
-        settings: dict,
-        inputs: dict[str, Path],
-        outputs: list[str],
-        action: Callable[[], dict],
-        *,
-        again: bool = False,
-    ) -> None:
-        """Do one step if needed, and tell what came of it. Arguments as `Manifest.run` takes them."""
-        done = self.manifest.run(step, settings, inputs, outputs, action, again=again)
-        counts = self.manifest.steps[step]["counts"]
-        self.tell(f"{step}: {'' if done else 'stands; '}{_sentence(counts)}")
+    def _arguments(self, step: Step) -> tuple:
+        counts = {name: done["counts"] for name, done in self.manifest.steps.items()}
+        return self.context.with_counts(counts), *(self.settings[kind] for kind in step.settings.values())
 
-    def counts(self, step: str) -> dict:
-        """Counts of a step's last run.
+    def check(self, steps: Iterable[Step]) -> None:
+        """Tell mistakes before anything runs.
 
         Raises:
-            UsageError: it was not run.
+            UsageError: the first.
         """
-        if step not in self.manifest.steps:
-            raise UsageError(
-                f"--work {self.folder}: the {step} step was not run here; data_tools/tags/README.md has the order"
-            )
-        return self.manifest.steps[step]["counts"]
+        for step in steps:
+            arguments = self._arguments(step)
+            if step.wanted(*arguments):
+                step.check(*arguments)
 
-    def _own(self, *names: str) -> dict[str, Path]:
-        return {name: self.folder / name for name in names}
+    def run(self, steps: Iterable[Step]) -> None:
+        """Do the steps that do not stand, in order, and tell what came of each."""
+        for step in steps:
+            arguments = self._arguments(step)
+            if not step.wanted(*arguments):
+                continue
+            inputs = {name: self.context.folder / name for name in step.reads} | step.also_reads(*arguments)
+            with _disk_errors(step, self.context.folder):
+                done = self.manifest.run(
+                    step.name, step.decides(*arguments), inputs, list(step.writes),
+                    lambda step=step, arguments=arguments: self._do(step, arguments), again=step.again(*arguments),
+                )  # fmt: skip
+            counts = self.manifest.steps[step.name]["counts"]
+            self.tell(f"{step.name}: {'' if done else 'stands; '}{_sentence(counts)}")
 
-    def read(self, inputs: list[str], pattern: str, settings: RecordSettings) -> None:
-        """Raw files to `records.jsonl`."""
-        files = input_files(inputs, pattern)
-        named = {f"{number}:{path.name}": path for number, path in enumerate(files)}
-        self.run(
-            "read", asdict(settings), named, [read.RECORDS, read.REJECTED],
-            lambda: read.read(files, self.folder, settings, self.engine),
-        )  # fmt: skip
+    def end(self) -> None:
+        """Take back the mark of a run that is under way."""
+        self._mark.unlink(missing_ok=True)
 
-    def tag(self, settings: TaggerSettings, endpoint: EndpointSettings, pool: Path | None = None) -> None:
-        """Tags of every record.
+    @property
+    def _mark(self) -> Path:
+        return (self.context.pool or self.context.folder) / UNFINISHED
 
-        Args:
-            pool: work folder whose phrases are used, for a target.
-        """
-        inputs = self._own(read.RECORDS)
-        if pool is not None and settings.kind == "keyphrase":
-            inputs["pool"] = pool / read.RECORDS
-        tagger = self._tagger(settings, endpoint, inputs.get("pool"))
-        again = settings.retry_failed and bool(self.manifest.steps.get("tag", {}).get("counts", {}).get("failed"))
-        total = self.counts("read")["records"]
-        self.run(
-            "tag", tagger.settings(), inputs, [tag.TAGS, tag.FAILED, tag.DROPPED],
-            lambda: tag.tag(self.folder, tagger, total), again=again,
-        )  # fmt: skip
+    def _do(self, step: Step, arguments: tuple) -> dict:
+        self._mark.write_text(_UNFINISHED_TEXT, encoding="utf-8")
+        return step.run(*arguments)
 
-    def _tagger(self, settings: TaggerSettings, endpoint: EndpointSettings, pool: Path | None) -> Tagger:
-        if settings.kind == "llm":
-            return EndpointTagger(endpoint, self.folder / CACHE)
-        if settings.kind == "data":
-            return InDataTagger()
-        return KeyphraseTagger(settings.count, self.engine, pool=pool)
 
-    def duplicates(self, settings: duplicates.DuplicateSettings) -> None:
-        """Near-duplicate instances."""
-        total = self.counts("tag")["tagged"]
-        self.run(
-            "duplicates", asdict(settings), self._own(read.RECORDS, tag.TAGS), [duplicates.DUPLICATES],
-            lambda: duplicates.find_duplicates(self.folder, settings, self.engine, total),
-        )  # fmt: skip
+@contextmanager
+def _disk_errors(step: Step, folder: Path) -> Iterator[None]:
+    """A full disk, or a file that cannot be read or written, is one line."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        place, reason = getattr(error, "filename", None) or folder, getattr(error, "strerror", None) or error
+        raise UsageError(f"{step.name}: {place}: {reason}; nothing half-written is kept, run it again") from None
 
-    def tree(self, settings: TreeStepSettings) -> None:
-        """Duplicates, canonical tags, the tree, and the pool on it."""
-        self.duplicates(settings.duplicates)
-        pool = self._own(read.RECORDS, tag.TAGS, duplicates.DUPLICATES)
-        names = ("VOCABULARY", "MERGES", "CARRIED", "EMBEDDINGS", "EMBEDDER")
-        outputs = [getattr(canonicalise, name) for name in names]
-        self.run(
-            "canonicalise", asdict(settings.canonical), pool, outputs,
-            lambda: canonicalise.canonicalise(self.folder, settings.canonical, self.engine),
-        )  # fmt: skip
-        self.run(
-            "tree", asdict(settings.tree),
-            self._own(canonicalise.VOCABULARY, canonicalise.CARRIED, canonicalise.EMBEDDINGS), [tree.TREE],
-            lambda: tree.tree(self.folder, settings.tree),
-        )  # fmt: skip
-        self.ground(settings.ground, self.folder)
 
-    def ground(self, settings: ground.GroundSettings, tree_folder: Path) -> None:
-        """The folder's instances on a tree, its own or an older one."""
-        inputs = self._own(read.RECORDS, tag.TAGS, duplicates.DUPLICATES)
-        inputs |= {f"tree/{name}": tree_folder / name for name in TREE_FILES}
-        self.run(
-            "ground", asdict(settings), inputs, [ground.GROUNDING, ground.PLACED, ground.UNPLACED],
-            lambda: ground.ground(self.folder, tree_folder, settings, self.engine),
-        )  # fmt: skip
-
-    def sample(self, settings: SampleSettings, tokens: TokenSettings, target: Path | None = None) -> None:
-        """The selection; tokens are counted only for a budget in tokens."""
-        counted = tokens if counts_tokens(settings.budget) and tokens.tokenizer_model else None
-        inputs = self._own(read.RECORDS, ground.GROUNDING, tree.TREE, canonicalise.EMBEDDINGS)
-        if target is not None:
-            inputs["target"] = target / ground.GROUNDING
-        if counted is not None:
-            inputs["tokenizer"] = Path(counted.tokenizer_model)
-
-        def action() -> dict:
-            summary = sample_step(self.folder, settings, target=target, tokens=counted, run=self.engine.map).summary
-            names = ("pool_instances", "instances", "pool_tokens", "tokens", "refused_by_template")
-            return {name: summary[name] for name in names if name in summary}
-
-        own = {**asdict(settings), "template": counted.template if counted else None}
-        self.run("sample", own, inputs, ["selection.jsonl", "selection.json"], action)
-
-    def write(self, settings: WriteSettings, target: Path | None = None) -> None:
-        """The blend that training reads."""
-        inputs = self._own(read.RECORDS, ground.GROUNDING, tree.TREE, canonicalise.EMBEDDINGS, "selection.jsonl")
-        inputs["tokenizer"] = Path(settings.tokenizer_model)
-        if target is not None and settings.weights == "target":
-            inputs["target"] = target / ground.GROUNDING
-
-        def action() -> dict:
-            summary = write_step(self.folder, settings, target=target, run=self.engine.map)
-            names = ("instances", "tokens", "tokens_in_loss", "refused_by_template")
-            return {"datasets": len(summary["datasets"]), **{name: summary[name] for name in names}}
-
-        self.run("write", {**asdict(settings), "folder": str(self.folder.absolute())}, inputs, ["blend"], action)
-
-    def report(self, target: Path | None = None) -> None:
-        """The report on whatever was done."""
-        left_out = (read.REJECTED, tag.FAILED, duplicates.DUPLICATES, ground.UNPLACED, "blend")
-        names = (
-            read.RECORDS,
-            ground.GROUNDING,
-            tree.TREE,
-            canonicalise.EMBEDDINGS,
-            "selection.jsonl",
-            "selection.json",
-            *left_out,
-        )
-        inputs = self._own(*names)
-        if target is not None:
-            inputs["target"] = target / ground.GROUNDING
-
-        def action() -> dict:
-            summary = report_step(self.folder, target=target)
-            return {"nodes": summary["nodes"], "nodes_shown": summary["nodes_shown"]}
-
-        self.run("report", {}, inputs, ["report"], action)
-
-    def ground_on(self, settings: TreeStepSettings, tree_folder: Path) -> None:
-        """Duplicates, then the folder's instances on a tree that was built before."""
-        if not (tree_folder / tree.TREE).is_file():
-            raise UsageError(f"{tree_folder}: no {tree.TREE} there; run the tree step of that folder first")
-        self.duplicates(settings.duplicates)
-        self.ground(settings.ground, tree_folder)
-
-    def adopt_tree(self, settings: TreeStepSettings, tree_folder: Path) -> None:
-        """`ground_on`, with a copy of the tree in this folder, where the steps that follow look for it."""
-        if tree_folder.resolve() == self.folder.resolve():
-            raise UsageError(f"--tree {tree_folder}: name another work folder than --work")
-        self.ground_on(settings, tree_folder)
-        inputs = {f"tree/{name}": tree_folder / name for name in TREE_FILES}
-
-        def action() -> dict:
-            for name in TREE_FILES:
-                copy_whole(tree_folder / name, self.folder / name)
-            return {"nodes": len(tree.load_tree(self.folder / tree.TREE).parent)}
-
-        self.run("tree", {"adopted": True}, inputs, list(TREE_FILES), action)
+def finish(pipelines: list[Pipeline]) -> None:
+    """End a run, whether it went well or not: what is older than what it was made from goes, with a line each."""
+    try:
+        found = True
+        while found:
+            found = False
+            for pipeline in pipelines:
+                for step, name in pipeline.manifest.remove_stale().items():
+                    found = True
+                    pipeline.tell(f"{step}: what it wrote is removed, since {name} is another now; run it again")
+    except OSError as error:
+        # The mark stays: what is left may not fit together.
+        pipelines[0].tell(f"what is older than its input could not be removed ({error.strerror or error})")
+        return
+    for pipeline in pipelines:
+        pipeline.end()
 
 
 def _sentence(counts: dict) -> str:

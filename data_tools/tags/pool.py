@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
+from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl
+from megatron_ksa.data_tools.tags.ground import GROUNDING
 from megatron_ksa.data_tools.tags.objective import ancestors, tag_shares
+from megatron_ksa.data_tools.tags.read import RECORDS
+from megatron_ksa.data_tools.tags.tree import TREE
 from megatron_ksa.errors import UsageError
 
 
@@ -82,21 +86,19 @@ def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) ->
         UsageError: a file is missing, or the grounding belongs to another tree.
     """
     tree = tree or work
-    grounding, nodes = read_arrays(work / "grounding.npz"), read_arrays(tree / "tree.npz")
+    grounding, nodes = read_arrays(work / GROUNDING), read_arrays(tree / TREE)
     leaves, parent = grounding["leaves"], nodes["parent"]
     if len(leaves) and (leaves.max() >= len(parent) or (nodes["tag"][leaves] < 0).any()):
-        raise UsageError(
-            f"{work / 'grounding.npz'} belongs to another tree than {tree / 'tree.npz'}: run the tree step again"
-        )
+        raise UsageError(f"{work / GROUNDING} belongs to another tree than {tree / TREE}: run the tree step again")
     pool = Pool(
         grounding["indptr"], leaves, grounding["quality"], grounding["difficulty"], parent, nodes["depth"],
         count=nodes["count"], record=grounding["record"], names=nodes["name"],
     )  # fmt: skip
     if vectors:
         try:
-            embeddings = np.load(tree / "embeddings.npy", mmap_mode="r")
+            embeddings = np.load(tree / EMBEDDINGS, mmap_mode="r")
         except FileNotFoundError:
-            raise UsageError(f"{tree / 'embeddings.npy'} does not exist: run the tree step first") from None
+            raise UsageError(f"{tree / EMBEDDINGS} does not exist: run the tree step first") from None
         return replace(pool, leaf_vectors=embeddings[nodes["tag"][pool.leaf_nodes]])
     return pool
 
@@ -105,7 +107,7 @@ def read_records(work: Path, lines: np.ndarray) -> Iterator[dict]:
     """Records at the given lines of `records.jsonl`, int64 [lines], rising."""
     wanted = iter(lines)
     line = next(wanted, None)
-    for number, record in enumerate(read_jsonl(work / "records.jsonl")):
+    for number, record in enumerate(read_jsonl(work / RECORDS)):
         if line is None:
             return
         if number == line:

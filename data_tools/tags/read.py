@@ -1,16 +1,20 @@
-"""The reading step: raw files to `records.jsonl`, and every line left out to `rejected.jsonl` with its reason."""
+"""The reading step: raw files to `records.jsonl`, and every raw document left out to `rejected.jsonl` with why."""
 
+import hashlib
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from itertools import batched
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ksa.data_tools.readers import JSONL_SUFFIXES, PARQUET_SUFFIX, BadDocument, RawDocument, read_documents
+from megatron_ksa.data_tools.readers import BadDocument, RawDocument
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import json_line
+from megatron_ksa.data_tools.tags.formats import TABLE_SUFFIXES, read_raw, source_name
 from megatron_ksa.data_tools.tags.records import RecordSettings, parse_record
+from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
 
@@ -19,31 +23,71 @@ DUPLICATE = "duplicate id"
 DOCUMENTS_PER_TASK = 256
 
 
-def source_name(path: Path) -> str:
-    """A file's name without the suffixes that tell its format; of a text file in a folder, the folder's name."""
-    for suffix in sorted((*JSONL_SUFFIXES, PARQUET_SUFFIX), key=len, reverse=True):
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix) or path.name
-    return path.parent.name or path.stem
+@dataclass(frozen=True)
+class _Parsed:
+    """What came of one raw document.
+
+    Args:
+        origin: file and line.
+        file: its file.
+        bytes_read: bytes of input that it took.
+        record: None where it is left out.
+        reason, detail: why it is left out.
+    """
+
+    origin: str
+    file: str
+    bytes_read: int
+    record: dict | None = None
+    reason: str = ""
+    detail: str = ""
 
 
-def _source(document: RawDocument) -> str:
-    return source_name(Path(document.origin.rpartition(":")[0] if document.is_json else document.origin))
-
-
-def _parse(
-    documents: tuple[RawDocument, ...], settings: RecordSettings
-) -> list[tuple[str, int, dict | tuple[str, str]]]:
-    """For each document its origin, the bytes read, and its record or why it is left out."""
-    results: list[tuple[str, int, dict | tuple[str, str]]] = []
+def _parse(documents: tuple[RawDocument, ...], settings: RecordSettings) -> list[_Parsed]:
+    results = []
     for document in documents:
-        result: dict | tuple[str, str]
+        file = document.origin.rpartition(":")[0] if document.is_json else document.origin
+        place = document.origin, file, document.bytes_read
+        from_table = file.lower().endswith(TABLE_SUFFIXES)
         try:
-            result = parse_record(document, _source(document), settings)
+            record = parse_record(document, source_name(Path(file)), settings, from_table=from_table)
+            results.append(_Parsed(*place, record))
         except BadDocument as error:
-            result = (error.reason, error.detail)
-        results.append((document.origin, document.bytes_read, result))
+            results.append(_Parsed(*place, None, error.reason, error.detail))
     return results
+
+
+def _digest(*texts: str) -> int:
+    """64 bits of a SHA-256: those of ten million ids take little memory."""
+    return int.from_bytes(hashlib.sha256("\0".join(texts).encode("utf-8")).digest()[:8])
+
+
+class _Ids:
+    """The ids that were given.
+
+    Within a file an id names one record. The same record under the same id in another file is a copy; another record is
+    not, since shards and sources that were joined count from 1 again: it is kept under an id of its own.
+    """
+
+    def __init__(self) -> None:
+        # Of each id the file that gave it first and the content, all as digests.
+        self._seen: dict[int, tuple[int, int]] = {}
+
+    def is_new(self, record: dict, file: str) -> bool:
+        """Whether the record is to be kept; gives it another id where its own is taken by another file."""
+        name = record["id"]
+        content = _digest(json_line({key: record.get(key) for key in ("messages", "tools", "text")}))
+        mine = _digest(file), content
+        if _digest(name) not in self._seen:
+            self._seen[_digest(name)] = mine
+            return True
+        first = self._seen[_digest(name)]
+        record["id"] = f"{name}#{content:016x}"
+        keys = _digest(file, name), _digest(record["id"])
+        if first[0] == mine[0] or first[1] == content or any(key in self._seen for key in keys):
+            return False
+        self._seen |= dict.fromkeys(keys, mine)
+        return True
 
 
 def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engine) -> dict:
@@ -52,31 +96,44 @@ def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engi
     Raises:
         UsageError: no record that can be used.
     """
-    seen: set[str] = set()
+    ids, count = _Ids(), 0
     reasons: Counter[str] = Counter()
     sources: Counter[str] = Counter()
     total = sum(path.stat().st_size for path in files)
-    tasks = batched(read_documents(files), DOCUMENTS_PER_TASK)
+    tasks = batched(read_raw(files), DOCUMENTS_PER_TASK)
     with (
         whole_file(folder / RECORDS) as records,
         whole_file(folder / REJECTED) as rejected,
         tqdm(total=total, unit="B", unit_scale=True, desc="read") as progress,
     ):
         for batch in engine.map(partial(_parse, settings=settings), tasks):
-            for origin, consumed, result in batch:
-                progress.update(consumed)
-                if isinstance(result, dict) and result["id"] not in seen:
-                    seen.add(result["id"])
-                    sources[result["source"]] += 1
-                    records.write(json_line(result))
-                    continue
-                name = result["id"] if isinstance(result, dict) else None
-                reason, detail = (DUPLICATE, "the first one is kept") if name is not None else result
+            for parsed in batch:
+                progress.update(parsed.bytes_read)
+                name, reason, detail = None, parsed.reason, parsed.detail
+                if parsed.record is not None:
+                    name = parsed.record["id"]
+                    if ids.is_new(parsed.record, parsed.file):
+                        count += 1
+                        sources[parsed.record["source"]] += 1
+                        records.write(json_line(parsed.record))
+                        continue
+                    reason, detail = DUPLICATE, "the first one is kept"
                 reasons[reason] += 1
-                rejected.write(json_line({"origin": origin, "id": name, "reason": reason, "detail": detail}))
-        if not seen:
-            found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()) or "no line"
+                rejected.write(json_line({"origin": parsed.origin, "id": name, "reason": reason, "detail": detail}))
+        if not count:
+            found = ", ".join(f"{each:,} {reason}" for reason, each in reasons.most_common()) or "no line"
             raise UsageError(
                 f"--input: no record that can be used ({found}); see data_tools/tags/README.md for the schemas"
             )
-    return {"records": len(seen), "rejected": sum(reasons.values()), "reasons": dict(reasons), "sources": dict(sources)}
+    return {"records": count, "rejected": sum(reasons.values()), "reasons": dict(reasons), "sources": dict(sources)}
+
+
+def _run(context: Context, settings: RecordSettings) -> dict:
+    return read(list(context.inputs), context.folder, settings, context.engine)
+
+
+def _raw_files(context: Context, settings: RecordSettings) -> dict[str, Path]:
+    return {f"input:{number}:{path.name}": path for number, path in enumerate(context.inputs)}
+
+
+STEP = Step("read", {"records": RecordSettings}, reads=(), writes=(RECORDS, REJECTED), run=_run, also_reads=_raw_files)

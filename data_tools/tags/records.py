@@ -1,4 +1,4 @@
-"""Instances as records of one form, whatever their schema: Alpaca, ShareGPT, messages, text, or fields by flag."""
+"""Raw documents as records of one form, by a schema that is recognised (`schemas.py`) or by fields that flags name."""
 
 import hashlib
 import json
@@ -8,23 +8,27 @@ from typing import Any
 
 from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.readers import BadDocument, RawDocument, decoded, json_object
+from megatron_ksa.data_tools.tags.messages import NO_FIELDS, messages_of, without_nulls
+from megatron_ksa.data_tools.tags.schemas import (
+    SYSTEMS,
+    TOOLS,
+    check_media,
+    exchange,
+    field,
+    recognised,
+    turns_or_text,
+    with_beside,
+)
 from megatron_ksa.errors import UsageError
 
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
-    "function_call": "assistant",
-}  # fmt: skip
-NO_FIELDS, EMPTY, TOO_LARGE = "no recognised fields", "empty", "too large"
+EMPTY, TOO_LARGE = "empty", "too large"
 MAX_TAGS = 64
 MAX_TAG_CHARACTERS = 100
 
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """Which fields of an input record hold what; recognised schemas need none of it.
+    """Which fields of a raw document hold what; recognised schemas need none of it. A name may be a path with dots.
 
     Raises:
         UsageError: settings that contradict each other.
@@ -36,6 +40,8 @@ class RecordSettings:
     messages_field: str | None = option(
         None, "Field with a list of messages, where it is not messages or conversations.", flag="--messages-field"
     )
+    system_field: str = option("system", "Field with the system prompt beside the messages.", flag="--system-field")
+    tools_field: str = option("tools", "Field with the tools beside the messages.", flag="--tools-field")
     id_field: str = option("id", "Field with the record's id.", flag="--id-field")
     source_field: str = option(
         "source", "Field with the record's source; the file's name where it is absent.", flag="--source-field"
@@ -56,68 +62,47 @@ class RecordSettings:
 
 
 def record_text(record: dict) -> str:
-    """The words of a record, for tagging, embedding and comparing: its text, or its messages' contents in order."""
+    """The words of a record, for tagging, embedding and comparing: its text, or what its messages say, in order.
+
+    A tool call says its name and its arguments. Thoughts beside the content are left out.
+    """
     if "text" in record:
         return record["text"]
-    return "\n\n".join(message["content"] for message in record["messages"])
+    return "\n\n".join(text for message in record["messages"] if (text := message_text(message)))
 
 
-def _content(value: Any) -> str:
-    """Text of a message's content: a string, or the text parts of a list of parts."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        texts = [part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        if texts:
-            return "\n".join(texts)
-    if value is None:
-        return ""
-    raise BadDocument(NO_FIELDS, f"a message's content is a {type(value).__name__}")
+def message_text(message: dict) -> str:
+    """The words of a message: its content and its tool calls."""
+    calls = (call["function"] for call in message.get("tool_calls", ()))
+    said = [f"{call['name']} {_as_text(call['arguments'])}" for call in calls]
+    return "\n".join(part for part in (message["content"], *said) if part)
 
 
-def _messages(value: Any) -> list[dict]:
-    if not isinstance(value, list):
-        raise BadDocument(NO_FIELDS, f"messages are a {type(value).__name__} where a list is needed")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict):
-            raise BadDocument(NO_FIELDS, f"a message is a {type(message).__name__}")
-        role = message.get("role", message.get("from"))
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise BadDocument(NO_FIELDS, f"a message's role is {str(role)[:40]!r}, none of {', '.join(ROLES)}")
-        content = _content(message.get("content", message.get("value")))
-        if content.strip():
-            messages.append({"role": ROLES[role.lower()], "content": content})
-    return messages
-
-
-def _turns(prompt: Any, response: Any, system: Any = None, extra: Any = None) -> list[dict]:
-    """Messages of a single exchange; `extra` is Alpaca's input."""
-    parts = [part for part in (prompt, extra) if isinstance(part, str) and part.strip()]
-    turns = [("system", system), ("user", "\n\n".join(parts)), ("assistant", response)]
-    return [{"role": role, "content": text} for role, text in turns if isinstance(text, str) and text.strip()]
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _body(fields: dict, settings: RecordSettings) -> dict:
-    """The record's `messages` or `text`, by the fields named or else by the schema recognised."""
+    """The record's `messages` (and `tools`) or `text`, by the fields named or else by the schema recognised."""
     if settings.text_field is not None:
-        if not isinstance(fields.get(settings.text_field), str):
+        text = field(fields, settings.text_field)
+        if not isinstance(text, str):
             raise BadDocument(NO_FIELDS, f"no text under {settings.text_field!r} (--text-field)")
-        return {"text": fields[settings.text_field]}
+        return {"text": text}
+    check_media(fields)
     if settings.prompt_field is not None:
-        names = (settings.prompt_field, settings.response_field)
-        for name in names:
-            if not isinstance(fields.get(name), str):
+        found = [turns_or_text(field(fields, name)) for name in (settings.prompt_field, settings.response_field)]
+        for name, value in zip((settings.prompt_field, settings.response_field), found, strict=True):
+            if not isinstance(value, str | list):
                 raise BadDocument(NO_FIELDS, f"no text under {name!r}")
-        return {"messages": _turns(*(fields[name] for name in names))}
-    for name in (settings.messages_field,) if settings.messages_field else ("messages", "conversations"):
-        if name in fields:
-            return {"messages": _messages(fields[name])}
-    if isinstance(fields.get("instruction"), str) and isinstance(fields.get("output"), str):
-        return {"messages": _turns(fields["instruction"], fields["output"], fields.get("system"), fields.get("input"))}
-    if settings.messages_field is None and isinstance(fields.get("text"), str):
-        return {"text": fields["text"]}
-    raise BadDocument(NO_FIELDS, f"its fields: {', '.join(map(repr, fields))[:200] or 'none'}")
+        body = {"messages": exchange(fields, *found)}
+    elif settings.messages_field is not None and field(fields, settings.messages_field) is not None:
+        body = {"messages": messages_of(field(fields, settings.messages_field))}
+    else:
+        body = recognised(fields)
+    system = next((value for name in (settings.system_field, *SYSTEMS) if (value := field(fields, name))), None)
+    tools = next((value for name in (settings.tools_field, *TOOLS) if (value := field(fields, name))), None)
+    return with_beside(body, system, tools)
 
 
 def score(value: Any) -> float | None:
@@ -140,11 +125,14 @@ def _tags(value: Any) -> list[str] | None:
     return [tag for tag in value if isinstance(tag, str)]
 
 
-def parse_record(document: RawDocument, file_source: str, settings: RecordSettings) -> dict:
+def parse_record(
+    document: RawDocument, file_source: str, settings: RecordSettings, *, from_table: bool = False
+) -> dict:
     """A record as `records.jsonl` holds it.
 
     Args:
         file_source: the source of records that name none.
+        from_table: it is a row of a table (Parquet, Arrow), whose null fields at any depth are no fields.
 
     Raises:
         BadDocument: it cannot be used, with the reason.
@@ -154,10 +142,10 @@ def parse_record(document: RawDocument, file_source: str, settings: RecordSettin
             TOO_LARGE, f"{len(document.payload):,} bytes, more than --max-record-bytes {settings.max_bytes:,}"
         )
     fields = json_object(document.payload) if document.is_json else {"text": decoded(document.payload)}
-    body = _body(fields, settings)
+    body = _body(without_nulls(fields) if from_table else fields, settings)
     if not record_text(body).strip():
         raise BadDocument(EMPTY)
-    own_source, own_id = fields.get(settings.source_field), fields.get(settings.id_field)
+    own_source, own_id = field(fields, settings.source_field), field(fields, settings.id_field)
     source = own_source if isinstance(own_source, str) and own_source.strip() else file_source
     has_id = isinstance(own_id, str | int) and not isinstance(own_id, bool) and str(own_id).strip()
     try:
@@ -166,14 +154,17 @@ def parse_record(document: RawDocument, file_source: str, settings: RecordSettin
             "id": f"{source}/{own_id if has_id else digest}",
             "source": source,
             **body,
-            "quality": score(fields.get(settings.quality_field)),
-            "difficulty": score(fields.get(settings.difficulty_field)),
-            "tags": _tags(fields.get(settings.tags_field)),
+            "quality": score(field(fields, settings.quality_field)),
+            "difficulty": score(field(fields, settings.difficulty_field)),
+            "tags": _tags(field(fields, settings.tags_field)),
         }
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError as error:
         # JSON can escape half of a surrogate pair, which has no UTF-8.
         raise BadDocument("invalid UTF-8", error.reason) from None
+    except ValueError as error:
+        # Python reads NaN and Infinity, which are no JSON.
+        raise BadDocument("invalid JSON", str(error)) from None
     return record
 
 

@@ -7,22 +7,32 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from megatron_ksa.data_tools.tags.branches import branch_of
+from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
+from megatron_ksa.data_tools.tags.duplicates import DUPLICATES
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json
+from megatron_ksa.data_tools.tags.ground import GROUNDING, UNPLACED
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
+from megatron_ksa.data_tools.tags.read import RECORDS, REJECTED
 from megatron_ksa.data_tools.tags.report_data import NodeStatistics, choose_samples, node_statistics
 from megatron_ksa.data_tools.tags.report_image import draw_report
 from megatron_ksa.data_tools.tags.report_page import node_columns, render
-from megatron_ksa.data_tools.tags.selection import read_selection, read_summary
+from megatron_ksa.data_tools.tags.selection import SELECTION, SUMMARY, read_selection, read_summary
+from megatron_ksa.data_tools.tags.step import Context, Step
+from megatron_ksa.data_tools.tags.tag import FAILED
+from megatron_ksa.data_tools.tags.tree import TREE
+from megatron_ksa.data_tools.tags.write import BLEND, BLEND_SUMMARY, UNWRITTEN
 from megatron_ksa.files import whole_file
 
 SAMPLES = 3000
 EXCERPT = 500
+# A folder, and in it the page.
+REPORT, PAGE = "report", "index.html"
 LEFT_OUT = {
-    "rejected.jsonl": "could not be read",
-    "failed.jsonl": "could not be tagged",
-    "duplicates.jsonl": "near-duplicates",
-    "unplaced.jsonl": "no tag on the tree",
-    "blend/unwritten.jsonl": "refused by the template",
+    REJECTED: "could not be read",
+    FAILED: "could not be tagged",
+    DUPLICATES: "near-duplicates",
+    UNPLACED: "no tag on the tree",
+    f"{BLEND}/{UNWRITTEN}": "refused by the template",
 }
 
 
@@ -126,12 +136,12 @@ def report_step(work: Path, *, target: Path | None = None) -> dict:
         UsageError: a file of an earlier step is missing.
     """
     pool, chosen = load_pool(work, vectors=True), read_selection(work)
-    selection = read_summary(work / "selection.json")
+    selection = read_summary(work / SUMMARY)
     wanted: csr_array | None = None if target is None else load_pool(target, tree=work).shares
     statistics = node_statistics(pool, chosen, wanted)
     nodes, place = node_columns(pool, statistics)
     counts = left_out(work)
-    blend = read_summary(work / "blend" / "blend.json") if (work / "blend" / "blend.json").exists() else None
+    blend = read_summary(work / BLEND / BLEND_SUMMARY) if (work / BLEND / BLEND_SUMMARY).exists() else None
     shown = len(nodes["parent"])
     data = {
         "nodes": nodes,
@@ -151,9 +161,24 @@ def report_step(work: Path, *, target: Path | None = None) -> dict:
         "left_out": counts,
         "blend": blend,
     }
-    folder = work / "report"
-    with whole_file(folder / "index.html") as stream:
+    folder = work / REPORT
+    with whole_file(folder / PAGE) as stream:
         stream.write(render(data))
     draw_report(folder / "overview.png", pool, statistics, f"{len(chosen):,} of {pool.instances:,} instances selected")
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _run(context: Context) -> dict:
+    summary = report_step(context.folder, target=context.target)
+    return {"nodes": summary["nodes"], "nodes_shown": summary["nodes_shown"]}
+
+
+def _target(context: Context) -> dict[str, Path]:
+    return {} if context.target is None else context.files(context.target, "target", GROUNDING)
+
+
+STEP = Step(
+    "report", {}, reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS, SELECTION, SUMMARY, REJECTED, FAILED, DUPLICATES,
+    UNPLACED, BLEND), writes=(REPORT,), run=_run, also_reads=_target,
+)  # fmt: skip

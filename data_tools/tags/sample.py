@@ -9,6 +9,7 @@ from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags import baselines
 from megatron_ksa.data_tools.tags.alignment import ALIGN_WEIGHT, align, divergence, leaf_distribution
 from megatron_ksa.data_tools.tags.budget import Budget, parse_budget
+from megatron_ksa.data_tools.tags.constraints import Rules
 from megatron_ksa.data_tools.tags.greedy import Selection, greedy
 from megatron_ksa.data_tools.tags.objective import PHI, Coverage, level_weights, strengths, tree_information
 from megatron_ksa.data_tools.tags.partition import random_parts, two_round_greedy
@@ -35,7 +36,10 @@ class SampleSettings:
     """
 
     budget: str = option(
-        "5%", "How much to choose: instances (5000), a share of them (5%), or tokens (20Mt).", flag="--budget"
+        "5%",
+        "How much to choose: instances (5000), a share of them (5%), or tokens (20Mt). Several, rising, with commas: "
+        "selections of which each holds the one before.",
+        flag="--budget",
     )
     method: str = option(
         "tags", "tags: tree information, aligned to the target if there is one. The others are to compare with.",
@@ -92,8 +96,10 @@ class Sample:
 class _Problem:
     """One pool and its settings: the objective on any rows of it."""
 
-    def __init__(self, pool: Pool, settings: SampleSettings, target: np.ndarray | None, show_progress: bool) -> None:
-        self.pool, self.settings, self.show_progress = pool, settings, show_progress
+    def __init__(
+        self, pool: Pool, settings: SampleSettings, target: np.ndarray | None, rules: Rules, show_progress: bool
+    ) -> None:
+        self.pool, self.settings, self.rules, self.show_progress = pool, settings, rules, show_progress
         self.budget = parse_budget(settings.budget, pool.instances, pool.tokens)
         self.target = None if target is None else target / target.sum()
         self.cost = pool.tokens if self.budget.in_tokens else None
@@ -124,10 +130,14 @@ class _Problem:
             return objective(rows), None if self.cost is None else self.cost[rows]
 
         if self.settings.parts > 1:
+            if self.rules:
+                raise UsageError(
+                    "--parts: not with --quota, --floor, --always and several budgets, which hold for the whole pool"
+                )
             parts = random_parts(self.pool.instances, self.settings.parts, self.settings.seed)
             return two_round_greedy(load, parts, self.budget.amount, show_progress=self.show_progress)
         coverage, cost = load(np.arange(self.pool.instances))
-        return greedy(coverage, self.budget.amount, cost, show_progress=self.show_progress)
+        return greedy(coverage, self.budget.amount, cost, show_progress=self.show_progress, rules=self.rules)
 
     def value(self, chosen: np.ndarray) -> float:
         """I(S)."""
@@ -158,7 +168,9 @@ class _Problem:
         pool, settings = self.pool, self.settings
         if settings.method == "label-graph":
             if pool.leaf_vectors is None:
-                raise UsageError("--method label-graph: the tree has no embeddings of its tags; run the embed step")
+                raise UsageError(
+                    "--method label-graph: the tree has no embeddings of its tags; run the tree step again"
+                )
             graph = baselines.label_graph(pool.leaf_vectors, settings.label_similarity)
             return self.maximise(
                 lambda rows: baselines.label_information(pool.shares[rows], self.strength[rows], pool.leaf_nodes, graph)
@@ -170,7 +182,7 @@ class _Problem:
         else:
             clusters = baselines.tree_clusters(pool, pool.instances * self.share())
             order = baselines.cluster_balanced(clusters, settings.seed)
-        chosen = baselines.spend(order, self.budget.amount, self.cost)
+        chosen = baselines.spend(order, self.budget.amount, self.cost, self.rules)
         return Selection(chosen, np.full(len(chosen), np.nan), 0)
 
     def share(self) -> float:
@@ -179,12 +191,18 @@ class _Problem:
 
 
 def sample(
-    pool: Pool, settings: SampleSettings, target: np.ndarray | None = None, *, show_progress: bool = False
+    pool: Pool,
+    settings: SampleSettings,
+    target: np.ndarray | None = None,
+    *,
+    rules: Rules | None = None,
+    show_progress: bool = False,
 ) -> Sample:
     """Choose instances of the pool.
 
     Args:
         target: float64 [nodes], leaf shares of the target set (of any sum), or None.
+        rules: what the selection must hold.
 
     Raises:
         UsageError: a budget that the pool cannot meet, a target without a tag of the tree, a method that lacks its
@@ -196,7 +214,7 @@ def sample(
         raise UsageError(
             "--target: none of its tags is on the tree; tag it as the pool was tagged, or leave --target out"
         )
-    problem = _Problem(pool, settings, target, show_progress)
+    problem = _Problem(pool, settings, target, rules or Rules(), show_progress)
     selection, summary = problem.tags() if settings.method == "tags" else (problem.baseline(), {})
     chosen = selection.chosen
     summary |= {

@@ -2,44 +2,110 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.tags.chat_template import TEMPLATES, encode_records
+from megatron_ksa.data_tools.tags.branches import branch_of
+from megatron_ksa.data_tools.tags.budget import Budget, counts_tokens, parse_budget
+from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
+from megatron_ksa.data_tools.tags.chat_template import EncodingSettings, encode_records, has_response
+from megatron_ksa.data_tools.tags.constraints import ConstraintSettings, Limit, Rules
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jsonl
+from megatron_ksa.data_tools.tags.ground import GROUNDING
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
+from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.sample import Sample, SampleSettings, sample
+from megatron_ksa.data_tools.tags.step import Context, Step
+from megatron_ksa.data_tools.tags.tree import TREE
 from megatron_ksa.errors import UsageError
 
-
-@dataclass(frozen=True)
-class TokenSettings:
-    """How tokens are counted, for a budget in tokens; as the write step will write them."""
-
-    tokenizer_model: str = option(
-        None, "SentencePiece .model, or a folder with tokenizer.json.", flag="--tokenizer-model"
-    )
-    template: str = option("plain", "As the write step's.", choices=TEMPLATES, flag="--template")
+SELECTION, SUMMARY = "selection.jsonl", "selection.json"
 
 
-def count_tokens(work: Path, pool: Pool, settings: TokenSettings, run: Callable = map) -> np.ndarray:
+def count_tokens(work: Path, pool: Pool, settings: EncodingSettings, run: Callable = map) -> np.ndarray:
     """int64 [instances], tokens of each instance as the write step will write it; 0 where the template refuses it."""
     records = read_records(work, pool.record)
-    encoded = encode_records(records, settings.tokenizer_model, settings.template, run)
+    encoded = encode_records(records, settings, run)
     bar = tqdm(encoded, total=pool.instances, desc="count tokens", unit=" instances", mininterval=1.0)
-    return np.array([0 if isinstance(result, str) else len(result[0]) for result in bar], np.int64)
+    return np.array([0 if isinstance(result, str) else len(result.ids) for result in bar], np.int64)
+
+
+def _make_rules(
+    work: Path, pool: Pool, constraints: ConstraintSettings, budget: Budget, first: np.ndarray, ids: list[str] | None
+) -> Rules:
+    """The constraints of one budget on the rows of a pool.
+
+    Args:
+        first: int64 [rows], chosen before any other.
+        ids: of every row, where constraints need them.
+    """
+    if ids is not None:
+        row_of = {name: row for row, name in enumerate(ids)}
+        unknown = [name for name in constraints.always_ids() if name not in row_of]
+        if unknown:
+            raise UsageError(f"--always: {len(unknown)} of its records cannot be chosen here, such as {unknown[0]!r}")
+        always = np.array([row_of[name] for name in constraints.always_ids()], np.int64)
+        first = np.concatenate([first, always[~np.isin(always, first)]])
+    cost = pool.tokens if budget.in_tokens else np.ones(pool.instances)
+    keys = {kind: _keys(work, pool, kind) for kind in {bound.kind for bound in constraints.bounds}}
+    limits: dict[tuple[str, str], Limit] = {}
+    for bound in constraints.bounds:
+        member = keys[bound.kind] == bound.name
+        amount = bound.of(budget.amount)
+        if not member.any():
+            known = ", ".join(sorted(set(keys[bound.kind].tolist()))[:10])
+            raise UsageError(f"{bound.flag} {bound.kind}:{bound.name}: the pool has none; it has {known}")
+        limit = limits.get((bound.kind, bound.name), Limit(member))
+        told, held = f"--floor {bound.kind}:{bound.name}", cost[member].sum()
+        if bound.flag == "--floor" and amount > held:
+            raise UsageError(f"{told}: the pool has {held:,.0f}, less than {amount:,.0f}")
+        limit = replace(limit, **{"least" if bound.flag == "--floor" else "most": amount})
+        if limit.least > limit.most:
+            raise UsageError(f"{told}: {limit.least:,.0f} is more than its --quota {limit.most:,.0f}")
+        limits[bound.kind, bound.name] = limit
+    return Rules(first, tuple(limits.values()))
+
+
+def _keys(work: Path, pool: Pool, kind: str) -> np.ndarray:
+    """str [instances], the source or the top branch of each."""
+    if kind == "source":
+        return np.array([record["source"] for record in read_records(work, pool.record)])
+    branch = branch_of(pool, np.flatnonzero(pool.depth == 1))
+    return np.where(branch < 0, "", np.asarray(pool.names).astype(str)[branch])
+
+
+def _nested(
+    work: Path,
+    pool: Pool,
+    settings: SampleSettings,
+    constraints: ConstraintSettings,
+    target: np.ndarray | None,
+    show: bool,
+) -> list[Sample]:
+    """A selection for each budget, each with the one before in it."""
+    found: list[Sample] = []
+    ids = [record["id"] for record in read_records(work, pool.record)] if constraints.always else None
+    for text in settings.budget.split(","):
+        budget = parse_budget(text.strip(), pool.instances, pool.tokens)
+        if found and (budget.in_tokens != found[-1].budget.in_tokens or budget.amount <= found[-1].budget.amount):
+            raise UsageError(f"--budget {settings.budget}: several budgets rise, all in tokens or all in instances")
+        first = found[-1].chosen if found else np.empty(0, np.int64)
+        rules = _make_rules(work, pool, constraints, budget, first, ids)
+        found.append(sample(pool, replace(settings, budget=text.strip()), target, rules=rules, show_progress=show))
+    return found
 
 
 def sample_step(
     work: Path,
     settings: SampleSettings,
+    constraints: ConstraintSettings | None = None,
     *,
     target: Path | None = None,
-    tokens: TokenSettings | None = None,
+    tokens: EncodingSettings | None = None,
+    responses: bool = False,
     run: Callable = map,
     show_progress: bool = True,
 ) -> Sample:
@@ -48,42 +114,70 @@ def sample_step(
     Args:
         target: the folder of a target that is grounded on this pool's tree, or None.
         tokens: needed for a budget in tokens only.
+        responses: leave out what the write step would leave out for want of a response.
         run: as `encode_records` takes it.
+
+    Returns:
+        The selection of the largest budget.
 
     Raises:
         UsageError: from `sample`, or a file that is missing.
     """
-    pool = load_pool(work, vectors=settings.method in ("label-graph", "cluster-balanced"))
-    rows, refused = np.arange(pool.instances), 0
+    constraints = constraints or ConstraintSettings()
+    by_branch = any(bound.kind == "branch" for bound in constraints.bounds)
+    pool = load_pool(work, vectors=by_branch or settings.method in ("label-graph", "cluster-balanced"))
+    rows, counts = np.arange(pool.instances), {"refused_by_template": 0, "without_response": 0}
+    if responses and pool.instances:
+        answered = np.array([has_response(record) for record in read_records(work, pool.record)])
+        rows = np.flatnonzero(answered)
+        counts["without_response"] = pool.instances - len(rows)
+        pool = pool.take(rows)
     if tokens is not None and pool.instances:
         pool = replace(pool, tokens=count_tokens(work, pool, tokens, run))
-        rows = np.flatnonzero(pool.tokens)
-        refused = pool.instances - len(rows)
-        pool = pool.take(rows)
+        written = np.flatnonzero(pool.tokens)
+        counts["refused_by_template"] = pool.instances - len(written)
+        pool, rows = pool.take(written), rows[written]
     wanted = None if target is None else load_pool(target, tree=work).shares.sum(axis=0)
-    found = sample(pool, settings, wanted, show_progress=show_progress)
-    found = replace(found, chosen=rows[found.chosen], summary={**found.summary, "refused_by_template": refused})
-    _write(work, found, load_pool(work).record if refused else pool.record)
-    return found
+    nested = [
+        replace(found, chosen=rows[found.chosen], summary={**found.summary, **counts})
+        for found in _nested(work, pool, settings, constraints, wanted, show_progress)
+    ]
+    _write(work, nested, load_pool(work).record)
+    return nested[-1]
 
 
-def _write(work: Path, found: Sample, record: np.ndarray) -> None:
-    order = np.argsort(found.chosen)
-    chosen = found.chosen[order]
-    ids = {
-        row: found_record["id"]
-        for row, found_record in zip(chosen.tolist(), read_records(work, record[chosen]), strict=True)
-    }
-    write_jsonl(work / "selection.jsonl", (
-        {"row": row, "id": ids[row], "gain": None if np.isnan(gain) else gain}
+def _write(work: Path, nested: list[Sample], record: np.ndarray) -> None:
+    found = nested[-1]
+    chosen = np.sort(found.chosen)
+    ids = dict(zip(chosen.tolist(), (each["id"] for each in read_records(work, record[chosen])), strict=True))
+    budgets = {row: number for number, each in reversed(list(enumerate(nested, 1))) for row in each.chosen.tolist()}
+    write_jsonl(work / SELECTION, (
+        {"row": row, "id": ids[row], "gain": None if np.isnan(gain) else gain, "budget": budgets[row]}
         for row, gain in zip(found.chosen.tolist(), found.gains.tolist(), strict=True)
     ))  # fmt: skip
-    write_json(work / "selection.json", found.summary)
+    smaller = [each.summary for each in nested[:-1]]
+    write_json(work / SUMMARY, found.summary | ({"smaller_budgets": smaller} if smaller else {}))
 
 
-def read_selection(work: Path) -> np.ndarray:
-    """int64 [chosen], rows of `grounding.npz` in order of choice."""
-    return np.array([row["row"] for row in read_jsonl(work / "selection.jsonl")], np.int64)
+def selected_rows(work: Path, of_budget: int = 0) -> list[dict]:
+    """Rows of `selection.jsonl` in order of choice.
+
+    Args:
+        of_budget: of several budgets which, counted from 1; 0 is the largest.
+
+    Raises:
+        UsageError: there is no such budget.
+    """
+    rows = list(read_jsonl(work / SELECTION))
+    budgets = max((row.get("budget", 1) for row in rows), default=1)
+    if of_budget > budgets:
+        raise UsageError(f"--of-budget {of_budget}: the selection has {budgets}; run the sample step with more of them")
+    return [row for row in rows if row.get("budget", 1) <= (of_budget or budgets)]
+
+
+def read_selection(work: Path, of_budget: int = 0) -> np.ndarray:
+    """int64 [chosen], rows of `grounding.npz` in order of choice; `of_budget` as `selected_rows` takes it."""
+    return np.array([row["row"] for row in selected_rows(work, of_budget)], np.int64)
 
 
 def read_summary(path: Path) -> dict:
@@ -100,3 +194,46 @@ def read_summary(path: Path) -> dict:
         ) from None
     except ValueError as error:
         raise UsageError(f"{path}: {error}; delete it and run its step again") from None
+
+
+def _counted(settings: SampleSettings, encoding: EncodingSettings) -> EncodingSettings | None:
+    """How tokens are counted, where the budget is in tokens and there is a tokenizer."""
+    in_tokens = any(counts_tokens(budget) for budget in settings.budget.split(","))
+    return encoding if in_tokens and encoding.tokenizer_model else None
+
+
+def _run(
+    context: Context, settings: SampleSettings, constraints: ConstraintSettings, encoding: EncodingSettings
+) -> dict:
+    tokens, responses = _counted(settings, encoding), encoding.loss_on == "responses"
+    summary = sample_step(
+        context.folder, settings, constraints, target=context.target, tokens=tokens, responses=responses,
+        run=context.engine.map,
+    ).summary  # fmt: skip
+    names = ("pool_instances", "instances", "pool_tokens", "tokens", "refused_by_template", "without_response")
+    return {name: summary[name] for name in names if name in summary}
+
+
+def _other_files(
+    context: Context, settings: SampleSettings, constraints: ConstraintSettings, encoding: EncodingSettings
+) -> dict[str, Path]:
+    files = {} if context.target is None else context.files(context.target, "target", GROUNDING)
+    if _counted(settings, encoding) is not None:
+        files["tokenizer:"] = Path(encoding.tokenizer_model)
+    if constraints.always is not None:
+        files["always:"] = Path(constraints.always)
+    return files
+
+
+def _decides(
+    context: Context, settings: SampleSettings, constraints: ConstraintSettings, encoding: EncodingSettings
+) -> dict:
+    bounds = {"quota": constraints.quota, "floor": constraints.floor, "loss_on": encoding.loss_on}
+    return asdict(settings) | bounds | (encoding.decides() if _counted(settings, encoding) else {})
+
+
+STEP = Step(
+    "sample", {"sampling": SampleSettings, "constraints": ConstraintSettings, "encoding": EncodingSettings},
+    reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS), writes=(SELECTION, SUMMARY),
+    run=_run, also_reads=_other_files, decides=_decides,
+)  # fmt: skip

@@ -11,16 +11,26 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.tags.canonicalise import CARRIED, EMBEDDINGS, VOCABULARY, read_carried
+from megatron_ksa.data_tools.tags.canonicalise import (
+    CARRIED,
+    EMBEDDER,
+    EMBEDDINGS,
+    MERGES,
+    VOCABULARY,
+    read_carried,
+)
 from megatron_ksa.data_tools.tags.clustering import cluster, membership, refine, refine_by_instances
 from megatron_ksa.data_tools.tags.embed import unit
-from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays
+from megatron_ksa.data_tools.tags.files import copy_whole, read_arrays, read_jsonl, write_arrays
+from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.errors import UsageError
 
 TREE = "tree.npz"
 ROOT_NAME = "root"
 INSTANCES = 50_000
 FIELDS = ("parent", "depth", "name", "tag", "count")
+# What records need to be put on a tree.
+TREE_FILES = (VOCABULARY, MERGES, EMBEDDINGS, EMBEDDER, TREE)
 
 
 @dataclass(frozen=True)
@@ -234,3 +244,39 @@ def read_vocabulary(folder: Path) -> tuple[list[str], np.ndarray]:
     """Canonical tags, and the instances that carry each, int64 [tags]."""
     rows = list(read_jsonl(folder / VOCABULARY))
     return [row["tag"] for row in rows], np.array([row["count"] for row in rows], np.int64)
+
+
+def _run(context: Context, settings: TreeSettings) -> dict:
+    return tree(context.folder, settings)
+
+
+def _adopt(context: Context) -> dict:
+    """Copy the tree of another work folder here, where the steps that follow look for it."""
+    for name in TREE_FILES:
+        copy_whole(context.tree / name, context.folder / name)
+    return {"nodes": len(load_tree(context.folder / TREE).parent)}
+
+
+def _adopted(context: Context) -> dict[str, Path]:
+    return context.files(context.tree, "tree", *TREE_FILES)
+
+
+def _check_other_tree(context: Context) -> None:
+    """Check that the tree of another folder can be used here.
+
+    Raises:
+        UsageError: it is this folder, or it has no tree.
+    """
+    if context.tree.resolve() == context.folder.resolve():
+        raise UsageError(f"--tree {context.tree}: name another work folder than --work")
+    if not (context.tree / TREE).is_file():
+        raise UsageError(f"--tree {context.tree}: no {TREE} there; run the tree step of that folder first")
+
+
+STEP = Step(
+    "tree", {"tree": TreeSettings}, reads=(VOCABULARY, CARRIED, EMBEDDINGS), writes=(TREE,), run=_run
+)  # fmt: skip
+ADOPT = Step(
+    "tree", {}, reads=(), writes=TREE_FILES, run=_adopt, also_reads=_adopted, decides=lambda context: {"adopted": True},
+    check=_check_other_tree,
+)  # fmt: skip

@@ -14,6 +14,7 @@ from megatron_ksa.checkpoint.stored_args import load_stored_args
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
+from megatron_ksa.data_tools.loss_masks import masked_prefixes
 from megatron_ksa.kernels.dispatch import force_reference
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
 from megatron_ksa.model.prepare import prepare_config
@@ -21,7 +22,6 @@ from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 from megatron_ksa.training.blend import dataset_prefixes
 from megatron_ksa.training.flag_rules import check_flags, check_run
 from megatron_ksa.training.given import forget_given, given_flags
-from megatron_ksa.training.loss_mask import masked_prefixes
 from megatron_ksa.training.model_hooks import model_hooks
 from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
 from megatron_ksa.training.stages import resolve_start

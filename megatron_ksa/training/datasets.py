@@ -11,9 +11,9 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetC
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_ksa.config.data import DataConfig
+from megatron_ksa.data_tools.loss_masks import ResponseLossDataset
 from megatron_ksa.errors import UsageError
 from megatron_ksa.training.blend import blends_from_args
-from megatron_ksa.training.loss_mask import ResponseLossDataset
 from megatron_ksa.training.refusals import megatron_refusals
 
 

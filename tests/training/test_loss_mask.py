@@ -13,11 +13,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
+from megatron_ksa.data_tools.loss_masks import ResponseLossDataset, masked_prefixes
 from megatron_ksa.errors import UsageError
 from megatron_ksa.platform import trainer_defaults
 from megatron_ksa.training.arguments import install_arguments
 from megatron_ksa.training.configure import read_command_line
-from megatron_ksa.training.loss_mask import ResponseLossDataset, masked_prefixes
 
 END_OF_DOCUMENT = 126
 RECORDER = Path(__file__).with_name("recorded_pretrain.py")

@@ -4,12 +4,17 @@ Every file of the pipeline gets its name by a rename. Killed there, with the fil
 can leave at worst: files of a step under their names, one in part, and no word of it in the manifest. Forks share the
 imports, so that a run costs its work alone.
 
-    python killed_tool.py < calls    # a JSON line a call: [rename to die at, from 0, or null, arguments]
+    python killed_tool.py < calls    # a JSON line a call: [rename to die at, arguments, sync to fail at, largest file]
+
+Numbers count from 0, null is never. A sync that fails and a largest file, bytes, stand for a full disk: the kernel
+refuses to keep what was written, or to write more in the middle of a write.
 """
 
+import errno
 import importlib
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -34,8 +39,25 @@ def _die_at(number: int) -> None:
         setattr(Path, name, renamed)
 
 
-def _call(number: int | None, arguments: list[str]) -> None:
+def _full_at(number: int) -> None:
+    """Have every sync from that number on fail, as on a disk without room."""
+    left, original = [number], os.fsync
+
+    def synced(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    os.fsync = synced
+
+
+def _call(number: int | None, arguments: list[str], full_at: int | None = None, largest: int | None = None) -> None:
     """The tool in this process, to its end."""
+    if full_at is not None:
+        _full_at(full_at)
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     if number is not None:
         _die_at(number)
     sys.argv = [str(TOOL), *arguments]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder
+from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder, EncodingSettings
 from megatron_ksa.data_tools.tokenizers import ChatTemplateError, load_tokenizer, train_sentencepiece, write_byte_level
 from megatron_ksa.errors import UsageError
 
@@ -115,7 +115,7 @@ def test_what_a_template_refuses(tokenizer):
     with pytest.raises(UsageError, match="no chat template"):
         DocumentEncoder(tokenizer(None), "tokenizer").encode({"messages": CHAT})
     with pytest.raises(UsageError, match="--template best"):
-        DocumentEncoder(tokenizer(None), "best")
+        EncodingSettings(template="best")
 
 
 def test_sentencepiece_has_plain_joining(tmp_path):

@@ -11,23 +11,17 @@ import pytest
 from engine_tasks import die, own_process, refuse, slow_square
 from raw_pool import write_pool
 
-from megatron_ksa.data_tools.tags.canonicalise import CanonicalSettings
-from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings
 from megatron_ksa.data_tools.tags.engine import TASKS_IN_FLIGHT, Engine
-from megatron_ksa.data_tools.tags.ground import GroundSettings
-from megatron_ksa.data_tools.tags.pipeline import Pipeline, TaggerSettings, TreeStepSettings
-from megatron_ksa.data_tools.tags.records import RecordSettings
-from megatron_ksa.data_tools.tags.taggers.endpoint import EndpointSettings
-from megatron_ksa.data_tools.tags.tree import TreeSettings
+from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline
+from megatron_ksa.data_tools.tags.step import Context
 from megatron_ksa.errors import UsageError
 
 
 def files_by(engine: Engine, folder: Path, pool: Path) -> dict[str, bytes]:
     """What the steps before sampling write."""
-    pipeline = Pipeline(folder, engine, lambda line: None)
-    pipeline.read([str(pool)], "*", RecordSettings())
-    pipeline.tag(TaggerSettings(), EndpointSettings())
-    pipeline.tree(TreeStepSettings(DuplicateSettings(), CanonicalSettings(), TreeSettings(), GroundSettings()))
+    steps = [*COMMANDS["tag"].steps, *COMMANDS["tree"].steps]
+    settings = {config: config() for step in steps for config in step.settings.values()}
+    Pipeline(Context(folder, engine, (pool,)), settings, lambda line: None).run(steps)
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")

@@ -15,7 +15,7 @@ from raw_pool import write_pool
 
 from megatron_ksa.data_tools.tokenizers import write_byte_level
 
-STEPS = {"read", "tag", "duplicates", "canonicalise", "tree", "ground", "sample", "write", "report"}
+STEPS = {"read", "tag", "duplicates", "canonicalise", "tree", "ground", "sample", "export", "write", "report"}
 KILLED = Path(__file__).with_name("killed_tool.py")
 
 
@@ -27,9 +27,12 @@ class Tool:
         self.child = 0
         self._process = subprocess.Popen([sys.executable, str(KILLED)], text=True, **pipes)
 
-    def __call__(self, *arguments: object, die_at: int | None = None) -> tuple[int, str]:
+    def __call__(
+        self, *arguments: object, die_at: int | None = None, full_at: int | None = None, largest: int | None = None
+    ) -> tuple[int, str]:
         """Exit code, -9 where the run was killed at a rename, and everything printed."""
-        self._process.stdin.write(json.dumps([die_at, [str(argument) for argument in arguments]]) + "\n")
+        call = [die_at, [str(argument) for argument in arguments], full_at, largest]
+        self._process.stdin.write(json.dumps(call) + "\n")
         self._process.stdin.flush()
         self.child = int(self._process.stdout.readline())
         code, output = json.loads(self._process.stdout.readline())
@@ -69,7 +72,7 @@ def test_kill_at_every_rename_and_rerun_gives_the_same_bytes(tmp_path, tool):
     arguments = (
         "--work", work, "--input", pool, "--target", target, "--budget", "30%",
         "--tokenizer-model", tmp_path / "tokenizer",
-        "--template", "chatml", "--loss-on", "responses", "--top-branches", 3,
+        "--template", "chatml", "--loss-on", "responses", "--top-branches", 3, "--export", "jsonl",
     )  # fmt: skip
     code, output = tool(*arguments)
     assert code == 0, output
@@ -87,6 +90,40 @@ def test_kill_at_every_rename_and_rerun_gives_the_same_bytes(tmp_path, tool):
         killed_in |= {step for step in steps - after if before == after}
         number = number + 1 if before == after else 0
     assert killed_in == steps and kills > 3 * len(steps)
+    assert contents(work) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, tool):
+    """No room at each sync of the step that a run has come to, then room: the bytes of a run that always had it."""
+    write_byte_level(tmp_path / "tokenizer")
+    pool, target = write_pool(tmp_path / "pool.jsonl"), write_pool(tmp_path / "target.jsonl", count=12, seed=1)
+    work = tmp_path / "work"
+    arguments = (
+        "--work", work, "--input", pool, "--target", target, "--budget", "30%", "--export", "jsonl",
+        "--tokenizer-model", tmp_path / "tokenizer", "--template", "chatml", "--top-branches", 3,
+    )  # fmt: skip
+    code, output = tool(*arguments)
+    assert code == 0, output
+    undisturbed, steps = contents(work), done(work)
+    order = [line.replace("target, ", "target ").partition(":")[0] for line in output.splitlines()]
+    order = [step for step in order if step in steps]
+    assert set(order) == steps
+    shutil.rmtree(work)
+    full_in, number = set(), 0
+    while code != 0 or not full_in:
+        before = done(work) if work.exists() else set()
+        limit = {"largest": 64} if number == 0 else {"full_at": number}
+        code, output = tool(*arguments, **limit)
+        assert code in (0, 2), output
+        if code == 2:
+            *_, line = output.splitlines()
+            assert line.startswith("error: ") and "Traceback" not in output, output
+            full_in.add(next(step for step in order if step not in done(work)))
+            assert not [path for path in work.rglob("*") if path.name.endswith(".partial")]
+        # At every other sync: a step has several.
+        number = number + 2 if before == (done(work) if work.exists() else set()) else 0
+    assert full_in == steps
     assert contents(work) == undisturbed
 
 

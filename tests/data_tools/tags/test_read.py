@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ksa.data_tools.readers import input_files
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl
+from megatron_ksa.data_tools.tags.formats import input_files
 from megatron_ksa.data_tools.tags.read import RECORDS, REJECTED, read
 from megatron_ksa.data_tools.tags.records import RecordSettings
 from megatron_ksa.errors import UsageError

@@ -10,14 +10,16 @@ from tag_pools import random_pool
 from work_folder import TOPICS, make_work_folder, record
 
 from megatron_ksa.data_tools.tags import report_page
+from megatron_ksa.data_tools.tags.chat_template import EncodingSettings
 from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_jsonl
+from megatron_ksa.data_tools.tags.groups import GroupSettings
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool
 from megatron_ksa.data_tools.tags.report import report_step
 from megatron_ksa.data_tools.tags.report_data import choose_samples, largest_nodes, node_statistics, preorder
 from megatron_ksa.data_tools.tags.report_page import json_block, node_columns
 from megatron_ksa.data_tools.tags.sample import SampleSettings
 from megatron_ksa.data_tools.tags.selection import sample_step
-from megatron_ksa.data_tools.tags.write import WriteSettings, write_step
+from megatron_ksa.data_tools.tags.write import write_step
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror='window.hit=1'>{{script}}\u2028$x_{"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -35,7 +37,7 @@ def hostile_work_folder(folder):
     write_jsonl(folder / "duplicates.jsonl", [{"id": "a", "kept": "b", "similarity": 0.9}])
     make_work_folder(folder / "target", instances=30, seed=2)
     sample_step(folder, SampleSettings("40"), target=folder / "target", show_progress=False)
-    write_step(folder, WriteSettings(str(folder / "tokenizer")), show_progress=False)
+    write_step(folder, GroupSettings(), EncodingSettings(str(folder / "tokenizer")), show_progress=False)
     return folder
 
 

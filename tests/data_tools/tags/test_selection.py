@@ -5,9 +5,10 @@ import json
 import pytest
 from work_folder import make_work_folder
 
+from megatron_ksa.data_tools.tags.chat_template import EncodingSettings
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays
 from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings
-from megatron_ksa.data_tools.tags.selection import TokenSettings, read_selection, sample_step
+from megatron_ksa.data_tools.tags.selection import read_selection, sample_step
 from megatron_ksa.errors import UsageError
 
 
@@ -29,7 +30,7 @@ def test_selection_names_the_chosen_records(work, method):
 
 
 def test_tokens_are_those_of_the_template(work):
-    tokens = TokenSettings(str(work / "tokenizer"), "chatml")
+    tokens = EncodingSettings(str(work / "tokenizer"), "chatml")
     found = sample_step(work, SampleSettings("1500t"), tokens=tokens, show_progress=False)
     assert 1300 < found.summary["tokens"] <= 1500
     assert found.summary["refused_by_template"] == 0
@@ -45,7 +46,7 @@ def test_rows_stay_rows_where_a_template_refuses_instances(work):
     for path in (work / "tokenizer").iterdir():
         (work / "strict" / path.name).write_bytes(path.read_bytes())
     (work / "strict" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    tokens = TokenSettings(str(work / "strict"), "tokenizer")
+    tokens = EncodingSettings(str(work / "strict"), "tokenizer")
     found = sample_step(work, SampleSettings("900t"), tokens=tokens, show_progress=False)
     assert found.summary["refused_by_template"] == 160
     assert all(row % 5 == 0 for row in found.chosen) and found.chosen.max() > 40

@@ -17,11 +17,12 @@ from work_folder import TOPICS, make_work_folder, record
 from megatron_ksa.data_tools.indexed import check_indexed_dataset
 from megatron_ksa.data_tools.tags import blend_check
 from megatron_ksa.data_tools.tags import write as write_module
-from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder
-from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
+from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder, EncodingSettings
+from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays, write_jsonl
+from megatron_ksa.data_tools.tags.groups import GroupSettings, make_groups, slug
 from megatron_ksa.data_tools.tags.sample import SampleSettings
 from megatron_ksa.data_tools.tags.selection import read_selection, sample_step
-from megatron_ksa.data_tools.tags.write import WriteSettings, make_groups, slug, write_step
+from megatron_ksa.data_tools.tags.write import write_step
 from megatron_ksa.data_tools.tokenizers import load_tokenizer
 from megatron_ksa.errors import UsageError
 
@@ -34,8 +35,10 @@ def work(tmp_path_factory):
 
 
 def write(work, **changes):
-    settings = WriteSettings(**{"tokenizer_model": str(work / "tokenizer"), "template": "chatml", **changes})
-    return write_step(work, settings, show_progress=False)
+    encoding = {"tokenizer_model": str(work / "tokenizer"), "template": "chatml"}
+    names = ("tokenizer_model", "template", "loss_on", "max_length", "pack")
+    encoding |= {name: changes.pop(name) for name in names if name in changes}
+    return write_step(work, GroupSettings(**changes), EncodingSettings(**encoding), show_progress=False)
 
 
 def blend_of(work) -> tuple[list[str], list[float]]:
@@ -84,8 +87,8 @@ def test_same_bytes_again_and_for_tasks_run_elsewhere(work):
         tasks = list(tasks)
         return reversed([function(task) for task in reversed(tasks)])
 
-    settings = WriteSettings(str(work / "tokenizer"), "chatml", "responses")
-    write_step(work, settings, run=backwards, show_progress=False)
+    settings = GroupSettings(), EncodingSettings(str(work / "tokenizer"), "chatml", "responses")
+    write_step(work, *settings, run=backwards, show_progress=False)
     assert digests(work / "blend") == first
 
 
@@ -108,12 +111,87 @@ def test_groups_and_weights(work, changes, names, weights):
 
 def test_weights_of_the_target(work, tmp_path):
     target = make_work_folder(tmp_path / "target", instances=400, seed=3)
-    settings = WriteSettings(str(work / "tokenizer"), weights="target")
+    settings = GroupSettings(weights="target"), EncodingSettings(str(work / "tokenizer"))
     weights = {
-        d["name"]: d["weight"] for d in write_step(work, settings, target=target, show_progress=False)["datasets"]
+        d["name"]: d["weight"] for d in write_step(work, *settings, target=target, show_progress=False)["datasets"]
     }
     assert sum(weights.values()) == pytest.approx(400)
     assert max(weights, key=weights.get) == TOPICS[0]
+
+
+def test_a_branch_that_the_target_has_nothing_of_weighs_nothing(work, tmp_path):
+    """It was once an abort, after which the blend of an older selection stood beside a newer one."""
+    target = make_work_folder(tmp_path / "target", instances=400, seed=3)
+    arrays = read_arrays(target / "grounding.npz")
+    arrays["leaves"][:] = arrays["leaves"][0]
+    write_arrays(target / "grounding.npz", **arrays)
+    settings = GroupSettings(weights="target"), EncodingSettings(str(work / "tokenizer"))
+    summary = write_step(work, *settings, target=target, show_progress=False)
+    weights = {d["name"]: d["weight"] for d in summary["datasets"]}
+    assert len(weights) == 4 and sorted(weights.values())[:3] == [0, 0, 0] and max(weights.values()) > 0
+    assert len(blend_of(work)[0]) == 1 and sum(d["instances"] for d in summary["datasets"]) == 60
+
+
+def test_repeated_datasets_weigh_more(work):
+    once, repeated = write(work), write(work, repeat="history=2.5,Algebra=0")
+    tokens = {d["name"]: d["weight"] for d in once["datasets"]}
+    assert {d["name"]: d["weight"] for d in repeated["datasets"]} == tokens | {
+        "history": 2.5 * tokens["history"], "Algebra": 0,
+    }  # fmt: skip
+    assert len(blend_of(work)[0]) == 3
+    refused = {"geometry=2": "no such dataset; there are", "history": "NAME=NUMBER", "a=-1": "NAME=NUMBER"}
+    for repeat, message in refused.items():
+        with pytest.raises(UsageError, match=message):
+            write(work, repeat=repeat)
+    with pytest.raises(UsageError, match="every dataset has weight 0"):
+        write(work, min_instances=1000, repeat="rest=0")
+
+
+@pytest.mark.parametrize("loss_on", ["all", "responses"])
+def test_packed_documents_have_the_length_of_a_sample(work, loss_on):
+    """Every instance is whole in one document, and what fills the document is outside the loss."""
+    plain = write(work, loss_on=loss_on)
+    contents = {}
+    for dataset in plain["datasets"]:
+        prefix = str(work / "blend" / dataset["prefix"])
+        contents[dataset["name"]] = [tuple(document.tolist()) for document in IndexedDataset(prefix)]
+    length = 2 * max(len(document) for documents in contents.values() for document in documents) + 7
+    packed = write(work, loss_on=loss_on, pack=length)
+    end = load_tokenizer(str(work / "tokenizer")).end_of_document
+    assert "--response-loss-only" in packed["training_flags"] and packed["instances"] == plain["instances"] == 60
+    assert packed["tokens"] == plain["tokens"] and packed["tokens_in_loss"] == plain["tokens_in_loss"]
+    for dataset in packed["datasets"]:
+        prefix = str(work / "blend" / dataset["prefix"])
+        documents, masks = IndexedDataset(prefix), IndexedDataset(f"{prefix}_loss_mask")
+        assert len(documents) == dataset["documents"] < dataset["instances"]
+        found = []
+        for document, mask in zip(documents, masks, strict=True):
+            assert len(document) == len(mask) == length
+            bounds = np.flatnonzero(document == end) + 1
+            parts = [tuple(part.tolist()) for part in np.split(document, bounds)]
+            found += [part for part in parts if len(part) > 1]
+            fill = length - sum(map(len, [part for part in parts if len(part) > 1]))
+            assert not mask[length - fill :].any()
+        assert sorted(found) == sorted(contents[dataset["name"]])
+    assert digests(work / "blend") == (write(work, loss_on=loss_on, pack=length), digests(work / "blend"))[1]
+
+
+def test_what_is_cut_and_what_has_no_response_is_listed(tmp_path):
+    work = make_work_folder(tmp_path / "work", instances=30)
+    records = [record(line) for line in range(60)]
+    more = {"role": "user", "content": "And more?"}
+    records[2] = records[2] | {"messages": [*records[2]["messages"], more]}
+    records[4] = records[4] | {"messages": records[4]["messages"][:1]}
+    write_jsonl(work / "records.jsonl", records)
+    sample_step(work, SampleSettings("30"), show_progress=False)
+    summary = write(work, loss_on="responses")
+    assert summary["refused_by_template"] == 1 and summary["shortened"] == 1 and summary["instances"] == 29
+    assert list(read_jsonl(work / "blend" / "unwritten.jsonl")) == [{"id": "r4", "reason": "no response"}]
+    assert list(read_jsonl(work / "blend" / "shortened.jsonl")) == [
+        {"id": "r2", "after_last_response": 1, "beyond_length": 0}
+    ]
+    found = sample_step(work, SampleSettings("29"), responses=True, show_progress=False)
+    assert found.summary["without_response"] == 1 and 2 not in found.chosen
 
 
 def test_groups_beyond_the_limit_are_one():
@@ -176,23 +254,23 @@ def write_module_encoder_reset() -> None:
 def test_killed_run_leaves_the_old_blend_and_a_rerun_gives_the_same_bytes(work):
     write(work)
     old = digests(work / "blend")
-    settings = WriteSettings(str(work / "tokenizer"), "plain", "responses")
+    settings = GroupSettings(), EncodingSettings(str(work / "tokenizer"), "plain", "responses")
 
     def killed(function, tasks):
         yield function(next(iter(tasks)))
         os.kill(os.getpid(), signal.SIGKILL)
 
     child = multiprocessing.get_context("fork").Process(
-        target=write_step, args=(work, settings), kwargs={"run": killed, "show_progress": False}
+        target=write_step, args=(work, *settings), kwargs={"run": killed, "show_progress": False}
     )
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert (work / "blend.partial").exists() and digests(work / "blend") == old
-    write_step(work, settings, show_progress=False)
+    write_step(work, *settings, show_progress=False)
     after_kill = digests(work / "blend")
     shutil.rmtree(work / "blend")
-    write_step(work, settings, show_progress=False)
+    write_step(work, *settings, show_progress=False)
     assert digests(work / "blend") == after_kill != old
     assert not (work / "blend.partial").exists()
 
@@ -212,7 +290,7 @@ def test_megatrons_reading_is_checked(work):
     blend_check.check_blend(work / "blend", datasets, 256, 257)
     with pytest.raises(UsageError, match="Megatron reads other tokens"):
         blend_check.check_blend(work / "blend", datasets, 256, 100)
-    datasets[0]["tokens"] += 1
+    datasets[0]["written_tokens"] += 1
     with pytest.raises(UsageError, match="read back"):
         blend_check.check_blend(work / "blend", datasets, 256, 257)
 

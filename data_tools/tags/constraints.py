@@ -1,0 +1,198 @@
+"""What a selection must and must not hold: records that are always in it, and bounds for sources and branches.
+
+A bound counts in the budget's unit. Greedy stays greedy: what may no longer be chosen is closed, once and for all, so
+lazy evaluation holds. With quotas of sources alone, in instances, the value is at least half of the optimum (a
+partition matroid, Fisher et al. 1978).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ksa.config.options import option
+from megatron_ksa.data_tools.tags.files import read_jsonl
+from megatron_ksa.errors import UsageError
+
+KINDS = ("source", "branch")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One bound as a flag has it: `amount` in the budget's unit, or a share of the budget."""
+
+    flag: str
+    kind: str
+    name: str
+    amount: float
+    is_share: bool
+
+    def of(self, budget: float) -> float:
+        """The bound in the budget's unit."""
+        return self.amount * budget if self.is_share else self.amount
+
+
+def parse_bounds(flag: str, text: str) -> list[Bound]:
+    """The bounds in a flag's value, such as `source:flan=20%,branch:chess=100`.
+
+    Raises:
+        UsageError: another form, or a name given twice.
+    """
+    found: list[Bound] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        head, _, value = part.rpartition("=")
+        kind, _, name = head.partition(":")
+        is_share = value.endswith("%")
+        try:
+            amount = float(value.removesuffix("%")) / (100 if is_share else 1)
+        except ValueError:
+            amount = -1.0
+        if kind not in KINDS or not name or not 0 <= amount < float("inf") or (is_share and amount > 1):
+            raise UsageError(
+                f"{flag} {part}: give source:NAME=AMOUNT or branch:NAME=AMOUNT, a number or a share of the budget (5%)"
+            )
+        if any((bound.kind, bound.name) == (kind, name) for bound in found):
+            raise UsageError(f"{flag} {part}: {kind} {name} is given twice")
+        found.append(Bound(flag, kind, name, amount, is_share))
+    return found
+
+
+@dataclass(frozen=True)
+class ConstraintSettings:
+    """What the selection must and must not hold.
+
+    Raises:
+        UsageError: a bound that cannot be read.
+    """
+
+    quota: str = option(
+        "", "At most, by source or branch: 'source:flan=20%,branch:chess=100', shares being of the budget.",
+        flag="--quota",
+    )  # fmt: skip
+    floor: str = option("", "At least, as --quota.", flag="--floor")
+    always: str | None = option(
+        None, "Always choose these records: a file with an id a line, or JSONL with ids.", flag="--always"
+    )
+
+    def __post_init__(self) -> None:
+        parse_bounds("--quota", self.quota)
+        parse_bounds("--floor", self.floor)
+        if self.always is not None and not Path(self.always).is_file():
+            raise UsageError(f"--always {self.always}: no such file")
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """All bounds."""
+        return parse_bounds("--quota", self.quota) + parse_bounds("--floor", self.floor)
+
+    def always_ids(self) -> list[str]:
+        """Ids of the records that are always chosen.
+
+        Raises:
+            UsageError: a line of JSONL without an id.
+        """
+        if self.always is None:
+            return []
+        path = Path(self.always)
+        if path.suffix != ".jsonl":
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+        rows = list(read_jsonl(path))
+        if not all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows):
+            raise UsageError(f"--always {path}: a line has no id")
+        return list(dict.fromkeys(row["id"] for row in rows))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bounds of one source or branch.
+
+    Args:
+        member: bool [instances].
+        least, most: in the budget's unit.
+    """
+
+    member: np.ndarray
+    least: float = 0.0
+    most: float = np.inf
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one selection must hold.
+
+    Args:
+        first: int64 [rows], chosen before any other, in this order.
+        limits: of sources and branches.
+    """
+
+    first: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    limits: tuple[Limit, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(len(self.first) or self.limits)
+
+    def check(self, budget: float, cost: np.ndarray) -> None:
+        """Check that they can be met.
+
+        Args:
+            cost: [instances], in the budget's unit.
+
+        Raises:
+            UsageError: they cannot.
+        """
+        needed = float(cost[self.first].sum())
+        if needed > budget:
+            raise UsageError(f"--always: its records need {needed:,.0f} of a --budget of {budget:,.0f}")
+        # What is always chosen counts towards the floors.
+        missing = [max(limit.least - cost[self.first][limit.member[self.first]].sum(), 0.0) for limit in self.limits]
+        if needed + sum(missing) > budget:
+            needed += sum(missing)
+            raise UsageError(f"--floor: needs {needed:,.0f} of a --budget of {budget:,.0f}, --always included")
+
+
+class Ledger:
+    """What may still be chosen as a selection grows.
+
+    Args:
+        cost: [instances], in the budget's unit.
+        budget: what may be spent.
+    """
+
+    def __init__(self, rules: Rules, cost: np.ndarray, budget: float) -> None:
+        self.open = np.ones(len(cost), bool)
+        self._limits, self._cost, self._left = rules.limits, cost, budget
+        self._spent = [0.0] * len(rules.limits)
+        self._dearest = float(cost.max(initial=0))
+        # What rows were closed for last: bounds close more only when less room is left.
+        self._room = [np.inf] * len(rules.limits)
+        self._rest: tuple[float, int] | None = None
+        self._close()
+
+    def take(self, row: int) -> bool:
+        """Count a row that is chosen; returns whether others were closed by it."""
+        self.open[row] = False
+        self._left -= self._cost[row]
+        if not self._limits:
+            return False
+        for number, limit in enumerate(self._limits):
+            if limit.member[row]:
+                self._spent[number] += self._cost[row]
+        return self._close()
+
+    def _close(self) -> bool:
+        closed, rest = False, self._left
+        needy: list[np.ndarray] = []
+        for number, (limit, spent) in enumerate(zip(self._limits, self._spent, strict=True)):
+            room = limit.most - spent
+            if room < self._dearest and room < self._room[number]:
+                self.open &= ~limit.member | (self._cost <= room)
+                self._room[number], closed = room, True
+            if spent < limit.least:
+                rest -= limit.least - spent
+                needy.append(limit.member)
+        # What is left is kept for the floors; a floor that is reached needs nothing any more.
+        if needy and rest < self._dearest and (rest, len(needy)) != self._rest:
+            self.open &= np.any(needy, axis=0) | (self._cost <= rest)
+            self._rest, closed = (rest, len(needy)), True
+        return closed

@@ -1,0 +1,106 @@
+"""Files of a pool: what `readers` reads (JSONL, JSON arrays, Parquet, text), and folders of Hugging Face's `datasets`.
+
+`input_files` says which files there are, `read_raw` gives their documents, in order.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ksa.data_tools import readers
+from megatron_ksa.data_tools.readers import JSONL_SUFFIXES, PARQUET_SUFFIX, RawDocument
+from megatron_ksa.data_tools.tags.formats.arrow import ARROW_SUFFIX, arrow_rows, saved_files
+from megatron_ksa.errors import UsageError
+
+SUFFIXES = (*JSONL_SUFFIXES, PARQUET_SUFFIX, ARROW_SUFFIX)
+TABLE_SUFFIXES = (PARQUET_SUFFIX, ARROW_SUFFIX)
+# Shards of one file, as Hugging Face and others number them, and folders between a dataset's own and its shards.
+_SHARD = re.compile(r"(?P<name>.+?)-\d{5}-of-\d{5}")
+_INNER = {"data", "default", "train", "test", "validation", "valid", "dev"}
+
+
+def source_name(path: Path) -> str:
+    """The name of the data that a file belongs to.
+
+    A file's name without the suffixes that tell its format; of numbered shards the dataset's folder; of a text file in
+    a folder the folder's name.
+    """
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if path.name.endswith(suffix):
+            stem = path.name.removesuffix(suffix)
+            shard = _SHARD.fullmatch(stem)
+            if shard is None:
+                return stem or path.name
+            if shard["name"] not in _INNER:
+                return shard["name"]
+            return next((folder.name for folder in path.parents if folder.name and folder.name not in _INNER), stem)
+    return path.parent.name or path.stem
+
+
+def _of_one_split(folder: Path, files: list[Path]) -> list[Path]:
+    """The files, after a check that their names tell one split: a test split is not to be trained on by accident."""
+    names = {shard["name"] for file in files if (shard := _SHARD.fullmatch(file.name.partition(".")[0]))}
+    splits = sorted(names & _INNER)
+    if len(splits) > 1:
+        raise UsageError(
+            f"--input {folder}: holds the splits {', '.join(splits)}; choose with --glob '**/{splits[-1]}-*'"
+        )
+    return files
+
+
+def _folder_files(folder: Path, pattern: str | None) -> list[Path]:
+    saved = saved_files(folder)
+    if saved is not None:
+        return saved
+    if pattern is not None:
+        found = sorted(file for file in folder.glob(pattern) if file.is_file())
+        if not found:
+            raise UsageError(f"--input {folder}: no file in this folder matches --glob {pattern!r}")
+        return found
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    data = [file for file in files if file.name.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX))]
+    texts = [file for file in files if file.suffix == ".txt"]
+    if data and texts:
+        raise UsageError(
+            f"--input {folder}: holds text files and data files, such as {texts[0].name} and {data[0].name}; "
+            "choose with --glob"
+        )
+    if not data and not texts:
+        raise UsageError(
+            f"--input {folder}: no .txt and no {', '.join((*JSONL_SUFFIXES, PARQUET_SUFFIX))} in this folder; "
+            "choose with --glob"
+        )
+    return _of_one_split(folder, data) or texts
+
+
+def input_files(inputs: list[str], pattern: str | None = None) -> list[Path]:
+    """The files to read: files as named, of folders the sorted files in them.
+
+    Args:
+        pattern: which files of a folder; where it is None, its data files or else its text files.
+
+    Raises:
+        UsageError: a path that does not exist, a file of another format, a folder without files or with several splits.
+    """
+    files: list[Path] = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            files += _folder_files(path, pattern)
+        elif path.is_file() and path.name.endswith(SUFFIXES):
+            files.append(path)
+        elif path.is_file():
+            raise UsageError(f"--input {name}: a file must be one of {', '.join(SUFFIXES)}; pass a folder for text")
+        else:
+            raise UsageError(f"--input {name}: no such file or folder")
+    return files
+
+
+def read_raw(files: list[Path]) -> Iterator[RawDocument]:
+    """Every raw document of the files, in order.
+
+    Raises:
+        UsageError: a file that is damaged, a format whose package is not installed.
+    """
+    for path in files:
+        yield from arrow_rows(path) if path.name.endswith(ARROW_SUFFIX) else readers.read_documents([path])

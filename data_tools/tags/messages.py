@@ -1,0 +1,175 @@
+"""Conversations of every schema as messages of one form: `role`, `content` and whatever else a template may look at.
+
+Nothing of a message is dropped: what has a place in this form is moved there, other fields stay as they are, and what
+has no place at all (pictures, a tool call without a name) refuses the record with a reason.
+"""
+
+import json
+from typing import Any
+
+from megatron_ksa.data_tools.readers import BadDocument
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+    "function_call": "assistant",
+}  # fmt: skip
+NO_FIELDS = "no recognised fields"
+MEDIA = "images or other media"
+BAD_CALL, BAD_TOOLS = "tool call without a name", "tools that are no list"
+BAD_WEIGHT = "weight of a message other than 0 and 1"
+# Content parts by their type: the field that holds their text.
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}
+# Fields that say whether a message counts in the loss where they are true or false: axolotl's and ms-swift's.
+TRAINED = ("train", "loss")
+_MOVED = ("role", "from", "content", "value", "tool_calls", "function_call", "reasoning", "reasoning_content", "weight")
+
+
+def parsed(value: Any) -> Any:
+    """A value, or the JSON list or object that a text holds: columns of tables often hold JSON as text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the null fields of its objects: a table gives every row the fields of all rows."""
+    if isinstance(value, dict):
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    return value
+
+
+def _content(value: Any) -> tuple[str, str]:
+    """Text and thoughts of a message's content: a string, or a list of parts."""
+    if isinstance(value, str):
+        return value, ""
+    if value is None:
+        return "", ""
+    if not isinstance(value, list):
+        raise BadDocument(NO_FIELDS, f"a message's content is a {type(value).__name__}")
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in value:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        for kinds, found in ((TEXT_PARTS, texts), (THOUGHT_PARTS, thoughts)):
+            if kind in kinds and isinstance(part.get(kinds[kind]), str):
+                found.append(part[kinds[kind]])
+                break
+        else:
+            raise BadDocument(MEDIA, f"a part of a message's content is of type {str(kind)[:40]!r}")
+    return "\n".join(texts), "\n".join(thoughts)
+
+
+def _call(value: Any) -> dict:
+    """One tool call as `{"id"?, "type": "function", "function": {"name", "arguments"}}`; arguments stay as given."""
+    if not isinstance(value, dict):
+        raise BadDocument(BAD_CALL, f"a tool call is a {type(value).__name__}")
+    function = value.get("function") if isinstance(value.get("function"), dict) else value
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(name, str) or not name.strip():
+        raise BadDocument(BAD_CALL, f"its fields: {', '.join(map(str, value))[:200]}")
+    if arguments is None:
+        arguments = function.get("parameters", {})
+    rest = {key: each for key, each in value.items() if key not in ("type", "function") and each is not None}
+    if function is value:
+        rest = {key: each for key, each in rest.items() if key not in ("name", "arguments", "parameters")}
+    return {**rest, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _calls(message: dict, role: str, content: str) -> tuple[str, list[dict]]:
+    """Content and tool calls of a message, whatever the schema."""
+    calls = parsed(message.get("tool_calls"))
+    if calls is not None and not isinstance(calls, list):
+        raise BadDocument(BAD_CALL, f"tool_calls are a {type(calls).__name__}")
+    calls = list(calls or [])
+    if message.get("function_call") is not None:
+        calls.append(parsed(message["function_call"]))
+    if role == "function_call":
+        found = parsed(content)
+        if isinstance(found, str):
+            raise BadDocument(BAD_CALL, "a function_call turn is no JSON")
+        calls += found if isinstance(found, list) else [found]
+        content = ""
+    return content, [_call(call) for call in calls]
+
+
+def _counts(message: dict) -> bool:
+    """Whether a message counts in the loss, as far as the message tells."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise BadDocument(BAD_WEIGHT, f"weight {str(weight)[:40]}")
+    return weight != 0 and not any(message.get(name) is False for name in TRAINED)
+
+
+def message_of(value: Any) -> dict:
+    """A message as `{"role", "content", ...}`, with `tool_calls`, `reasoning_content` and `weight` (0) if it has them.
+
+    Raises:
+        BadDocument: it cannot be carried.
+    """
+    if not isinstance(value, dict):
+        raise BadDocument(NO_FIELDS, f"a message is a {type(value).__name__}")
+    role = value.get("role") if value.get("role") is not None else value.get("from")
+    role = role.lower() if isinstance(role, str) else role
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadDocument(NO_FIELDS, f"a message's role is {str(role)[:40]!r}, none of {', '.join(ROLES)}")
+    given = value.get("content") if value.get("content") is not None else value.get("value")
+    content, thoughts = _content(given)
+    content, calls = _calls(value, role, content)
+    message = {"role": ROLES[role], "content": content}
+    if calls:
+        message["tool_calls"] = calls
+    reasoning = value.get("reasoning_content", value.get("reasoning"))
+    thoughts = reasoning if isinstance(reasoning, str) and reasoning.strip() else thoughts
+    if thoughts.strip():
+        message["reasoning_content"] = thoughts
+    if not _counts(value):
+        message["weight"] = 0
+    rest = {key: each for key, each in value.items() if key not in _MOVED and each is not None}
+    return message | {key: each for key, each in rest.items() if key not in TRAINED or not isinstance(each, bool)}
+
+
+def says_something(message: dict) -> bool:
+    """Whether there is anything in a message."""
+    return bool(message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def messages_of(value: Any) -> list[dict]:
+    """The messages of a list, or of a text that holds one as JSON. Empty system turns and an empty end are none."""
+    value = parsed(value)
+    if not isinstance(value, list):
+        raise BadDocument(NO_FIELDS, f"messages are a {type(value).__name__} where a list is needed")
+    messages = [message_of(message) for message in value]
+    messages = [message for message in messages if message["role"] != "system" or says_something(message)]
+    while messages and not says_something(messages[-1]):
+        messages.pop()
+    return messages
+
+
+def tools_of(value: Any) -> list[dict]:
+    """Tools as `[{"type": "function", "function": {...}}]`, from a list of those or of bare functions, or its JSON.
+
+    Raises:
+        BadDocument: something else.
+    """
+    value = parsed(value)
+    if value is None or value in ("", [], {}):
+        return []
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadDocument(BAD_TOOLS, f"tools are a {type(value).__name__}")
+    return [
+        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in value
+    ]
