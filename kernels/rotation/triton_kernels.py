@@ -237,7 +237,10 @@ def rotate_backward_kernel(
         b_q_a, b_q_b, b_q_rest = load_gain(p_q_weight, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, ZERO_CENTERED)
         b_k_a, b_k_b, b_k_rest = load_gain(p_k_weight, HALF, PASS, BLOCK_HALF, BLOCK_PASS, INTERLEAVED, ZERO_CENTERED)
     b_dq_a, b_dq_b, b_dk_a, b_dk_b = b_zero, b_zero, b_zero, b_zero
-    b_dq_rest = tl.zeros((BLOCK_ROWS, BLOCK_PASS), tl.float32) if PASS > 0 else b_zero
+    if PASS > 0:
+        b_dq_rest = tl.zeros((BLOCK_ROWS, BLOCK_PASS), tl.float32)
+    else:
+        b_dq_rest = b_zero
     b_dk_rest = b_dq_rest
     first = i_part * tiles_per_program
     for i_tile in range(first, tl.minimum(first + tiles_per_program, tiles)):

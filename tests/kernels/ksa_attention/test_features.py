@@ -27,9 +27,7 @@ def test_rows_of_two_batches_with_documents_and_a_ragged_tail(dim, dtype):
     start = document_starts([21, 50], n, 2)
     compare(
         ("out", "dq", "dk", "dv"),
-        lambda q, k, v: [
-            triton_joint.attention(q, k, v, geometry, text_rows=n, document_start=start, tiles=TILES),
-        ],
+        lambda q, k, v: [triton_joint.attention(q, k, v, geometry, text_rows=n, document_start=start, tiles=TILES)],
         lambda q, k, v: [reference.attention(q, k, v, geometry, text_rows=n, document_start=start)],
         random_rows(0, 2, dim, dtype, (rows, 2), (rows, 1), (rows, 1)),
     )

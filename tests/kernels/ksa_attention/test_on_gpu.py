@@ -10,10 +10,7 @@ from megatron_ksa.kernels.benchmarks.measure import peak_bytes
 from megatron_ksa.kernels.benchmarks.registry import Shape
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference, triton_joint, triton_text, workspace
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # Two roundings of the same exact result differ by chance; more than this is another accuracy.
 CHANCE = 1.1
 
