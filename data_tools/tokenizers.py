@@ -240,7 +240,7 @@ class HuggingFaceTokenizer:
             raise UsageError(f"--template: the tokenizer {self._folder} has no chat template; choose another")
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, add_generation_prompt=asked
+                messages, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=asked
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ChatTemplateError(" ".join(str(error).split())) from None
