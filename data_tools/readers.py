@@ -19,6 +19,8 @@ from typing import IO, Any
 
 from megatron_ksa.errors import UsageError
 
+# What a file gives when it is read: its bytes, or those that it holds compressed.
+Stream = io.BufferedReader | gzip.GzipFile
 JSONL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 ARRAY_SUFFIXES = (".json", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
@@ -154,7 +156,7 @@ def _files_of_folder(folder: Path, name: str, pattern: str) -> list[Path]:
     return found
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _decompressed(path: Path, raw: io.BufferedReader) -> Stream:
     if is_one_of(path, (".gz",)):
         return gzip.open(raw)
     if is_one_of(path, (".zst",)):
@@ -178,12 +180,13 @@ class _ZstdReader(io.RawIOBase):
     STEP = 1024
 
     def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:
-        self._raw, self._new, self._frame, self._content = raw, new, None, memoryview(b"")
+        self._raw, self._new, self._content = raw, new, memoryview(b"")
+        self._frame: Any = None
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         rest = b""
         while not self._content:
             if self._frame is not None and self._frame.eof:
@@ -212,7 +215,7 @@ def _too_large(size: int, limit: int) -> tuple[str, str]:
     return TOO_LARGE, f"{size:,} bytes, more than {limit:,}"
 
 
-def _json_lines(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -> Iterator[RawDocument]:
+def _json_lines(path: Path, stream: Stream, raw: IO[bytes], limit: int) -> Iterator[RawDocument]:
     number = position = 0
     while line := stream.readline(limit + len(codecs.BOM_UTF8) + 2):
         number, size = number + 1, len(line)
@@ -232,7 +235,7 @@ def _json_lines(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -> It
 class _ArrayText:
     """The text of a JSON array, as much of it as the element at hand needs."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.position, self.ended = "", 0, False
 
@@ -271,7 +274,7 @@ class _ArrayText:
             self.more()
 
 
-def _array_elements(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -> Iterator[RawDocument]:
+def _array_elements(path: Path, stream: Stream, raw: IO[bytes], limit: int) -> Iterator[RawDocument]:
     array, scanner, number, position = _ArrayText(stream), json.JSONDecoder(), 0, 0
     try:
         array.next()
@@ -300,7 +303,7 @@ def _array_elements(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -
         ) from None
 
 
-def _text(path: Path, stream: IO[bytes], raw: IO[bytes], limit: int) -> Iterator[RawDocument]:
+def _text(path: Path, stream: Stream, raw: IO[bytes], limit: int) -> Iterator[RawDocument]:
     content = stream.read(limit + len(codecs.BOM_UTF8) + 1).removeprefix(codecs.BOM_UTF8)
     problem = None
     if len(content) > limit:

@@ -99,6 +99,11 @@ def _blocks(data: ReleasedData, vocab_size: int) -> Iterator[tuple[np.ndarray, n
             start += len(ids)
 
 
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """One array of ids and one of masks from those of consecutive parts."""
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([masks for _, masks in parts])
+
+
 def released_documents(
     data: ReleasedData, end_of_document: int, vocab_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -109,7 +114,8 @@ def released_documents(
     Raises:
         UsageError: an id that the tokenizer does not have, a mask that is neither 0 nor 1.
     """
-    held, size = [], 0
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    size = 0
     for ids, counts in _blocks(data, vocab_size):
         start = 0
         for end in (*(np.flatnonzero(ids == end_of_document) + 1), len(ids)):
@@ -118,7 +124,7 @@ def released_documents(
                 held.append((ids[start:stop], counts[start:stop]))
                 size, start = size + stop - start, stop
                 if size == PIECE_TOKENS or held[-1][0][-1] == end_of_document:
-                    yield tuple(np.concatenate(parts) for parts in zip(*held, strict=True))
+                    yield _joined(held)
                     held, size = [], 0
     if held:
-        yield tuple(np.concatenate(parts) for parts in zip(*held, strict=True))
+        yield _joined(held)

@@ -20,7 +20,8 @@ class SkipLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.reasons: Counter[str] = Counter()
-        self._files, self._stream = ExitStack(), None
+        self._files = ExitStack()
+        self._stream: IO | None = None
 
     def __enter__(self) -> "SkipLog":
         return self
@@ -29,7 +30,7 @@ class SkipLog:
         """A document is left out."""
         self.reasons[reason] += 1
         if self._stream is None:
-            self._stream: IO | None = self._files.enter_context(whole_file(self.path))
+            self._stream = self._files.enter_context(whole_file(self.path))
         self._stream.write(json.dumps({"origin": origin, "reason": reason, "detail": detail}) + "\n")
 
     def __exit__(

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
@@ -137,7 +137,8 @@ class SentencePieceTokenizer:
 
         try:
             self._model = SentencePieceProcessor(model_file=str(path))
-            content = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+            model: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+            content = model.FromString(path.read_bytes())
         except (RuntimeError, OSError, DecodeError) as error:
             raise UsageError(f"--tokenizer-model {path}: not a SentencePiece model ({error})") from None
         self.vocab_size = self._model.get_piece_size()
@@ -145,7 +146,7 @@ class SentencePieceTokenizer:
         self.encode = self._model.encode
         self.unknown = self._model.unk_id()
         self._end, self._path = self._model.eos_id(), path
-        kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+        kinds = model.SentencePiece
         control = {id: piece.piece for id, piece in enumerate(content.pieces) if piece.type == kinds.CONTROL}
         for id, piece in enumerate(content.pieces):
             if piece.type == kinds.USER_DEFINED and (id == self._end or _MARKER.fullmatch(piece.piece)):
@@ -239,7 +240,7 @@ class HuggingFaceTokenizer:
             raise UsageError(f"--template: the tokenizer {self._folder} has no chat template; choose another")
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, add_generation_prompt=asked
+                messages, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=asked
             )
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ChatTemplateError(" ".join(str(error).split())) from None

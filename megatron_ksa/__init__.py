@@ -1,9 +1,8 @@
 """Long-context pretraining on Megatron-Core: Kwai Summary Attention (KSA), HARPE and TAGS.
 
 The names below are the public surface (docs/library.md). They are imported when they are first used, because Megatron
-must be imported after the CPU platform: on a machine without a GPU call `activate_cpu_platform()` of
-`megatron_ksa.platform` before you use one of these names or import Megatron. With a GPU it changes nothing, so that a
-program can always call it.
+must be imported after the CPU platform: on a machine without a GPU call `activate_cpu_platform()` before you use
+another of these names or import Megatron. With a GPU it changes nothing, so that a program can always call it.
 """
 
 import importlib
@@ -15,14 +14,24 @@ if TYPE_CHECKING:
     from megatron_ksa.model.gpt import KSAGPTModel
     from megatron_ksa.model.layer_specs import ksa_block_spec
     from megatron_ksa.model.prepare import pipeline_rows, prepare_config
+    from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
 __version__ = "0.1.0"
-__all__ = ["HarpeConfig", "KSAConfig", "KSAGPTModel", "ksa_block_spec", "pipeline_rows", "prepare_config"]
+__all__ = [
+    "HarpeConfig",
+    "KSAConfig",
+    "KSAGPTModel",
+    "activate_cpu_platform",
+    "ksa_block_spec",
+    "pipeline_rows",
+    "prepare_config",
+]
 
 _MODULES = {
     "HarpeConfig": "config.harpe",
     "KSAConfig": "config.ksa",
     "KSAGPTModel": "model.gpt",
+    "activate_cpu_platform": "upstream.cpu.cpu",
     "ksa_block_spec": "model.layer_specs",
     "pipeline_rows": "model.prepare",
     "prepare_config": "model.prepare",

@@ -39,7 +39,8 @@ def spend(order: np.ndarray, budget: float, cost: np.ndarray | None, rules: Rule
 
 def _spend_by_rules(order: np.ndarray, budget: float, cost: np.ndarray, rules: Rules) -> np.ndarray:
     rules.check(budget, cost)
-    ledger, left, taken = Ledger(rules, cost, budget), budget, []
+    ledger, left = Ledger(rules, cost, budget), budget
+    taken: list[int] = []
     for row in np.concatenate([rules.first, order[~np.isin(order, rules.first)]]):
         if cost[row] <= left and (ledger.open[row] or len(taken) < len(rules.first)):
             taken.append(int(row))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import batched
+from typing import Any
 
 import numpy as np
 
@@ -118,11 +119,13 @@ def _make_template(tokenizer: Tokenizer, name: str, whole: WholeText) -> Templat
     def generation(messages: list[dict], tools: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        fast = tokenizer.fast
-        texts, spans = render_jinja_template(
-            conversations=[messages], tools=tools or None, chat_template=fast.get_chat_template(tools=tools or None),
+        fast: Any = getattr(tokenizer, "fast")  # noqa: B009
+        chosen = fast.get_chat_template(tools=tools or None)
+        rendered: Any = render_jinja_template(
+            conversations=[messages], tools=list(tools) or None, chat_template=chosen,
             return_assistant_tokens_mask=True, **fast.special_tokens_map,
         )  # fmt: skip
+        texts, spans = rendered
         return texts[0], spans[0]
 
     written = getattr(getattr(tokenizer, "fast", None), "chat_template", None)
@@ -241,7 +244,8 @@ def _encoder(tokenizer_model: str, template: str) -> DocumentEncoder:
 
 
 def _encode_some(settings: EncodingSettings, records: tuple[dict, ...]) -> list[Document | str]:
-    encoder, results = _encoder(settings.tokenizer_model, settings.template), []
+    encoder = _encoder(settings.tokenizer_model, settings.template)
+    results: list[Document | str] = []
     for record in records:
         try:
             results.append(encode_document(encoder, record, settings))

@@ -127,7 +127,7 @@ def message_of(value: Any) -> dict:
     given = value.get("content") if value.get("content") is not None else value.get("value")
     content, thoughts = _content(given)
     content, calls = _calls(value, role, content)
-    message = {"role": ROLES[role], "content": content}
+    message: dict[str, Any] = {"role": ROLES[role], "content": content}
     if calls:
         message["tool_calls"] = calls
     reasoning = value.get("reasoning_content", value.get("reasoning"))

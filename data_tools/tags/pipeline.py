@@ -4,6 +4,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class Pipeline:
             with _disk_errors(step, self.context.folder):
                 done = self.manifest.run(
                     step.name, step.decides(*arguments), inputs, list(step.writes),
-                    lambda step=step, arguments=arguments: self._do(step, arguments), again=step.again(*arguments),
+                    partial(self._do, step, arguments), again=step.again(*arguments),
                 )  # fmt: skip
             counts = self.manifest.steps[step.name]["counts"]
             self.tell(f"{step.name}: {'' if done else 'stands; '}{_sentence(counts)}")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from os.path import commonprefix
+from typing import Any
 
 from megatron_ksa.data_tools.tags.carried import (
     as_template_takes,
@@ -119,7 +120,7 @@ class Template:
         free = (chr(MARKS + i) for i in range(0x1900) if chr(MARKS + i) not in text)
         pairs = [(next(free), next(free)) if can_be_marked(message) else None for message in messages]
         if not any(pairs):
-            return pairs
+            return [None] * len(messages)
         with_marks = [marked(message, pair) if pair else message for message, pair in zip(messages, pairs, strict=True)]
         found = self._render(with_marks, tools, False)
         rest, places = find_marks(found, "".join(mark for pair in pairs if pair for mark in pair))
@@ -143,7 +144,7 @@ class Template:
         stand_in = {name: chr(STAND_INS + i) for i, name in enumerate(self._whole.names)}
         name_of = {character: name for name, character in stand_in.items()}
 
-        def hidden(value: object, *, key: str = "") -> object:
+        def hidden(value: Any, *, key: str = "") -> Any:
             if isinstance(value, str):
                 return value if key == "role" else self._whole.hide_names(value, stand_in)
             if isinstance(value, dict):
@@ -221,7 +222,8 @@ class Template:
         if places[i] is None:
             until = self._try(messages[: i + 1], tools)
             return len(until) if until and text.startswith(until) else None
-        pair = tuple(chr(MARKS + k) for k in range(0x1900) if chr(MARKS + k) not in text)[:2]
+        free = (chr(MARKS + k) for k in range(0x1900) if chr(MARKS + k) not in text)
+        pair = next(free), next(free)
         until = self._try([*messages[:i], marked(messages[i], pair)], tools)
         if until is None or pair[1] not in until:
             return None

@@ -62,7 +62,7 @@ def _make_rules(
         told, held = f"--floor {bound.kind}:{bound.name}", cost[member].sum()
         if bound.flag == "--floor" and amount > held:
             raise UsageError(f"{told}: the pool has {held:,.0f}, less than {amount:,.0f}")
-        limit = replace(limit, **{"least" if bound.flag == "--floor" else "most": amount})
+        limit = replace(limit, least=amount) if bound.flag == "--floor" else replace(limit, most=amount)
         if limit.least > limit.most:
             raise UsageError(f"{told}: {limit.least:,.0f} is more than its --quota {limit.most:,.0f}")
         limits[bound.kind, bound.name] = limit

@@ -109,6 +109,6 @@ class Step:
     run: Callable[..., dict]
     also_reads: Callable[..., dict[str, Path]] = _nothing
     decides: Callable[..., dict] = _every_field
-    check: Callable[..., None] = _no_objection
+    check: Callable[..., object] = _no_objection
     again: Callable[..., bool] = _never
     wanted: Callable[..., bool] = _always

@@ -9,7 +9,7 @@ markup gets those names, the content keeps its own, which then are text.
 import json
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -132,8 +132,8 @@ class WholeText:
     def _init_sentencepiece(self, tokenizer: SentencePieceTokenizer) -> None:
         from sentencepiece import sentencepiece_model_pb2
 
-        model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
-        kind = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+        proto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+        model, kind = proto.FromString(tokenizer.path.read_bytes()), proto.SentencePiece.USER_DEFINED
         markers = [
             (id, piece)
             for id, piece in enumerate(model.pieces)
@@ -196,6 +196,6 @@ class WholeText:
         if sum(id in self._control for id in ids) != control:
             raise ChatTemplateError("a content has a text that this tokenizer reads as a control token")
         place = np.array(places, np.int64)
-        begin, end = np.array(begin, np.int64), np.array(end, np.int64)
+        first, last = np.array(begin, np.int64), np.array(end, np.int64)
         # The end of an alias is the end of the name it stands for: the place of the character after it.
-        return Tokens(np.array(ids, np.int32), place[begin], np.where(end > begin, place[end], place[begin]))
+        return Tokens(np.array(ids, np.int32), place[first], np.where(last > first, place[last], place[first]))

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ksa.platform import activate_cpu_platform
+from megatron_ksa import activate_cpu_platform
 
 BACKEND = "gloo" if activate_cpu_platform() else "nccl"  # KSA 1: before Megatron is imported
 

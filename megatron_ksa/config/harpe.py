@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_ksa.config.options import option
 from megatron_ksa.errors import UsageError
@@ -115,7 +116,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _number(value: object) -> float:
+def _number(value: Any) -> float:
     if not _is_number(value):
         raise UsageError(f"--harpe-bases has {_shown(value)}: a base is a positive number")
     try:

@@ -13,9 +13,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from processes import run_processes
 from single_process import VOCABULARY, build_model, random_tokens, transformer_config
 
-from megatron_ksa import KSAConfig, KSAGPTModel, pipeline_rows, prepare_config
+from megatron_ksa import KSAConfig, KSAGPTModel, activate_cpu_platform, pipeline_rows, prepare_config
 from megatron_ksa.layout.zigzag import ZigZag
-from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
 KSA = KSAConfig(enabled=True, chunk_size=4, summary_tokens=2, window_chunks="1", layer_pattern="kklf")
 LENGTHS = [10, 37, 17]
