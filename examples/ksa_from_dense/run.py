@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,9 @@ class Chain:
     def __init__(self, args: argparse.Namespace, stages: list[Stage]) -> None:
         self.args, self.stages = args, stages
         self.lock = None if args.dry_run else _lock(args.work)
+        # What a conversion that was killed had begun.
+        for left in () if args.dry_run else [*args.work.glob(".dense-*"), *args.work.glob(".*-hf-*")]:
+            shutil.rmtree(left)
 
     def run(self) -> None:
         """All of it, in order.
