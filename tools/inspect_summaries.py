@@ -72,15 +72,15 @@ def main() -> None:
         on_gpu = torch.cuda.is_available()
         model = load_model(stored, defaults, torch.bfloat16 if on_gpu else torch.float32)
         tokens = torch.tensor(ids, device="cuda" if on_gpu else "cpu")
-        found = summary_attention(model, "".join(layer.kind for layer in layers), tokens)
+        found = summary_attention(model, layers, tokens)
         texts = [tokenizer.decode(ids[at : at + ksa.chunk_size]) for at in range(0, len(ids), ksa.chunk_size)]
         facts = [
             ["checkpoint", f"{args.load}, iteration {stored.iteration}"], ["text", str(args.text)],
-            ["tokens", f"{len(ids):,}"], ["chunk", f"{ksa.chunk_size} tokens, {ksa.summary_tokens} summaries"],
+            ["tokens", f"{len(ids):,}"], ["tokens in a chunk", str(ksa.chunk_size)], ["summary tokens", str(ksa.summary_tokens)],
             ["window", " and ".join(map(str, windows)) + " chunks"], ["layers", "".join(layer.kind for layer in layers)],
         ]  # fmt: skip
         with whole_file(args.output) as stream:
-            stream.write(render("Attention on summaries", texts, found, min(windows, default=0), facts))
+            stream.write(render("Attention on summaries", texts, found, facts))
         print(f"{args.output}: {len(texts)} chunks, {len(layers)} layers")
 
 

@@ -1,10 +1,12 @@
 """How much attention the text of each chunk gives to every older chunk's summaries, by layer and head."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_ksa.config.ksa import KSALayer
 from megatron_ksa.model.core_attention import KSACoreAttention
 from megatron_ksa.model.gpt import KSAGPTModel
 
@@ -16,12 +18,14 @@ class LayerAttention:
     Attributes:
         layer: number, counted from 1.
         kind: of the layer, as in --ksa-layer-pattern.
+        window: W, past chunks that it sees as text.
         summaries: float32 [heads, chunks (queries), chunks (summaries)]: attention to the summaries of a chunk; None in
             layers whose text sees no summaries.
     """
 
     layer: int
     kind: str
+    window: int
     summaries: Tensor | None
 
 
@@ -45,7 +49,8 @@ def _chunk_attention(query: Tensor, key: Tensor, core: KSACoreAttention) -> Tens
     for chunk in range(chunks):
         rows = slice(chunk * size, (chunk + 1) * size)
         age = chunk - chunk_of_key
-        seen = torch.cat([(age[:text] <= window)[None] & (place <= place[rows, None]), (age[text:] > window).expand(size, -1)], 1)
+        near = (age[:text] <= window)[None] & (place <= place[rows, None])
+        seen = torch.cat([near, (age[text:] > window).expand(size, -1)], dim=1)
         scores = torch.einsum("ihd,jhd->hij", query[rows].float(), keys) * scale
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)[..., text:].mean(1)
         older = weights[:, : chunks * per_chunk].unflatten(1, (chunks, per_chunk)).sum(-1)
@@ -53,12 +58,12 @@ def _chunk_attention(query: Tensor, key: Tensor, core: KSACoreAttention) -> Tens
     return found
 
 
-def summary_attention(model: KSAGPTModel, kinds: str, tokens: Tensor) -> list[LayerAttention]:
+def summary_attention(model: KSAGPTModel, layers: Sequence[KSALayer], tokens: Tensor) -> list[LayerAttention]:
     """Attention on summaries of a whole text, layer by layer.
 
     Args:
         model: a whole model in one process.
-        kinds: of its layers.
+        layers: kind and window of its layers.
         tokens: int64 [n], n a multiple of the chunk size.
     """
     found: dict[int, Tensor] = {}
@@ -78,4 +83,7 @@ def summary_attention(model: KSAGPTModel, kinds: str, tokens: Tensor) -> list[La
     finally:
         for handle in handles:
             handle.remove()
-    return [LayerAttention(number, kind, found.get(number)) for number, kind in enumerate(kinds, start=1)]
+    return [
+        LayerAttention(number, str(layer.kind), layer.window_chunks, found.get(number))
+        for number, layer in enumerate(layers, start=1)
+    ]

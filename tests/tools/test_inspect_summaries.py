@@ -27,7 +27,7 @@ def attention():
     ksa = KSAConfig(enabled=True, chunk_size=4, summary_tokens=2, window_chunks="1", layer_pattern=PATTERN)
     model = build_model(ksa).eval()
     model.measure_attention_share(True)
-    found = summary_attention(model, PATTERN, random_tokens(1, 48)[0])
+    found = summary_attention(model, ksa.layers(4, 48), random_tokens(1, 48)[0])
     return found, [share.item() for core in model.summary_cores() for share in core.shares]
 
 
@@ -130,7 +130,7 @@ def test_in_a_browser(browser, page, tmp_path):
 def test_the_page_holds_the_numbers(attention, browser, tmp_path):
     """The share that the page shows is the model's, up to its 8 bits."""
     found, _ = attention
-    (tmp_path / "page.html").write_text(render("numbers", [f"<{i}>" for i in range(12)], found, 1, []))
+    (tmp_path / "page.html").write_text(render("numbers", [f"<{i}>" for i in range(12)], found, []))
     tab = browser.new_page()
     tab.goto((tmp_path / "page.html").as_uri())
     tab.wait_for_selector("html[data-ready]")

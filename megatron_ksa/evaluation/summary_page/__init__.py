@@ -14,24 +14,23 @@ from megatron_ksa.evaluation.summary_attention import LayerAttention
 STEPS = 255
 
 
-def render(title: str, texts: list[str], layers: list[LayerAttention], window: int, facts: list[list[str]]) -> str:
+def render(title: str, texts: list[str], layers: list[LayerAttention], facts: list[list[str]]) -> str:
     """The page, which needs no network and runs no code but its own.
 
     Args:
         texts: of each chunk.
-        window: W of the layers whose text sees summaries, for the words on the page.
         facts: [name, value] pairs for the head of the page.
     """
     stored = []
     for layer in layers:
-        entry = {"layer": layer.layer, "kind": layer.kind, "data": None}
+        entry = {"layer": layer.layer, "kind": layer.kind, "window": layer.window, "data": None}
         if layer.summaries is not None:
             heads, chunks, _ = layer.summaries.shape
             lower = torch.tril_indices(chunks, chunks, -1)
             values = (layer.summaries[:, lower[0], lower[1]].sqrt() * STEPS).round().to(torch.uint8)
             entry |= {"heads": heads, "data": base64.b64encode(values.numpy().tobytes()).decode()}
         stored.append(entry)
-    data = {"title": title, "texts": texts, "window": window, "layers": stored, "facts": facts}
+    data = {"title": title, "texts": texts, "layers": stored, "facts": facts}
     folder = files("megatron_ksa.evaluation.summary_page")
     script = (folder / "page.js").read_text(encoding="utf-8")
     parts = {

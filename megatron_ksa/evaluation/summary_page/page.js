@@ -38,6 +38,7 @@ function add(parent, tag, text, name) {
 function bar(parent, parts) {
   const line = add(parent, "div", undefined, "share");
   for (const [name, value, label] of parts) {
+    if (value <= 0) continue;
     const part = add(line, "span", value > 0.12 ? label : "", name);
     part.style.width = `${100 * value}%`;
     part.title = label;
@@ -98,7 +99,7 @@ const spans = data.texts.map((text, chunk) => {
     const layer = current();
     let told = `chunk ${chunk + 1}`;
     if (chunk > state.chunk) told += ": later than the chosen one";
-    else if (layer && layer.values !== null && state.chunk - chunk > data.window)
+    else if (layer && layer.values !== null && state.chunk - chunk > layer.window)
       told += `: ${percent(weight(layer, state.head, state.chunk, chunk))} of the attention goes to its summaries`;
     else told += ": seen as text";
     element("tip").textContent = told;
@@ -113,13 +114,13 @@ const spans = data.texts.map((text, chunk) => {
 function drawText(layer) {
   let peak = 0;
   const weights = spans.map((span, chunk) => {
-    const sees = layer && layer.values !== null && chunk < state.chunk && state.chunk - chunk > data.window;
+    const sees = layer && layer.values !== null && chunk < state.chunk && state.chunk - chunk > layer.window;
     const value = sees ? weight(layer, state.head, state.chunk, chunk) : 0;
     peak = Math.max(peak, value);
     return value;
   });
   spans.forEach((span, chunk) => {
-    const near = chunk < state.chunk && (!layer || layer.values === null || state.chunk - chunk <= data.window);
+    const near = chunk < state.chunk && (!layer || layer.values === null || state.chunk - chunk <= layer.window);
     span.className = chunk === state.chunk ? "chosen" : chunk > state.chunk ? "later" : near ? "near" : "";
     span.style.background = weights[chunk] > 0 ? `rgba(194, 65, 12, ${0.9 * weights[chunk] / peak})` : "";
     span.dataset.weight = weights[chunk].toFixed(5);
@@ -150,7 +151,7 @@ for (const [name, value] of data.facts) {
 for (const layer of layers) add(element("layer"), "option", `${layer.layer} (${layer.kind})`).value = String(layer.layer);
 add(element("head"), "option", "mean").value = "-1";
 const most = Math.max(0, ...seeing.map((layer) => layer.heads));
-for (let head = 0; head < most; head++) add(element("head"), "option", String(head + 1)).value = String(head);
+for (let head = 0; head < most; head++) add(element("head"), "option", `${head + 1} of ${most}`).value = String(head);
 element("layer").addEventListener("change", (event) => choose({ layer: Number(event.target.value) }));
 element("head").addEventListener("change", (event) => choose({ head: Number(event.target.value) }));
 choose({});
