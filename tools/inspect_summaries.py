@@ -11,7 +11,9 @@ from pathlib import Path
 try:
     from megatron_ksa.data_tools.tokenizers import load_tokenizer
 except ModuleNotFoundError as error:
-    print(f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
+    print(
+        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
+    )
     sys.exit(2)
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import whole_file
@@ -68,19 +70,25 @@ def main() -> None:
                 f"{(min(windows, default=0) + 1) * ksa.chunk_size} are needed"
             )
         if max(ids) >= stored.args.padded_vocab_size:
-            raise UsageError(f"--tokenizer-model {args.tokenizer_model}: id {max(ids)} is beyond the model's vocabulary")
+            raise UsageError(
+                f"--tokenizer-model {args.tokenizer_model}: id {max(ids)} is beyond the model's vocabulary"
+            )
         on_gpu = torch.cuda.is_available()
         model = load_model(stored, defaults, torch.bfloat16 if on_gpu else torch.float32)
         tokens = torch.tensor(ids, device="cuda" if on_gpu else "cpu")
         found = summary_attention(model, layers, tokens)
         texts = [tokenizer.decode(ids[at : at + ksa.chunk_size]) for at in range(0, len(ids), ksa.chunk_size)]
-        facts = [
-            ["checkpoint", f"{args.load}, iteration {stored.iteration}"], ["text", str(args.text)],
-            ["tokens", f"{len(ids):,}"], ["tokens in a chunk", str(ksa.chunk_size)], ["summary tokens", str(ksa.summary_tokens)],
-            ["window", " and ".join(map(str, windows)) + " chunks"], ["layers", "".join(layer.kind for layer in layers)],
-        ]  # fmt: skip
+        facts = {
+            "checkpoint": f"{args.load}, iteration {stored.iteration}",
+            "text": str(args.text),
+            "tokens": f"{len(ids):,}",
+            "tokens in a chunk": str(ksa.chunk_size),
+            "summary tokens": str(ksa.summary_tokens),
+            "window": " and ".join(map(str, windows)) + " chunks",
+            "layers": "".join(layer.kind for layer in layers),
+        }
         with whole_file(args.output) as stream:
-            stream.write(render("Attention on summaries", texts, found, facts))
+            stream.write(render("Attention on summaries", texts, found, list(facts.items())))
         print(f"{args.output}: {len(texts)} chunks, {len(layers)} layers")
 
 

@@ -18,9 +18,8 @@ from megatron_ksa.cost import memory
 from megatron_ksa.cost.memory import ModelShape, TrainingLayout
 from megatron_ksa.model.builder import KSAGPTModelBuilder, KSAGPTModelConfig
 from megatron_ksa.model.chunked_loss import ChunkedLoss
-from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 from megatron_ksa.model.summary_parameters import freeze_shared_parameters
-from megatron_ksa.platform.cpu import activate_cpu_platform
+from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
 HYBRID = KSAConfig(enabled=True, chunk_size=8, window_chunks="1", layer_pattern="kklf")
 N, WORDS = 128, 96

@@ -40,13 +40,12 @@ def source(tmp_path_factory) -> Path:
 
 
 def command(source: Path, work: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, str(SCRIPT), "--input", str(source / "qwen3"), "--data-path", str(source / "data"), "--validation",
-        str(source / "data"), "--work", str(work), "--lengths", "64", "128", "--distil-at", "first", "--extend-steps", "0",
-        str(STEPS), "--distil-steps", str(STEPS), "--anneal-steps", str(STEPS), "--distil-batch", "2", "--anneal-batch",
-        "2", "--extend-batch", "2", "--distil-lr", "1e-2", "--anneal-lr", "1e-3", "--extend-lr", "1e-3", "--window-chunks",
-        "1", "--chunk-size", "4", "--dtype", "float32", "--save-interval", "1", "--evaluation-windows", "2", *more,
-    ]  # fmt: skip
+    flags = f"""
+        --input {source}/qwen3 --data-path {source}/data --validation {source}/data --work {work} --lengths 64 128
+        --distil-at first --distil-steps {STEPS} --anneal-steps {STEPS} --extend-steps 0 {STEPS} --distil-batch 2
+        --anneal-batch 2 --extend-batch 2 --distil-lr 1e-2 --anneal-lr 1e-3 --extend-lr 1e-3 --window-chunks 1
+        --chunk-size 4 --dtype float32 --save-interval 1 --evaluation-windows 2"""
+    return [sys.executable, str(SCRIPT), *flags.split(), *more]
 
 
 def start(source: Path, work: Path, log: Path) -> subprocess.Popen:
@@ -102,7 +101,7 @@ def _iterations(folder: Path) -> int:
 
 def test_dry_run_prints_every_command(source, tmp_path):
     done = subprocess.run(
-        command(source, tmp_path / "work", "--distil-at", "every", "--dry-run", "--", "--tensor-model-parallel-size", "2"),
+        command(source, tmp_path / "work", *"--distil-at every --dry-run -- --tensor-model-parallel-size 2".split()),
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

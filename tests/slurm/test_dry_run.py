@@ -104,7 +104,9 @@ def test_tags():
     assert tokenizer == str(ROOT / "data/tokenizer")
 
 
-@pytest.mark.parametrize("name", ["pretrain_ksa_70b.sh", "pretrain_ksa_1b9.sh", "pretrain_ksa_4b_cpt.sh", "preprocess_tags.sh"])
+@pytest.mark.parametrize(
+    "name", ["pretrain_ksa_70b.sh", "pretrain_ksa_1b9.sh", "pretrain_ksa_4b_cpt.sh", "preprocess_tags.sh"]
+)
 @pytest.mark.parametrize("options", [["--nodes", "2"], ["--cluster", "no-such-file"], ["--cluster"], []])
 def test_bad_use_is_one_line(name, options):
     """No options outside a Slurm job is bad use as well."""

@@ -18,7 +18,10 @@ from megatron_ksa.huggingface.importer import import_checkpoint
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "ksa_hf_tiny"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-TEXT = "The key of the blue door is under the third stone. " * 6 + "Where is the key of the blue door? <script>alert(1)</script>"
+TEXT = (
+    "The key of the blue door is under the third stone. " * 6
+    + "Where is the key of the blue door? <script>alert(1)</script>"
+)
 PATTERN = "klkf"
 
 
@@ -107,7 +110,9 @@ def test_in_a_browser(browser, page, tmp_path):
     assert "".join(spans.all_text_contents()) == TEXT[: len(TEXT) // 8 * 8]
     last = spans.count() - 1
     assert "chosen" in spans.nth(last).get_attribute("class")
-    weights = [float(value) for value in tab.eval_on_selector_all("#text span", "all => all.map(s => s.dataset.weight)")]
+    weights = [
+        float(value) for value in tab.eval_on_selector_all("#text span", "all => all.map(s => s.dataset.weight)")
+    ]
     # A window of 4 chunks: those are seen as text, all before as summaries.
     assert min(weights[: last - 4]) > 0 and max(weights[last - 4 :]) == 0
     spans.nth(20).click()

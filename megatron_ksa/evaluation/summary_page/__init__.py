@@ -14,12 +14,12 @@ from megatron_ksa.evaluation.summary_attention import LayerAttention
 STEPS = 255
 
 
-def render(title: str, texts: list[str], layers: list[LayerAttention], facts: list[list[str]]) -> str:
+def render(title: str, texts: list[str], layers: list[LayerAttention], facts: list[tuple[str, str]]) -> str:
     """The page, which needs no network and runs no code but its own.
 
     Args:
         texts: of each chunk.
-        facts: [name, value] pairs for the head of the page.
+        facts: (name, value) pairs for the head of the page.
     """
     stored = []
     for layer in layers:
