@@ -31,6 +31,7 @@ setup(
     packages=find_packages(include=["megatron_ksa", "megatron_ksa.*"]),
     package_data={
         "megatron_ksa.kernels": ["**/*.json"],
+        "megatron_ksa.evaluation": ["**/*.html", "**/*.css", "**/*.js"],
         "megatron_ksa.data_tools": ["**/*.html", "**/*.css", "**/*.js", "**/*.json"],
     },
     # The kernels' requirements alone, so that `megatron_ksa.kernels` installs beside any Megatron.

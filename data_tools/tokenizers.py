@@ -54,6 +54,9 @@ class Tokenizer(Protocol):
             ContentError: the tokenizer has no tokens for this text.
         """
 
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids; a character that is cut through is shown as a replacement character."""
+
     def render_chat(self, messages: list[dict], tools: list[dict] | None = None, *, asked: bool = False) -> str:
         """The tokenizer's own chat template applied to messages {"role", "content", ...}.
 
@@ -173,6 +176,10 @@ class SentencePieceTokenizer:
             )
         return self._end
 
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids."""
+        return self._model.decode(ids)
+
     def render_chat(self, messages: list[dict], tools: list[dict] | None = None, *, asked: bool = False) -> str:
         """A SentencePiece model has no chat template."""
         raise UsageError(f"--template: {self._path}, a SentencePiece model, has no chat template; choose another")
@@ -231,6 +238,10 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of markup: names of special tokens mean those tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids."""
+        return self._tokenizer.decode(ids)
 
     def render_chat(self, messages: list[dict], tools: list[dict] | None = None, *, asked: bool = False) -> str:
         """The tokenizer's own chat template applied to the messages."""

@@ -49,12 +49,15 @@ source "$cluster"
 
 folder=$OUTPUT/$run
 FLAGS=()
+# A later stage takes the weights of the stage before.
+declare -A before_stage=([ksa_1b9_32k]=ksa_1b9 [ksa_1b9_64k]=ksa_1b9_32k [ksa_1b9_128k]=ksa_1b9_64k)
 read_flags "$ROOT/slurm/models/$model.args" "$layout"
 FLAGS+=(
   --tokenizer-model "$TOKENIZER_MODEL" --data-args-path "$DATA_ARGS_PATH" --data-cache-path "$folder/data-cache"
   --save "$folder/checkpoints" --load "$folder/checkpoints" --save-interval 500 --ckpt-format torch_dist
   --exit-signal-handler --tensorboard-dir "$folder/tensorboard" --log-interval 10 --log-throughput
 )
+[[ ${before_stage[$model]-} ]] && FLAGS+=(--pretrained-checkpoint "$OUTPUT/${before_stage[$model]}/checkpoints")
 read_flags "${overrides[@]}"
 FLAGS+=("${extra[@]}")
 iterations=$(flag_value --train-iters)

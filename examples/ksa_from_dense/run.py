@@ -3,10 +3,10 @@
     python examples/ksa_from_dense/run.py --input QWEN3_FOLDER --data-path PREFIX --work FOLDER \
         --lengths 8192 32768 65536 131072
 
-At every length three stages: distillation of the summary parameters, annealing of the summary projections to the
-text's, and training at that length; each starts from the weights of the one before. Every stage is exported and
-evaluated. What a folder holds is not done again: killed anywhere and started again, the chain goes on to the same
-weights.
+At every length three stages: distillation of the summary parameters, annealing of the summary projections to those of
+the text, and training at that length; each starts from the weights of the one before. Every stage is exported and
+evaluated.
+What a folder holds is not done again: killed anywhere and started again, the chain goes on to the same weights.
 Flags after `--` go to every training stage, such as `-- --tensor-model-parallel-size 2 --recompute-granularity full`.
 
 The schedule of the authors' 4B run is not published. Steps, batch and learning rate are by default those of their 1.9B
@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +26,7 @@ from pathlib import Path
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
+    print(f"error: {error.name} is missing: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
     sys.exit(2)
 from stages import Stage, plan, progress, train_flags
 
@@ -44,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--input", required=True, type=Path, help="Hugging Face folder of a dense model: Qwen3-4B")
+    parser.add_argument("--input", required=True, type=Path, help="Hugging Face folder of a dense model")
     parser.add_argument("--data-path", required=True, nargs="+", help="training data, as pretrain_gpt.py takes it")
     parser.add_argument("--work", required=True, type=Path, help="folder of checkpoints, exports and evaluations")
     lengths = [8192, 32768, 65536, 131072]
@@ -60,15 +59,13 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     for stage, does in (("distil", "distillation"), ("anneal", "annealing"), ("extend", "training at a length")):
         group = parser.add_argument_group(does)
-        several = dict(type=int, nargs="+")
-        group.add_argument(
-            f"--{stage}-steps", default=[1600], help="iterations, one or one a length; 0: none", **several
-        )
-        group.add_argument(f"--{stage}-batch", default=[240], help="sequences, one or one a length", **several)
+        for what, default, help in (("steps", 1600, "iterations; 0: no such stage"), ("batch", 240, "sequences")):
+            text = f"{help}; one number, or one a length"
+            group.add_argument(f"--{stage}-{what}", type=int, nargs="+", default=[default], help=text)
         group.add_argument(f"--{stage}-lr", type=float, default=1e-5, help="largest learning rate")
     parser.add_argument("--min-lr", type=float, default=1e-7, help="learning rate at the end of each stage")
     parser.add_argument("--warmup", type=int, default=100, help="iterations of warm-up, at most a quarter of the stage")
-    parser.add_argument("--decay", type=int, default=100, help="iterations of linear decay; at most 1/4 of the stage")
+    parser.add_argument("--decay", type=int, default=100, help="iterations of decay, at most a quarter of the stage")
     parser.add_argument("--micro-batch", type=int, default=1, help="sequences of a micro-batch")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16", help="of training")
     parser.add_argument("--save-interval", type=int, default=100, help="iterations between checkpoints")
@@ -88,6 +85,9 @@ class Chain:
     def __init__(self, args: argparse.Namespace, stages: list[Stage]) -> None:
         self.args, self.stages = args, stages
         self.lock = None if args.dry_run else _lock(args.work)
+        # What a conversion that was killed had begun.
+        for left in () if args.dry_run else [*args.work.glob(".dense-*"), *args.work.glob(".*-hf-*")]:
+            shutil.rmtree(left)
 
     def run(self) -> None:
         """All of it, in order.
@@ -143,9 +143,7 @@ class Chain:
         # Commands hold the lock too: what outlives a killed chain must end before the chain goes on.
         done = subprocess.run(command, cwd=ROOT, check=False, pass_fds=[self.lock.fileno()])
         if done.returncode:
-            raise UsageError(
-                f"{words[0]} ended with exit code {done.returncode}; the same command line goes on from here"
-            )
+            raise UsageError(f"{words[0]} ended with exit code {done.returncode}; the same command line goes on")
 
 
 def _lock(work: Path):
@@ -155,17 +153,15 @@ def _lock(work: Path):
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UsageError(
-            f"--work {work}: another chain, or a command of one that was killed, is at work there"
-        ) from None
+        raise UsageError(f"--work {work}: another chain, or a command of a killed one, is at work there") from None
     return stream
 
 
 def _check_plan(work: Path, stages: list[Stage], args: argparse.Namespace) -> None:
     """Refuse to go on with other settings than the folder was begun with."""
-    ours = {
-        stage.name: {**stage.settings(), "flags": shlex.join(map(str, train_flags(args, stage)))} for stage in stages
-    }
+    ours = {}
+    for stage in stages:
+        ours[stage.name] = {**stage.settings(), "flags": shlex.join(map(str, train_flags(args, stage)))}
     path = work / "plan.json"
     theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
     for name, settings in theirs.items():
@@ -173,9 +169,8 @@ def _check_plan(work: Path, stages: list[Stage], args: argparse.Namespace) -> No
             found = ours.get(name, {}).get(key)
             if found != value:
                 raise UsageError(
-                    f"--work {work} was begun with {key} {value} for the stage {name}, now it is {found}: "
-                    "give the same "
-                    f"flags, or another folder"
+                    f"--work {work} was begun with {key} {value} for the stage {name}, now it is {found}: give the "
+                    f"same flags, or another folder"
                 )
     with whole_file(path) as stream:
         json.dump(theirs | ours, stream, indent=1)

@@ -56,8 +56,13 @@ class Stage:
 
     def settings(self) -> dict[str, object]:
         """What must not change while the chain runs."""
-        own = {name: getattr(self, name) for name in ("length", "steps", "batch", "lr")}
-        return {**own, "start": self.start.name}
+        return {
+            "length": self.length,
+            "steps": self.steps,
+            "batch": self.batch,
+            "lr": self.lr,
+            "start": self.start.name,
+        }
 
 
 def _per_length(values: list[int], lengths: list[int], flag: str) -> list[int]:

@@ -5,6 +5,7 @@ communication buffers, the allocator's fragments and the CUDA context, which are
 multi-token prediction are not described here.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
@@ -76,6 +77,9 @@ class TrainingLayout:
         fused_attention: KSA attention runs in its kernels; in plain PyTorch summary queries gather their keys.
         fused_rotation: Q/K norm and rotation run in one kernel that saves the projected heads only.
         fused_gradient: the output layer's gradient goes straight to the buffer (gradient accumulation fusion).
+        train: `summary` where all but the summary parameters are frozen. The activations are then an upper bound: what
+            autograd saves for gradients of weights alone is not saved.
+        distills: a teacher's outputs are compared with the student's.
     """
 
     text_length: int
@@ -98,6 +102,8 @@ class TrainingLayout:
     fused_attention: bool = True
     fused_rotation: bool = False
     fused_gradient: bool = False
+    train: str = "all"
+    distills: bool = False
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:
@@ -165,6 +171,28 @@ def stage_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) -> i
         total += shape.norm_vectors * shape.hidden
         total += words if not shape.tied or last > 0 else 0
     return total
+
+
+def trained_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
+    """Those of `stage_parameters` that have gradients and optimizer state."""
+    every = stage_parameters(shape, layout, stage)
+    if layout.train == "all":
+        return every
+    shared = dataclasses.replace(
+        shape.ksa, independent_projections=False, independent_qk_norm=False, independent_layernorm=False,
+        anneal_start=None, anneal_end=None,
+    )  # fmt: skip
+    embedding = shape.ksa.rows.summary_tokens * shape.hidden if stage == 0 else 0
+    return every - stage_parameters(dataclasses.replace(shape, ksa=shared), layout, stage) + embedding
+
+
+def teacher_bytes(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
+    """What a stage keeps of the teacher: its final states, and of each KSA layer the term's gradient or its output."""
+    if not layout.distills:
+        return 0
+    layers = sum(layer.has_summaries for layer in stage_layers(shape, layout, stage))
+    rows = layout.parameter_bytes * layout.rank_text * shape.hidden // layout.row_shards
+    return int((layers + 1) * rows * in_flight(layout, stage))
 
 
 def optimizer_bytes(num_parameters: int, layout: TrainingLayout) -> int:
@@ -291,13 +319,13 @@ def logits_bytes(shape: ModelShape, layout: TrainingLayout) -> int:
 
 def stage_memory(shape: ModelShape, layout: TrainingLayout, stage: int) -> MemoryReport:
     """Memory of one GPU of a pipeline stage."""
-    number = stage_parameters(shape, layout, stage)
+    number, trained = stage_parameters(shape, layout, stage), trained_parameters(shape, layout, stage)
     return MemoryReport(
         num_parameters=number,
         parameters=layout.parameter_bytes * number,
-        gradients=layout.gradient_bytes * number,
-        optimizer=optimizer_bytes(number, layout),
-        activations=stage_activations(shape, layout, stage),
+        gradients=layout.gradient_bytes * trained,
+        optimizer=optimizer_bytes(trained, layout),
+        activations=stage_activations(shape, layout, stage) + teacher_bytes(shape, layout, stage),
         logits=logits_bytes(shape, layout) if stage == layout.pipeline_parallel - 1 else 0,
     )
 

@@ -4,7 +4,6 @@ import argparse
 
 import torch
 
-from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.memory import ModelShape, TrainingLayout
 from megatron_ksa.cost.memory import report as memory_report
@@ -12,7 +11,7 @@ from megatron_ksa.cost.traffic import HeadShape
 from megatron_ksa.cost.traffic import report as traffic_report
 
 
-def training_layout(args: argparse.Namespace, loss: LossConfig) -> TrainingLayout | None:
+def training_layout(args: argparse.Namespace, settings: RunSettings) -> TrainingLayout | None:
     """The layout of a run after Megatron's validation; None for models that the formulas do not describe (MoE)."""
     if args.num_experts is not None:
         return None
@@ -33,7 +32,9 @@ def training_layout(args: argparse.Namespace, loss: LossConfig) -> TrainingLayou
         gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not sixteen_bits else 2,
         recompute=args.recompute_granularity or "none",
         recompute_layers=args.recompute_num_layers or 1,
-        loss=loss,
+        loss=settings.loss,
+        train=settings.train,
+        distills=settings.distill.enabled and settings.distill.compares_attention,
         fused_norm=on_gpu,
         fused_swiglu=args.bias_swiglu_fusion,
         fused_attention=on_gpu,
@@ -83,7 +84,7 @@ def run_report(args: argparse.Namespace, settings: RunSettings) -> str:
         comm = args.cp_comm_type if len(args.cp_comm_type) > 1 else args.cp_comm_type[0]
         sizes = shape.num_layers, args.seq_length, args.context_parallel_size
         parts.append(traffic_report(settings.ksa, *sizes, comm, heads))
-    layout = training_layout(args, settings.loss)
+    layout = training_layout(args, settings)
     if layout is not None:
         parts.append(memory_report(shape, layout))
     return "\n".join(parts)

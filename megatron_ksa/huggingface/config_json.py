@@ -355,4 +355,6 @@ def _own_settings(arch: Architecture) -> dict[str, object]:
         ],
         "summary_independent_qk_norm": arch.ksa.independent_qk_norm,
         **_summary_settings(arch),
+        # This project's code never has logits of summary tokens.
+        "truncate_predict_nums": arch.predicted_tokens or arch.vocab_size,
     }

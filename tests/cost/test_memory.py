@@ -18,6 +18,7 @@ from megatron_ksa.cost import memory
 from megatron_ksa.cost.memory import ModelShape, TrainingLayout
 from megatron_ksa.model.builder import KSAGPTModelBuilder, KSAGPTModelConfig
 from megatron_ksa.model.chunked_loss import ChunkedLoss
+from megatron_ksa.model.summary_parameters import freeze_shared_parameters
 from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
 HYBRID = KSAConfig(enabled=True, chunk_size=8, window_chunks="1", layer_pattern="kklf")
@@ -162,3 +163,18 @@ def test_logits_and_the_report():
     assert memory.logits_bytes(shape(), chunks) == 16 * WORDS * 4 + 8 * N
     said = memory.report(shape(), layout(loss=LossConfig(16), pipeline_parallel=2))
     assert "of pipeline stage 0" in said and "logits in chunks of 16 tokens" in said and "\n" not in said
+
+
+def test_a_stage_that_trains_summaries_alone():
+    """Gradients and optimizer state of the frozen model's trainable parameters, and the teacher's outputs."""
+    ksa = dataclasses.replace(HYBRID, independent_qk_norm=True, independent_layernorm=True)
+    model = build_model(ksa, vocab_size=WORDS)
+    freeze_shared_parameters(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    kinds = shape(ksa, tied=model.share_embeddings_and_output_weights)
+    plan = layout(train="summary")
+    assert memory.trained_parameters(kinds, plan, 0) == trained
+    assert memory.stage_memory(kinds, plan, 0).optimizer == 8 * trained
+    teacher = memory.stage_memory(kinds, layout(train="summary", distills=True), 0).activations
+    # Three KSA layers and the final states, float32.
+    assert teacher - memory.stage_memory(kinds, plan, 0).activations == 4 * 4 * N * 32
