@@ -15,7 +15,6 @@ from megatron_ksa.data_tools.tags.canonicalise import (
     merge_spellings,
 )
 from megatron_ksa.data_tools.tags.clustering import blocks, refine_by_instances
-from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings, find_duplicates, word_shingles
 from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_jsonl
@@ -74,29 +73,6 @@ def test_keyphrases_are_shared_telling_and_none_is_part_of_another(tmp_path):
     assert next(pooled.answers(target / "records.jsonl", 1)).tags == ["salt"]
     with pytest.raises(UsageError, match="--tags-per-record 0"):
         KeyphraseTagger(0, Engine())
-
-
-def test_duplicates_are_those_of_exact_jaccard_away_from_the_threshold(tmp_path):
-    """MinHash estimates with a standard error of 0.045 at most, so pairs far from 0.8 are told rightly."""
-    generator = np.random.default_rng(0)
-    words = [f"w{n}" for n in range(400)]
-    rows = []
-    for _ in range(40):
-        text = list(generator.choice(words, 200))
-        near, far = list(text), list(text)
-        near[5] = "changed"
-        far[::6] = ["changed"] * len(far[::6])
-        rows += [" ".join(text), " ".join(near), " ".join(far)]
-    write_tagged(tmp_path, [(text, ["a"]) for text in rows])
-    counts = find_duplicates(tmp_path, DuplicateSettings(), Engine(), len(rows))
-    found = {row["id"]: row for row in read_jsonl(tmp_path / "duplicates.jsonl")}
-    shingles = [set(word_shingles(text)) for text in rows]
-    exact = lambda a, b: len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b])  # noqa: E731
-    assert counts == {"duplicates": 40} and list(found) == [f"s/{n}" for n in range(1, 120, 3)]
-    for n in range(0, 120, 3):
-        assert found[f"s/{n + 1}"]["kept"] == f"s/{n}" and exact(n, n + 2) < 0.5
-        assert abs(found[f"s/{n + 1}"]["similarity"] - exact(n, n + 1)) < 4 * 0.045
-    assert find_duplicates(tmp_path, DuplicateSettings(similarity=0), Engine(), len(rows)) == {"duplicates": 0}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +231,6 @@ def test_new_data_lands_on_an_old_tree_or_is_listed(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "changes", "message"),
     [
-        (DuplicateSettings, {"similarity": 1.1}, "--duplicate-similarity"),
         (CanonicalSettings, {"merge_spelling": -1}, "--merge-spelling"),
         (CanonicalSettings, {"merge_cosine": 0}, "--merge-cosine"),
         (CanonicalSettings, {"rare": 0}, "--rare-tags"),
