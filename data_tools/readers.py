@@ -68,7 +68,7 @@ def json_object(payload: bytes) -> dict:
     return record
 
 
-def input_files(inputs: list[str], pattern: str) -> list[Path]:
+def input_files(inputs: list[str], pattern: str, flag: str = "--input") -> list[Path]:
     """The files to read: JSONL and Parquet files as named, folders as the sorted files in them that match `pattern`.
 
     Raises:
@@ -80,15 +80,15 @@ def input_files(inputs: list[str], pattern: str) -> list[Path]:
         if path.is_dir():
             found = sorted(file for file in path.glob(pattern) if file.is_file())
             if not found:
-                raise UsageError(f"--input {name}: no file in this folder matches --glob {pattern!r}")
+                raise UsageError(f"{flag} {name}: no file in this folder matches --glob {pattern!r}")
             files += found
         elif path.is_file() and path.name.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX)):
             files.append(path)
         elif path.is_file():
             known = ", ".join((*JSONL_SUFFIXES, PARQUET_SUFFIX))
-            raise UsageError(f"--input {name}: a file must be one of {known}; pass a folder for text")
+            raise UsageError(f"{flag} {name}: a file must be one of {known}; pass a folder for text")
         else:
-            raise UsageError(f"--input {name}: no such file or folder")
+            raise UsageError(f"{flag} {name}: no such file or folder")
     return files
 
 
