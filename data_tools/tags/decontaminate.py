@@ -111,13 +111,13 @@ class _Search:
 
 
 def decontaminate(
-    folder: Path, settings: DecontaminationSettings, target: Path | None, engine: Engine, total: int
+    folder: Path, settings: DecontaminationSettings, target: Path | None, engine: Engine, total: int | None
 ) -> dict:
     """Write `contaminated.jsonl`; returns counts.
 
     Args:
         target: the target's work folder, or None.
-        total: tagged instances.
+        total: tagged instances, for progress.
     """
     questions, counts = read_questions(target if settings.target else None, _files(settings))
     if not questions:
@@ -151,7 +151,7 @@ def contaminated_lines(folder: Path) -> np.ndarray:
 
 
 def _run(context: Context, settings: DecontaminationSettings) -> dict:
-    total = context.counted("tag", "tagged")
+    total = context.counts.get("tag", {}).get("tagged")
     return decontaminate(context.folder, settings, context.target, context.engine, total)
 
 
