@@ -21,8 +21,8 @@ PERMUTATIONS = 128
 SEED = 1
 # A pair at the threshold shares no band with at most this probability.
 MISSED = 0.005
-# Shingles times permutations that are in memory at once.
-SHINGLES_AT_ONCE = 8192
+# Shingles of a block: with its 128 permutations it stays in a core's cache.
+SHINGLES_AT_ONCE = 512
 WORDS_REMEMBERED = 1 << 20
 
 # Thai, Lao, Myanmar, Khmer, kana, CJK ideographs with their extensions.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 from raw_pool import TOPICS
 
 from megatron_ksa.data_tools.tags import canonicalise, ground, tree
@@ -15,7 +16,7 @@ from megatron_ksa.data_tools.tags.canonicalise import (
     merge_spellings,
 )
 from megatron_ksa.data_tools.tags.clustering import blocks, refine_by_instances
-from megatron_ksa.data_tools.tags.embed import unit
+from megatron_ksa.data_tools.tags.embed import enough_instances, unit
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tags.ground import GroundSettings
@@ -243,3 +244,21 @@ def test_new_data_lands_on_an_old_tree_or_is_listed(tmp_path):
 def test_bad_settings(settings, changes, message):
     with pytest.raises(UsageError, match=message):
         settings(**changes)
+
+
+def test_enough_instances_are_taken_of_every_tag_and_few_more():
+    generator = np.random.default_rng(0)
+    dense = generator.random((400, 30)) < np.linspace(0.01, 0.9, 30)
+    wanted = enough_instances(csr_array(dense.astype(np.int8)), 8)
+    assert (dense[wanted].sum(axis=0) >= np.minimum(dense.sum(axis=0), 8)).all() and wanted.sum() < 200
+
+
+def test_a_rare_tag_that_is_near_to_no_kept_one_stays(tmp_path):
+    """Rare tags were folded into the nearest kept tag, however far away that was."""
+    rows = [*topic_rows(40), ("xylophone quartet plays", ["xylophone"])]
+    for floor, stays in ((0.0, False), (1.0, True)):
+        write_tagged(tmp_path, rows)
+        canonicalise.canonicalise(tmp_path, CanonicalSettings(rare_cosine=floor), Engine())
+        assert ("xylophone" in {row["tag"] for row in read_jsonl(tmp_path / "vocabulary.jsonl")}) == stays
+    with pytest.raises(UsageError, match="--rare-cosine"):
+        CanonicalSettings(rare_cosine=2.0)
