@@ -3,27 +3,33 @@
     python -m megatron_ksa.data_tools.benchmarks.tags_scale --work DIR --out results.json --instances 1000000 [--workers 2]
 
 The pool is synthetic: conversations of 60 words of a topic, of topics as frequent as rank^-0.8, with five tags of 100,000,
-a score, and every tenth one a near-copy of an earlier one. Each step runs in a process of its own, by the command line,
-so that its peak of memory is its own; memory is the largest resident set of that process and of any of its workers.
+a score, and every tenth one a near-copy of an earlier one. Each step runs in a process of its own, so that its peak of
+memory is its own; memory is the resident set of that process, and of the largest of its workers. The load average tells
+whether seconds are those of an idle machine.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import resource
+import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import write_json
-from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline
+from megatron_ksa.data_tools.tags.step import Context
+from megatron_ksa.data_tools.tags.tag import TaggerSettings
+from megatron_ksa.errors import usage_errors_exit
 
-ROOT = Path(__file__).resolve().parents[2]
 TOPICS, TOPIC_TAGS, TAGS, WORDS, TOPIC_WORDS, LENGTH = 1000, 100, 5, 30_000, 300, 60
 COPIES = 0.1
-COMMANDS = ("tag", "tree", "sample")
+STEPS = [step for command in ("tag", "tree", "sample") for step in COMMANDS[command].steps]
 
 
 def write_pool(path: Path, instances: int) -> None:
@@ -36,7 +42,7 @@ def write_pool(path: Path, instances: int) -> None:
     frequency = (1.0 + np.arange(TOPICS)) ** -0.8
     partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as stream:
-        before: list[str] = []
+        before: list[tuple[str, str]] = []
         for first in range(0, instances, 10_000):
             count = min(10_000, instances - first)
             topics = generator.choice(TOPICS, count, p=frequency / frequency.sum())
@@ -44,10 +50,10 @@ def write_pool(path: Path, instances: int) -> None:
             tags = topics[:, None] * TOPIC_TAGS + generator.integers(0, TOPIC_TAGS, (count, TAGS))
             copies, quality = generator.random(count) < COPIES, generator.integers(1, 11, count)
             for row in range(count):
-                text = " ".join(words[word] for word in chosen[row])
+                asked, answered = (" ".join(words[word] for word in part) for part in np.split(chosen[row], [20]))
                 if copies[row] and before:
-                    text = before[int(chosen[row, 0]) % len(before)].replace(" ", " also ", 1)
-                asked, answered = text[: len(text) // 3], text[len(text) // 3 :]
+                    asked, answered = before[int(chosen[row, 0]) % len(before)]
+                    answered += f" {words[chosen[row, 1]]}"
                 record = {
                     "id": first + row, "quality": int(quality[row]),
                     "tags": [f"{words[tag // TOPIC_TAGS]} {words[tag % TOPIC_TAGS]} {words[tag % 9973]}" for tag in tags[row]],
@@ -55,50 +61,46 @@ def write_pool(path: Path, instances: int) -> None:
                 }  # fmt: skip
                 stream.write(json.dumps(record) + "\n")
                 if not copies[row] and row % 50 == 0:
-                    before.append(text)
+                    before.append((asked, answered))
     partial.rename(path)
 
 
-def measured(arguments: list[object]) -> tuple[float, float, str]:
-    """Seconds, GiB of the largest process, and what was printed, of one run of the tool in a process of its own."""
-    code = (
-        "import json, resource, runpy, sys\n"
-        "sys.argv = json.loads(sys.argv[1])\n"
-        "code = 0\n"
-        "try:\n"
-        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as error:\n"
-        "    code = error.code or 0\n"
-        "own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))\n"
-        "print('PEAK', own, children)\n"
-        "sys.exit(code)\n"
-    )
-    words = [str(ROOT / "tools" / "preprocess_tags.py"), *map(str, arguments)]
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(words)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UsageError(f"{' '.join(words[1:4])}: exit code {done.returncode}: {done.stderr[-800:]}")
-    printed, _, peaks = done.stdout.rpartition("PEAK ")
-    return time.monotonic() - start, max(map(int, peaks.split())) / 2**20, printed.strip()
+def run_step(work: Path, pool: Path, number: int, workers: int, engine: str) -> dict:
+    """One step in this process: seconds, seconds of CPU, and GiB of this process and of its largest worker."""
+    step = STEPS[number]
+    settings = {config: config() for config in step.settings.values()}
+    if TaggerSettings in settings:
+        settings[TaggerSettings] = TaggerSettings(kind="data")
+    runner, start, printed = Engine(engine, workers), time.monotonic(), []
+    Pipeline(Context(work, runner, (pool,)), settings, printed.append).run([step])
+    seconds = time.monotonic() - start
+    runner.close()
+    own, below = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "step": step.name, "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(each.ru_utime + each.ru_stime for each in (own, below)), 1),
+        "peak_gib": round(own.ru_maxrss / 2**20, 3), "worker_peak_gib": round(below.ru_maxrss / 2**20, 3),
+        "told": printed[0],
+    }  # fmt: skip
 
 
 def measure(work: Path, instances: int, workers: int, engine: str) -> dict:
-    """Every command once on one pool."""
+    """Every step once on one pool, each in a process of its own."""
     work.mkdir(parents=True, exist_ok=True)
     pool = work / f"pool-{instances}.jsonl"
     write_pool(pool, instances)
-    common = ("--work", work / f"work-{instances}", "--workers", workers, "--engine", engine)
-    flags = {"tag": ("--input", pool, "--tagger", "data"), "tree": (), "sample": ("--budget", "5%")}
-    steps = {}
-    for command in COMMANDS:
-        seconds, peak, printed = measured([command, *common, *flags[command]])
-        steps[command] = {"seconds": round(seconds, 1), "peak_gib": round(peak, 3), "printed": printed.splitlines()}
-        print(f"{instances:,} instances: {command}: {steps[command]}", flush=True)
+    folder, steps = work / f"work-{instances}", []
+    shutil.rmtree(folder, ignore_errors=True)
+    for number in range(len(STEPS)):
+        # Not a daemon: a step starts workers of its own.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            steps.append(alone.submit(run_step, folder, pool, number, workers, engine).result())
+        print(f"{instances:,} instances: {steps[-1]}", flush=True)
+    total = {key: round(sum(step[key] for step in steps), 1) for key in ("seconds", "cpu_seconds")}
+    peak = max(step[key] for step in steps for key in ("peak_gib", "worker_peak_gib"))
     return {
-        "instances": instances, "workers": workers, "engine": engine, "steps": steps,
-        "seconds": round(sum(step["seconds"] for step in steps.values()), 1),
-        "peak_gib": max(step["peak_gib"] for step in steps.values()),
-        "load_average": os.getloadavg()[0],
+        "instances": instances, "workers": workers, "engine": engine, "steps": steps, **total, "peak_gib": peak,
+        "load_average": round(os.getloadavg()[1], 1),
     }  # fmt: skip
 
 

@@ -56,6 +56,12 @@ class Engine:
             return map(function, tasks)
         return self._in_processes(function, tasks)
 
+    def close(self) -> None:
+        """End the processes that wait for more work; the next `map` starts others."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
     def _in_processes(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         pickled = pickle.dumps(function)
         if len(pickled) <= SMALL_FUNCTION:
