@@ -1,4 +1,5 @@
-"""Duplicate instances: exact copies by a hash of the content, near ones by MinHash and a comparison of the texts.
+"""Duplicate instances: exact copies by a hash of the content, near ones by MinHash and a comparison of the texts, and,
+if asked for, those alike in meaning (`semantic.py`).
 
 Of a group the best-scored stays, among equals the first. What leaves is compared with those that stay only: no chains.
 A near-duplicate is alike in what was asked and in what was answered, each by itself, and has the same numbers,
@@ -28,6 +29,7 @@ from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import write_jsonl
 from megatron_ksa.data_tools.tags.near_pairs import BandFiles, unpacked
 from megatron_ksa.data_tools.tags.read import RECORDS
+from megatron_ksa.data_tools.tags.semantic import semantic_copies
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tag import TAGS
 from megatron_ksa.data_tools.tags.tagged import DUPLICATES, tagged_lines
@@ -37,7 +39,7 @@ SCRATCH = "duplicates.scratch"
 RECORDS_PER_TASK = 256
 # Instances in which shingles are counted to find shared ones; a shingle of fewer than `SHARED_LEAST` of them is not.
 SAMPLE, SHARED_LEAST, SAMPLE_SHINGLES = 10_000, 10, 4096
-EXACT, NEAR = "exact", "near"
+EXACT, NEAR, SEMANTIC = "exact", "near", "semantic"
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 70
 _EMPTY = np.empty(0, np.uint64)
 
@@ -58,6 +60,14 @@ class DuplicateSettings:
         0.02, "Shingles in more than this share of the instances do not count as alike (at least 10 instances); 1 counts "
         "all.", flag="--duplicate-shared",
     )  # fmt: skip
+    semantic: float = option(
+        0.0, "Cosine of instances' vectors from which they are duplicates too, if their numbers, operators, single letters "
+        "and words of denial are the same; 0 compares none.", flag="--duplicate-cosine",
+    )  # fmt: skip
+    model: str | None = option(
+        None, "sentence-transformers model of these vectors; TF-IDF and SVD over the pool without one.",
+        flag="--duplicate-model",
+    )  # fmt: skip
     warn_share: float = option(
         0.3, "Warn when more than this share of the instances is left out.", flag="--duplicate-warn"
     )
@@ -68,6 +78,7 @@ class DuplicateSettings:
     def __post_init__(self) -> None:
         for flag, value in (
             ("--duplicate-similarity", self.similarity), ("--duplicate-shared", self.shared),
+            ("--duplicate-cosine", self.semantic),
             ("--duplicate-warn", self.warn_share), ("--duplicate-warn-one", self.warn_cluster),
         ):  # fmt: skip
             if not 0 <= value <= 1:
@@ -207,6 +218,16 @@ class _Pool:
                     copies[gone] = (stays, near)
         return copies
 
+    def semantic_copies(self, stays: np.ndarray, settings: DuplicateSettings, engine: Engine) -> dict[int, tuple[int, float]]:
+        """As `near_copies`, by vectors, among the items that stay so far: int64, rising."""
+        offsets = self.offset[self.text_of_item[stays]]
+        found = semantic_copies(
+            lambda: read_lines(self.folder / RECORDS, offsets),
+            lambda item: next(read_lines(self.folder / RECORDS, offsets[[item]])),
+            len(stays), settings.model, settings.semantic, self.scratch, engine,
+        )  # fmt: skip
+        return {int(stays[gone]): (int(stays[kept]), near) for gone, (kept, near) in found.items()}
+
 
 def read_lines(path: Path, offsets: np.ndarray) -> Iterator[bytes]:
     """The lines of a file that begin at the given places, int64."""
@@ -253,12 +274,19 @@ def find_duplicates(folder: Path, settings: DuplicateSettings, engine: Engine, t
         pool.sign(settings, engine, total)
         stands_for = pool.exact_copies()
         near = pool.near_copies(stands_for, settings.similarity, engine) if settings.similarity < 1 else {}
-        similarity = np.ones(len(stands_for))
-        exact = stands_for != np.arange(len(stands_for))
-        for gone, (stays, value) in near.items():
-            stands_for[gone], similarity[gone] = stays, value
-        # A copy of an instance that has gone itself stands with that one.
-        similarity[exact], stands_for[exact] = similarity[stands_for[exact]], stands_for[stands_for[exact]]
+        items = np.arange(len(stands_for))
+        kind, similarity = np.where(stands_for == items, "", EXACT).astype("U8"), np.ones(len(stands_for))
+        steps = [(NEAR, near)]
+        if settings.semantic:
+            stay = np.flatnonzero((stands_for == items) & ~np.isin(items, list(near)))
+            steps.append((SEMANTIC, pool.semantic_copies(stay, settings, engine)))
+        for name, copies in steps:
+            for gone, (stays, value) in copies.items():
+                stands_for[gone], similarity[gone], kind[gone] = stays, value, name
+        # Whom a copy stands with may have gone itself, in a later step.
+        for _ in range(len(steps)):
+            similarity = np.minimum(similarity, similarity[stands_for])
+            stands_for = stands_for[stands_for]
         left_out = np.flatnonzero(stands_for != np.arange(len(stands_for)))
         left_out = left_out[np.argsort(pool.text_of_item[left_out])]
         offsets = pool.offset[pool.text_of_item]
@@ -268,10 +296,10 @@ def find_duplicates(folder: Path, settings: DuplicateSettings, engine: Engine, t
             for items in (left_out, stands_for[left_out])
         )
         write_jsonl(folder / DUPLICATES, (
-            {"id": name, "kept": kept, "similarity": round(float(near), 4), "kind": EXACT if same else NEAR}
-            for name, kept, near, same in zip(gone, stays, similarity[left_out], exact[left_out], strict=True)
+            {"id": name, "kept": kept, "similarity": round(float(near), 4), "kind": str(how)}
+            for name, kept, near, how in zip(gone, stays, similarity[left_out], kind[left_out], strict=True)
         ))  # fmt: skip
-    kinds = {EXACT: int(exact.sum()), NEAR: len(near)}
+    kinds = {name: int((kind == name).sum()) for name in (EXACT, NEAR, SEMANTIC)}
     return {"duplicates": len(left_out), "kinds": kinds}
 
 

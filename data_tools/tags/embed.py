@@ -47,6 +47,9 @@ class Embedder(Protocol):
             texts: iterates over the texts of the instances that are wanted, bool [instances].
         """
 
+    def embed_texts(self, texts: Iterable[str], total: int) -> Iterator[np.ndarray]:
+        """Unit vectors of `total` texts in batches, float32 [batch, dimensions]."""
+
     def save(self, folder: Path) -> None:
         """Write what `load_embedder` needs."""
 
@@ -81,6 +84,13 @@ class SentenceEmbedder:
     def embed(self, tags: list[str], carried: csr_array, texts: Texts) -> np.ndarray:
         """Unit vectors, float32 [tags, dimensions]; the words alone decide."""
         return unit(np.asarray(self._model.encode(tags, batch_size=256, show_progress_bar=True), np.float32))
+
+    def embed_texts(self, texts: Iterable[str], total: int) -> Iterator[np.ndarray]:
+        """Unit vectors in batches, float32 [batch, dimensions]."""
+        with tqdm(total=total, desc="embed instances", unit=" texts") as progress:
+            for batch in batched((text[:CHARACTERS] for text in texts), TEXTS_PER_TASK):
+                yield unit(np.asarray(self._model.encode(list(batch), batch_size=256), np.float32))
+                progress.update(len(batch))
 
     def save(self, folder: Path) -> None:
         """Write the model's name."""
@@ -141,6 +151,10 @@ class LatentEmbedder:
             first += len(vectors)
         own = np.concatenate(list(self._vectors(tags, len(tags), "embed tags")))
         return unit(unit(total) + own)
+
+    def embed_texts(self, texts: Iterable[str], total: int) -> Iterator[np.ndarray]:
+        """Unit vectors in batches, float32 [batch, dimensions]."""
+        return self._vectors(texts, total, "embed instances")
 
     def save(self, folder: Path) -> None:
         """Write words, weights and directions."""

@@ -186,6 +186,19 @@ def test_workers_and_shards_write_the_same_bytes(tmp_path, monkeypatch):
     assert (tmp_path / "duplicates.jsonl").read_bytes() == content
 
 
+def test_semantic_duplicates_have_other_words_in_common_order_but_the_same_numbers(tmp_path):
+    generator = np.random.default_rng(0)
+    topics = [generator.choice(WORDS, 40, replace=False) for _ in range(30)]
+    bodies = [{"text": " ".join(topic)} for topic in topics]
+    bodies += [{"text": " ".join(generator.permutation(topic))} for topic in topics]
+    bodies += [chat(" ".join(topics[0]), f"in all {number} of them") for number in (7, 8)]
+    write_records(tmp_path, bodies)
+    assert left_out(tmp_path, 62) == {}
+    found = left_out(tmp_path, 62, semantic=0.97)
+    assert found == {30 + n: n for n in range(30)}
+    assert {row["kind"] for row in read_jsonl(tmp_path / "duplicates.jsonl")} == {"semantic"}
+
+
 def test_shared_shingles_are_counted_once_an_exact_copy(tmp_path):
     bodies = [{"text": "one text that is there again and again"}] * 50 + [{"text": f"{word} {word}"} for word in WORDS[:50]]
     write_records(tmp_path, bodies)
