@@ -2,9 +2,9 @@
 
     python -m megatron_ksa.data_tools.benchmarks.tags_minhash --out results.json
 
-Texts have 20 to 300 shingles, given as 64-bit hashes to each; 128 permutations; the result is an array of all signatures.
-The error is that of the estimated Jaccard similarity of 500 pairs of sets of 100 at 0.8. A package that is not there is
-left out.
+Texts have 20 to 300 shingles, given as 64-bit hashes to each; 128 permutations; the result is an array of all
+signatures. The error is that of the estimated Jaccard similarity of 500 pairs of sets of 100 at 0.8. A package that is
+not there is left out.
 """
 
 import argparse

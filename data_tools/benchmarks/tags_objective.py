@@ -2,11 +2,11 @@
 
     python -m megatron_ksa.data_tools.benchmarks.tags_objective --work DIR --out results.json [--readme FILE]
 
-Pools are those of `tags_pools`. The defaults were chosen on the pools of `TUNED`; those of `JUDGED` were looked at after
-that, and `KEPT_BACK` once, at the end. 5 % of each pool are chosen with its true tags and with the offline tagger's. A
-selection is judged by the labels that it has, by the exponential of the entropy of its labels, and by the mean of its
-scores. So that methods are compared at equal quality, the exponent of the score (`--quality-weight`) of each variant of
-the tree is searched for the mean score of MIG's selection; `default` is the default exponent, 1.
+Pools are those of `tags_pools`. The defaults were chosen on the pools of `TUNED`; those of `JUDGED` were looked at
+after that, and `KEPT_BACK` once, at the end. 5 % of each pool are chosen with its true tags and with the offline
+tagger's. A selection is judged by the labels that it has, by the exponential of the entropy of its labels, and by the
+mean of its scores. So that methods are compared at equal quality, the exponent of the score (`--quality-weight`) of each
+variant of the tree is searched for the mean score of MIG's selection.
 """
 
 import argparse
@@ -122,13 +122,20 @@ def section(results: dict[str, dict]) -> str:
         columns = {pool: row for pool, row in results.items() if tagger in row}
         if not columns:
             continue
-        heads = [f"{pool} ({row['labels']} labels, {row[tagger]['instances']:,} instances)" for pool, row in columns.items()]
+        heads = [
+            f"{pool} ({row['labels']} labels, {row[tagger]['instances']:,} instances)" for pool, row in columns.items()
+        ]
         methods = list(next(iter(columns.values()))[tagger]["methods"])
         rows = []
         for method in methods:
             found = [row[tagger]["methods"][method] for row in columns.values()]
-            rows.append([method, *(f"{each['labels']:.0f}, {each['effective']:.1f}, {each['quality']:.2f}" for each in found)])
-        parts += [f"With {name} tags: labels covered, effective number of labels, mean score.", table(["", *heads], rows)]
+            rows.append(
+                [method, *(f"{each['labels']:.0f}, {each['effective']:.1f}, {each['quality']:.2f}" for each in found)]
+            )
+        parts += [
+            f"With {name} tags: labels covered, effective number of labels, mean score.",
+            table(["", *heads], rows),
+        ]
     return "\n\n".join(parts)
 
 

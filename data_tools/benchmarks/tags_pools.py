@@ -2,12 +2,13 @@
 
     python -m megatron_ksa.data_tools.benchmarks.tags_pools --out DIR [--pools reasoning-a wordnet ...]
 
-| pool | texts | labels | true tags | from |
-|---|---|---|---|---|
-| reasoning-a, reasoning-b | tasks with answers | kind of task, each pool half of about 100 | kind, family | `pip install reasoning-gym` |
-| wordnet | glosses of nouns | ancestor on the sixth level | the three concepts above it | `apt-get download wordnet-base` |
-| debian | descriptions of packages | section | debtags | Debian's package lists |
-| mixed | tasks of reasoning-b with another seed, descriptions without debtags, glosses of verbs | kind, section, file | kind; words of the name | all |
+- reasoning-a, reasoning-b: tasks with answers of `pip install reasoning-gym`, each pool half of its about 100 kinds.
+  Label: the kind. True tags: the kind and its family.
+- wordnet: glosses of nouns (`apt-get download wordnet-base`). Label: the ancestor on the sixth level. True tags: the
+  three concepts above.
+- debian: descriptions of packages of Debian's lists, one a source. Label: the section. True tags: debtags.
+- mixed: tasks of the kinds of reasoning-b with another seed, glosses of verbs by WordNet file with the verbs above, and
+  descriptions without debtags, whose only tag is the section.
 
 Labels are as frequent as rank^-1 as far as their texts reach. A score is drawn for every text: normal with standard
 deviation 1.5 around 6.5 plus its label's own offset of standard deviation 0.7, between 1 and 10. Each pool is a
@@ -103,7 +104,11 @@ def verbs(folder: Path) -> Iterator[dict]:
     synsets = _synsets(folder / "data.verb")
     for offset, (words, _, gloss, file) in synsets.items():
         path = _path(synsets, offset)
-        yield {"text": f"{words[0]}: {gloss}", "label": f"verb {file}", "tags": [synsets[each][0][0] for each in path[-3:]]}
+        yield {
+            "text": f"{words[0]}: {gloss}",
+            "label": f"verb {file}",
+            "tags": [synsets[each][0][0] for each in path[-3:]],
+        }
 
 
 def wordnet_folder(work: Path) -> Path:
@@ -142,7 +147,9 @@ def packages(work: Path) -> list[dict]:
         if text and "Section" in fields:
             tags = [tag.strip() for tag in fields.get("Tag", "").replace("\n", "").split(",") if tag.strip()]
             source = fields.get("Source", fields["Package"]).split()[0]
-            found.setdefault(text, {"text": text, "label": fields["Section"].rpartition("/")[2], "tags": tags, "source": source})
+            found.setdefault(
+                text, {"text": text, "label": fields["Section"].rpartition("/")[2], "tags": tags, "source": source}
+            )
     # Packages of one source are near-copies: one of each.
     return list({row["source"]: row for row in found.values()}.values())
 
@@ -150,7 +157,11 @@ def packages(work: Path) -> list[dict]:
 def debian(work: Path, tagged: bool) -> Iterator[dict]:
     """Descriptions with debtags, or those without."""
     for row in packages(work):
-        tags = [tag.partition("::")[2].replace("-", " ") for tag in row["tags"] if not tag.startswith(("role::", "special::"))]
+        tags = [
+            tag.partition("::")[2].replace("-", " ")
+            for tag in row["tags"]
+            if not tag.startswith(("role::", "special::"))
+        ]
         if bool(tags) == tagged:
             yield {"text": row["text"], "label": row["label"], "tags": tags or [row["label"]]}
 

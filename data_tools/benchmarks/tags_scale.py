@@ -1,11 +1,11 @@
 """Seconds and memory of the steps at a million instances and more, with true tags.
 
-    python -m megatron_ksa.data_tools.benchmarks.tags_scale --work DIR --out results.json --instances 1000000 [--workers 2]
+    python -m megatron_ksa.data_tools.benchmarks.tags_scale --work DIR --out results.json --workers 2
 
-The pool is synthetic: conversations of 60 words of a topic, of topics as frequent as rank^-0.8, with five tags of 100,000,
+The pool is synthetic: conversations of 60 words of a topic, topics as frequent as rank^-0.8, with five tags of 100,000,
 a score, and every tenth one a near-copy of an earlier one. Each step runs in a process of its own, so that its peak of
-memory is its own; memory is the resident set of that process, and of the largest of its workers. The load average tells
-whether seconds are those of an idle machine.
+memory is its own; memory is the resident set of that process, and of the largest of its workers. The load average
+tells whether seconds are those of an idle machine.
 """
 
 import argparse
@@ -56,7 +56,9 @@ def write_pool(path: Path, instances: int) -> None:
                     answered += f" {words[chosen[row, 1]]}"
                 record = {
                     "id": first + row, "quality": int(quality[row]),
-                    "tags": [f"{words[tag // TOPIC_TAGS]} {words[tag % TOPIC_TAGS]} {words[tag % 9973]}" for tag in tags[row]],
+                    "tags": [
+                        " ".join(words[n] for n in (t // TOPIC_TAGS, t % TOPIC_TAGS, t % 9973)) for t in tags[row]
+                    ],
                     "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}],
                 }  # fmt: skip
                 stream.write(json.dumps(record) + "\n")

@@ -80,9 +80,9 @@ def tree_clusters(pool: Pool, budget: float) -> np.ndarray:
 def label_graph(vectors: np.ndarray, similarity: float = LABEL_SIMILARITY) -> csr_array:
     """What a label passes on to each label: float64 [labels, labels], columns sum to 1.
 
-    That is the normalisation of MIG's own code (`mig/sampler.py`, `calc_prop_matrix`): each weight is divided by the sum
-    of the label that receives. Labels are joined where their cosine is at least `similarity`, with the cosine as the edge's weight and 1 for a
-    label itself.
+    That is the normalisation of MIG's own code (`mig/sampler.py`, `calc_prop_matrix`): each weight is divided by the
+    sum of the label that receives. Labels are joined where their cosine is at least `similarity`, with the cosine as
+    the edge's weight and 1 for a label itself.
 
     Args:
         vectors: float [labels, dimensions].
@@ -106,8 +106,9 @@ def label_graph(vectors: np.ndarray, similarity: float = LABEL_SIMILARITY) -> cs
 def label_information(
     shares: csr_array, strength: np.ndarray, leaves: np.ndarray, graph: csr_array
 ) -> FirstOrderCoverage:
-    """MIG's information as a `Coverage` over labels: sum_k phi((A^T sum_{i in S} s_i t_i)_k), with t_i the labels of i
-    as 0 or 1 and phi(x) = (x + 1e-6)^0.8.
+    """MIG's information over labels: sum_k phi((A^T sum_{i in S} s_i t_i)_k).
+
+    t_i is 0 or 1 for each label, as instance i has it, and phi(x) = (x + 1e-6)^0.8.
 
     MIG's own code chooses by phi'(masses of S) times the masses of an instance, to first order, and so does this.
 

@@ -22,10 +22,10 @@ from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags import minhash
 from megatron_ksa.data_tools.tags.embed import LatentEmbedder, SentenceEmbedder
 from megatron_ksa.data_tools.tags.engine import Engine
-from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays, write_jsonl
+from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_jsonl
+from megatron_ksa.data_tools.tags.near_pairs import memory_pairs, unpacked
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.step import Context, Step
-from megatron_ksa.data_tools.tags.near_pairs import memory_pairs, unpacked
 from megatron_ksa.data_tools.tags.tag import TAGS
 from megatron_ksa.data_tools.tags.tagged import DUPLICATES, kept_tags, kept_texts
 from megatron_ksa.errors import UsageError

@@ -21,9 +21,7 @@ _BLANKS = re.compile(r"\s+")
 _DENIED = re.compile(r"n['\u2019]t\b")
 _CONTRACTED = re.compile(r"['\u2019](?:s|m|d|re|ve|ll)\b")
 # A and I are words of prose.
-_TELLING = re.compile(
-    rf"[b-hj-z]|[{minhash.OPERATORS}!]+|\w*\d\w*|no|not|none|nor|never|cannot|yes|true|false|without"
-)
+_TELLING = re.compile(rf"[b-hj-z]|[{minhash.OPERATORS}!]+|\w*\d\w*|no|not|none|nor|never|cannot|yes|true|false|without")
 
 
 def exact_key(record: dict) -> bytes:
@@ -134,7 +132,7 @@ class Side:
     words: tuple[tuple[str, ...], ...]
 
     def similarity(self, other: "Side") -> float:
-        """The lower of the Jaccard similarities of what was asked and of what was answered; 0 if telling words differ."""
+        """The lower Jaccard similarity of what was asked and what was answered; 0 if telling words differ."""
         if self.words != other.words:
             return 0.0
         return min(minhash.jaccard(self.asked, other.asked), minhash.jaccard(self.answered, other.answered))

@@ -135,9 +135,9 @@ def decontaminate(
                     reasons[found.reason] += 1
                     touched.add(found.question)
                     yield {
-                        "id": name, "record": line, "left_out": not settings.keep, "reason": found.reason, "overlap": round(found.overlap, 4),
-                        "text": found.words, "evaluation": question.source, "question": question.id,
-                        "question_text": found.question_words,
+                        "id": name, "record": line, "left_out": not settings.keep, "reason": found.reason,
+                        "overlap": round(found.overlap, 4), "text": found.words, "evaluation": question.source,
+                        "question": question.id, "question_text": found.question_words,
                     }  # fmt: skip
 
     written = write_jsonl(folder / CONTAMINATED, rows())

@@ -53,16 +53,16 @@ class DuplicateSettings:
     """
 
     similarity: float = option(
-        0.8, "Jaccard similarity of 5-word shingles, of what was asked and of what was answered, from which an instance "
-        "is a duplicate; 1 leaves out exact copies only, 0 keeps all.", flag="--duplicate-similarity",
+        0.8, "Jaccard similarity of 5-word shingles, of what was asked and of what was answered, from which an "
+        "instance is a duplicate; 1 leaves out exact copies only, 0 keeps all.", flag="--duplicate-similarity",
     )  # fmt: skip
     shared: float = option(
-        0.02, "Shingles in more than this share of the instances do not count as alike (at least 10 instances); 1 counts "
-        "all.", flag="--duplicate-shared",
+        0.02, "Shingles in more than this share of the instances do not count as alike (at least 10 instances); 1 "
+        "counts all.", flag="--duplicate-shared",
     )  # fmt: skip
     semantic: float = option(
-        0.0, "Cosine of instances' vectors from which they are duplicates too, if their numbers, operators, single letters "
-        "and words of denial are the same; 0 compares none.", flag="--duplicate-cosine",
+        0.0, "Cosine of instances' vectors from which they are duplicates too, if their numbers, operators, single "
+        "letters and words of denial are the same; 0 compares none.", flag="--duplicate-cosine",
     )  # fmt: skip
     model: str | None = option(
         None, "sentence-transformers model of these vectors; TF-IDF and SVD over the pool without one.",
@@ -200,7 +200,9 @@ class _Pool:
         compared = np.fromfile(self.scratch / "compared", bool)
         texts[~compared[self.text_of_item]] = -1
         texts.tofile(self.scratch / "texts")
-        found = tqdm(self.files.find_pairs(self.scratch / "texts", engine), total=self.files.bands, desc="find candidates")
+        found = tqdm(
+            self.files.find_pairs(self.scratch / "texts", engine), total=self.files.bands, desc="find candidates"
+        )
         shards = self.files.shards(len(texts), sum(found))
         check = partial(_check, records=self.folder / RECORDS, shared=self.shared, similarity=similarity)
 
@@ -218,7 +220,9 @@ class _Pool:
                     copies[gone] = (stays, near)
         return copies
 
-    def semantic_copies(self, stays: np.ndarray, settings: DuplicateSettings, engine: Engine) -> dict[int, tuple[int, float]]:
+    def semantic_copies(
+        self, stays: np.ndarray, settings: DuplicateSettings, engine: Engine
+    ) -> dict[int, tuple[int, float]]:
         """As `near_copies`, by vectors, among the items that stay so far: int64, rising."""
         offsets = self.offset[self.text_of_item[stays]]
         found = semantic_copies(

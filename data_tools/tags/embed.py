@@ -19,8 +19,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm import tqdm
 
 from megatron_ksa.data_tools.tags.engine import Engine
-from megatron_ksa.data_tools.tags.minhash import mixed
 from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_json
+from megatron_ksa.data_tools.tags.minhash import mixed
 from megatron_ksa.errors import UsageError
 
 DIMENSIONS = 128
@@ -164,7 +164,7 @@ class LatentEmbedder:
 
 
 def enough_instances(carried: csr_array, each: int) -> np.ndarray:
-    """bool [instances]: for every tag `each` that carry it or all there are, from anywhere in the pool, always the same.
+    """bool [instances]: for every tag `each` that carry it, or all there are, from anywhere in the pool.
 
     Args:
         carried: [instances, tags], above 0 where an instance carries a tag.

@@ -72,7 +72,7 @@ class BandFiles:
 
     def __init__(self, folder: Path, bands: int) -> None:
         self.folder, self.bands = folder, bands
-        self._streams = [open(self._keys(band), "wb") for band in range(bands)]
+        self._streams = [open(self._keys(band), "wb") for band in range(bands)]  # noqa: SIM115
 
     def _keys(self, band: int) -> Path:
         return self.folder / f"keys-{band}.u64"

@@ -64,8 +64,8 @@ class SampleSettings:
     )  # fmt: skip
     power: float = option(POWER, "Exponent of a node's mass, above 0: the lower, the more even.", flag="--power")
     share_exponent: float = option(
-        SHARE_EXPONENT, "What is sought of a node is its share of the pool to this exponent: 0 as much of each, 1 as in "
-        "the pool.", flag="--share-exponent",
+        SHARE_EXPONENT, "What is sought of a node is its share of the pool to this exponent: 0 as much of each, 1 as "
+        "in the pool.", flag="--share-exponent",
     )  # fmt: skip
     depth_weight: float = option(
         1.0, "The nodes of a level count this many times those of the one above.", flag="--depth-weight"

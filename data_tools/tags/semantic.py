@@ -43,7 +43,7 @@ def semantic_copies(
         scratch: folder for the vectors.
     """
     embedder: Embedder = (
-        LatentEmbedder.fit(lambda wanted: _texts(lines, wanted), total, engine) if model is None else SentenceEmbedder(model)
+        SentenceEmbedder(model) if model else LatentEmbedder.fit(lambda wanted: _texts(lines, wanted), total, engine)
     )  # fmt: skip
     with open(scratch / "vectors", "wb") as stream:
         width = 0

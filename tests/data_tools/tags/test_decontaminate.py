@@ -14,7 +14,9 @@ from megatron_ksa.data_tools.tokenizers import write_byte_level
 from megatron_ksa.errors import UsageError
 
 
-def found(tmp_path: Path, pool: list[dict], questions: list[dict], engine: Engine | None = None, **settings) -> list[dict]:
+def found(
+    tmp_path: Path, pool: list[dict], questions: list[dict], engine: Engine | None = None, **settings
+) -> list[dict]:
     """Rows of `contaminated.jsonl`."""
     folder, target = write_records(tmp_path / "pool", pool), write_records(tmp_path / "target", questions)
     write_jsonl(folder / "duplicates.jsonl", [])
@@ -44,7 +46,9 @@ def test_copies_near_copies_and_quotes_of_a_question_are_found_with_both_sides(t
     for row in rows[:4]:
         assert row["text"] == row["question_text"] == question
         assert row["question"] == "s/0" and row["evaluation"] == "target" and row["id"] == f"s/{row['record']}"
-    assert rows == found(tmp_path, pool, [chat(question, "an answer"), chat(words(generator, 30), "yes")], Engine(workers=2))
+    assert rows == found(
+        tmp_path, pool, [chat(question, "an answer"), chat(words(generator, 30), "yes")], Engine(workers=2)
+    )
 
 
 def test_edits_all_over_a_question_are_found_by_minhash(tmp_path):
@@ -58,7 +62,9 @@ def test_edits_all_over_a_question_are_found_by_minhash(tmp_path):
 
 def test_a_benchmarks_template_and_other_numbers_are_no_leak(tmp_path):
     """Tasks of one kind share all but their numbers: a target of such tasks does not empty the pool of the kind."""
-    template = "Answer the question with one number and nothing else. Explain no step of your work to anybody. Question:"
+    template = (
+        "Answer the question with one number and nothing else. Explain no step of your work to anybody. Question:"
+    )
     generator = np.random.default_rng(0)
     questions = [chat(f"{template} {words(generator, 3)}", "1") for _ in range(5)]
     assert found(tmp_path, [chat(f"{template} {words(generator, 3)}", "1")], questions) == []
@@ -66,7 +72,9 @@ def test_a_benchmarks_template_and_other_numbers_are_no_leak(tmp_path):
     other = chat("Please add the two whole numbers 7 and 8 and tell me the sum", "1")
     assert [row["record"] for row in found(tmp_path, [other, sums[1]], sums)] == [1]
     # A question that is all template is found as a whole.
-    assert [row["record"] for row in found(tmp_path, [chat(template, "1"), other], [*questions, chat(template, "1")])] == [0]
+    assert [
+        row["record"] for row in found(tmp_path, [chat(template, "1"), other], [*questions, chat(template, "1")])
+    ] == [0]
 
 
 def test_questions_too_short_to_tell_are_counted(tmp_path):

@@ -68,7 +68,8 @@ def test_near_duplicates_are_those_of_exact_jaccard(tmp_path):
     write_records(tmp_path, [{"text": text} for text in texts])
     assert left_out(tmp_path, 120, shared=1.0) == {n + 1: n for n in range(0, 120, 3)}
     for row in read_jsonl(tmp_path / "duplicates.jsonl"):
-        sets = [set(zip(*(texts[int(row[key][2:])].split()[k:] for k in range(5)))) for key in ("id", "kept")]
+        words = [texts[int(row[key][2:])].split() for key in ("id", "kept")]
+        sets = [set(zip(*(each[k:] for k in range(5)), strict=False)) for each in words]
         assert row["similarity"] == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]), abs=1e-4)
         assert row["kind"] == "near"
     assert left_out(tmp_path, 120, similarity=0.0) == {}
@@ -119,7 +120,9 @@ def test_another_question_with_the_same_answer_is_no_duplicate(tmp_path):
     assert left_out(tmp_path, 2) == {}
 
 
-@pytest.mark.parametrize("text", ["机器学习是人工智能的一个分支它使用算法从数据中学习", "こんにちは世界今日はとても良い天気ですね"])
+@pytest.mark.parametrize(
+    "text", ["机器学习是人工智能的一个分支它使用算法从数据中学习", "こんにちは世界今日はとても良い天気ですね"]
+)
 def test_scripts_without_blanks_are_compared_by_character(tmp_path, text):
     """A Chinese or Japanese text was one word: near-copies had nothing in common."""
     bodies = [{"text": text * 1 + "完了" * k} for k in (1, 2)]
@@ -200,7 +203,9 @@ def test_semantic_duplicates_have_other_words_in_common_order_but_the_same_numbe
 
 
 def test_shared_shingles_are_counted_once_an_exact_copy(tmp_path):
-    bodies = [{"text": "one text that is there again and again"}] * 50 + [{"text": f"{word} {word}"} for word in WORDS[:50]]
+    bodies = [{"text": "one text that is there again and again"}] * 50 + [
+        {"text": f"{word} {word}"} for word in WORDS[:50]
+    ]
     write_records(tmp_path, bodies)
     assert len(shared_shingles(tmp_path, 0.02, Engine(), 100)) == 0
 
@@ -243,7 +248,9 @@ def test_pairs_of_small_groups_are_all_and_of_large_ones_few(tmp_path):
     np.testing.assert_array_equal(files.shard_pairs(0, 6), expected[:3])
 
 
-@pytest.mark.parametrize("settings", [{"similarity": -0.1}, {"shared": 1.5}, {"warn_share": 2.0}, {"warn_cluster": -1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"similarity": -0.1}, {"shared": 1.5}, {"warn_share": 2.0}, {"warn_cluster": -1.0}]
+)
 def test_bad_settings(settings):
     with pytest.raises(UsageError, match="from 0 to 1"):
         DuplicateSettings(**settings)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_array
 from raw_pool import TOPICS
+from scipy.sparse import csr_array
 
 from megatron_ksa.data_tools.tags import canonicalise, ground, tree
 from megatron_ksa.data_tools.tags.canonicalise import (
