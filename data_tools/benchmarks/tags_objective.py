@@ -5,8 +5,8 @@
 Pools are those of `tags_pools`. The defaults were chosen on the pools of `TUNED`; those of `JUDGED` were looked at
 after that, and `KEPT_BACK` once, at the end. 5 % of each pool are chosen with its true tags and with the offline
 tagger's. A selection is judged by the labels that it has, by the exponential of the entropy of its labels, and by the
-mean of its scores. So that methods are compared at equal quality, the exponent of the score (`--quality-weight`) of each
-variant of the tree is searched for the mean score of MIG's selection.
+mean of its scores. So that methods are compared at equal quality, the exponent of the score (`--quality-weight`) of
+each variant of the tree is searched for the mean score of MIG's selection.
 """
 
 import argparse

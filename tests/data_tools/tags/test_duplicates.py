@@ -202,6 +202,15 @@ def test_semantic_duplicates_have_other_words_in_common_order_but_the_same_numbe
     assert {row["kind"] for row in read_jsonl(tmp_path / "duplicates.jsonl")} == {"semantic"}
 
 
+def test_what_a_killed_run_left_changes_nothing(tmp_path):
+    text = " ".join(np.random.default_rng(0).choice(WORDS, 60))
+    write_records(tmp_path, [{"text": text}, {"text": text + " more"}])
+    (tmp_path / SCRATCH).mkdir()
+    for name in ("keys-0.u64", "pairs-0.u64", "exact", "quality", "offset", "vectors"):
+        (tmp_path / SCRATCH / name).write_bytes(b"left by a run that was killed")
+    assert left_out(tmp_path, 2) == {1: 0}
+
+
 def test_shared_shingles_are_counted_once_an_exact_copy(tmp_path):
     bodies = [{"text": "one text that is there again and again"}] * 50 + [
         {"text": f"{word} {word}"} for word in WORDS[:50]
