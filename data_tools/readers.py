@@ -115,7 +115,9 @@ def is_one_of(path: Path, suffixes: tuple[str, ...]) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
-def input_files(inputs: list[str], pattern: str, others: tuple[str, ...] = ()) -> list[Path]:
+def input_files(
+    inputs: list[str], pattern: str, others: tuple[str, ...] = (), *, flag: str = "--input"
+) -> list[Path]:
     """The files to read: JSONL and Parquet files as named, folders as the sorted files in them that match `pattern`.
 
     Args:
@@ -129,21 +131,21 @@ def input_files(inputs: list[str], pattern: str, others: tuple[str, ...] = ()) -
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            files += _files_of_folder(path, name, pattern)
+            files += _files_of_folder(path, name, pattern, flag)
         elif path.is_file() and is_one_of(path, known):
             files.append(path)
         elif path.is_file():
-            raise UsageError(f"--input {name}: a file must be one of {', '.join(known)}; pass a folder for text")
+            raise UsageError(f"{flag} {name}: a file must be one of {', '.join(known)}; pass a folder for text")
         elif path.exists():
-            raise UsageError(f"--input {name}: neither a regular file nor a folder")
+            raise UsageError(f"{flag} {name}: neither a regular file nor a folder")
         else:
-            raise UsageError(f"--input {name}: no such file or folder")
+            raise UsageError(f"{flag} {name}: no such file or folder")
     return files
 
 
-def _files_of_folder(folder: Path, name: str, pattern: str) -> list[Path]:
+def _files_of_folder(folder: Path, name: str, pattern: str, flag: str) -> list[Path]:
     def unreadable(error: OSError) -> None:
-        raise UsageError(f"--input {name}: {error.filename} cannot be read: {error.strerror}")
+        raise UsageError(f"{flag} {name}: {error.filename} cannot be read: {error.strerror}")
 
     for _ in os.walk(folder, onerror=unreadable):
         pass  # pathlib passes over folders that cannot be read
@@ -152,7 +154,7 @@ def _files_of_folder(folder: Path, name: str, pattern: str) -> list[Path]:
     except (ValueError, NotImplementedError) as error:
         raise UsageError(f"--glob {pattern!r}: {error}") from None
     if not found:
-        raise UsageError(f"--input {name}: no file in this folder matches --glob {pattern!r}")
+        raise UsageError(f"{flag} {name}: no file in this folder matches --glob {pattern!r}")
     return found
 
 

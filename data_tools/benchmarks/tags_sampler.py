@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.data_tools.tags.baselines import LABEL_POWER as POWER
 from megatron_ksa.data_tools.tags.baselines import label_graph, label_information
 from megatron_ksa.data_tools.tags.files import write_json
 from megatron_ksa.data_tools.tags.greedy import greedy
-from megatron_ksa.data_tools.tags.objective import EPSILON, POWER, Coverage, level_weights, strengths, tree_information
+from megatron_ksa.data_tools.tags.objective import EPSILON, Coverage, node_weights, strengths, tree_information
 from megatron_ksa.data_tools.tags.pool import Pool
 
 TAGS_PER_INSTANCE = 5
@@ -53,9 +54,9 @@ def synthetic_pool(instances: int, tags: int, seed: int = 0) -> Pool:
     )  # fmt: skip
 
 
-def tree_of(pool: Pool, choose: int) -> Coverage:
+def tree_of(pool: Pool) -> Coverage:
     """Tree information with the sampler's defaults."""
-    weight = level_weights(pool.held, pool.depth, choose)
+    weight = node_weights(pool.held, pool.depth)
     return tree_information(pool.shares, strengths(pool.quality, pool.difficulty), pool.parent, weight)
 
 
@@ -69,7 +70,7 @@ def timed(function, *arguments):
 def large(instances: int, tags: int, choose: int) -> dict:
     """One selection by tree information."""
     pool = synthetic_pool(instances, tags)
-    information, grounding = timed(tree_of, pool, choose)
+    information, grounding = timed(tree_of, pool)
     found, seconds = timed(lambda: greedy(information, choose, show_progress=True))
     return {
         "instances": instances, "tags": tags, "nodes": len(pool.parent), "chosen": len(found.chosen),
@@ -106,7 +107,7 @@ def dense(instances: int, tags: int, choose: int, steps: int) -> dict:
     """Tree information against the label graph, lazily and densely."""
     pool = synthetic_pool(instances, tags)
     strength = strengths(pool.quality, pool.difficulty)
-    tree = tree_of(pool, choose)
+    tree = tree_of(pool)
     labels = label_information(pool.shares, strength, pool.leaf_nodes, label_graph(pool.leaf_vectors))
     by_tree, tree_seconds = timed(greedy, tree, choose)
     by_labels, label_seconds = timed(greedy, labels, choose)

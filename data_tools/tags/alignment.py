@@ -66,4 +66,5 @@ def align(
         csr_array(mass),
         np.concatenate([information.weight / norm, align_weight * target[held]]),
         np.concatenate([information.scale, np.full(len(held), slope)]),
+        information.power,
     )

@@ -5,10 +5,11 @@ from scipy.sparse import csr_array, diags_array
 
 from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.constraints import Ledger, Rules
-from megatron_ksa.data_tools.tags.objective import Coverage
+from megatron_ksa.data_tools.tags.objective import FirstOrderCoverage
 from megatron_ksa.data_tools.tags.pool import Pool
 
 LABEL_SIMILARITY = 0.9
+LABEL_POWER = 0.8
 LABELS_AT_ONCE = 1024
 
 
@@ -78,10 +79,11 @@ def tree_clusters(pool: Pool, budget: float) -> np.ndarray:
 
 
 def label_graph(vectors: np.ndarray, similarity: float = LABEL_SIMILARITY) -> csr_array:
-    """Share of a label's information that reaches each label: float64 [labels, labels], rows sum to 1.
+    """What a label passes on to each label: float64 [labels, labels], columns sum to 1.
 
-    Labels are joined where their cosine is at least `similarity`, with the cosine as the edge's weight and 1 for a
-    label itself.
+    That is the normalisation of MIG's own code (`mig/sampler.py`, `calc_prop_matrix`): each weight is divided by the
+    sum of the label that receives. Labels are joined where their cosine is at least `similarity`, with the cosine as
+    the edge's weight and 1 for a label itself.
 
     Args:
         vectors: float [labels, dimensions].
@@ -99,12 +101,17 @@ def label_graph(vectors: np.ndarray, similarity: float = LABEL_SIMILARITY) -> cs
     graph = csr_array(
         (np.concatenate(cosines), (np.concatenate(rows), np.concatenate(columns))), shape=(len(unit),) * 2
     )
-    return csr_array(diags_array(1 / graph.sum(axis=1)) @ graph)
+    return csr_array(graph @ diags_array(1 / graph.sum(axis=0)))
 
 
-def label_information(shares: csr_array, strength: np.ndarray, leaves: np.ndarray, graph: csr_array) -> Coverage:
-    """MIG's information as a `Coverage` over labels: sum_k phi((A^T sum_{i in S} s_i t_i)_k), with t_i the labels of i
-    as 0 or 1.
+def label_information(
+    shares: csr_array, strength: np.ndarray, leaves: np.ndarray, graph: csr_array
+) -> FirstOrderCoverage:
+    """MIG's information over labels: sum_k phi((A^T sum_{i in S} s_i t_i)_k).
+
+    t_i is 0 or 1 for each label, as instance i has it, and phi(x) = (x + 1e-6)^0.8.
+
+    MIG's own code chooses by phi'(masses of S) times the masses of an instance, to first order, and so does this.
 
     Args:
         shares: float64 [instances, nodes].
@@ -116,4 +123,4 @@ def label_information(shares: csr_array, strength: np.ndarray, leaves: np.ndarra
     labels.data = np.repeat(strength, np.diff(labels.indptr))
     mass = csr_array(labels @ graph)
     mass.sort_indices()
-    return Coverage(mass, np.ones(len(leaves)), np.zeros(len(leaves)))
+    return FirstOrderCoverage(mass, np.ones(len(leaves)), np.zeros(len(leaves)), LABEL_POWER)

@@ -7,8 +7,10 @@ no chains.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import batched
 from pathlib import Path
 
@@ -17,14 +19,15 @@ from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.tags.duplicates import DUPLICATES, Index, letter_shingles, signatures, tagged_records
+from megatron_ksa.data_tools.tags import minhash
 from megatron_ksa.data_tools.tags.embed import LatentEmbedder, SentenceEmbedder
 from megatron_ksa.data_tools.tags.engine import Engine
-from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays, write_jsonl
+from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_jsonl
+from megatron_ksa.data_tools.tags.near_pairs import memory_pairs, unpacked
 from megatron_ksa.data_tools.tags.read import RECORDS
-from megatron_ksa.data_tools.tags.records import record_text
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tag import TAGS
+from megatron_ksa.data_tools.tags.tagged import DUPLICATES, kept_tags, kept_texts
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
 
@@ -59,12 +62,18 @@ class CanonicalSettings:
         "without one: tags used in the same instances look alike to TF-IDF.", flag="--merge-cosine",
     )  # fmt: skip
     rare: int = option(2, "Tags of fewer instances fold into the nearest kept tag.", flag="--rare-tags")
+    rare_cosine: float = option(
+        0.0, "Cosine from which a rare tag folds; one that is near to no kept tag stays a tag of its own.",
+        flag="--rare-cosine",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if not 0 <= self.merge_spelling <= 1:
             raise UsageError(f"--merge-spelling {self.merge_spelling}: from 0 to 1")
         if self.merge_cosine is not None and not 0 < self.merge_cosine <= 1:
             raise UsageError(f"--merge-cosine {self.merge_cosine}: above 0, at most 1")
+        if not -1 <= self.rare_cosine <= 1:
+            raise UsageError(f"--rare-cosine {self.rare_cosine}: from -1 to 1")
         if self.rare < 1:
             raise UsageError(f"--rare-tags {self.rare}: at least 1")
 
@@ -87,27 +96,24 @@ class TagTable:
         self.names: list[str] = []
         self.spellings: dict[str, int] = {}
         known: dict[str, int] = {}
-        indptr, columns = [0], []
+        # Arrays of the standard library grow in place, 8 and 4 bytes an entry.
+        indptr, columns = array("q", [0]), array("i")
         for tags in rows:
             held = set()
             for tag in tags:
-                if tag not in self.spellings:
-                    self.spellings[tag] = known.setdefault(fold(tag), len(known))
+                number = self.spellings.get(tag)
+                if number is None:
+                    folded = fold(tag)
+                    number = self.spellings[tag] = known.setdefault(folded, len(known))
                     if len(known) > len(self.names):
-                        self.names.append(fold(tag))
-                held.add(self.spellings[tag])
+                        self.names.append(folded)
+                held.add(number)
             columns.extend(sorted(held))
             indptr.append(len(columns))
-        entries = (np.ones(len(columns), np.int32), np.array(columns, np.int64), np.array(indptr, np.int64))
-        # int32 [instances, tags], 1 where an instance carries a tag.
+        entries = (np.ones(len(columns), np.int8), np.frombuffer(columns, np.int32), np.frombuffer(indptr, np.int64))
+        # int8 [instances, tags], 1 where an instance carries a tag.
         self.carried = csr_array(entries, shape=(len(indptr) - 1, len(self.names)))
-        self.counts = self.carried.sum(axis=0)
-
-
-def kept_instances(folder: Path) -> Iterator[tuple[int, dict, dict]]:
-    """`tagged_records` without the duplicates."""
-    left_out = {row["id"] for row in read_jsonl(folder / DUPLICATES)}
-    return (item for item in tagged_records(folder) if item[1]["id"] not in left_out)
+        self.counts = np.bincount(self.carried.indices, minlength=len(self.names))
 
 
 def by_frequency(names: list[str], counts: np.ndarray) -> np.ndarray:
@@ -115,8 +121,13 @@ def by_frequency(names: list[str], counts: np.ndarray) -> np.ndarray:
     return np.array(sorted(range(len(names)), key=lambda tag: (-counts[tag], names[tag])), np.int64)
 
 
-def _letter_signatures(names: tuple[str, ...]) -> np.ndarray:
-    return signatures([[shingle.encode("utf-8") for shingle in letter_shingles(name)] for name in names])
+def letter_shingles(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of 3 characters of each name, with a space before and after it; as `minhash.shingles` gives them."""
+    return minhash.shingles([list(f" {name} ") for name in names], 3)
+
+
+def _letter_keys(names: tuple[str, ...], similarity: float) -> np.ndarray:
+    return minhash.band_keys(minhash.signatures(*letter_shingles(names)), similarity)
 
 
 def merge_spellings(
@@ -128,27 +139,27 @@ def merge_spellings(
         order: int64 [tags], as `by_frequency` gives it.
     """
     merged: dict[int, tuple[int, float]] = {}
-    if similarity == 0:
+    if similarity == 0 or len(names) < 2:
         return merged
-    index, place = Index(similarity), 0
     ordered = [names[tag] for tag in order]
     with tqdm(total=len(names), desc="merge spellings", unit=" tags") as progress:
-        for batch in engine.map(_letter_signatures, batched(ordered, TAGS_PER_TASK)):
-            for signature in batch:
-                name = ordered[place]
-                mine, best = letter_shingles(name), (0.0, 0)
-                for other, _ in index.candidates(signature):
-                    theirs = letter_shingles(ordered[other])
-                    jaccard = len(mine & theirs) / len(mine | theirs)
-                    if jaccard > best[0] and _DIGITS.findall(name) == _DIGITS.findall(ordered[other]):
-                        best = (jaccard, other)
-                if best[0] >= similarity:
-                    merged[int(order[place])] = (int(order[best[1]]), best[0])
-                else:
-                    index.insert(place, signature)
-                place += 1
-            progress.update(len(batch))
-    return merged
+        keys = []
+        for batch in engine.map(partial(_letter_keys, similarity=similarity), batched(ordered, TAGS_PER_TASK)):
+            keys.append(batch)
+            progress.update(batch.shape[1])
+    gone, stays = unpacked(memory_pairs(np.concatenate(keys, axis=1)))
+    places, inverse = np.unique(np.concatenate([gone, stays]), return_inverse=True)
+    shingles = letter_shingles(tuple(ordered[place] for place in places))
+    sets = [minhash.distinct(*shingles, place) for place in range(len(places))]
+    digits = [_DIGITS.findall(ordered[place]) for place in places]
+    best: dict[int, tuple[int, float]] = {}
+    # Rising by the rarer tag, then by the more frequent one: what stays is known when it is asked for.
+    for one, other in zip(inverse[: len(gone)].tolist(), inverse[len(gone) :].tolist(), strict=True):
+        if other not in best and digits[one] == digits[other]:
+            near = minhash.jaccard(sets[one], sets[other])
+            if near >= similarity and near > best.get(one, (0, 0.0))[1]:
+                best[one] = (other, near)
+    return {int(order[places[one]]): (int(order[places[other]]), near) for one, (other, near) in best.items()}
 
 
 def merge_meanings(vectors: np.ndarray, order: np.ndarray, cosine: float) -> dict[int, tuple[int, float]]:
@@ -222,7 +233,7 @@ class _Merger:
     def carried(self, table: csr_array) -> csr_array:
         """[instances, kept tags] with 1 where an instance carries a kept tag, itself or merged."""
         column = np.searchsorted(self.kept, self.into)
-        entries = (np.ones(table.nnz, np.int32), column[table.indices], table.indptr)
+        entries = (np.ones(table.nnz, np.int8), column[table.indices].astype(np.int32), table.indptr)
         result = csr_array(entries, shape=(table.shape[0], len(self.kept)), copy=True)  # what follows works in place
         result.sum_duplicates()
         result.data[:] = 1
@@ -235,7 +246,7 @@ def canonicalise(folder: Path, settings: CanonicalSettings, engine: Engine) -> d
     Raises:
         UsageError: no tag in the pool, or an embedding model that cannot be had.
     """
-    table = TagTable(row["tags"] for _, _, row in kept_instances(folder))
+    table = TagTable(kept_tags(folder))
     if not table.names:
         raise UsageError(f"{folder}: no instance has a tag; run the tag step again with another --tagger")
     merger = _Merger(table.names, table.counts)
@@ -245,9 +256,7 @@ def canonicalise(folder: Path, settings: CanonicalSettings, engine: Engine) -> d
     order = by_frequency(table.names, table.counts)
     merger.merge(merge_spellings(table.names, order, settings.merge_spelling, engine), "spelling")
 
-    def texts() -> Iterator[str]:
-        return (record_text(record) for _, record, _ in kept_instances(folder))
-
+    texts = partial(kept_texts, folder)
     instances = table.carried.shape[0]
     embedder: LatentEmbedder | SentenceEmbedder
     if settings.embedding_model is None:
@@ -256,7 +265,7 @@ def canonicalise(folder: Path, settings: CanonicalSettings, engine: Engine) -> d
         embedder, cosine = SentenceEmbedder(settings.embedding_model), settings.merge_cosine or MODEL_MERGE_COSINE
     kept, carried = merger.kept, merger.carried(table.carried)
     vectors = embedder.embed([table.names[tag] for tag in kept], csr_array(carried.T), texts)
-    counts = carried.sum(axis=0)
+    counts = np.bincount(carried.indices, minlength=carried.shape[1])
     stays = np.ones(len(kept), bool)
     if cosine is not None:
         found = merge_meanings(vectors, by_frequency([table.names[tag] for tag in kept], counts), cosine)
@@ -267,15 +276,16 @@ def canonicalise(folder: Path, settings: CanonicalSettings, engine: Engine) -> d
     frequent, rare = np.flatnonzero(stays & (counts >= settings.rare)), np.flatnonzero(stays & (counts < settings.rare))
     if len(frequent):
         other, near = nearest(vectors[rare], vectors[frequent])
-        goes = zip(kept[rare], kept[frequent[other]], near, strict=True)
-        merger.merge({int(tag): (int(into), float(cosine)) for tag, into, cosine in goes}, "rare")
-        stays[rare] = False
+        goes = near >= settings.rare_cosine
+        merged = zip(kept[rare][goes], kept[frequent[other]][goes], near[goes], strict=True)
+        merger.merge({int(tag): (int(into), float(cosine)) for tag, into, cosine in merged}, "rare")
+        stays[rare[goes]] = False
     return _write(folder, table, merger, vectors[stays], embedder)
 
 
 def _write(folder: Path, table: TagTable, merger: _Merger, vectors: np.ndarray, embedder) -> dict:
     kept, carried = merger.kept, merger.carried(table.carried)
-    counts = carried.sum(axis=0)
+    counts = np.bincount(carried.indices, minlength=carried.shape[1])
     embedder.save(folder / EMBEDDER)
     with whole_file(folder / EMBEDDINGS, "wb") as stream:
         np.save(stream, vectors)

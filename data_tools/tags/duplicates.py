@@ -1,155 +1,346 @@
-"""Near-duplicates by MinHash and locality-sensitive hashing (datasketch): of instances here, of tags' spellings too.
+"""Duplicate instances: exact copies by a hash of the content, near ones by MinHash and a comparison of the texts, and,
+if asked for, those alike in meaning (`semantic.py`).
 
-A candidate of the index counts only if its similarity reaches the threshold, so the index is set to miss little
-rather than to propose little. The first of a group stays, and what leaves is compared with those that stay only: no
-chains.
+Of a group the best-scored stays, among equals the first. What leaves is compared with those that stay only: no chains.
+A near-duplicate is alike in what was asked and in what was answered, each by itself, and has the same numbers,
+operators, single letters and words of denial (`compared.py`), so that another answer is no duplicate. System turns,
+tools and templates are not compared, and shingles that many instances share do not count.
+
+Band keys and candidates lie on disk (`near_pairs.py`): memory does not hold texts or signatures.
 """
 
-import re
+import json
+import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import batched
 from pathlib import Path
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 from tqdm import tqdm
 
 from megatron_ksa.config.options import option
+from megatron_ksa.data_tools.tags import minhash
+from megatron_ksa.data_tools.tags.compared import Compared, Side, asked_and_answered, exact_key
 from megatron_ksa.data_tools.tags.engine import Engine
-from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
+from megatron_ksa.data_tools.tags.files import write_jsonl
+from megatron_ksa.data_tools.tags.near_pairs import BandFiles, unpacked
 from megatron_ksa.data_tools.tags.read import RECORDS
-from megatron_ksa.data_tools.tags.records import record_text
+from megatron_ksa.data_tools.tags.semantic import semantic_copies
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tag import TAGS
+from megatron_ksa.data_tools.tags.tagged import DUPLICATES, tagged_lines
 from megatron_ksa.errors import UsageError
 
-DUPLICATES = "duplicates.jsonl"
-PERMUTATIONS = 128
-SEED = 1
-SCHEME = "affine32"
-SHINGLE_WORDS = 5
+SCRATCH = "duplicates.scratch"
 RECORDS_PER_TASK = 256
-# False proposals cost a comparison, false silence a duplicate.
-ERROR_WEIGHTS = (0.1, 0.9)
-_WORD = re.compile(r"\w+")
+# Instances in which shingles are counted to find shared ones; a shingle of fewer than `SHARED_LEAST` of them is not.
+SAMPLE, SHARED_LEAST, SAMPLE_SHINGLES = 10_000, 10, 4096
+EXACT, NEAR, SEMANTIC = "exact", "near", "semantic"
+EXAMPLES, EXAMPLE_CHARACTERS = 3, 70
+_EMPTY = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
 class DuplicateSettings:
-    """Near-duplicate instances, left out before the tree is built.
+    """Duplicate instances, left out before the tree is built; exact copies always are, unless all are kept.
 
     Raises:
-        UsageError: a similarity out of range.
+        UsageError: a similarity or share out of range.
     """
 
     similarity: float = option(
-        0.8, "Jaccard similarity of 5-word shingles from which an instance is a duplicate; 0 keeps all.",
-        flag="--duplicate-similarity",
+        0.8, "Jaccard similarity of 5-word shingles, of what was asked and of what was answered, from which an "
+        "instance is a duplicate; 1 leaves out exact copies only, 0 keeps all.", flag="--duplicate-similarity",
     )  # fmt: skip
+    shared: float = option(
+        0.02, "Shingles in more than this share of the instances do not count as alike (at least 10 instances); 1 "
+        "counts all.", flag="--duplicate-shared",
+    )  # fmt: skip
+    semantic: float = option(
+        0.0, "Cosine of instances' vectors from which they are duplicates too, if their numbers, operators, single "
+        "letters and words of denial are the same; 0 compares none.", flag="--duplicate-cosine",
+    )  # fmt: skip
+    model: str | None = option(
+        None, "sentence-transformers model of these vectors; TF-IDF and SVD over the pool without one.",
+        flag="--duplicate-model",
+    )  # fmt: skip
+    warn_share: float = option(
+        0.3, "Warn when more than this share of the instances is left out.", flag="--duplicate-warn"
+    )
+    warn_cluster: float = option(
+        0.02, "Warn when more than this share of the instances are copies of one.", flag="--duplicate-warn-one"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.similarity <= 1:
-            raise UsageError(f"--duplicate-similarity {self.similarity}: from 0 to 1")
+        for flag, value in (
+            ("--duplicate-similarity", self.similarity), ("--duplicate-shared", self.shared),
+            ("--duplicate-cosine", self.semantic),
+            ("--duplicate-warn", self.warn_share), ("--duplicate-warn-one", self.warn_cluster),
+        ):  # fmt: skip
+            if not 0 <= value <= 1:
+                raise UsageError(f"{flag} {value}: from 0 to 1")
 
 
-def tagged_records(folder: Path) -> Iterator[tuple[int, dict, dict]]:
-    """Line (from 0) in `records.jsonl`, record and row of `tags.jsonl` of every tagged instance, in order."""
-    tags = read_jsonl(folder / TAGS)
-    row = next(tags, None)
-    for line, record in enumerate(read_jsonl(folder / RECORDS)):
-        if row is not None and row["id"] == record["id"]:
-            yield line, record, row
-            row = next(tags, None)
-    if row is not None:
-        raise UsageError(f"{folder / TAGS}: id {row['id']!r} is not in {RECORDS} in this order; run the tag step again")
+def _records(lines: tuple[bytes, ...]) -> list[dict]:
+    return [json.loads(line) for line in lines]
 
 
-def word_shingles(text: str) -> list[bytes]:
-    """Runs of 5 words in lower case; of a shorter text, all its words."""
-    words = _WORD.findall(text.lower()) or [text]
-    runs = range(max(len(words) - SHINGLE_WORDS, 0) + 1)
-    return list({" ".join(words[first : first + SHINGLE_WORDS]).encode("utf-8") for first in runs})
+def _sampled(lines: tuple[bytes, ...]) -> list[tuple[bytes, np.ndarray]]:
+    """Exact key and distinct shingles of each record."""
+    records = _records(lines)
+    texts = Compared(records, _EMPTY)
+    sets = [
+        np.unique(texts.values[texts.bounds[2 * n] : texts.bounds[2 * n + 2]][:SAMPLE_SHINGLES])
+        for n in range(len(records))
+    ]
+    return [(exact_key(record), found) for record, found in zip(records, sets, strict=True)]
 
 
-def letter_shingles(text: str) -> set[str]:
-    """Runs of 3 characters, with a space before and after the text."""
-    padded = f" {text} "
-    return {padded[first : first + 3] for first in range(len(padded) - 2)}
+def shared_shingles(folder: Path, share: float, engine: Engine, total: int) -> np.ndarray:
+    """Shingles in more than `share` of an even sample of the instances, exact copies counted once: uint64, sorted."""
+    if share >= 1:
+        return _EMPTY
+    step = max(1, -(-total // SAMPLE))
+    lines = (each.record for number, each in enumerate(tagged_lines(folder)) if number % step == 0)
+    known, found = set(), [_EMPTY]
+    with tqdm(total=-(-total // step), desc="find shared text", unit=" records") as progress:
+        for batch in engine.map(_sampled, batched(lines, RECORDS_PER_TASK)):
+            for key, values in batch:
+                if key not in known:
+                    known.add(key)
+                    found.append(values)
+            progress.update(len(batch))
+    values, counts = np.unique(np.concatenate(found), return_counts=True)
+    return values[(counts > share * len(known)) & (counts >= SHARED_LEAST)]
 
 
-def signatures(sets: list[list[bytes]]) -> np.ndarray:
-    """MinHash signatures: uint32 [sets, 128]."""
-    found = MinHash.bulk(sets, num_perm=PERMUTATIONS, seed=SEED, scheme=SCHEME)
-    return np.stack([each.hashvalues for each in found])
+@dataclass(frozen=True)
+class _Signed:
+    """What is known of a batch: uint64 [records, 2], float32 [records], uint64 [bands, records], bool [records]."""
+
+    exact: np.ndarray
+    quality: np.ndarray
+    keys: np.ndarray
+    compared: np.ndarray
 
 
-def _signatures(texts: tuple[str, ...]) -> np.ndarray:
-    return signatures([word_shingles(text) for text in texts])
+def _sign(lines: tuple[tuple[bytes, bytes], ...], similarity: float, shared: np.ndarray) -> _Signed:
+    records = _records(tuple(record for record, _ in lines))
+    exact = np.frombuffer(b"".join(map(exact_key, records)), np.uint64).reshape(-1, 2)
+    scores = [json.loads(tags)["quality"] for _, tags in lines]
+    quality = np.array([-np.inf if score is None else score for score in scores], np.float32)
+    if similarity == 1:
+        return _Signed(exact, quality, np.empty((0, len(lines)), np.uint64), np.zeros(len(lines), bool))
+    return _Signed(exact, quality, *Compared(records, shared).keys(similarity))
 
 
-class Index:
-    """What stays, found again by MinHash signature.
+class _Pool:
+    """The instances by number: where each lies, and their order of preference.
 
     Args:
-        similarity: Jaccard similarity that is sought, above 0.
+        folder: the work folder.
+        scratch: of this step.
     """
 
-    def __init__(self, similarity: float) -> None:
-        self._lsh = MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS, weights=ERROR_WEIGHTS)
-        self._kept: dict[int, np.ndarray] = {}
+    def __init__(self, folder: Path, scratch: Path) -> None:
+        self.folder, self.scratch = folder, scratch
 
-    @staticmethod
-    def _minhash(signature: np.ndarray) -> MinHash:
-        return MinHash(PERMUTATIONS, SEED, hashvalues=signature, permutations=_PERMUTATIONS, scheme=SCHEME)
+    def sign(self, settings: DuplicateSettings, engine: Engine, total: int) -> None:
+        """Read every instance once, and write what is compared to the scratch folder."""
+        self.shared = (
+            shared_shingles(self.folder, settings.shared, engine, total) if settings.similarity < 1 else _EMPTY
+        )
+        bands = minhash.bands_for(settings.similarity)[0] if settings.similarity < 1 else 0
+        self.files = BandFiles(self.scratch, bands)
+        streams = {name: open(self.scratch / name, "wb") for name in ("exact", "quality", "compared", "offset")}  # noqa: SIM115
+        sign = partial(_sign, similarity=settings.similarity, shared=self.shared)
 
-    def candidates(self, signature: np.ndarray) -> list[tuple[int, float]]:
-        """What may be similar, in order of insertion keys, with the similarity that the signatures estimate."""
-        keys = sorted(self._lsh.query(self._minhash(signature)))
-        return [(key, float((self._kept[key] == signature).mean())) for key in keys]
+        def tasks() -> Iterator[tuple[tuple[bytes, bytes], ...]]:
+            for batch in batched(tagged_lines(self.folder), RECORDS_PER_TASK):
+                streams["offset"].write(np.array([each.offset for each in batch], np.int64).tobytes())
+                yield tuple((each.record, each.tags) for each in batch)
 
-    def insert(self, key: int, signature: np.ndarray) -> None:
-        """Add one that stays."""
-        self._lsh.insert(key, self._minhash(signature), check_duplication=False)
-        self._kept[key] = signature
+        try:
+            with tqdm(total=total, desc="compare", unit=" records") as progress:
+                for signed in engine.map(sign, tasks()):
+                    self.files.write(signed.keys)
+                    for name in ("exact", "quality", "compared"):
+                        streams[name].write(getattr(signed, name).tobytes())
+                    progress.update(len(signed.quality))
+        finally:
+            self.files.close()
+            for stream in streams.values():
+                stream.close()
+        self.offset = np.fromfile(self.scratch / "offset", np.int64)
+        quality = np.fromfile(self.scratch / "quality", np.float32)
+        # Item k is the k-th best instance: int64 [items].
+        self.text_of_item = np.argsort(-quality, kind="stable")
+
+    def exact_copies(self) -> np.ndarray:
+        """int64 [items], the best item of the same content, itself for the best."""
+        keys = np.fromfile(self.scratch / "exact", np.uint64).reshape(-1, 2)[self.text_of_item]
+        order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: items of one content in order of preference
+        ordered = keys[order]
+        new = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])
+        result = np.empty(len(order), np.int64)
+        result[order] = order[np.flatnonzero(new)][np.cumsum(new) - 1]
+        return result
+
+    def near_copies(self, stands_for: np.ndarray, similarity: float, engine: Engine) -> dict[int, tuple[int, float]]:
+        """Items that are near-duplicates of one that stays: it, and the similarity.
+
+        Args:
+            stands_for: as `exact_copies` gives it.
+        """
+        texts = np.where(stands_for == np.arange(len(stands_for)), self.text_of_item, -1)
+        compared = np.fromfile(self.scratch / "compared", bool)
+        texts[~compared[self.text_of_item]] = -1
+        texts.tofile(self.scratch / "texts")
+        found = tqdm(
+            self.files.find_pairs(self.scratch / "texts", engine), total=self.files.bands, desc="find candidates"
+        )
+        shards = self.files.shards(len(texts), sum(found))
+        check = partial(_check, records=self.folder / RECORDS, shared=self.shared, similarity=similarity)
+
+        def tasks() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+            for first, last in shards:
+                gone, stays = unpacked(self.files.shard_pairs(first, last))
+                items, places = np.unique(np.concatenate([gone, stays]), return_inverse=True)
+                yield places[: len(gone)], places[len(gone) :], self.offset[texts[items]], items
+
+        copies: dict[int, tuple[int, float]] = {}
+        for alike in tqdm(engine.map(check, tasks()), total=len(shards), desc="check"):
+            # Rising by the item that would go, then by the one that would stay.
+            for gone, stays, near in zip(*(column.tolist() for column in alike), strict=True):
+                if stays not in copies and near > copies.get(gone, (0, 0.0))[1]:
+                    copies[gone] = (stays, near)
+        return copies
+
+    def semantic_copies(
+        self, stays: np.ndarray, settings: DuplicateSettings, engine: Engine
+    ) -> dict[int, tuple[int, float]]:
+        """As `near_copies`, by vectors, among the items that stay so far: int64, rising."""
+        offsets = self.offset[self.text_of_item[stays]]
+        found = semantic_copies(
+            lambda: read_lines(self.folder / RECORDS, offsets),
+            lambda item: next(read_lines(self.folder / RECORDS, offsets[[item]])),
+            len(stays), settings.model, settings.semantic, self.scratch, engine,
+        )  # fmt: skip
+        return {int(stays[gone]): (int(stays[kept]), near) for gone, (kept, near) in found.items()}
 
 
-_PERMUTATIONS = MinHash(PERMUTATIONS, SEED, scheme=SCHEME).permutations
+def read_lines(path: Path, offsets: np.ndarray) -> Iterator[bytes]:
+    """The lines of a file that begin at the given places, int64."""
+    with open(path, "rb") as stream:
+        for offset in offsets.tolist():
+            stream.seek(offset)
+            yield stream.readline()
+
+
+def _check(
+    task: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], records: Path, shared: np.ndarray, similarity: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of candidates those that are alike: items that would go and stay, int64, and their similarity, float64."""
+    gone, stays, offsets, items = task
+    sides: list[Side] = []
+    for batch in batched(read_lines(records, offsets), RECORDS_PER_TASK):
+        sides.extend(Compared(_records(batch), shared).sides())
+    near = np.array([sides[a].similarity(sides[b]) for a, b in zip(gone.tolist(), stays.tolist(), strict=True)])
+    alike = np.flatnonzero(near >= similarity)
+    return items[gone[alike]], items[stays[alike]], near[alike]
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder that is empty at the start, whatever a killed run left there, and gone at the end."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def find_duplicates(folder: Path, settings: DuplicateSettings, engine: Engine, total: int) -> dict:
-    """Write `duplicates.jsonl`; the similarity is MinHash's estimate (standard error at most 0.045). Returns counts.
+    """Write `duplicates.jsonl` and warn of what looks wrong; returns counts.
 
     Args:
         total: tagged instances.
     """
-    if settings.similarity == 0:
+    if settings.similarity == 0 or total == 0:
         return {"duplicates": write_jsonl(folder / DUPLICATES, [])}
-    index = Index(settings.similarity)
-    names: list[str] = []
+    with scratch_folder(folder / SCRATCH) as scratch:
+        pool = _Pool(folder, scratch)
+        pool.sign(settings, engine, total)
+        stands_for = pool.exact_copies()
+        near = pool.near_copies(stands_for, settings.similarity, engine) if settings.similarity < 1 else {}
+        items = np.arange(len(stands_for))
+        kind, similarity = np.where(stands_for == items, "", EXACT).astype("U8"), np.ones(len(stands_for))
+        steps = [(NEAR, near)]
+        if settings.semantic:
+            stay = np.flatnonzero((stands_for == items) & ~np.isin(items, list(near)))
+            steps.append((SEMANTIC, pool.semantic_copies(stay, settings, engine)))
+        for name, copies in steps:
+            for gone, (stays, value) in copies.items():
+                stands_for[gone], similarity[gone], kind[gone] = stays, value, name
+        # Whom a copy stands with may have gone itself, in a later step.
+        for _ in range(len(steps)):
+            similarity = np.minimum(similarity, similarity[stands_for])
+            stands_for = stands_for[stands_for]
+        left_out = np.flatnonzero(stands_for != np.arange(len(stands_for)))
+        left_out = left_out[np.argsort(pool.text_of_item[left_out])]
+        offsets = pool.offset[pool.text_of_item]
+        _warn(folder, settings, left_out, stands_for, offsets)
+        gone, stays = (
+            (json.loads(line)["id"] for line in read_lines(folder / RECORDS, offsets[items]))
+            for items in (left_out, stands_for[left_out])
+        )
+        write_jsonl(folder / DUPLICATES, (
+            {"id": name, "kept": kept, "similarity": round(float(near), 4), "kind": str(how)}
+            for name, kept, near, how in zip(gone, stays, similarity[left_out], kind[left_out], strict=True)
+        ))  # fmt: skip
+    kinds = {name: int((kind == name).sum()) for name in (EXACT, NEAR, SEMANTIC)}
+    return {"duplicates": len(left_out), "kinds": kinds}
 
-    def texts() -> Iterator[str]:
-        for _, record, _ in tagged_records(folder):
-            names.append(record["id"])
-            yield record_text(record)
 
-    def rows() -> Iterator[dict]:
-        line = 0
-        with tqdm(total=total, desc="find duplicates", unit=" records") as progress:
-            for batch in engine.map(_signatures, batched(texts(), RECORDS_PER_TASK)):
-                for signature in batch:
-                    near = max(index.candidates(signature), key=lambda pair: (pair[1], -pair[0]), default=(0, 0.0))
-                    if near[1] >= settings.similarity:
-                        yield {"id": names[line], "kept": names[near[0]], "similarity": round(near[1], 4)}
-                    else:
-                        index.insert(line, signature)
-                    line += 1
-                progress.update(len(batch))
+def _warn(
+    folder: Path, settings: DuplicateSettings, left_out: np.ndarray, stands_for: np.ndarray, offsets: np.ndarray
+) -> None:
+    """Say on standard error if much is left out, with examples."""
+    if not len(left_out):
+        return
+    kept, sizes = np.unique(stands_for[left_out], return_counts=True)
+    largest = int(sizes.argmax())
+    total = len(stands_for)
+    flag = "--duplicate-similarity"
+    if len(left_out) > settings.warn_share * total:
+        examples = left_out[:: -(-len(left_out) // EXAMPLES)]
+        text = f"{len(left_out):,} of {total:,} instances are left out as duplicates ({flag} {settings.similarity})"
+    elif sizes[largest] > max(settings.warn_cluster * total, EXAMPLES):
+        examples = left_out[stands_for[left_out] == kept[largest]][:EXAMPLES]
+        text = f"{sizes[largest]:,} of {total:,} instances are left out as duplicates of one"
+    else:
+        return
+    print(f"warning: {text}; {DUPLICATES} lists them, for example:", file=sys.stderr)
+    for item in examples.tolist():
+        pair = read_lines(folder / RECORDS, offsets[[item, stands_for[item]]])
+        print("  " + " | ".join(map(_excerpt, pair)), file=sys.stderr)
 
-    return {"duplicates": write_jsonl(folder / DUPLICATES, rows())}
+
+def _excerpt(line: bytes) -> str:
+    record = json.loads(line)
+    text = " ".join(" ".join(asked_and_answered(record)).split())
+    return f"{record['id']}: {text[:EXAMPLE_CHARACTERS]}"
 
 
 def _run(context: Context, settings: DuplicateSettings) -> dict:
+    if context.pool is not None:
+        # A target is what it is: copies in it are weight that its author gave.
+        return {"duplicates": write_jsonl(context.folder / DUPLICATES, [])}
     return find_duplicates(context.folder, settings, context.engine, context.counted("tag", "tagged"))
 
 

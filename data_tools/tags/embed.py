@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_json
+from megatron_ksa.data_tools.tags.minhash import mixed
 from megatron_ksa.errors import UsageError
 
 DIMENSIONS = 128
@@ -27,18 +28,27 @@ WORDS = 30_000
 SAMPLE = 50_000
 CHARACTERS = 4_000
 TEXTS_PER_TASK = 512
+# A tag is a mean of so many instances: its error is a quarter of one instance's, and means are then clustered.
+INSTANCES_PER_TAG = 16
+
+
+# Texts of the instances for which a bool [instances] is true.
+Texts = Callable[[np.ndarray], Iterable[str]]
 
 
 class Embedder(Protocol):
     """What turns tags into vectors, of the pool and of new data alike."""
 
-    def embed(self, tags: list[str], carried: csr_array, texts: Callable[[], Iterable[str]]) -> np.ndarray:
+    def embed(self, tags: list[str], carried: csr_array, texts: Texts) -> np.ndarray:
         """Unit vectors, float32 [tags, dimensions].
 
         Args:
             carried: [tags, instances], above 0 where an instance carries the tag.
-            texts: iterates over the instances' texts.
+            texts: iterates over the texts of the instances that are wanted, bool [instances].
         """
+
+    def embed_texts(self, texts: Iterable[str], total: int) -> Iterator[np.ndarray]:
+        """Unit vectors of `total` texts in batches, float32 [batch, dimensions]."""
 
     def save(self, folder: Path) -> None:
         """Write what `load_embedder` needs."""
@@ -71,9 +81,16 @@ class SentenceEmbedder:
             raise UsageError(f"--embedding-model {model}: {error}") from None
         self.name = model
 
-    def embed(self, tags: list[str], carried: csr_array, texts: Callable[[], Iterable[str]]) -> np.ndarray:
+    def embed(self, tags: list[str], carried: csr_array, texts: Texts) -> np.ndarray:
         """Unit vectors, float32 [tags, dimensions]; the words alone decide."""
         return unit(np.asarray(self._model.encode(tags, batch_size=256, show_progress_bar=True), np.float32))
+
+    def embed_texts(self, texts: Iterable[str], total: int) -> Iterator[np.ndarray]:
+        """Unit vectors in batches, float32 [batch, dimensions]."""
+        with tqdm(total=total, desc="embed instances", unit=" texts") as progress:
+            for batch in batched((text[:CHARACTERS] for text in texts), TEXTS_PER_TASK):
+                yield unit(np.asarray(self._model.encode(list(batch), batch_size=256), np.float32))
+                progress.update(len(batch))
 
     def save(self, folder: Path) -> None:
         """Write the model's name."""
@@ -93,15 +110,15 @@ class LatentEmbedder:
         self._vectorizer, self._components, self._engine = vectorizer, components, engine
 
     @classmethod
-    def fit(cls, texts: Callable[[], Iterable[str]], total: int, engine: Engine) -> "LatentEmbedder":
-        """Learn from the texts, `total` of them.
+    def fit(cls, texts: Texts, total: int, engine: Engine) -> "LatentEmbedder":
+        """Learn from the texts of `total` instances.
 
         Raises:
             UsageError: texts without words.
         """
-        step = -(-total // SAMPLE)
-        rows = tqdm(texts(), total=total, desc="learn words", unit=" records")
-        sample = (text[:CHARACTERS] for number, text in enumerate(rows) if number % step == 0)
+        wanted = np.arange(total) % -(-total // SAMPLE) == 0
+        rows = tqdm(texts(wanted), total=int(wanted.sum()), desc="learn words", unit=" records")
+        sample = (text[:CHARACTERS] for text in rows)
         vectorizer = _vectorizer(min_df=2 if total >= 50 else 1)
         try:
             matrix = vectorizer.fit_transform(sample)
@@ -120,21 +137,47 @@ class LatentEmbedder:
                 progress.update(len(vectors))
                 yield vectors
 
-    def embed(self, tags: list[str], carried: csr_array, texts: Callable[[], Iterable[str]]) -> np.ndarray:
-        """Unit vectors, float32 [tags, dimensions]: mean of the instances', and the tag's own, in equal parts."""
+    def embed(self, tags: list[str], carried: csr_array, texts: Texts) -> np.ndarray:
+        """Unit vectors, float32 [tags, dimensions]: mean of the instances', and the tag's own, in equal parts.
+
+        Of a tag that many instances carry, `INSTANCES_PER_TAG` or a few more are taken.
+        """
         total = np.zeros((len(tags), len(self._components)), np.float32)
-        by_instance, first = csr_array(carried.T), 0
-        for vectors in self._vectors(texts(), by_instance.shape[0], "embed instances"):
+        by_instance = csr_array(carried.T)
+        wanted = enough_instances(by_instance, INSTANCES_PER_TAG)
+        by_instance, first = by_instance[np.flatnonzero(wanted)], 0
+        for vectors in self._vectors(texts(wanted), by_instance.shape[0], "embed instances"):
             total += by_instance[first : first + len(vectors)].T.astype(np.float32) @ vectors
             first += len(vectors)
         own = np.concatenate(list(self._vectors(tags, len(tags), "embed tags")))
         return unit(unit(total) + own)
+
+    def embed_texts(self, texts: Iterable[str], total: int) -> Iterator[np.ndarray]:
+        """Unit vectors in batches, float32 [batch, dimensions]."""
+        return self._vectors(texts, total, "embed instances")
 
     def save(self, folder: Path) -> None:
         """Write words, weights and directions."""
         words = self._vectorizer.get_feature_names_out()
         write_json(folder / "embedder.json", {"kind": "latent", "words": list(words)})
         write_arrays(folder / "embedder.npz", idf=self._vectorizer.idf_, components=self._components)
+
+
+def enough_instances(carried: csr_array, each: int) -> np.ndarray:
+    """bool [instances]: for every tag `each` that carry it, or all there are, from anywhere in the pool.
+
+    Args:
+        carried: [instances, tags], above 0 where an instance carries a tag.
+    """
+    wanted, lacks = np.zeros(carried.shape[0], bool), np.full(carried.shape[1], each).tolist()
+    bounds, columns = carried.indptr.tolist(), carried.indices
+    for row in np.argsort(mixed(np.arange(carried.shape[0], dtype=np.uint64)), kind="stable").tolist():
+        tags = columns[bounds[row] : bounds[row + 1]].tolist()
+        if any(lacks[tag] > 0 for tag in tags):
+            wanted[row] = True
+            for tag in tags:
+                lacks[tag] -= 1
+    return wanted
 
 
 def _vectorizer(**settings) -> TfidfVectorizer:

@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import TypeVar
 
 from megatron_ksa.errors import UsageError
@@ -16,6 +18,8 @@ Result = TypeVar("Result")
 
 ENGINES = ("local", "ray")
 TASKS_IN_FLIGHT = 4
+# A pickled function of so many bytes goes with each task to workers that stay; a larger one has workers of its own.
+SMALL_FUNCTION = 64 * 1024
 
 
 class Engine:
@@ -35,6 +39,7 @@ class Engine:
         if workers < 1:
             raise UsageError(f"--workers {workers}: at least 1")
         self.kind, self.workers = kind, workers
+        self._pool: ProcessPoolExecutor | None = None
         if kind == "ray":
             try:
                 import ray
@@ -51,21 +56,43 @@ class Engine:
             return map(function, tasks)
         return self._in_processes(function, tasks)
 
+    def close(self) -> None:
+        """End the processes that wait for more work; the next `map` starts others."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
     def _in_processes(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=(function,)) as pool:
-            pending: deque = deque()
-            try:
-                for task in tasks:
-                    pending.append(pool.submit(_run, task))
-                    if len(pending) >= TASKS_IN_FLIGHT * self.workers:
-                        yield pending.popleft().result()
-                while pending:
+        pickled = pickle.dumps(function)
+        if len(pickled) <= SMALL_FUNCTION:
+            if self._pool is None:
+                self._pool = self._start()
+            pool, call = self._pool, partial(_run_pickled, pickled)
+        else:
+            # Sent to every worker once, not with every task.
+            pool, call = self._start(_start_worker_for, (pickled,)), _run
+        pending: deque = deque()
+        try:
+            for task in tasks:
+                pending.append(pool.submit(call, task))
+                if len(pending) >= TASKS_IN_FLIGHT * self.workers:
                     yield pending.popleft().result()
-            except BrokenProcessPool:
-                raise UsageError(f"--workers {self.workers}: a worker died, out of memory perhaps; use fewer") from None
-            finally:
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            self._pool = None
+            raise UsageError(f"--workers {self.workers}: a worker died, out of memory perhaps; use fewer") from None
+        finally:
+            for future in pending:
+                future.cancel()
+            if pool is not self._pool:
                 pool.shutdown(cancel_futures=True)
+
+    def _start(self, initializer: Callable | None = None, arguments: tuple = ()) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(
+            self.workers, context, initializer=initializer or _start_worker, initargs=arguments
+        )  # fmt: skip
 
     def _on_ray(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         import ray
@@ -93,10 +120,14 @@ class Engine:
 _function: Callable | None = None
 
 
-def _start_worker(function: Callable) -> None:
-    global _function
-    _function = function
+def _start_worker() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _start_worker_for(pickled: bytes) -> None:
+    global _function
+    _function = pickle.loads(pickled)
+    _start_worker()
 
 
 def _end_with_parent() -> None:
@@ -107,6 +138,10 @@ def _end_with_parent() -> None:
 
 def _run(task: object) -> object:
     return _function(task)
+
+
+def _run_pickled(pickled: bytes, task: object) -> object:
+    return pickle.loads(pickled)(task)
 
 
 def _call(function: Callable, task: object) -> object:

@@ -1,16 +1,16 @@
 """Tree information as a sum of concave functions of masses (docs/tags.md, 4 and 5).
 
-I(S) = sum_v w(depth v) * phi(sum_{i in S} a[i, v]) with a[i, v] = s_i/|T_i| * #{t in T_i : v on the path root..t}.
+I(S) = sum_v w_v * phi(sum_{i in S} a[i, v]) with a[i, v] = s_i/|T_i| * #{t in T_i : v on the path root..t}.
 Every term is concave and rising in a sum of nonnegative masses, so I is monotone and submodular.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csr_array
 
 EPSILON = 1e-6
-POWER = 0.8
+POWER, SHARE_EXPONENT = 0.4, 0.4
 PHI = ("power", "log1p")
 ROWS_AT_ONCE = 1 << 16
 
@@ -22,12 +22,14 @@ class Coverage:
     Args:
         mass: float64 [instances, nodes], at least 0, indices sorted.
         weight: float64 [nodes], at least 0.
-        scale: float64 [nodes]; 0 where phi_v(x) = (x + 1e-6)^0.8 - (1e-6)^0.8, and c where phi_v(x) = log(1 + c x).
+        scale: float64 [nodes]; 0 where phi_v(x) = (x + 1e-6)^power - (1e-6)^power, and c where phi_v(x) = log(1 + c x).
+        power: above 0, at most 1.
     """
 
     mass: csr_array
     weight: np.ndarray
     scale: np.ndarray
+    power: float = POWER
 
     @property
     def instances(self) -> int:
@@ -41,10 +43,10 @@ class Coverage:
         if logarithmic.all():
             return np.log1p(scale * x)
         if not logarithmic.any():
-            return (x + EPSILON) ** POWER - EPSILON**POWER
+            return (x + EPSILON) ** self.power - EPSILON**self.power
         result = np.empty(len(x))
         result[logarithmic] = np.log1p(scale[logarithmic] * x[logarithmic])
-        result[~logarithmic] = (x[~logarithmic] + EPSILON) ** POWER - EPSILON**POWER
+        result[~logarithmic] = (x[~logarithmic] + EPSILON) ** self.power - EPSILON**self.power
         return result
 
     def masses(self, chosen: np.ndarray) -> np.ndarray:
@@ -72,10 +74,14 @@ class Coverage:
             before = np.cumsum(lengths) - lengths
             entries = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
             nodes = self.mass.indices[entries]
-            gain = self.weight[nodes] * (self.phi(total[nodes] + self.mass.data[entries], nodes) - reached[nodes])
+            gain = self.weight[nodes] * self._rise(nodes, self.mass.data[entries], total, reached)
             owner = np.repeat(np.arange(len(part)), lengths)
             result[first : first + len(part)] = np.bincount(owner, gain, minlength=len(part))
         return result
+
+    def _rise(self, nodes: np.ndarray, mass: np.ndarray, total: np.ndarray, reached: np.ndarray) -> np.ndarray:
+        """float64 [k], what each node's phi gains by a mass on top of its total."""
+        return self.phi(total[nodes] + mass, nodes) - reached[nodes]
 
     def singles(self) -> np.ndarray:
         """float64 [instances], f({i})."""
@@ -84,7 +90,21 @@ class Coverage:
 
     def take(self, members: np.ndarray) -> "Coverage":
         """The same function over the instances `members` only, int64 [members]."""
-        return Coverage(self.mass[members], self.weight, self.scale)
+        return replace(self, mass=self.mass[members])
+
+
+@dataclass(frozen=True)
+class FirstOrderCoverage(Coverage):
+    """A `Coverage` whose gains are taken to first order: phi'(masses of S) times the mass of the instance.
+
+    Such a gain never rises as S grows, so lazy greedy chooses as plain greedy does. It is far from the true one where
+    a node has no mass yet: phi'(0) is 12.7 for the power 0.8, a whole unit of mass gains 0.94.
+    """
+
+    def _rise(self, nodes: np.ndarray, mass: np.ndarray, total: np.ndarray, reached: np.ndarray) -> np.ndarray:
+        scale, x = self.scale[nodes], total[nodes]
+        slope = np.where(scale > 0, scale / (1 + scale * x), self.power * (x + EPSILON) ** (self.power - 1))
+        return slope * mass
 
 
 def tag_shares(indptr: np.ndarray, leaves: np.ndarray, nodes: int) -> csr_array:
@@ -139,38 +159,48 @@ def tree_information(
     weight: np.ndarray,
     *,
     phi: str = "power",
+    power: float = POWER,
 ) -> Coverage:
     """I(S).
 
     Args:
         shares, strength, parent: as `ground` takes them.
-        weight: float64 [nodes], w of each node's depth, as `level_weights` gives it.
+        weight: float64 [nodes], as `node_weights` gives it.
         phi: one of `PHI`.
+        power: exponent of the power.
     """
-    return Coverage(ground(shares, strength, parent), weight, np.full(len(parent), float(PHI.index(phi))))
+    return Coverage(ground(shares, strength, parent), weight, np.full(len(parent), float(PHI.index(phi))), power)
 
 
-def level_weights(
-    held: np.ndarray, depth: np.ndarray, amount: float, *, phi: str = "power", depth_weight: float = 1.0
+def node_weights(
+    held: np.ndarray,
+    depth: np.ndarray,
+    *,
+    phi: str = "power",
+    power: float = POWER,
+    share_exponent: float = SHARE_EXPONENT,
+    depth_weight: float = 1.0,
 ) -> np.ndarray:
-    """w(depth) of each node, float64 [nodes]; 1 at the root.
+    """w of each node, float64 [nodes]; 1 at the root.
 
-    phi is concave, so mass counts the more the more nodes it is spread over: with equal weights the leaves, which are
-    many, would decide alone, and branches would fill up in proportion to the pool. So a level is divided by what a
-    selection like the pool would have there, for each unit of its mass:
+    Where nothing but the nodes of one level counts, and masses can be had in any amount, w_v x_v^power is maximal with
+    a given sum of masses at x_v in proportion to w_v^(1/(1 - power)), and w_v log(1 + x_v) nearly at x_v in proportion
+    to w_v. So with
 
-        w(d) = depth_weight^d * sum_v held_v / sum_v phi(amount * held_v) * phi(amount),    v at depth d.
+        w_v = depth_weight^depth * held_v^(share_exponent * (1 - power)),    the power 0 for the logarithm,
+
+    a level's optimum has x_v in proportion to held_v^share_exponent: 0 seeks as much of every node, however rare, and 1
+    a selection like the pool. Only ratios of masses matter to the power, so it chooses alike at any size of the pool.
 
     Args:
         held: float64 [nodes], share of the pool's tags at or below each node; 1 at the root.
         depth: int [nodes], 0 at the root.
-        amount: mass that a selection will have, its instances.
         phi: one of `PHI`.
+        power: exponent of the power.
+        depth_weight: a level's nodes count this many times those of the one above.
     """
-    plain = Coverage(csr_array((0, len(held))), np.ones(len(held)), np.full(len(held), float(PHI.index(phi))))
-    reached = np.bincount(depth, plain.phi(amount * held))
-    mean = np.divide(np.bincount(depth, held), reached, out=np.zeros(len(reached)), where=reached > 0)
-    return (mean * reached[0] * float(depth_weight) ** np.arange(len(mean)))[depth]
+    exponent = share_exponent * (1 - power if phi == "power" else 1.0)
+    return np.where(held > 0, held, 0.0) ** exponent * float(depth_weight) ** np.asarray(depth, np.float64)
 
 
 def strengths(

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ksa.data_tools.tags import (
     canonicalise,
+    decontaminate,
     duplicates,
     export,
     ground,
@@ -54,7 +55,8 @@ COMMANDS = {
         (duplicates.STEP, canonicalise.STEP, tree.STEP, ground.STEP), (duplicates.STEP, ground.STEP),
     ),
     "sample": Command(
-        "choose what covers the tree best within a budget, aligned to the target", (selection.STEP,)
+        "leave out what holds evaluation data, choose what covers the tree best within a budget, aligned to the target",
+        (decontaminate.STEP, selection.STEP),
     ),
     "export": Command("the chosen records as data for any trainer: --export jsonl or parquet", (export.STEP,)),
     "write": Command(

@@ -181,7 +181,8 @@ def clean_tags(tags: list, limit: int = MAX_TAGS) -> tuple[list[str], list[tuple
         if not isinstance(tag, str):
             dropped.append((str(tag)[:MAX_TAG_CHARACTERS], "not text"))
             continue
-        text = " ".join("".join(c if c.isprintable() else " " for c in tag).split())
+        printable = tag if tag.isprintable() else "".join(c if c.isprintable() else " " for c in tag)
+        text = " ".join(printable.split())
         if len(text) > MAX_TAG_CHARACTERS:
             dropped.append((text[:MAX_TAG_CHARACTERS], f"{len(text):,} characters, more than {MAX_TAG_CHARACTERS}"))
         elif not any(c.isalnum() for c in text):

@@ -11,7 +11,15 @@ from megatron_ksa.data_tools.tags.alignment import ALIGN_WEIGHT, align, divergen
 from megatron_ksa.data_tools.tags.budget import Budget, parse_budget
 from megatron_ksa.data_tools.tags.constraints import Rules
 from megatron_ksa.data_tools.tags.greedy import Selection, greedy
-from megatron_ksa.data_tools.tags.objective import PHI, Coverage, level_weights, strengths, tree_information
+from megatron_ksa.data_tools.tags.objective import (
+    PHI,
+    POWER,
+    SHARE_EXPONENT,
+    Coverage,
+    node_weights,
+    strengths,
+    tree_information,
+)
 from megatron_ksa.data_tools.tags.partition import random_parts, two_round_greedy
 from megatron_ksa.data_tools.tags.pool import Pool
 from megatron_ksa.errors import UsageError
@@ -28,7 +36,7 @@ class SampleSettings:
         method: one of `METHODS`.
         align_weight: lambda, nats of divergence against the whole information; used where there is a target.
         phi: one of `objective.PHI`.
-        depth_weight: a level counts this many times the one above it (`objective.level_weights`).
+        power, share_exponent, depth_weight: as `objective.node_weights` takes them.
         quality_weight, difficulty_weight: exponents of the scores in s_i.
         parts: greedy in this many random parts, then over the union; 1 is greedy over the whole pool.
         label_similarity: cosine from which labels are joined, for the label graph.
@@ -50,9 +58,17 @@ class SampleSettings:
         "Weight of the divergence from the target, nats against the whole information.",
         flag="--align-weight",
     )
-    phi: str = option("power", "How mass on a node counts: x^0.8 or log(1 + x).", choices=PHI, flag="--phi")
+    phi: str = option(
+        "power", "How mass on a node counts: x to the --power, or log(1 + x), which depends on the pool's size.",
+        choices=PHI, flag="--phi",
+    )  # fmt: skip
+    power: float = option(POWER, "Exponent of a node's mass, above 0: the lower, the more even.", flag="--power")
+    share_exponent: float = option(
+        SHARE_EXPONENT, "What is sought of a node is its share of the pool to this exponent: 0 as much of each, 1 as "
+        "in the pool.", flag="--share-exponent",
+    )  # fmt: skip
     depth_weight: float = option(
-        1.0, "A level counts this many times the one above it, for each unit of mass.", flag="--depth-weight"
+        1.0, "The nodes of a level count this many times those of the one above.", flag="--depth-weight"
     )
     quality_weight: float = option(1.0, "Exponent of the quality score.", flag="--quality-weight")
     difficulty_weight: float = option(1.0, "Exponent of the difficulty score.", flag="--difficulty-weight")
@@ -66,12 +82,14 @@ class SampleSettings:
         for flag, value, choices in (("--method", self.method, METHODS), ("--phi", self.phi, PHI)):
             if value not in choices:
                 raise UsageError(f"{flag} {value}: not one of {', '.join(choices)}")
-        for name in ("align_weight", "quality_weight", "difficulty_weight"):
+        for name in ("align_weight", "share_exponent", "quality_weight", "difficulty_weight"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
                 raise UsageError(f"--{name.replace('_', '-')} {value}: a finite number, at least 0")
         if not (np.isfinite(self.depth_weight) and self.depth_weight > 0):
             raise UsageError(f"--depth-weight {self.depth_weight}: a finite number above 0")
+        if not 0 < self.power <= 1:
+            raise UsageError(f"--power {self.power}: above 0, at most 1")
         if self.parts < 1:
             raise UsageError(f"--parts {self.parts}: at least 1")
 
@@ -111,17 +129,19 @@ class _Problem:
             pool.quality, pool.difficulty,
             quality_weight=settings.quality_weight, difficulty_weight=settings.difficulty_weight,
         )  # fmt: skip
-        self.weight = level_weights(
-            pool.held, pool.depth, pool.instances * self.share(), phi=settings.phi, depth_weight=settings.depth_weight
-        )
+        self.weight = node_weights(
+            pool.held, pool.depth, phi=settings.phi, power=settings.power, share_exponent=settings.share_exponent,
+            depth_weight=settings.depth_weight,
+        )  # fmt: skip
         # What the selection's leaf distribution counts: instances, or tokens where they are what the budget counts.
         self.weighted_shares = pool.shares if self.cost is None else csr_array(diags_array(self.cost) @ pool.shares)
 
     def information(self, rows: np.ndarray) -> Coverage:
         """I on the given instances, int64 [rows]."""
         return tree_information(
-            self.pool.shares[rows], self.strength[rows], self.pool.parent, self.weight, phi=self.settings.phi
-        )
+            self.pool.shares[rows], self.strength[rows], self.pool.parent, self.weight,
+            phi=self.settings.phi, power=self.settings.power,
+        )  # fmt: skip
 
     def maximise(self, objective) -> Selection:
         """Greedy on `objective`, a function of rows that gives their `Coverage`."""

@@ -13,6 +13,7 @@ from megatron_ksa.data_tools.tags.budget import Budget, counts_tokens, parse_bud
 from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
 from megatron_ksa.data_tools.tags.chat_template import EncodingSettings, encode_records, has_response
 from megatron_ksa.data_tools.tags.constraints import ConstraintSettings, Limit, Rules
+from megatron_ksa.data_tools.tags.decontaminate import CONTAMINATED, contaminated_lines
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jsonl
 from megatron_ksa.data_tools.tags.ground import GROUNDING
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
@@ -126,12 +127,16 @@ def sample_step(
     constraints = constraints or ConstraintSettings()
     by_branch = any(bound.kind == "branch" for bound in constraints.bounds)
     pool = load_pool(work, vectors=by_branch or settings.method in ("label-graph", "cluster-balanced"))
-    rows, counts = np.arange(pool.instances), {"refused_by_template": 0, "without_response": 0}
-    if responses and pool.instances:
-        answered = np.array([has_response(record) for record in read_records(work, pool.record)])
-        rows = np.flatnonzero(answered)
-        counts["without_response"] = pool.instances - len(rows)
+    rows = np.flatnonzero(~np.isin(pool.record, contaminated_lines(work)))
+    counts = {"refused_by_template": 0, "without_response": 0, "contaminated": pool.instances - len(rows)}
+    if counts["contaminated"]:
+        if not len(rows):
+            raise UsageError(f"{work}: every instance holds a question of the evaluation data; see {CONTAMINATED}")
         pool = pool.take(rows)
+    if responses and pool.instances:
+        answered = np.flatnonzero([has_response(record) for record in read_records(work, pool.record)])
+        counts["without_response"] = pool.instances - len(answered)
+        pool, rows = pool.take(answered), rows[answered]
     if tokens is not None and pool.instances:
         pool = replace(pool, tokens=count_tokens(work, pool, tokens, run))
         written = np.flatnonzero(pool.tokens)
@@ -210,7 +215,10 @@ def _run(
         context.folder, settings, constraints, target=context.target, tokens=tokens, responses=responses,
         run=context.engine.map,
     ).summary  # fmt: skip
-    names = ("pool_instances", "instances", "pool_tokens", "tokens", "refused_by_template", "without_response")
+    names = (
+        "pool_instances", "instances", "pool_tokens", "tokens", "refused_by_template", "without_response",
+        "contaminated",
+    )  # fmt: skip
     return {name: summary[name] for name in names if name in summary}
 
 
@@ -234,6 +242,6 @@ def _decides(
 
 STEP = Step(
     "sample", {"sampling": SampleSettings, "constraints": ConstraintSettings, "encoding": EncodingSettings},
-    reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS), writes=(SELECTION, SUMMARY),
+    reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS, CONTAMINATED), writes=(SELECTION, SUMMARY),
     run=_run, also_reads=_other_files, decides=_decides,
 )  # fmt: skip

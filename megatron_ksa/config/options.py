@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import types
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,17 +34,22 @@ def _scalar_type(annotation: Any) -> type:
 def add_config_arguments(parser: argparse.ArgumentParser, config: type, prefix: str, title: str) -> None:
     """Add one argument group with a flag `--<prefix>-<field>` for every field of the dataclass `config`.
 
-    A field of type bool becomes `--flag` and `--no-flag`. The class docstring's first line describes the group.
+    A field of type bool becomes `--flag` and `--no-flag`, one of type `tuple[str, ...]` takes several words. The
+    class docstring's first line describes the group.
     """
     group = parser.add_argument_group(title, (config.__doc__ or "").strip().splitlines()[0])
     annotations = get_type_hints(config)
     for field in dataclasses.fields(config):
         kind = _scalar_type(annotations[field.name])
-        default = "" if field.default is None else f" (default: {field.default})"
+        default = "" if field.default in (None, ()) else f" (default: {field.default})"
         help_text = (field.metadata["help"] + default).replace("%", "%%")
         if kind is bool:
             group.add_argument(
                 flag(field, prefix), action=argparse.BooleanOptionalAction, default=field.default, help=help_text
+            )
+        elif get_origin(kind) is tuple:
+            group.add_argument(
+                flag(field, prefix), nargs="+", type=get_args(kind)[0], default=field.default, help=help_text
             )
         else:
             choices = field.metadata.get("choices")
@@ -59,4 +64,5 @@ def config_from_args[Config: DataclassInstance](config: type[Config], args: argp
     Raises:
         UsageError: from the dataclass's own validation.
     """
-    return config(**{f.name: getattr(args, destination(f, prefix)) for f in dataclasses.fields(config)})
+    values = {f.name: getattr(args, destination(f, prefix)) for f in dataclasses.fields(config)}
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -39,7 +39,7 @@ class Pool:
                 while v >= 0:
                     total[v] += self.strength[i] / len(tags)
                     v = self.parent[v]
-        phi = np.log1p(total) if self.phi == "log1p" else (total + 1e-6) ** 0.8 - 1e-6**0.8
+        phi = np.log1p(total) if self.phi == "log1p" else (total + 1e-6) ** 0.4 - 1e-6**0.4
         return float((0.9 ** self.depth.astype(float)) @ phi)
 
 

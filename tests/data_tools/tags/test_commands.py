@@ -21,8 +21,8 @@ def test_commands_run_once_and_stand_until_something_changes(tmp_path, call):
             assert code == 0 and (f"{step}: stands" in out) == stands, out
     assert "--data-args-path" in call("write", "--work", work, *steps[1][1])[1]
     assert (work / "report" / "index.html").is_file() and (work / "blend" / "blend.txt").is_file()
-    assert "stands" not in call("sample", "--work", work, "--budget", "10%", *tokenizer)[1]
-    assert "stands" not in call("write", "--work", work, *steps[1][1])[1]
+    assert "sample: stands" not in call("sample", "--work", work, "--budget", "10%", *tokenizer)[1]
+    assert "write: stands" not in call("write", "--work", work, *steps[1][1])[1]
 
 
 def test_no_older_output_stays_beside_newer_input(tmp_path, call):
@@ -68,4 +68,4 @@ def test_mistakes_cost_one_line(tmp_path, call, arguments, message):
     before = sorted(path.name for path in work.iterdir())
     code, _, error = call(arguments[0], "--work", work, *arguments[1:])
     assert code == 2 and message in error
-    assert set(path.name for path in work.iterdir()) - set(before) <= {".digests.json"}
+    assert set(path.name for path in work.iterdir()) - set(before) <= {".digests.json", "manifest.json"}

@@ -15,7 +15,10 @@ from raw_pool import write_pool
 
 from megatron_ksa.data_tools.tokenizers import write_byte_level
 
-STEPS = {"read", "tag", "duplicates", "canonicalise", "tree", "ground", "sample", "export", "write", "report"}
+STEPS = {
+    "read", "tag", "duplicates", "canonicalise", "tree", "ground", "decontaminate", "sample", "export", "write",
+    "report",
+}  # fmt: skip
 KILLED = Path(__file__).with_name("killed_tool.py")
 
 

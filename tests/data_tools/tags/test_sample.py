@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ksa.data_tools.benchmarks.tags_align import topic_pool
 from megatron_ksa.data_tools.tags.budget import parse_budget
-from megatron_ksa.data_tools.tags.objective import PHI, level_weights, strengths
+from megatron_ksa.data_tools.tags.objective import node_weights, strengths
 from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings, sample
 from megatron_ksa.errors import UsageError
 
@@ -80,23 +80,24 @@ def test_methods_do_what_their_names_say():
     assert information["random"] < 0.9 * information["tags"]
 
 
-def test_label_graph_is_migs_objective():
-    """Against the formula with dense matrices: phi of the propagated sum of s_i v_i, greedy by the largest value."""
+def test_label_graph_is_mig_as_its_code_has_it():
+    """Against dense matrices: rows were normalised where MIG divides by the receiving label's sum, and gains were exact
+    where MIG takes them to first order, which covers labels far sooner."""
     pool = with_vectors(topic_pool(instances=60, topics=3, leaves=5)[0])
     found = sample(pool, SampleSettings("10", method="label-graph", label_similarity=0.8))
     unit = pool.leaf_vectors / np.linalg.norm(pool.leaf_vectors, axis=1, keepdims=True)
     graph = np.where(unit @ unit.T >= 0.8, unit @ unit.T, 0)
-    graph /= graph.sum(axis=1, keepdims=True)
-    assert np.count_nonzero(graph) > len(graph)
+    graph /= graph.sum(axis=0)
+    assert np.count_nonzero(graph) > len(graph) and not np.allclose(graph, graph.T)
     labels = np.zeros((60, len(graph)))
     labels[np.arange(60).repeat(5), pool.leaves - pool.leaf_nodes[0]] = 1
     spread = strengths(pool.quality, pool.difficulty)[:, None] * labels @ graph
-    chosen = []
+    chosen, total = [], np.zeros(len(graph))
     for _ in range(10):
-        values = [
-            -1 if i in chosen else ((spread[[*chosen, i]].sum(0) + 1e-6) ** 0.8 - 1e-6**0.8).sum() for i in range(60)
-        ]
+        values = spread @ (0.8 * (total + 1e-6) ** -0.2)
+        values[chosen] = -1
         chosen.append(int(np.argmax(values)))
+        total += spread[chosen[-1]]
     np.testing.assert_array_equal(found.chosen, chosen)
 
 
@@ -116,21 +117,30 @@ def test_quality_difficulty_and_depth_weights():
     assert leaves[0.01] < leaves[100.0]
 
 
-def test_levels_count_alike_for_a_selection_like_the_pool():
-    """Each unit of mass is worth the same on every level; with a third level of few leaves too."""
-    parent = np.array([-1, 0, 0, 0, 1, 1, 2, 2, 2, 4, 4])
-    depth = np.array([0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3])
-    held = np.zeros(11)
-    held[[3, 5, 6, 7, 8, 9, 10]] = [0.2, 0.1, 0.2, 0.2, 0.1, 0.1, 0.1]
-    for node in range(10, 0, -1):
-        held[parent[node]] += held[node]
-    for phi in PHI:
-        for factor in (1.0, 0.5):
-            weight = level_weights(held, depth, 50.0, phi=phi, depth_weight=factor)
-            reached = np.log1p(50 * held) if phi == "log1p" else (50 * held + 1e-6) ** 0.8 - 1e-6**0.8
-            worth = np.bincount(depth, weight * reached) / np.bincount(depth, held)
-            np.testing.assert_allclose(worth, worth[0] * factor ** np.arange(4))
-            assert weight[0] == pytest.approx(1)
+@pytest.mark.parametrize(("phi", "power"), [("power", 0.4), ("power", 0.5), ("log1p", 0.4)])
+@pytest.mark.parametrize("exponent", [0.0, 0.4, 1.0])
+def test_a_levels_optimum_is_the_pools_share_to_the_exponent(phi, power, exponent):
+    """At that optimum every node of the level gains as much from one more unit of mass."""
+    held = np.array([1.0, 0.5, 0.3, 0.2])
+    weight = node_weights(held, np.array([0, 1, 1, 1]), phi=phi, power=power, share_exponent=exponent, depth_weight=3.0)
+    assert weight[0] == 1
+    mass = 1e6 * held[1:] ** exponent
+    slope = weight[1:] * (power * mass ** (power - 1) if phi == "power" else 1 / (1 + mass))
+    np.testing.assert_allclose(slope, slope[0], rtol=1e-5)
+
+
+def test_the_default_chooses_alike_at_any_size_of_the_pool():
+    """With log(1 + x) a pool of copies ten times as large gave another mix of topics for ten times the budget."""
+    pool, _ = topic_pool(instances=400, tilt=1.5)
+    pool = replace(pool, quality=np.full(400, 5.0), difficulty=np.full(400, 5.0))
+    larger = pool.take(np.arange(400).repeat(10))
+    mixes = []
+    for phi in ("power", "log1p"):
+        for each, budget in ((pool, "40"), (larger, "400")):
+            chosen = sample(each, SampleSettings(budget, phi=phi)).chosen
+            mixes.append(np.bincount(pool.parent[each.leaves[each.indptr[chosen]]], minlength=9) / len(chosen))
+    small, large, small_log, large_log = mixes
+    assert np.abs(small - large).sum() < 0.1 < np.abs(small_log - large_log).sum()
 
 
 def test_parts_come_close_to_one_greedy():
@@ -144,7 +154,8 @@ def test_parts_come_close_to_one_greedy():
     [
         ({"method": "best"}, "--method best: not one of tags, random"), ({"phi": "exp"}, "--phi exp"),
         ({"align_weight": -1.0}, "--align-weight -1.0"), ({"align_weight": float("nan")}, "--align-weight nan"),
-        ({"depth_weight": 0.0}, "--depth-weight"), ({"quality_weight": float("inf")}, "--quality-weight"),
+        ({"depth_weight": 0.0}, "--depth-weight"), ({"power": 0.0}, "--power 0.0"), ({"power": 1.5}, "--power"),
+        ({"share_exponent": -1.0}, "--share-exponent"), ({"quality_weight": float("inf")}, "--quality-weight"),
         ({"parts": 0}, "--parts"),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from raw_pool import TOPICS
+from scipy.sparse import csr_array
 
 from megatron_ksa.data_tools.tags import canonicalise, ground, tree
 from megatron_ksa.data_tools.tags.canonicalise import (
@@ -15,8 +16,7 @@ from megatron_ksa.data_tools.tags.canonicalise import (
     merge_spellings,
 )
 from megatron_ksa.data_tools.tags.clustering import blocks, refine_by_instances
-from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings, find_duplicates, word_shingles
-from megatron_ksa.data_tools.tags.embed import unit
+from megatron_ksa.data_tools.tags.embed import enough_instances, unit
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tags.ground import GroundSettings
@@ -74,29 +74,6 @@ def test_keyphrases_are_shared_telling_and_none_is_part_of_another(tmp_path):
     assert next(pooled.answers(target / "records.jsonl", 1)).tags == ["salt"]
     with pytest.raises(UsageError, match="--tags-per-record 0"):
         KeyphraseTagger(0, Engine())
-
-
-def test_duplicates_are_those_of_exact_jaccard_away_from_the_threshold(tmp_path):
-    """MinHash estimates with a standard error of 0.045 at most, so pairs far from 0.8 are told rightly."""
-    generator = np.random.default_rng(0)
-    words = [f"w{n}" for n in range(400)]
-    rows = []
-    for _ in range(40):
-        text = list(generator.choice(words, 200))
-        near, far = list(text), list(text)
-        near[5] = "changed"
-        far[::6] = ["changed"] * len(far[::6])
-        rows += [" ".join(text), " ".join(near), " ".join(far)]
-    write_tagged(tmp_path, [(text, ["a"]) for text in rows])
-    counts = find_duplicates(tmp_path, DuplicateSettings(), Engine(), len(rows))
-    found = {row["id"]: row for row in read_jsonl(tmp_path / "duplicates.jsonl")}
-    shingles = [set(word_shingles(text)) for text in rows]
-    exact = lambda a, b: len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b])  # noqa: E731
-    assert counts == {"duplicates": 40} and list(found) == [f"s/{n}" for n in range(1, 120, 3)]
-    for n in range(0, 120, 3):
-        assert found[f"s/{n + 1}"]["kept"] == f"s/{n}" and exact(n, n + 2) < 0.5
-        assert abs(found[f"s/{n + 1}"]["similarity"] - exact(n, n + 1)) < 4 * 0.045
-    assert find_duplicates(tmp_path, DuplicateSettings(similarity=0), Engine(), len(rows)) == {"duplicates": 0}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +232,6 @@ def test_new_data_lands_on_an_old_tree_or_is_listed(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "changes", "message"),
     [
-        (DuplicateSettings, {"similarity": 1.1}, "--duplicate-similarity"),
         (CanonicalSettings, {"merge_spelling": -1}, "--merge-spelling"),
         (CanonicalSettings, {"merge_cosine": 0}, "--merge-cosine"),
         (CanonicalSettings, {"rare": 0}, "--rare-tags"),
@@ -268,3 +244,21 @@ def test_new_data_lands_on_an_old_tree_or_is_listed(tmp_path):
 def test_bad_settings(settings, changes, message):
     with pytest.raises(UsageError, match=message):
         settings(**changes)
+
+
+def test_enough_instances_are_taken_of_every_tag_and_few_more():
+    generator = np.random.default_rng(0)
+    dense = generator.random((400, 30)) < np.linspace(0.01, 0.9, 30)
+    wanted = enough_instances(csr_array(dense.astype(np.int8)), 8)
+    assert (dense[wanted].sum(axis=0) >= np.minimum(dense.sum(axis=0), 8)).all() and wanted.sum() < 200
+
+
+def test_a_rare_tag_that_is_near_to_no_kept_one_stays(tmp_path):
+    """Rare tags were folded into the nearest kept tag, however far away that was."""
+    rows = [*topic_rows(40), ("xylophone quartet plays", ["xylophone"])]
+    for floor, stays in ((0.0, False), (1.0, True)):
+        write_tagged(tmp_path, rows)
+        canonicalise.canonicalise(tmp_path, CanonicalSettings(rare_cosine=floor), Engine())
+        assert ("xylophone" in {row["tag"] for row in read_jsonl(tmp_path / "vocabulary.jsonl")}) == stays
+    with pytest.raises(UsageError, match="--rare-cosine"):
+        CanonicalSettings(rare_cosine=2.0)

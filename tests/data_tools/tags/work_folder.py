@@ -42,6 +42,7 @@ def make_work_folder(folder: Path, instances: int = 200, seed: int = 0) -> Path:
     np.save(folder / "embeddings.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     # Every other record is not grounded: rows and lines differ.
     write_jsonl(folder / "records.jsonl", (record(i) for i in range(2 * instances)))
+    write_jsonl(folder / "contaminated.jsonl", [])
     write_byte_level(folder / "tokenizer")
     return folder
 

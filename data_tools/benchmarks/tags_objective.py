@@ -1,0 +1,168 @@
+"""Which selection covers known labels: tree information, its parts changed one at a time, MIG, top quality and random.
+
+    python -m megatron_ksa.data_tools.benchmarks.tags_objective --work DIR --out results.json [--readme FILE]
+
+Pools are those of `tags_pools`. The defaults were chosen on the pools of `TUNED`; those of `JUDGED` were looked at
+after that, and `KEPT_BACK` once, at the end. 5 % of each pool are chosen with its true tags and with the offline
+tagger's. A selection is judged by the labels that it has, by the exponential of the entropy of its labels, and by the
+mean of its scores. So that methods are compared at equal quality, the exponent of the score (`--quality-weight`) of
+each variant of the tree is searched for the mean score of MIG's selection.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ksa.data_tools.benchmarks.document import replace_section, table
+from megatron_ksa.data_tools.benchmarks.tags_pools import labels_of, make_pool
+from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings
+from megatron_ksa.data_tools.tags.engine import Engine
+from megatron_ksa.data_tools.tags.files import read_jsonl, write_json
+from megatron_ksa.data_tools.tags.greedy import greedy
+from megatron_ksa.data_tools.tags.objective import Coverage, strengths, tree_information
+from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline
+from megatron_ksa.data_tools.tags.pool import Pool, load_pool
+from megatron_ksa.data_tools.tags.sample import SampleSettings, sample
+from megatron_ksa.data_tools.tags.step import Context
+from megatron_ksa.data_tools.tags.tag import TaggerSettings
+from megatron_ksa.errors import usage_errors_exit
+
+TUNED, JUDGED, KEPT_BACK = ("debian", "wordnet", "reasoning-a"), ("reasoning-b",), ("mixed",)
+TAGGERS = {"data": "true", "keyphrase": "offline"}
+SHARE = 0.05
+RANDOM_SEEDS = 5
+SEARCH_STEPS, LARGEST_EXPONENT = 6, 8.0
+DEFAULT = "tree (the default objective)"
+VARIANTS = {
+    DEFAULT: {},
+    "power 0.8": {"power": 0.8}, "power 0.2": {"power": 0.2},
+    "share exponent 0": {"share_exponent": 0.0}, "share exponent 1": {"share_exponent": 1.0},
+    "depth weight 0.5": {"depth_weight": 0.5}, "depth weight 2": {"depth_weight": 2.0},
+    "depth weight 1000: leaves alone": {"depth_weight": 1000.0},
+    "log(1 + x)": {"phi": "log1p"},
+}  # fmt: skip
+ALIKE, OLD = "levels of equal worth", "the former default: levels of equal worth, power 0.8, share exponent 0"
+
+
+def prepare(work: Path, pool: str, tagger: str) -> tuple[Pool, np.ndarray]:
+    """A pool on its tree, and the label of each instance, int64 [instances]. Duplicates stay."""
+    folder = make_pool(pool, work)
+    steps = [*COMMANDS["tag"].steps, *COMMANDS["tree"].steps]
+    settings = {config: config() for step in steps for config in step.settings.values()}
+    settings |= {TaggerSettings: TaggerSettings(kind=tagger), DuplicateSettings: DuplicateSettings(similarity=0)}
+    target = folder / tagger
+    Pipeline(Context(target, Engine(), (folder / "pool.jsonl",)), settings, lambda line: None).run(steps)
+    grounded, labels = load_pool(target, vectors=True), labels_of(folder)
+    ids = [record["id"] for record in read_jsonl(target / "records.jsonl")]
+    return grounded, np.unique([labels[ids[line]] for line in grounded.record], return_inverse=True)[1]
+
+
+def judge(pool: Pool, labels: np.ndarray, chosen: np.ndarray) -> dict:
+    """Labels covered, exponential of their entropy, mean score."""
+    count = np.bincount(labels[chosen])
+    share = count[count > 0] / len(chosen)
+    effective = float(np.exp(-(share * np.log(share)).sum()))
+    return {"labels": int((count > 0).sum()), "effective": effective, "quality": float(pool.quality[chosen].mean())}
+
+
+def _levels_alike(pool: Pool, settings: SampleSettings) -> np.ndarray:
+    """Each level of equal worth for each unit of mass of a selection like the pool, as the first version had it."""
+    amount, nodes = int(settings.budget), len(pool.parent)
+    plain = Coverage(tree_information(pool.shares, np.ones(pool.instances), pool.parent, np.ones(nodes)).mass,
+                     np.ones(nodes), np.zeros(nodes), settings.power)  # fmt: skip
+    worth = np.bincount(pool.depth, plain.phi(amount * pool.held))
+    weight = (np.bincount(pool.depth, pool.held) / worth)[pool.depth]
+    strength = strengths(pool.quality, pool.difficulty, quality_weight=settings.quality_weight)
+    coverage = tree_information(pool.shares, strength, pool.parent, weight, power=settings.power)
+    return greedy(coverage, amount).chosen
+
+
+def at_quality(choose: Callable[[float], np.ndarray], pool: Pool, labels: np.ndarray, quality: float) -> dict:
+    """What a choice by exponent of the score is worth where its mean score is nearest to `quality`."""
+    low, high, found = 0.0, LARGEST_EXPONENT, []
+    for _ in range(SEARCH_STEPS):
+        exponent = (low + high) / 2
+        found.append({**judge(pool, labels, choose(exponent)), "quality_weight": exponent})
+        low, high = (exponent, high) if found[-1]["quality"] < quality else (low, exponent)
+    return min(found, key=lambda row: abs(row["quality"] - quality))
+
+
+def compare(pool: Pool, labels: np.ndarray) -> dict[str, dict]:
+    """Every method on one pool."""
+    settings = SampleSettings(str(round(SHARE * pool.instances)))
+
+    def chosen(**changes: object) -> np.ndarray:
+        return sample(pool, replace(settings, **changes)).chosen
+
+    mig = judge(pool, labels, chosen(method="label-graph"))
+    result = {"MIG (label-graph)": mig}
+    for name, changes in VARIANTS.items():
+        by_exponent = lambda exponent, changes=changes: chosen(quality_weight=exponent, **changes)  # noqa: E731
+        result[name] = at_quality(by_exponent, pool, labels, mig["quality"])
+    for name, power in ((ALIKE, settings.power), (OLD, 0.8)):
+        by_exponent = lambda exponent, power=power: _levels_alike(  # noqa: E731
+            pool, replace(settings, quality_weight=exponent, power=power)
+        )
+        result[name] = at_quality(by_exponent, pool, labels, mig["quality"])
+    result["tree, --quality-weight 1"] = judge(pool, labels, chosen())
+    result["top quality"] = judge(pool, labels, chosen(method="top-quality"))
+    random = [judge(pool, labels, chosen(method="random", seed=seed)) for seed in range(RANDOM_SEEDS)]
+    result["random"] = {key: float(np.mean([row[key] for row in random])) for key in random[0]}
+    return result
+
+
+def section(results: dict[str, dict]) -> str:
+    """One table a tagger: labels covered, their effective number and the mean score of each method and pool."""
+    parts = []
+    for tagger, name in TAGGERS.items():
+        columns = {pool: row for pool, row in results.items() if tagger in row}
+        if not columns:
+            continue
+        heads = [
+            f"{pool} ({row['labels']} labels, {row[tagger]['instances']:,} instances)" for pool, row in columns.items()
+        ]
+        methods = list(next(iter(columns.values()))[tagger]["methods"])
+        rows = []
+        for method in methods:
+            found = [row[tagger]["methods"][method] for row in columns.values()]
+            rows.append(
+                [method, *(f"{each['labels']:.0f}, {each['effective']:.1f}, {each['quality']:.2f}" for each in found)]
+            )
+        parts += [
+            f"With {name} tags: labels covered, effective number of labels, mean score.",
+            table(["", *heads], rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Run and write the numbers; bad input costs one line and exit code 2."""
+    with usage_errors_exit():
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--work", type=Path, required=True, help="folder of pools and work folders")
+        parser.add_argument("--out", type=Path, required=True, help="JSON file to write; pools that it has stay")
+        parser.add_argument("--pools", nargs="+", default=[*TUNED, *JUDGED, *KEPT_BACK])
+        parser.add_argument("--readme", type=Path, help="file with a section tags_objective that takes the tables")
+        args = parser.parse_args()
+        results = json.loads(args.out.read_text(encoding="utf-8"))["pools"] if args.out.exists() else {}
+        for name in args.pools:
+            for tagger in TAGGERS:
+                if tagger in results.get(name, {}):
+                    continue
+                pool, labels = prepare(args.work, name, tagger)
+                row = results.setdefault(name, {"labels": int(labels.max()) + 1})
+                row[tagger] = {"instances": pool.instances, "methods": compare(pool, labels)}
+                write_json(args.out, {"share": SHARE, "pools": results})
+                print(f"{name}, {TAGGERS[tagger]} tags: {json.dumps(row[tagger]['methods'])}", flush=True)
+        text = section({name: results[name] for name in args.pools})
+        print(text)
+        if args.readme:
+            replace_section(args.readme, "tags_objective", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Real pools with known labels, from packages: what `tags_objective` judges selections on.
+
+    python -m megatron_ksa.data_tools.benchmarks.tags_pools --out DIR [--pools reasoning-a wordnet ...]
+
+- reasoning-a, reasoning-b: tasks with answers of `pip install reasoning-gym`, each pool half of its about 100 kinds.
+  Label: the kind. True tags: the kind and its family.
+- wordnet: glosses of nouns (`apt-get download wordnet-base`). Label: the ancestor on the sixth level. True tags: the
+  three concepts above.
+- debian: descriptions of packages of Debian's lists, one a source. Label: the section. True tags: debtags.
+- mixed: tasks of the kinds of reasoning-b with another seed, glosses of verbs by WordNet file with the verbs above, and
+  descriptions without debtags, whose only tag is the section.
+
+Labels are as frequent as rank^-1 as far as their texts reach. A score is drawn for every text: normal with standard
+deviation 1.5 around 6.5 plus its label's own offset of standard deviation 0.7, between 1 and 10. Each pool is a
+`pool.jsonl` of records with `label`, `tags` and `quality`.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ksa.data_tools.tags.files import write_jsonl
+from megatron_ksa.errors import UsageError, usage_errors_exit
+
+POOLS = ("reasoning-a", "reasoning-b", "wordnet", "debian", "mixed")
+INSTANCES = 12_000
+SECONDS_A_KIND = 20
+WORDNET_LEVEL = 5
+QUALITY, LABEL_SPREAD, NOISE = 6.5, 0.7, 1.5
+
+
+def _seed(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def reasoning(part: int, count: int, seed: int) -> Iterator[dict]:
+    """Tasks of every second kind, the first or the second of each pair; up to `count` a kind."""
+    try:
+        gym = importlib.import_module("reasoning_gym")
+    except ModuleNotFoundError:
+        raise UsageError("the reasoning pools need a package: pip install reasoning-gym") from None
+    kinds = sorted(gym.factory.DATASETS)[part::2]
+    for kind in kinds:
+        start = time.monotonic()
+        try:
+            tasks = gym.create_dataset(kind, size=count, seed=seed)
+        except AssertionError:
+            continue  # a composite of other kinds
+        family = gym.factory.DATASETS[kind][0].__module__.split(".")[1]
+        for number in range(count):
+            if time.monotonic() - start > SECONDS_A_KIND:
+                break
+            task = tasks[number]
+            turns = [("user", task["question"]), ("assistant", str(task["answer"]))]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            yield {"messages": messages, "label": kind, "tags": [kind.replace("_", " "), family]}
+
+
+def _synsets(path: Path) -> dict[int, tuple[list[str], list[int], str, str]]:
+    """Words, offsets of hypernyms, gloss and lexicographer file of each synset of a WordNet data file."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(" "):
+            continue
+        fields, _, gloss = line.partition(" | ")
+        parts = fields.split()
+        count = int(parts[3], 16)
+        words = [word.replace("_", " ") for word in parts[4 : 4 + 2 * count : 2]]
+        pointers = parts[5 + 2 * count :]
+        above = [int(pointers[n + 1]) for n in range(0, len(pointers) - 3, 4) if pointers[n] in ("@", "@i")]
+        found[int(parts[0])] = words, above, gloss.strip(), parts[1]
+    return found
+
+
+def _path(synsets: dict, offset: int) -> list[int]:
+    """From the root to a synset, by first hypernyms."""
+    path = [offset]
+    while synsets[path[-1]][1]:
+        path.append(synsets[path[-1]][1][0])
+    return path[::-1]
+
+
+def nouns(folder: Path) -> Iterator[dict]:
+    """Glosses of nouns below the sixth level."""
+    synsets = _synsets(folder / "data.noun")
+    for offset, (words, _, gloss, _) in synsets.items():
+        path = _path(synsets, offset)
+        if len(path) > WORDNET_LEVEL + 1:
+            tags = [synsets[each][0][0] for each in path[-4:-1]]
+            yield {"text": f"{words[0]}: {gloss}", "label": synsets[path[WORDNET_LEVEL]][0][0], "tags": tags}
+
+
+def verbs(folder: Path) -> Iterator[dict]:
+    """Glosses of verbs by lexicographer file, tagged with the verbs above."""
+    synsets = _synsets(folder / "data.verb")
+    for offset, (words, _, gloss, file) in synsets.items():
+        path = _path(synsets, offset)
+        yield {
+            "text": f"{words[0]}: {gloss}",
+            "label": f"verb {file}",
+            "tags": [synsets[each][0][0] for each in path[-3:]],
+        }
+
+
+def wordnet_folder(work: Path) -> Path:
+    """WordNet's files, fetched where they are not there."""
+    if not (work / "wn").exists():
+        done = subprocess.run(["apt-get", "download", "wordnet-base"], cwd=work, capture_output=True, check=False)
+        packages = sorted(work.glob("wordnet-base*.deb"))
+        if done.returncode or not packages:
+            raise UsageError("the WordNet pools need `apt-get download wordnet-base`, which failed")
+        subprocess.run(["dpkg-deb", "-x", packages[0], work / "wn"], check=True)
+    return work / "wn" / "usr" / "share" / "wordnet"
+
+
+def packages(work: Path) -> list[dict]:
+    """Debian's packages: source, section, debtags and English description, one for each description."""
+    lists, cache = work / "lists", work / "cache"
+    options = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={cache}", "-o", "Acquire::Languages=en"]
+    if not any(lists.glob("*Translation-en*")):
+        for folder in (lists / "partial", cache / "archives" / "partial"):
+            folder.mkdir(parents=True, exist_ok=True)
+        if subprocess.run(["apt-get", *options, "update"], capture_output=True, check=False).returncode:
+            raise UsageError("the Debian pools need `apt-get update`, which failed")
+    texts: dict[str, str] = {}
+    for path in sorted(lists.glob("*Translation-en*")):
+        content = subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", path], capture_output=True, check=True).stdout
+        for block in content.decode("utf-8", "replace").split("\n\n"):
+            digest = re.search(r"^Description-md5: (\w+)", block, re.M)
+            text = re.search(r"^Description-en: (.*(?:\n .*)*)", block, re.M)
+            if digest and text:
+                texts[digest[1]] = re.sub(r"\n (?:\.$)?", "\n", text[1], flags=re.M).strip()
+    available = subprocess.run(["apt-cache", *options, "dumpavail"], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for block in available.split("\n\n"):
+        fields = dict(re.findall(r"^([\w-]+): ?(.*(?:\n .*)*)", block, re.M))
+        text = texts.get(fields.get("Description-md5", ""))
+        if text and "Section" in fields:
+            tags = [tag.strip() for tag in fields.get("Tag", "").replace("\n", "").split(",") if tag.strip()]
+            source = fields.get("Source", fields["Package"]).split()[0]
+            found.setdefault(
+                text, {"text": text, "label": fields["Section"].rpartition("/")[2], "tags": tags, "source": source}
+            )
+    # Packages of one source are near-copies: one of each.
+    return list({row["source"]: row for row in found.values()}.values())
+
+
+def debian(work: Path, tagged: bool) -> Iterator[dict]:
+    """Descriptions with debtags, or those without."""
+    for row in packages(work):
+        tags = [
+            tag.partition("::")[2].replace("-", " ")
+            for tag in row["tags"]
+            if not tag.startswith(("role::", "special::"))
+        ]
+        if bool(tags) == tagged:
+            yield {"text": row["text"], "label": row["label"], "tags": tags or [row["label"]]}
+
+
+def rows_of(pool: str, work: Path) -> list[dict]:
+    """Every text that a pool could have."""
+    if pool.startswith("reasoning"):
+        return list(reasoning("ab".index(pool[-1]), 400, 1))
+    if pool == "wordnet":
+        return list(nouns(wordnet_folder(work)))
+    if pool == "debian":
+        return list(debian(work, tagged=True))
+    return [*reasoning(1, 150, 2), *verbs(wordnet_folder(work)), *debian(work, tagged=False)]
+
+
+def make_pool(pool: str, work: Path) -> Path:
+    """Write `pool.jsonl` of one pool into its folder, unless it is there; returns the folder."""
+    folder = work / pool
+    if (folder / "pool.jsonl").exists():
+        return folder
+    generator = np.random.default_rng(_seed(pool))
+    by_label = defaultdict(list)
+    for row in rows_of(pool, work):
+        by_label[row["label"]].append(row)
+    labels = generator.permutation(sorted(label for label, rows in by_label.items() if len(rows) >= 8))
+    wanted = INSTANCES / (1.0 + np.arange(len(labels))) / (1 / (1.0 + np.arange(len(labels)))).sum()
+    chosen = []
+    for label, count in zip(labels, wanted, strict=True):
+        rows, offset = by_label[label], generator.normal(0, LABEL_SPREAD)
+        for number in generator.permutation(len(rows))[: max(8, round(count))]:
+            score = float(np.clip(round(generator.normal(QUALITY + offset, NOISE)), 1, 10))
+            chosen.append({**rows[number], "quality": score})
+    order = generator.permutation(len(chosen))
+    write_jsonl(folder / "pool.jsonl", ({"id": n, "source": pool, **chosen[k]} for n, k in enumerate(order.tolist())))
+    return folder
+
+
+def labels_of(folder: Path) -> dict[str, str]:
+    """Label of each record of a pool by its id."""
+    with open(folder / "pool.jsonl", encoding="utf-8") as stream:
+        rows = map(json.loads, stream)
+        return {f"{row['source']}/{row['id']}": row["label"] for row in rows}
+
+
+def main() -> None:
+    """Make the pools; bad input costs one line and exit code 2."""
+    with usage_errors_exit():
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--out", type=Path, required=True, help="folder of the pools; what is there stays")
+        parser.add_argument("--pools", nargs="+", choices=POOLS, default=list(POOLS), help="which (default: all)")
+        args = parser.parse_args()
+        for pool in args.pools:
+            folder = make_pool(pool, args.out)
+            labels = list(labels_of(folder).values())
+            print(f"{pool}: {len(labels):,} instances, {len(set(labels))} labels", flush=True)
+
+
+if __name__ == "__main__":
+    main()

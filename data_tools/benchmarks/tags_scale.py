@@ -1,0 +1,128 @@
+"""Seconds and memory of the steps at a million instances and more, with true tags.
+
+    python -m megatron_ksa.data_tools.benchmarks.tags_scale --work DIR --out results.json --workers 2
+
+The pool is synthetic: conversations of 60 words of a topic, topics as frequent as rank^-0.8, with five tags of 100,000,
+a score, and every tenth one a near-copy of an earlier one. Each step runs in a process of its own, so that its peak of
+memory is its own; memory is the resident set of that process, and of the largest of its workers. The load average
+tells whether seconds are those of an idle machine.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ksa.data_tools.tags.engine import Engine
+from megatron_ksa.data_tools.tags.files import write_json
+from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline
+from megatron_ksa.data_tools.tags.step import Context
+from megatron_ksa.data_tools.tags.tag import TaggerSettings
+from megatron_ksa.errors import usage_errors_exit
+
+TOPICS, TOPIC_TAGS, TAGS, WORDS, TOPIC_WORDS, LENGTH = 1000, 100, 5, 30_000, 300, 60
+COPIES = 0.1
+STEPS = [step for command in ("tag", "tree", "sample") for step in COMMANDS[command].steps]
+
+
+def write_pool(path: Path, instances: int) -> None:
+    """Write the pool, unless it is there."""
+    if path.exists():
+        return
+    generator = np.random.default_rng(0)
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    words = ["".join(generator.choice(syllables, 3)) for _ in range(WORDS)]
+    frequency = (1.0 + np.arange(TOPICS)) ** -0.8
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        before: list[tuple[str, str]] = []
+        for first in range(0, instances, 10_000):
+            count = min(10_000, instances - first)
+            topics = generator.choice(TOPICS, count, p=frequency / frequency.sum())
+            chosen = (topics[:, None] * 29 + generator.integers(0, TOPIC_WORDS, (count, LENGTH))) % WORDS
+            tags = topics[:, None] * TOPIC_TAGS + generator.integers(0, TOPIC_TAGS, (count, TAGS))
+            copies, quality = generator.random(count) < COPIES, generator.integers(1, 11, count)
+            for row in range(count):
+                asked, answered = (" ".join(words[word] for word in part) for part in np.split(chosen[row], [20]))
+                if copies[row] and before:
+                    asked, answered = before[int(chosen[row, 0]) % len(before)]
+                    answered += f" {words[chosen[row, 1]]}"
+                record = {
+                    "id": first + row, "quality": int(quality[row]),
+                    "tags": [
+                        " ".join(words[n] for n in (t // TOPIC_TAGS, t % TOPIC_TAGS, t % 9973)) for t in tags[row]
+                    ],
+                    "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}],
+                }  # fmt: skip
+                stream.write(json.dumps(record) + "\n")
+                if not copies[row] and row % 50 == 0:
+                    before.append((asked, answered))
+    partial.rename(path)
+
+
+def run_step(work: Path, pool: Path, number: int, workers: int, engine: str) -> dict:
+    """One step in this process: seconds, seconds of CPU, and GiB of this process and of its largest worker."""
+    step = STEPS[number]
+    settings = {config: config() for config in step.settings.values()}
+    if TaggerSettings in settings:
+        settings[TaggerSettings] = TaggerSettings(kind="data")
+    runner, start, printed = Engine(engine, workers), time.monotonic(), []
+    Pipeline(Context(work, runner, (pool,)), settings, printed.append).run([step])
+    seconds = time.monotonic() - start
+    runner.close()
+    own, below = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "step": step.name, "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(each.ru_utime + each.ru_stime for each in (own, below)), 1),
+        "peak_gib": round(own.ru_maxrss / 2**20, 3), "worker_peak_gib": round(below.ru_maxrss / 2**20, 3),
+        "told": printed[0],
+    }  # fmt: skip
+
+
+def measure(work: Path, instances: int, workers: int, engine: str) -> dict:
+    """Every step once on one pool, each in a process of its own."""
+    work.mkdir(parents=True, exist_ok=True)
+    pool = work / f"pool-{instances}.jsonl"
+    write_pool(pool, instances)
+    folder, steps = work / f"work-{instances}", []
+    shutil.rmtree(folder, ignore_errors=True)
+    for number in range(len(STEPS)):
+        # Not a daemon: a step starts workers of its own.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            steps.append(alone.submit(run_step, folder, pool, number, workers, engine).result())
+        print(f"{instances:,} instances: {steps[-1]}", flush=True)
+    total = {key: round(sum(step[key] for step in steps), 1) for key in ("seconds", "cpu_seconds")}
+    peak = max(step[key] for step in steps for key in ("peak_gib", "worker_peak_gib"))
+    return {
+        "instances": instances, "workers": workers, "engine": engine, "steps": steps, **total, "peak_gib": peak,
+        "load_average": round(os.getloadavg()[1], 1),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run and write the numbers; bad input costs one line and exit code 2."""
+    with usage_errors_exit():
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--work", type=Path, required=True, help="folder of pools and work folders")
+        parser.add_argument("--out", type=Path, required=True, help="JSON file to write; sizes that it has stay")
+        parser.add_argument("--instances", type=int, nargs="+", default=[1_000_000, 2_000_000])
+        parser.add_argument("--workers", type=int, default=2)
+        parser.add_argument("--engine", default="local")
+        args = parser.parse_args()
+        before = json.loads(args.out.read_text(encoding="utf-8"))["sizes"] if args.out.exists() else []
+        sizes = {row["instances"]: row for row in before}
+        for instances in args.instances:
+            sizes[instances] = measure(args.work, instances, args.workers, args.engine)
+            result = {"cpus": len(os.sched_getaffinity(0)), "sizes": [sizes[key] for key in sorted(sizes)]}
+            write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
