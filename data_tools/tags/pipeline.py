@@ -62,6 +62,8 @@ COMMANDS = {
     ),
     "report": Command("a page, a picture and a summary of the selection", (report.STEP,)),
 }  # fmt: skip
+# What `tag --batch-out` does.
+BATCH_STEPS = (read.STEP, tag.BATCH_STEP)
 # What `tree` does with the tree of another work folder.
 ADOPTING_STEPS = (duplicates.STEP, tree.ADOPT, ground.STEP)
 

@@ -1,0 +1,134 @@
+"""Quality of an instance without a model: a stated rule about its answer's length, repetition, refusal and absence.
+
+The score starts at 7. It says that nothing is plainly wrong, not that an answer is right. What the answer is: the last
+assistant turn, or the text of a record without turns. The limits on repeated lines and n-grams are those of MassiveText
+(Rae et al. 2021, arXiv 2112.11446, table A1).
+
+| sign | score |
+|---|---|
+| no answer: none, blank, or a placeholder such as `N/A` or `TODO` | 1 |
+| a refusal: "I'm sorry, but I can't", "As an AI language model", in the first 200 characters | 2 |
+| repeated lines: more than 30 % of lines, or more than 20 % of characters in them | 3 at most |
+| a repeated word n-gram: the most frequent 2-, 3- or 4-gram covers more than 20, 18, 16 % of the characters | 3 at most |
+| the answer repeats the question (the same text, or 8 of 10 words of a question of 20 or more start it) | 3 at most |
+| cut off: 200 or more characters with a full stop in them that end in a letter or comma, or a code fence left open | -2 |
+| length: 100 or more words of answer | +1 |
+| parts: 3 or more paragraphs, list items or a code block, in 60 or more words | +1 |
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+import regex
+
+BASE = 7.0
+_PLACEHOLDER = regex.compile(
+    r"\s*|\W*(?:n/a|todo|tbd|no (?:input|output|answer|response)|deleted|removed|blank|noinput|nooutput)\W*",
+    regex.IGNORECASE,
+)
+_REFUSAL = regex.compile(
+    r"\b(?:i(?:'m| am) (?:sorry|afraid)[^.!?\n]{0,40}\b(?:can(?:not|'t)|unable|not able|won't)"
+    r"|i (?:can(?:not|'t)|won't|am unable to|'m unable to|am not able to|'m not able to)"
+    r" (?:help|assist|provide|comply|fulfil|fulfill|answer|create|generate|complete|do that|access|browse|see images)"
+    r"|as an? (?:ai|artificial intelligence|(?:large )?language model)"
+    r"|(?:it|this) (?:is|would be) (?:inappropriate|unethical|against my)"
+    r"|(?:抱歉|对不起|很抱歉)[^。！？]{0,12}(?:无法|不能)|作为(?:一个)?(?:ai|人工智能)|申し訳[^。]{0,20}(?:できません|お答え))",
+    regex.IGNORECASE,
+)
+REFUSAL_START = 200
+REPEATED_LINES, REPEATED_LINE_CHARACTERS = 0.30, 0.20
+TOP_GRAM = {2: 0.20, 3: 0.18, 4: 0.16}
+LONG, STRUCTURED = 100, 60
+_SENTENCE = regex.compile(r"\p{L}[.!?]\s|[。！？]")
+# Gaps between these are as good as words, for scripts without spaces.
+_WORDS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]|[\p{L}\p{M}\p{N}']+")
+_LIST = regex.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s+\S", regex.MULTILINE)
+CHARACTERS = 20_000
+
+
+def question_and_answer(record: dict) -> tuple[str, str | None]:
+    """The last turn before the last assistant turn and that turn's text; of a plain text nothing and the text.
+
+    The answer is None where the conversation has none at its end. A call of a tool is an answer.
+    """
+    if "text" in record:
+        return "", record["text"]
+    messages = record["messages"]
+    if not messages or messages[-1]["role"] != "assistant":
+        return (messages[-1].get("content") or "") if messages else "", None
+    answer = messages[-1]
+    calls = answer.get("tool_calls")
+    text = answer.get("content") or (str(calls) if calls else "")
+    asked = next((each.get("content") or "" for each in messages[-2::-1] if each["role"] == "user"), "")
+    return asked, text
+
+
+def signs(record: dict) -> Iterator[str]:
+    """Names of what the rule notices in a record."""
+    question, answer = question_and_answer(record)
+    if answer is None or _PLACEHOLDER.fullmatch(answer[:100].strip()):
+        yield "no answer"
+        return
+    answer = answer[:CHARACTERS].replace("’", "'").strip()
+    if _REFUSAL.search(answer[:REFUSAL_START]):
+        yield "refusal"
+    # Grids of numbers repeat themselves.
+    words = [word for word in _WORDS.findall(answer.lower()) if not word.isdigit()]
+    if _repeats_lines(answer):
+        yield "repeated lines"
+    if _repeats_words(words):
+        yield "repeated words"
+    if _echoes(question, answer):
+        yield "repeats the question"
+    ends_open = answer[-1].isalpha() or answer[-1] in ",;"
+    if answer.count("```") % 2 or (len(answer) >= 200 and ends_open and _SENTENCE.search(answer)):
+        yield "cut off"
+    if len(words) >= LONG:
+        yield "long"
+    parts = max(answer.count("\n\n") + 1, len(_LIST.findall(answer)), 3 * (answer.count("```") >= 2))
+    if len(words) >= STRUCTURED and parts >= 3:
+        yield "parts"
+
+
+def _repeats_lines(answer: str) -> bool:
+    lines = [line for line in map(str.strip, answer.split("\n")) if sum(map(str.isalpha, line)) > 3]
+    if len(lines) < 4:
+        return False
+    counts = Counter(lines)
+    again = [line for line, count in counts.items() for _ in range(count - 1)]
+    characters = sum(map(len, again)) / max(1, sum(map(len, lines)))
+    return len(again) / len(lines) > REPEATED_LINES or characters > REPEATED_LINE_CHARACTERS
+
+
+def _repeats_words(words: list[str]) -> bool:
+    if len(words) < 30:
+        # A word again and again, in a short answer too.
+        return len(words) >= 8 and sum(a == b for a, b in pairwise(words)) > len(words) / 2
+    whole = sum(map(len, words))
+    for length, most in TOP_GRAM.items():
+        grams = Counter(zip(*(words[start:] for start in range(length)), strict=False))
+        gram, count = grams.most_common(1)[0]
+        if count > 2 and count * sum(map(len, gram)) / whole > most:
+            return True
+    return False
+
+
+def _echoes(question: str, answer: str) -> bool:
+    asked, said = _WORDS.findall(question.lower()), _WORDS.findall(answer.lower())
+    if len(asked) >= 5 and asked == said:
+        return True
+    same = sum(a == b for a, b in zip(asked, said, strict=False))
+    return len(asked) >= 20 and same >= 0.8 * len(asked)
+
+
+def rule_quality(record: dict) -> float:
+    """The score, 1 to 10."""
+    found = set(signs(record))
+    if "no answer" in found:
+        return 1.0
+    if "refusal" in found:
+        return 2.0
+    score = BASE - 2 * ("cut off" in found) + ("long" in found) + ("parts" in found)
+    bad = found & {"repeated lines", "repeated words", "repeats the question"}
+    return max(1.0, min(score, 3.0) if bad else score)
