@@ -13,6 +13,7 @@ from megatron_ksa.data_tools.tags import (
     duplicates,
     export,
     ground,
+    naming,
     read,
     report,
     selection,
@@ -51,7 +52,7 @@ COMMANDS = {
     "tag": Command("read the input and tag every record", (read.STEP, tag.STEP), (read.STEP, tag.STEP)),
     "tree": Command(
         "leave out near-duplicates, join tags into a tree, put the records on it",
-        (duplicates.STEP, canonicalise.STEP, tree.STEP, ground.STEP), (duplicates.STEP, ground.STEP),
+        (duplicates.STEP, canonicalise.STEP, tree.STEP, naming.STEP, ground.STEP), (duplicates.STEP, ground.STEP),
     ),
     "sample": Command(
         "choose what covers the tree best within a budget, aligned to the target", (selection.STEP,)
@@ -65,7 +66,7 @@ COMMANDS = {
 # What `tag --batch-out` does.
 BATCH_STEPS = (read.STEP, tag.BATCH_STEP)
 # What `tree` does with the tree of another work folder.
-ADOPTING_STEPS = (duplicates.STEP, tree.ADOPT, ground.STEP)
+ADOPTING_STEPS = (duplicates.STEP, tree.ADOPT, naming.STEP, ground.STEP)
 
 
 class Pipeline:

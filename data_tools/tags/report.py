@@ -19,7 +19,7 @@ from megatron_ksa.data_tools.tags.report_page import node_columns, render
 from megatron_ksa.data_tools.tags.selection import SELECTION, SUMMARY, read_selection, read_summary
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tag import FAILED
-from megatron_ksa.data_tools.tags.tree import TREE
+from megatron_ksa.data_tools.tags.tree import BRANCH_NAMES, TREE
 from megatron_ksa.data_tools.tags.write import BLEND, BLEND_SUMMARY, UNWRITTEN
 from megatron_ksa.files import whole_file
 
@@ -179,6 +179,6 @@ def _target(context: Context) -> dict[str, Path]:
 
 
 STEP = Step(
-    "report", {}, reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS, SELECTION, SUMMARY, REJECTED, FAILED, DUPLICATES,
-    UNPLACED, BLEND), writes=(REPORT,), run=_run, also_reads=_target,
+    "report", {}, reads=(RECORDS, GROUNDING, TREE, BRANCH_NAMES, EMBEDDINGS, SELECTION, SUMMARY, REJECTED, FAILED,
+    DUPLICATES, UNPLACED, BLEND), writes=(REPORT,), run=_run, also_reads=_target,
 )  # fmt: skip

@@ -56,7 +56,7 @@ class TaggerSettings:
     )  # fmt: skip
     retry_failed: bool = option(False, "Ask again about records that failed in the last run.", flag="--retry-failed")
     batch_out: str | None = option(
-        None, "Write requests for a batch service to this file instead of asking (tag --tagger llm).", flag="--batch-out"
+        None, "Write requests for a batch service to this file and stop (tag --tagger llm).", flag="--batch-out"
     )
     batch_in: str | None = option(
         None, "Take answers from a batch's results instead of asking; several files with commas.", flag="--batch-in"
@@ -64,7 +64,7 @@ class TaggerSettings:
 
     def __post_init__(self) -> None:
         if self.batch_out is not None and self.batch_in is not None:
-            raise UsageError("--batch-out and --batch-in do not go together: take the results first, then write the rest")
+            raise UsageError("--batch-out and --batch-in do not go together: take the results, then write what is left")
         if self.kind != "llm" and (self.batch_out is not None or self.batch_in is not None):
             raise UsageError(f"--batch-out and --batch-in go with --tagger llm, not {self.kind}")
         if not 1 <= self.count <= MAX_TAGS:
@@ -140,9 +140,7 @@ def tag(folder: Path, tagger: Tagger, total: int, quality: Callable[[dict], floa
                     outcome.note_failure(record["id"], answer)
                     continue
                 outcome.tagged += 1
-                scores = {
-                    key: record[key] if getattr(answer, key) is None else getattr(answer, key) for key in SCORES
-                }
+                scores = {key: record[key] if getattr(answer, key) is None else getattr(answer, key) for key in SCORES}
                 if scores["quality"] is None and quality is not None:
                     outcome.ruled += 1
                     scores["quality"] = quality(record)

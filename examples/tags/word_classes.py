@@ -1,11 +1,11 @@
-"""Writes `data_tools/tags/taggers/english.json`: English words that are hardly ever nouns, from WordNet's counts of use.
+"""Writes `data_tools/tags/taggers/english.json`: English words that are hardly ever nouns, by WordNet's counts of use.
 
     python examples/tags/word_classes.py --folder DIR
 
-A tag is a noun phrase. A word counts as a verb, adjective or adverb if WordNet 3.0's texts with marked senses have it at
-least `RATIO` times as often so as they have it as a noun. Of verbs the inflected forms count too, unless WordNet has the
-form as a noun (`seed`). A gerund is kept as a noun (`building`, `parsing`) if the texts use it so, or use its verb seldom:
-`taking` and `putting` are not. Needs apt, which fetches the package wordnet-base.
+A tag is a noun phrase. A word counts as a verb, adjective or adverb if WordNet 3.0's texts with marked senses have it
+at least `RATIO` times as often so as they have it as a noun. Of verbs the inflected forms count too, unless WordNet has
+the form as a noun (`seed`). A gerund is kept as a noun (`building`, `parsing`) if the texts use it so, or use its verb
+seldom: `taking` and `putting` are not. Needs apt, which fetches the package wordnet-base.
 """
 
 import argparse
@@ -27,18 +27,18 @@ OUTPUT = Path(__file__).resolve().parents[2] / "data_tools" / "tags" / "taggers"
 # ss_type of a sense key (senseidx(5WN)); a satellite is an adjective.
 TYPES = {"1": "noun", "2": "verb", "3": "adjective", "4": "adverb", "5": "adjective"}
 NOTICE = (
-    "Drawn from WordNet 3.0, Copyright 2006 by Princeton University. All rights reserved. Permission to use, copy, "
-    "modify and distribute this software and database and its documentation for any purpose and without fee or royalty "
-    "is hereby granted, provided that you agree to comply with the following copyright notice and statements, including "
-    "the disclaimer, and that the same appear on ALL copies of the software, database and documentation, including "
-    "modifications that you make for internal use or for distribution. THIS SOFTWARE AND DATABASE IS PROVIDED \"AS IS\" "
-    "AND PRINCETON UNIVERSITY MAKES NO REPRESENTATIONS OR WARRANTIES, EXPRESS OR IMPLIED. BY WAY OF EXAMPLE, BUT NOT "
-    "LIMITATION, PRINCETON UNIVERSITY MAKES NO REPRESENTATIONS OR WARRANTIES OF MERCHANTABILITY OR FITNESS FOR ANY "
-    "PARTICULAR PURPOSE OR THAT THE USE OF THE LICENSED SOFTWARE, DATABASE OR DOCUMENTATION WILL NOT INFRINGE ANY THIRD "
-    "PARTY PATENTS, COPYRIGHTS, TRADEMARKS OR OTHER RIGHTS. The name of Princeton University or Princeton may not be "
-    "used in advertising or publicity pertaining to distribution of the software and/or database. Title to copyright in "
-    "this software, database and any associated documentation shall at all times remain with Princeton University and "
-    "LICENSEE agrees to preserve same."
+    'Drawn from WordNet 3.0, Copyright 2006 by Princeton University. All rights reserved. Permission to use, '
+    'copy, modify and distribute this software and database and its documentation for any purpose and without fee '
+    'or royalty is hereby granted, provided that you agree to comply with the following copyright notice and '
+    'statements, including the disclaimer, and that the same appear on ALL copies of the software, database and '
+    'documentation, including modifications that you make for internal use or for distribution. THIS SOFTWARE AND '
+    'DATABASE IS PROVIDED "AS IS" AND PRINCETON UNIVERSITY MAKES NO REPRESENTATIONS OR WARRANTIES, EXPRESS OR '
+    'IMPLIED. BY WAY OF EXAMPLE, BUT NOT LIMITATION, PRINCETON UNIVERSITY MAKES NO REPRESENTATIONS OR WARRANTIES '
+    'OF MERCHANTABILITY OR FITNESS FOR ANY PARTICULAR PURPOSE OR THAT THE USE OF THE LICENSED SOFTWARE, DATABASE '
+    'OR DOCUMENTATION WILL NOT INFRINGE ANY THIRD PARTY PATENTS, COPYRIGHTS, TRADEMARKS OR OTHER RIGHTS. The name '
+    'of Princeton University or Princeton may not be used in advertising or publicity pertaining to distribution '
+    'of the software and/or database. Title to copyright in this software, database and any associated '
+    'documentation shall at all times remain with Princeton University and LICENSEE agrees to preserve same.'
 )  # fmt: skip
 
 

@@ -63,8 +63,8 @@ def take(reply: Reply, question: Question, settings: EndpointSettings) -> Any:
         if not reply.cut_off:
             raise
     raise BadAnswer(
-        f"finish_reason length: {reply.answer_tokens:,} tokens, with {reply.thought:,} characters of thoughts apart; raise "
-        f"--llm-max-tokens {settings.max_tokens} or turn thoughts off with --llm-extra-body",
+        f"finish_reason length: {reply.answer_tokens:,} tokens, with {reply.thought:,} characters of thoughts apart; "
+        f"raise --llm-max-tokens {settings.max_tokens} or turn thoughts off with --llm-extra-body",
         CUT_OFF,
     )
 
@@ -85,14 +85,15 @@ class Asker:
 
     def __init__(self, settings: EndpointSettings, cache: AnswerCache, question: Question) -> None:
         self.settings, self.cache, self.question = settings, cache, question
-        self.failures: dict[int, Failure] = {}
+        self.failures: dict[str, Failure] = {}
+        self._in_flight: set[str] = set()
         self.spent = Spent()
         self.without_reply = self.unreachable = 0
         self.slowest = settings.concurrency
         self._clients: list[ChatClient] = []
 
-    def ask(self, chats: Iterable[tuple[str, list[dict]]], total: int) -> dict[int, Failure]:
-        """Fill the cache; returns the failures by number.
+    def ask(self, chats: Iterable[tuple[str, list[dict]]], total: int) -> dict[str, Failure]:
+        """Fill the cache; returns the failures by key. Equal questions are asked once.
 
         Args:
             chats: for each question its key and messages.
@@ -101,9 +102,9 @@ class Asker:
         Raises:
             UsageError: an endpoint refuses every request (its word on key, model or path), or none can be reached.
         """
-        return asyncio.run(self._ask(enumerate(chats), total))
+        return asyncio.run(self._ask(iter(chats), total))
 
-    async def _ask(self, chats: Iterator[tuple[int, tuple[str, list[dict]]]], total: int) -> dict[int, Failure]:
+    async def _ask(self, chats: Iterator[tuple[str, list[dict]]], total: int) -> dict[str, Failure]:
         settings = self.settings
         async with AsyncExitStack() as stack:
             for url in settings.urls:
@@ -125,12 +126,14 @@ class Asker:
         self.slowest = min(client.pace.lowest for client in self._clients)
         return self.failures
 
-    async def _worker(self, chats: Iterator[tuple[int, tuple[str, list[dict]]]], progress: tqdm) -> None:
-        for number, (key, messages) in chats:
-            if self.cache.get(key) is None:
+    async def _worker(self, chats: Iterator[tuple[str, list[dict]]], progress: tqdm) -> None:
+        for key, messages in chats:
+            if key not in self._in_flight and key not in self.failures and self.cache.get(key) is None:
+                self._in_flight.add(key)
                 failure = await self._answer(key, messages)
+                self._in_flight.remove(key)
                 if failure is not None:
-                    self.failures[number] = failure
+                    self.failures[key] = failure
                 progress.set_postfix(
                     failed=len(self.failures),
                     tokens=self.spent.prompt_tokens + self.spent.answer_tokens,

@@ -27,7 +27,6 @@ from megatron_ksa.files import whole_file
 # OpenAI's limits of one file.
 MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000
 ENDPOINT = "/v1/chat/completions"
-NO_RESULT = "no result in the batch"
 
 
 def numbered(path: Path, number: int) -> Path:
@@ -88,13 +87,14 @@ class BatchTagger(EndpointTagger):
         results: files of results, JSON lines.
     """
 
+    MISSING = Failure("no result in the batch", "--batch-out writes what is left", 0)
+
     def __init__(self, settings: EndpointSettings, cache: Path, results: list[Path]) -> None:
         super().__init__(settings, cache)
         self._results = results
 
-    def _fill(self, cache: AnswerCache, records: Path, total: int) -> dict[int, Failure]:
-        keys = [key for key, _ in self.questions(records)]
-        wanted = set(keys)
+    def _fill(self, cache: AnswerCache, records: Path, total: int) -> dict[str, Failure]:
+        wanted = {key for key, _ in self.questions(records)}
         failures: dict[str, Failure] = {}
         unknown = 0
         for path in self._results:
@@ -111,11 +111,7 @@ class BatchTagger(EndpointTagger):
                     failures[key] = value
         if unknown:
             self._totals["results_of_other_records"] = unknown
-        return {
-            number: failures.get(key, Failure(NO_RESULT, "--batch-out writes what is left", 0))
-            for number, key in enumerate(keys)
-            if cache.get(key) is None
-        }
+        return failures
 
     def _lines(self, path: Path) -> Iterator[tuple[str, bytes]]:
         most = self._settings.max_bytes
@@ -149,7 +145,8 @@ class BatchTagger(EndpointTagger):
         body, status = response.get("body"), response.get("status_code")
         if result.get("error") is not None or status != 200:
             said = json.dumps(result.get("error") or body, ensure_ascii=True)
-            return Failure(f"HTTP {status}" if isinstance(status, int) and status != 200 else "batch error", shown(said))
+            reason = f"HTTP {status}" if isinstance(status, int) and 200 < status < 1000 else "batch error"
+            return Failure(reason, shown(said))
         try:
             reply = parse_completion(body)
         except Unreachable as error:

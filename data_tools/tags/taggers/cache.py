@@ -35,7 +35,8 @@ class AnswerCache:
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("CREATE TABLE IF NOT EXISTS answer (key TEXT PRIMARY KEY, value TEXT)")
             self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS spent (key TEXT PRIMARY KEY, tries INT, prompt_tokens INT, answer_tokens INT)"
+                "CREATE TABLE IF NOT EXISTS spent "
+                "(key TEXT PRIMARY KEY, tries INT, prompt_tokens INT, answer_tokens INT)"
             )
             self._connection.execute("CREATE TABLE IF NOT EXISTS taken (name TEXT PRIMARY KEY)")
         except sqlite3.DatabaseError as error:
@@ -64,6 +65,12 @@ class AnswerCache:
             "prompt_tokens = prompt_tokens + ?2, answer_tokens = answer_tokens + ?3",
             (key, prompt_tokens, answer_tokens),
         )
+
+    def spent_once(self, key: str) -> Spent:
+        """`spent` at the first call with a key, nothing at a later one: equal records share what their answer took."""
+        self._run("CREATE TEMP TABLE IF NOT EXISTS counted (key TEXT PRIMARY KEY)", ())
+        first = self._run("INSERT OR IGNORE INTO counted VALUES (?)", (key,)).rowcount == 1
+        return self.spent(key) if first else Spent()
 
     def spent(self, key: str) -> Spent:
         """What the tries for one answer took."""

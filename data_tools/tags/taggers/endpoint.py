@@ -23,6 +23,9 @@ class EndpointTagger:
         cache: file of answers.
     """
 
+    # For a record with neither an answer nor a failure.
+    MISSING = Failure("not asked", attempts=0)
+
     def __init__(self, settings: EndpointSettings, cache: Path) -> None:
         self._settings, self._cache_path = settings, cache
         self._totals: dict = {}
@@ -48,20 +51,18 @@ class EndpointTagger:
         cache = AnswerCache(self._cache_path)
         try:
             failures = self._fill(cache, records, total)
-            spent, counted = Spent(), set()
-            for number, (key, _) in enumerate(self.questions(records)):
-                if key not in counted:  # equal texts are one question
-                    counted.add(key)
-                    spent = Spent(*map(sum, zip(spent, cache.spent(key), strict=True)))
-                value = None if number in failures else cache.get(key)
-                yield failures.get(number, Failure("not asked")) if value is None else Answer(**value)
+            spent = Spent()
+            for key, _ in self.questions(records):
+                spent = Spent(*map(sum, zip(spent, cache.spent_once(key), strict=True)))
+                value = cache.get(key)
+                yield failures.get(key, self.MISSING) if value is None else Answer(**value)
             self._totals |= {"prompt_tokens": spent.prompt_tokens, "answer_tokens": spent.answer_tokens}
             self._totals |= {"tries": spent.tries, "cost": round(cost(self._settings, spent), 6)}
         finally:
             cache.close()
 
-    def _fill(self, cache: AnswerCache, records: Path, total: int) -> dict[int, Failure]:
-        """Put answers into the cache; returns the failures by line."""
+    def _fill(self, cache: AnswerCache, records: Path, total: int) -> dict[str, Failure]:
+        """Put answers into the cache; returns the failures by key."""
         if not self._settings.urls:
             raise UsageError("--tagger llm: name the endpoint with --llm-url")
         asker = Asker(self._settings, cache, QUESTION)

@@ -66,7 +66,7 @@ def contained_grams(names: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
     Args:
         names: str [names], phrases of the pool.
-        counts: int [names], records of each.
+        counts: float [names], in proportion to the records of each.
     """
     place = {name: number for number, name in enumerate(names) if UNSPACED.fullmatch(name)}
     inside = np.zeros(len(names), bool)
@@ -152,8 +152,10 @@ class KeyphraseTagger:
             analyzer=_Phrases(self.segmenter), min_df=spread, max_df=most, sublinear_tf=True, dtype=np.float32
         )
         vectorizer.fit(texts)
-        # idf = ln((1 + n) / (1 + records)) + 1
+        # idf = ln((1 + n) / (1 + records)) + 1, so that these are in proportion to 1 + records.
         counts = np.exp(1 - vectorizer.idf_)
+        # Its root instead: phrases that more records share make better tags (examples/tags/README.md).
+        vectorizer.idf_ = np.sqrt(vectorizer.idf_)
         allowed = ~contained_grams(vectorizer.get_feature_names_out(), counts)
         return vectorizer, allowed
 

@@ -33,7 +33,9 @@ SCHEMA: dict[str, Any] = {
 }
 _THOUGHT = re.compile(r"\s*<think(?:ing)?>", re.IGNORECASE)
 _THOUGHT_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(?:json)?[ \t]*\n(.*?)\n[ \t]*```[ \t]*$", re.DOTALL | re.IGNORECASE | re.MULTILINE)
+_FENCE = re.compile(
+    r"^[ \t]*```[ \t]*(?:json)?[ \t]*\n(.*?)\n[ \t]*```[ \t]*$", re.DOTALL | re.IGNORECASE | re.MULTILINE
+)
 # Braces in prose at which an object is looked for.
 MOST_BRACES = 50
 
@@ -74,7 +76,7 @@ def message_text(content: Any) -> str:
 
 
 def _objects(text: str) -> Iterator[Any]:
-    """JSON values that may be the answer: the whole text, else the fenced blocks, the last first, else objects in it."""
+    """JSON values that may be the answer: the whole text, else the last fenced block, else objects, the last first."""
     try:
         yield json.loads(text)
         return

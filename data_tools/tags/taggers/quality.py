@@ -1,19 +1,7 @@
 """Quality of an instance without a model: a stated rule about its answer's length, repetition, refusal and absence.
 
-The score starts at 7. It says that nothing is plainly wrong, not that an answer is right. What the answer is: the last
-assistant turn, or the text of a record without turns. The limits on repeated lines and n-grams are those of MassiveText
-(Rae et al. 2021, arXiv 2112.11446, table A1).
-
-| sign | score |
-|---|---|
-| no answer: none, blank, or a placeholder such as `N/A` or `TODO` | 1 |
-| a refusal: "I'm sorry, but I can't", "As an AI language model", in the first 200 characters | 2 |
-| repeated lines: more than 30 % of lines, or more than 20 % of characters in them | 3 at most |
-| a repeated word n-gram: the most frequent 2-, 3- or 4-gram covers more than 20, 18, 16 % of the characters | 3 at most |
-| the answer repeats the question (the same text, or 8 of 10 words of a question of 20 or more start it) | 3 at most |
-| cut off: 200 or more characters with a full stop in them that end in a letter or comma, or a code fence left open | -2 |
-| length: 100 or more words of answer | +1 |
-| parts: 3 or more paragraphs, list items or a code block, in 60 or more words | +1 |
+`data_tools/tags/README.md` has the rule. The score says that nothing is plainly wrong, not that an answer is right. The
+limits on repeated lines and n-grams are those of MassiveText (Rae et al. 2021, arXiv 2112.11446, table A1).
 """
 
 from collections import Counter
@@ -81,7 +69,10 @@ def signs(record: dict) -> Iterator[str]:
         yield "repeated words"
     if _echoes(question, answer):
         yield "repeats the question"
-    ends_open = answer[-1].isalpha() or answer[-1] in ",;"
+    last = answer.rsplit("\n", 1)[-1]
+    # Items of lists and addresses end without a full stop.
+    complete = _LIST.match(last) or any(c in last.rsplit(" ", 1)[-1] for c in "/.@:")
+    ends_open = (answer[-1].isalpha() or answer[-1] in ",;") and not complete
     if answer.count("```") % 2 or (len(answer) >= 200 and ends_open and _SENTENCE.search(answer)):
         yield "cut off"
     if len(words) >= LONG:
@@ -102,9 +93,9 @@ def _repeats_lines(answer: str) -> bool:
 
 
 def _repeats_words(words: list[str]) -> bool:
-    if len(words) < 30:
-        # A word again and again, in a short answer too.
-        return len(words) >= 8 and sum(a == b for a, b in pairwise(words)) > len(words) / 2
+    if len(words) < LONG:
+        # The limits are those of documents; in a short answer a word again and again.
+        return len(words) >= 8 and sum(a == b and len(a) > 1 for a, b in pairwise(words)) > len(words) / 2
     whole = sum(map(len, words))
     for length, most in TOP_GRAM.items():
         grams = Counter(zip(*(words[start:] for start in range(length)), strict=False))

@@ -47,7 +47,10 @@ def _library(name: str):
             import jieba.posseg
 
             jieba.setLogLevel(60)
-            return lambda text: [pair.word for pair in jieba.posseg.cut(text) if pair.flag[:1] in "nlij" or pair.flag == "vn"]
+            # Nouns, verbs used as nouns, idioms and abbreviations.
+            return lambda text: [
+                pair.word for pair in jieba.posseg.cut(text) if pair.flag[:1] in "nlij" or pair.flag == "vn"
+            ]
         import fugashi
 
         tagger = fugashi.Tagger()

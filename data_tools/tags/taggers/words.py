@@ -17,8 +17,8 @@ import regex
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 GREETINGS = frozenset(
-    "hello hi hey dear greetings welcome goodbye bye thanks thank thx please pls sorry congrats congratulations regards "
-    "sincerely cheers yes yeah yep no nope ok okay sure oh ah hmm well wow lol haha etc eg ie vs".split()
+    "hello hi hey dear greetings welcome goodbye bye thanks thank thx please pls sorry congrats congratulations "
+    "regards sincerely cheers yes yeah yep no nope ok okay sure oh ah hmm well wow lol haha etc eg ie vs".split()
 )
 # What chats about any topic are full of.
 TALK = frozenset(
