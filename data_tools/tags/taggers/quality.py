@@ -19,7 +19,7 @@ _REFUSAL = regex.compile(
     r"\b(?:i(?:'m| am) (?:sorry|afraid)[^.!?\n]{0,40}\b(?:can(?:not|'t)|unable|not able|won't)"
     r"|i (?:can(?:not|'t)|won't|am unable to|'m unable to|am not able to|'m not able to)"
     r" (?:help|assist|provide|comply|fulfil|fulfill|answer|create|generate|complete|do that|access|browse|see images)"
-    r"|as an? (?:ai|artificial intelligence|(?:large )?language model)"
+    r"|as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
     r"|(?:it|this) (?:is|would be) (?:inappropriate|unethical|against my)"
     r"|(?:抱歉|对不起|很抱歉)[^。！？]{0,12}(?:无法|不能)|作为(?:一个)?(?:ai|人工智能)|申し訳[^。]{0,20}(?:できません|お答え))",
     regex.IGNORECASE,
@@ -110,7 +110,7 @@ def _echoes(question: str, answer: str) -> bool:
     if len(asked) >= 5 and asked == said:
         return True
     same = sum(a == b for a, b in zip(asked, said, strict=False))
-    return len(asked) >= 20 and same >= 0.8 * len(asked)
+    return len(asked) >= 12 and same >= 0.8 * len(asked)
 
 
 def rule_quality(record: dict) -> float:

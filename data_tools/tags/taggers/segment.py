@@ -20,9 +20,7 @@ _PIECES = regex.compile(
     r"(?P<han>\p{Han}+)|(?P<kana>[\p{Katakana}ー]+)|(?P<kept>[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]+)"
 )
 # Characters that are words of grammar more than parts of nouns.
-_FUNCTION = regex.compile(
-    r"[的了是在我你他她它们們这這那哪个個不有和与與也就都而及或被把让讓给給对對从從吗嗎呢吧啊么麼着著过過很请請什怎为為以于於之其则則将將会會能可要想说說]"
-)
+_FUNCTION = regex.compile(r"[的了是在我你他她它们們这這那哪个個不吗嗎呢吧啊么麼请請什怎也就都而及或被把让讓与與很]")
 HAN, KEPT = (2, 3, 4), (3, 4, 5, 6, 7, 8)
 _NOUN = {"名詞"}
 
