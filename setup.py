@@ -18,7 +18,7 @@ TRAIN = [
     "tensorboard",
 ]
 # What tools/preprocess_tags.py needs with its offline tagger and embedder.
-TAGS = ["matplotlib", "scipy", "datasketch>=2", "scikit-learn", "httpx", "threadpoolctl"]
+TAGS = ["matplotlib", "scipy", "datasketch>=2", "scikit-learn", "httpx", "regex", "threadpoolctl"]
 
 setup(
     name="megatron-ksa",

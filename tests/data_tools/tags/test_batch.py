@@ -53,7 +53,7 @@ def test_requests_results_and_what_is_left(tmp_path):
     key = {text: row["custom_id"] for text, row in asked.items()}
     results = write_results(tmp_path / "results.jsonl", [
         result(key["b"], "```json\n" + json.dumps(GOOD) + "\n```"),
-        {"id": "x", "custom_id": key["c"], "response": {"status_code": 400, "body": {"error": {"message": "too long"}}}},
+        {"id": "x", "custom_id": key["c"], "response": {"status_code": 400, "body": {"error": {"message": "long"}}}},
         {"id": "y", "custom_id": key["d"], "response": None, "error": {"code": "batch_expired", "message": "late"}},
         result(key["e"], '{"tags": ["ha', "length"),
         result("0" * 64, json.dumps(GOOD)),
@@ -64,7 +64,7 @@ def test_requests_results_and_what_is_left(tmp_path):
         assert (counts["tagged"], counts["failed"], counts["tries"], counts["prompt_tokens"]) == (3, 3, 3, 30)
         assert counts["cost"] == 30 and counts["results_of_other_records"] == 1
     reasons = {row["id"]: (row["reason"], row["detail"]) for row in read_jsonl(tmp_path / "failed.jsonl")}
-    assert reasons["s/c"][0] == "HTTP 400" and "too long" in reasons["s/c"][1]
+    assert reasons["s/c"][0] == "HTTP 400" and "long" in reasons["s/c"][1]
     assert reasons["s/d"][0] == "batch error" and "late" in reasons["s/d"][1]
     assert reasons["s/e"][0] == "answer cut off"
     left = requests(tmp_path, "again.jsonl")

@@ -78,7 +78,7 @@ def test_faults_that_pass_are_retried_and_faults_that_stay_are_listed(tmp_path):
             assert f"s/{name}/passes" in tagged, failed.get(f"s/{name}/passes")
             assert failed[f"s/{name}/stays"]["attempts"] == 3
     assert failed["s/refused/stays"]["attempts"] == 1
-    # What a try without a usable answer cost counts too: one for each answer, two more before "passes", three at "stays".
+    # Tries without a usable answer cost too: two before each that passes, three of each that stays.
     invalid = sum(reason == "invalid answer" for _, reason in FAULTS.values())
     tries = len(tagged) + 2 * invalid + 3 * invalid
     assert (counts["tries"], counts["prompt_tokens"], counts["answer_tokens"]) == (tries, 10 * tries, 5 * tries)

@@ -67,8 +67,8 @@ def test_a_gigabyte_of_reply_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("value", "score"),
     [
-        (10**400, None), ("1" + "0" * 400, None), ("7", 7.0), (" 7.5 ", 7.5), ("nan", None), ("inf", None), (True, None),
-        ("7/10", None), (-(10**400), None), ("", None), (None, None), ([7], None), (0, None),
+        (10**400, None), ("1" + "0" * 400, None), ("7", 7.0), (" 7.5 ", 7.5), ("nan", None), ("inf", None),
+        (True, None), ("7/10", None), (-(10**400), None), ("", None), (None, None), ([7], None), (0, None),
     ],
 )  # fmt: skip
 def test_a_score_is_a_number_from_1_to_10_or_its_text(value, score):
@@ -126,7 +126,8 @@ def test_thoughts_beside_the_answer_are_not_the_answer_and_an_answer_cut_off_is_
         # At another temperature the answer may be shorter, once.
         assert len(server.requests) == 2
     assert found.reason == "answer cut off" and found.attempts == 2
-    assert "finish_reason length" in found.detail and "512 tokens" in found.detail and "--llm-max-tokens" in found.detail
+    for word in ("finish_reason length", "512 tokens", "--llm-max-tokens"):
+        assert word in found.detail
     whole = {"content": json.dumps(GOOD), "reasoning_content": '{"tags": ["wrong"], "quality": 1, "difficulty": 1}'}
     with chat_server(lambda *_: reply(whole, "length")) as server:
         assert answers(server, tmp_path, ["y"])["y"] == Answer(GOOD["tags"], 7.0, 3.0)

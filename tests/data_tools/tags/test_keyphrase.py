@@ -66,6 +66,7 @@ def test_scripts_without_spaces_give_words(tmp_path):
     chinese = [
         "请解释量子力学的基本原理。", "量子力学和相对论有什么区别？", "量子力学是什么？",
         "如何做面包？面包需要酵母。", "酵母面包的做法。", "什么是相对论？",
+        "小说的主角", "这部小说", "股票市场", "市场的股票",
     ]  # fmt: skip
     found = tags(tmp_path, chinese, spread=2)
     assert all(isinstance(answer, Answer) for answer in found)
