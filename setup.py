@@ -32,7 +32,7 @@ setup(
     package_data={
         "megatron_ksa.kernels": ["**/*.json"],
         "megatron_ksa.evaluation": ["**/*.html", "**/*.css", "**/*.js"],
-        "megatron_ksa.data_tools": ["**/*.html", "**/*.css", "**/*.js", "**/*.json"],
+        "megatron_ksa.data_tools": ["**/*.html", "**/*.css", "**/*.js", "**/*.json", "**/LICENSE"],
     },
     # The kernels' requirements alone, so that `megatron_ksa.kernels` installs beside any Megatron.
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy"],

@@ -19,6 +19,8 @@ SHARPNESS = 20.0
 SPREAD = 0.012
 FEWEST_FOR_TSNE = 8
 GRID = 65_535
+# Dots have a size, which the map's rim must not cut.
+EDGES = (0.01, 0.99)
 
 
 def anchor_nodes(parent: np.ndarray, depth: np.ndarray) -> np.ndarray:
@@ -84,4 +86,4 @@ class Map:
             found[block] = np.einsum("rk,rkd->rd", weight, self._places[best])
         # The generator's draws belong to rows, so that a row lies where it did in another report of this pool.
         spread = np.random.default_rng(0).normal(0, SPREAD, (pool.instances, 2))[rows]
-        return np.round(np.clip(0.02 + 0.96 * found + spread, 0, 1) * GRID).astype(np.uint16)
+        return np.round(np.clip(0.03 + 0.94 * found + spread, *EDGES) * GRID).astype(np.uint16)

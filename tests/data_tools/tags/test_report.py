@@ -1,4 +1,4 @@
-"""The report: right numbers, and nothing from the pool that could act as code (test_report_page.py looks at the page)."""
+"""The report: right numbers, and nothing from the pool that could act as code; test_report_page.py looks at the page."""
 
 import json
 import re
@@ -146,7 +146,7 @@ def test_counts_of_branches_agree_with_the_datasets(work):
     summary = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))
     written = {dataset["name"]: dataset["instances"] for dataset in summary["blend"]["datasets"]}
     assert {row["name"]: row["own_selected"] for row in summary["branches"]} == written
-    assert sum(row["own"] for row in summary["branches"]) == 200 < sum(row["pool"] for row in summary["branches"])
+    assert sum(row["own"] for row in summary["branches"]) == 200 <= sum(row["pool"] for row in summary["branches"])
 
 
 def test_sources_are_counted_by_hand(work):

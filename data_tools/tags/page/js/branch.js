@@ -1,15 +1,15 @@
 // The branches of the one in view, and its samples, tags and instances.
 const COLUMNS = [
   ["branch", (v) => nodes.name[v], (v) => nodes.name[v]],
-  ["with a tag here: pool", (v) => nodes.pool[v], (v) => number.format(nodes.pool[v])],
-  ["selected", (v) => nodes.selected[v], (v) => number.format(nodes.selected[v])],
+  ["with a tag: pool", (v) => nodes.pool[v], (v) => number.format(nodes.pool[v])],
+  ["with a tag: selected", (v) => nodes.selected[v], (v) => number.format(nodes.selected[v])],
   ["tags covered", (v) => nodes.coverage[v], (v) => percent(nodes.coverage[v])],
   ["quality: pool", (v) => nodes.pool_quality[v], (v) => score(nodes.pool_quality[v])],
-  ["selected", (v) => nodes.selected_quality[v], (v) => score(nodes.selected_quality[v])],
+  ["quality: selected", (v) => nodes.selected_quality[v], (v) => score(nodes.selected_quality[v])],
 ];
 const OWN = [
   ["own: pool", (v) => own.has(v) ? own.get(v).pool : null, (v) => own.has(v) ? number.format(own.get(v).pool) : "–"],
-  ["selected", (v) => own.has(v) ? own.get(v).selected : null, (v) => own.has(v) ? number.format(own.get(v).selected) : "–"],
+  ["own: selected", (v) => own.has(v) ? own.get(v).selected : null, (v) => own.has(v) ? number.format(own.get(v).selected) : "–"],
 ];
 let sorted = { column: 1, falling: true };
 const SHOWN_BRANCHES = 300, SHOWN_SAMPLES = 40, SHOWN_INSTANCES = 500, SHOWN_TAGS = 100;
@@ -26,7 +26,7 @@ function showBranches() {
   });
   element("branches-title").textContent = `Branches of ${nodes.name[focus]} (${number.format(list.length)})`;
   element("branches-note").textContent = hasOwn
-    ? "Own: each instance counts in one branch, that of its dataset. With a tag here: an instance counts in every branch that holds a tag of it."
+    ? "Own: each instance counts in one branch, that of its dataset. With a tag: an instance counts in every branch that holds a tag of it."
     : "An instance counts in every branch that holds a tag of it.";
   const head = make("tr"), body = make("tbody");
   columns.forEach(([title], i) => {

@@ -2,7 +2,7 @@
 // their number on a pixel, on a logarithmic scale; then the target, the other run and the selection on top.
 const mapCanvas = element("points"), GRID = 65535;
 const LAYERS = [
-  { name: "pool", title: "left out", on: true, has: (i) => !(points.state[i] & CHOSEN) },
+  { name: "pool", title: "left out", on: true, has: (i) => !points.state[i] },
   { name: "target", title: "target", on: true },
   { name: "other", title: "other run", on: true, has: (i) => points.state[i] & OTHER && !(points.state[i] & CHOSEN) },
   { name: "selected", title: "selected", on: true, has: (i) => points.state[i] & CHOSEN },

@@ -16,11 +16,11 @@ const STOPS = 8;
 const QUANTITIES = {
   coverage: {
     title: "tags covered", value: (v) => nodes.coverage[v], text: percent, none: "no tags in the pool",
-    colour: d3.interpolateCividis,
+    colour: d3.interpolateViridis,
   },
   rate: {
     title: "instances selected of those with a tag here", text: percent, none: "none selected",
-    value: (v) => nodes.selected[v] ? nodes.selected[v] / nodes.pool[v] : null, colour: d3.interpolateCividis,
+    value: (v) => nodes.selected[v] ? nodes.selected[v] / nodes.pool[v] : null, colour: d3.interpolateViridis,
   },
   balance: {
     title: "share of the selection / share of the pool", text: (x) => x.toPrecision(2) + "×", none: "none selected",
@@ -29,16 +29,18 @@ const QUANTITIES = {
   },
   quality: {
     title: "mean quality of the selection", value: (v) => nodes.selected_quality[v], text: score, none: "no score",
-    colour: d3.interpolateCividis,
+    colour: d3.interpolateViridis,
   },
 };
 let quantity = QUANTITIES.coverage, ramp;
 
-// Values at the quantiles, each once; with a middle (a ratio of 1) it has half of the colours on each side.
-function stops(values, middle) {
+// Values at the quantiles, and the ends of all values, each once; with a middle (a ratio of 1) it has half of the colours on each side.
+function stops(values, all, middle) {
   const sorted = Float64Array.from(values).sort();
   if (!sorted.length) return [];
   const at = Array.from({ length: STOPS + 1 }, (_, i) => d3.quantileSorted(sorted, i / STOPS));
+  if (d3.max(all) > at[STOPS]) at.push(d3.max(all));
+  if (d3.min(all) < at[0]) at.unshift(d3.min(all));
   const distinct = [...new Set(at)];
   if (middle === undefined) return distinct;
   const low = distinct.filter((x) => x < middle), high = distinct.filter((x) => x > middle);
@@ -54,7 +56,7 @@ function makeRamp() {
     if (children[v].length) inner.push(x);
   }
   // A leaf is covered or not; inner nodes have values between.
-  const domain = stops(inner.length > 3 ? inner : values, quantity.middle), middle = domain.indexOf(quantity.middle);
+  const domain = stops(inner.length > 3 ? inner : values, values, quantity.middle), middle = domain.indexOf(quantity.middle);
   // The ends of the colours are kept for values beyond the quantiles' ends.
   const place = (i) => {
     if (domain.length === 1) return 0.5;

@@ -1,6 +1,6 @@
 export { hierarchy, partition } from "d3-hierarchy";
 export { scaleLinear, scaleLog, scaleBand, scaleSequential } from "d3-scale";
-export { interpolateCividis, interpolatePuOr } from "d3-scale-chromatic";
+export { interpolateViridis, interpolatePuOr } from "d3-scale-chromatic";
 export { zoom, zoomIdentity } from "d3-zoom";
 export { select } from "d3-selection";
 export { quadtree } from "d3-quadtree";
