@@ -17,6 +17,7 @@ from megatron_ksa.data_tools.tags.selection import sample_step
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = (800, 1400)
+READY = "document.documentElement.dataset.ready === 'true'"
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,11 @@ def open_page(browser):
         page.errors, page.requests = [], []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+        page.add_init_script("addEventListener('error', () => { window.failed = true; });")
         page.on("request", lambda request: page.requests.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("html[data-ready=true]")
+        page.wait_for_function(READY + " || window.failed")
+        assert page.evaluate(READY), page.errors
         return page
 
     yield load

@@ -39,8 +39,9 @@ function stops(values, all, middle) {
   const sorted = Float64Array.from(values).sort();
   if (!sorted.length) return [];
   const at = Array.from({ length: STOPS + 1 }, (_, i) => d3.quantileSorted(sorted, i / STOPS));
-  if (d3.max(all) > at[STOPS]) at.push(d3.max(all));
-  if (d3.min(all) < at[0]) at.unshift(d3.min(all));
+  const [least, most] = d3.extent(all);
+  if (most > at[STOPS]) at.push(most);
+  if (least < at[0]) at.unshift(least);
   const distinct = [...new Set(at)];
   if (middle === undefined) return distinct;
   const low = distinct.filter((x) => x < middle), high = distinct.filter((x) => x > middle);
@@ -55,8 +56,8 @@ function makeRamp() {
     values.push(x);
     if (children[v].length) inner.push(x);
   }
-  // A leaf is covered or not; inner nodes have values between.
-  const domain = stops(inner.length > 3 ? inner : values, values, quantity.middle), middle = domain.indexOf(quantity.middle);
+  // A leaf is covered or not; inner nodes have values between, if there are enough of them.
+  const domain = stops(inner.length >= 3 * STOPS ? inner : values, values, quantity.middle), middle = domain.indexOf(quantity.middle);
   // The ends of the colours are kept for values beyond the quantiles' ends.
   const place = (i) => {
     if (domain.length === 1) return 0.5;
@@ -71,7 +72,8 @@ function makeRamp() {
 const DARK = new Map();
 function isDark(colour) {
   if (!DARK.has(colour)) {
-    const part = colour.match(/\d+/g).map(Number);
+    // d3's schemes give rgb(...) or #rrggbb.
+    const part = colour[0] === "#" ? [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16)) : colour.match(/\d+/g).map(Number);
     DARK.set(colour, part[0] * 0.3 + part[1] * 0.59 + part[2] * 0.11 < 130);
   }
   return DARK.get(colour);

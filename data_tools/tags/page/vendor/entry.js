@@ -1,9 +1,8 @@
-export { hierarchy, partition } from "d3-hierarchy";
-export { scaleLinear, scaleLog, scaleBand, scaleSequential } from "d3-scale";
-export { interpolateViridis, interpolatePuOr } from "d3-scale-chromatic";
-export { zoom, zoomIdentity } from "d3-zoom";
-export { select } from "d3-selection";
-export { quadtree } from "d3-quadtree";
+export { extent, max, quantileSorted } from "d3-array";
 export { axisBottom, axisLeft } from "d3-axis";
-export { bin, max, extent, quantileSorted } from "d3-array";
-export { format } from "d3-format";
+export { hierarchy, partition } from "d3-hierarchy";
+export { quadtree } from "d3-quadtree";
+export { scaleLinear, scaleLog } from "d3-scale";
+export { interpolatePuOr, interpolateViridis } from "d3-scale-chromatic";
+export { select } from "d3-selection";
+export { zoom, zoomIdentity } from "d3-zoom";
