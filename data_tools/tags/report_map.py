@@ -80,7 +80,7 @@ class Map:
             block = slice(first, first + ROWS_AT_ONCE)
             vectors = unit(pool.shares[rows[block]][:, leaves] @ pool.leaf_vectors)
             near = vectors @ self._vectors.T
-            best = np.argsort(-near, axis=1, kind="stable")[:, :nearest]
+            best = np.sort(np.argpartition(-near, nearest - 1, axis=1)[:, :nearest], axis=1)
             weight = np.exp(SHARPNESS * (np.take_along_axis(near, best, 1) - near.max(1, keepdims=True)))
             weight /= weight.sum(1, keepdims=True)
             found[block] = np.einsum("rk,rkd->rd", weight, self._places[best])

@@ -292,12 +292,15 @@ def test_fifty_thousand_nodes_and_two_hundred_thousand_points_are_fluent(tmp_pat
     assert int(page.get_attribute("#icicle", "data-drawn")) > 1000
     assert int(page.get_attribute("#points", "data-drawn")) == 200_000
     page.evaluate("pointAt({clientX: 400, clientY: 400})")  # the index is built once
-    timed = "() => { const start = performance.now(); for (let i = 0; i < 5; i++) %s; return performance.now() - start; }"
+    timed = (
+        "() => Math.min(...Array.from({length: 9}, () => { const start = performance.now(); %s; "
+        "return performance.now() - start; }))"
+    )
     actions = ("draw()", "drawMap()", "pointAt({clientX: 400, clientY: 400})")
-    frame = {action: page.evaluate(timed % action) / 5 for action in actions}
+    # The fastest of nine frames, milliseconds: other work on the machine must not decide.
+    frame = {action: page.evaluate(timed % action) for action in actions}
     print(frame)
-    # Milliseconds on a loaded machine with two cores and no GPU.
-    assert max(frame.values()) < 250, frame
+    assert max(frame.values()) < 100, frame
     page.fill("#search", "tag 57")
     assert page.locator("#found li:not(.heading)").count() == 50
     start = page.evaluate("performance.now()")

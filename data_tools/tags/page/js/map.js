@@ -7,11 +7,23 @@ const LAYERS = [
   { name: "other", title: "other run", on: true, has: (i) => points.state[i] & OTHER && !(points.state[i] & CHOSEN) },
   { name: "selected", title: "selected", on: true, has: (i) => points.state[i] & CHOSEN },
 ];
+for (const layer of LAYERS) {
+  const members = [];
+  for (let i = 0; i < (layer.has ? points.count : points.target.length / 2); i++) if (!layer.has || layer.has(i)) members.push(i);
+  layer.members = Uint32Array.from(members);
+}
 let mark = null, transform = d3.zoomIdentity, index = null;
 
+// Colours of the style as numbers. Reading a pixel back is slow, so each is read once for a colour scheme.
+const known = new Map();
 function rgb(name) {
+  const text = style(name);
+  if (!known.has(text)) known.set(text, read(text));
+  return known.get(text);
+}
+function read(text) {
   const paint = new OffscreenCanvas(1, 1).getContext("2d");
-  paint.fillStyle = style(name); paint.fillRect(0, 0, 1, 1);
+  paint.fillStyle = text; paint.fillRect(0, 0, 1, 1);
   return paint.getImageData(0, 0, 1, 1).data;
 }
 const whole = (part) => (255 << 24) | (part[2] << 16) | (part[1] << 8) | part[0];
@@ -26,30 +38,36 @@ function drawMap() {
   const sx = transform.k * width / GRID, sy = transform.k * height / GRID, ox = transform.x * ratio, oy = transform.y * ratio;
   const size = Math.max(1, Math.round(ratio * Math.min(1.5 * Math.sqrt(transform.k), 5)));
   let shown = 0;
-  function dots(at, count, has, put, wide) {
-    for (let i = 0; i < count; i++) {
-      if (has && !has(i)) continue;
-      const x = (at[2 * i] * sx + ox) | 0, y = ((GRID - at[2 * i + 1]) * sy + oy) | 0;
-      if (x < 0 || y < 0 || x + wide > width || y + wide > height) continue;
+  // Calls put(pixel, instance) for the corner of each dot in sight; stamp() fills a dot from its corner.
+  function dots(at, members, wide, put) {
+    const right = width - wide, bottom = height - wide;
+    for (let j = 0; j < members.length; j++) {
+      const i = members[j], x = (at[2 * i] * sx + ox) | 0, y = ((GRID - at[2 * i + 1]) * sy + oy) | 0;
+      if (x < 0 || y < 0 || x > right || y > bottom) continue;
       shown++;
-      for (let b = 0; b < wide; b++) for (let a = 0; a < wide; a++) put((y + b) * width + x + a, i);
+      put(y * width + x, i);
     }
+  }
+  function stamp(p, paint, wide) {
+    for (let row = p, last = p + wide * width; row < last; row += width) for (let q = row; q < row + wide; q++) pixel[q] = paint;
   }
   for (const layer of LAYERS) {
     if (!layer.on) continue;
-    const colour = rgb("--" + layer.name);
+    const colour = rgb("--" + layer.name), paint = whole(colour), faint = whole(mix(back, colour, 0.25));
     if (layer.name === "pool") {
-      const counts = new Uint16Array(width * height);
+      const counts = new Uint16Array(width * height), pale = whole(mix(back, colour, 0.15));
       let most = 1;
-      dots(points.at, points.count, layer.has, (p, i) => { if (!dimmed || !dimmed[i]) { if (counts[p] < 65535) counts[p]++; if (counts[p] > most) most = counts[p]; } else if (!counts[p]) pixel[p] = whole(mix(back, colour, 0.15)); }, size);
+      dots(points.at, layer.members, size, (p, i) => {
+        if (dimmed && dimmed[i]) return stamp(p, pale, size);
+        if (counts[p] < 65535) counts[p]++;
+        if (counts[p] > most) most = counts[p];
+      });
       const shades = Array.from({ length: 65 }, (_, i) => whole(mix(back, colour, 0.3 + 0.7 * i / 64)));
-      for (let p = 0; p < counts.length; p++) if (counts[p]) pixel[p] = shades[Math.round(64 * Math.log1p(counts[p] - 1) / Math.log1p(most))];
+      for (let p = 0; p < counts.length; p++) if (counts[p]) stamp(p, shades[Math.round(64 * Math.log1p(counts[p] - 1) / Math.log1p(most))], size);
     } else if (layer.name === "target") {
-      const paint = whole(colour);
-      dots(points.target, points.target.length / 2, null, (p) => { pixel[p] = paint; }, size + 1);
+      dots(points.target, layer.members, size + 1, (p) => stamp(p, paint, size + 1));
     } else {
-      const paint = whole(colour), faint = whole(mix(back, colour, 0.25));
-      dots(points.at, points.count, layer.has, (p, i) => { pixel[p] = dimmed && dimmed[i] ? faint : paint; }, size + 1);
+      dots(points.at, layer.members, size + 1, (p, i) => stamp(p, dimmed && dimmed[i] ? faint : paint, size + 1));
     }
   }
   context.putImageData(image, 0, 0);
