@@ -12,6 +12,7 @@ from megatron_ksa.data_tools.tags.files import read_jsonl
 from megatron_ksa.data_tools.tags.ground import UNPLACED
 from megatron_ksa.data_tools.tags.manifest import MANIFEST
 from megatron_ksa.data_tools.tags.read import RECORDS, REJECTED
+from megatron_ksa.data_tools.tags.records import message_text
 from megatron_ksa.data_tools.tags.tag import FAILED
 from megatron_ksa.data_tools.tags.write import BLEND, UNWRITTEN
 
@@ -74,7 +75,7 @@ def record_excerpt(record: dict, most: int) -> str:
     """The start of a record's text, its turns with their roles."""
     text = record.get("text")
     if text is None:
-        text = "\n".join(f"[{message['role']}] {message.get('content') or ''}" for message in record["messages"])
+        text = "\n".join(f"[{message['role']}] {message_text(message)}" for message in record["messages"])
     return text if len(text) <= most else text[:most] + " …"
 
 

@@ -5,7 +5,7 @@
     python examples/tags/tagger_comparison.py --pool debian.jsonl reasoning_gym.jsonl --work DIR --readme
 
 Each library names as many phrases of a record as the tagger, with its own defaults otherwise. KeyBERT takes its
-candidates by scikit-learn's count vectorizer from the first 600 characters and embeds with all-MiniLM-L6-v2 (int8). A
+candidates by scikit-learn's count vectorizer from the first 600 characters and embeds with all-MiniLM-L6-v2, int8. A
 library that is not installed is left out. `--tags NAME=FILE` adds tags from a `tags.jsonl`, of another version or an LLM.
 
 Measured on every pool, where a record's source is its label:

@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import regex
 
+from megatron_ksa.data_tools.tags.records import message_text
+
 BASE = 7.0
 _PLACEHOLDER = regex.compile(
     r"\s*|\W*(?:n/a|todo|tbd|no (?:input|output|answer|response)|deleted|removed|blank|noinput|nooutput)\W*",
@@ -44,12 +46,9 @@ def question_and_answer(record: dict) -> tuple[str, str | None]:
         return "", record["text"]
     messages = record["messages"]
     if not messages or messages[-1]["role"] != "assistant":
-        return (messages[-1].get("content") or "") if messages else "", None
-    answer = messages[-1]
-    calls = answer.get("tool_calls")
-    text = answer.get("content") or (str(calls) if calls else "")
-    asked = next((each.get("content") or "" for each in messages[-2::-1] if each["role"] == "user"), "")
-    return asked, text
+        return message_text(messages[-1]) if messages else "", None
+    asked = next((message_text(each) for each in messages[-2::-1] if each["role"] == "user"), "")
+    return asked, message_text(messages[-1])
 
 
 def signs(record: dict) -> Iterator[str]:

@@ -13,6 +13,7 @@ from chat_server import GOOD, chat_server, completion, good
 from test_endpoint_tagger import answers, tagger, write_records
 
 from megatron_ksa.data_tools.tags.files import read_jsonl
+from megatron_ksa.data_tools.tags.records import score as record_score
 from megatron_ksa.data_tools.tags.tag import tag
 from megatron_ksa.data_tools.tags.taggers import Answer, Failure
 from megatron_ksa.data_tools.tags.taggers.pace import LONGEST_PAUSE, Pace, pause_seconds
@@ -72,8 +73,9 @@ def test_a_gigabyte_of_reply_is_not_read(tmp_path):
     ],
 )  # fmt: skip
 def test_a_score_is_a_number_from_1_to_10_or_its_text(value, score):
-    """An integer of 400 digits ended the run in an OverflowError."""
+    """An integer of 400 digits ended the run in an OverflowError, from an endpoint or in the data."""
     assert answer_score(value) == score
+    assert record_score(value) == (None if isinstance(value, str) else score)
 
 
 @pytest.mark.parametrize(

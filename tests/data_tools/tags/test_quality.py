@@ -57,5 +57,5 @@ def test_length_and_parts_count_and_text_is_its_own_answer():
     assert rule_quality(chat(LONG.replace(". ", ".\n\n"))) == 9
     assert rule_quality({"text": LONG}) == 8 and rule_quality({"text": "tide " * 50}) == 3
     assert rule_quality({"messages": []}) == 1
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "tides"}}]}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "tides", "arguments": {}}}]}
     assert rule_quality({"messages": [{"role": "user", "content": "tides?"}, call]}) == 7

@@ -1,4 +1,4 @@
-"""The report: right numbers, and nothing from the pool that could act as code; test_report_page.py looks at the page."""
+"""The report: right numbers, and nothing from the pool that could act as code; test_report_page.py shows it."""
 
 import json
 import re
@@ -111,7 +111,8 @@ def test_samples_show_chosen_and_left_out_instances_of_every_tag(work):
 def test_summary_counts_everything_left_out(work):
     summary = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))
     assert summary["left_out"] == {
-        "rejected.jsonl": {HOSTILE: 3}, "failed.jsonl": {"refused": 1}, "duplicates.jsonl": {"near-duplicates": 1}, "blend/unwritten.jsonl": {},
+        "rejected.jsonl": {HOSTILE: 3}, "failed.jsonl": {"refused": 1},
+        "duplicates.jsonl": {"near-duplicates": 1}, "blend/unwritten.jsonl": {},
     }  # fmt: skip
     assert [branch["name"] for branch in summary["branches"]][:1] == [HOSTILE]
     assert {branch["name"] for branch in summary["branches"]} == {HOSTILE, *TOPICS[1:]}

@@ -184,7 +184,7 @@ def test_map_shows_groups_and_a_point_leads_to_its_sample(work, open_page):
                        " return [box.left + x, box.top + y]; })()")  # fmt: skip
     page.mouse.move(at[0] - 60, at[1])
     page.mouse.move(*at)
-    name = page.evaluate("points.ids[pointAt({clientX: %f, clientY: %f})]" % tuple(at))
+    name = page.evaluate(f"points.ids[pointAt({{clientX: {at[0]}, clientY: {at[1]}}})]")
     assert name[:20] in page.inner_text("#tip")
     page.mouse.click(*at)
     assert page.evaluate("points.ids[mark]") == name and current(page) != "root"
