@@ -5,8 +5,9 @@
     python examples/tags/tagger_comparison.py --pool debian.jsonl reasoning_gym.jsonl --work DIR --readme
 
 Each library names as many phrases of a record as the tagger, with its own defaults otherwise. KeyBERT takes its
-candidates by scikit-learn's count vectorizer from the first 600 characters and embeds with all-MiniLM-L6-v2, int8. A
-library that is not installed is left out. `--tags NAME=FILE` adds tags from a `tags.jsonl`, of another version or an LLM.
+candidates by scikit-learn's count vectorizer from 600 characters and embeds with all-MiniLM-L6-v2 (int8). A library
+that is not installed is left out. `--tags NAME=FILE` adds tags from a `tags.jsonl`, of another version or an LLM.
+Results of other pools and sizes in the file of results are kept.
 
 Measured on every pool, where a record's source is its label:
 
@@ -225,15 +226,16 @@ def measured(name: str, rows: list[dict], tags: Tags, labels: np.ndarray, folder
     }  # fmt: skip
 
 
-def compared(pool: Path, work: Path, most: int, added: dict[str, Path]) -> Iterator[dict]:
+def compared(pool: Path, work: Path, most: int, taggers: list[str], added: dict[str, Path]) -> Iterator[dict]:
     """A row for each tagger, and one for random selections."""
     rows = list(read_jsonl(pool))
     rows = [rows[number * len(rows) // most] for number in range(most)] if len(rows) > most else rows
     texts = [row["text"] if "text" in row else f"{row['instruction']}\n\n{row['output']}" for row in rows]
     labels = np.array([row["source"] for row in rows])
-    folder = work / pool.stem
+    folder = work / f"{pool.stem}_{len(rows)}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (tagger, packages) in TAGGERS.items():
+    for name in taggers:
+        tagger, packages = TAGGERS[name]
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing:
             print(f"{name}: left out, {', '.join(missing)} not installed", flush=True)
@@ -262,8 +264,8 @@ def section(pools: dict[str, dict]) -> str:
         return f"{value:.3f}" if column in ("accuracy", "macro_f1") else f"{value:,.1f}".removesuffix(".0")
 
     cells = []
-    for pool, found in pools.items():
-        title = f"{pool} ({found['records']:,} records, {found['labels']} labels)"
+    for found in pools.values():
+        title = f"{found['pool']} ({found['records']:,} records, {found['labels']} labels)"
         cells += [[title, row["tagger"], *(cell(row, column) for column in COLUMNS)] for row in found["rows"]]
     return table(["pool", "tagger", *COLUMNS.values()], cells)
 
@@ -275,19 +277,23 @@ def main() -> None:
         parser.add_argument("--pool", type=Path, nargs="+", required=True, help="JSONL files whose source is the label")
         parser.add_argument("--work", type=Path, required=True, help="folder of everything that is written")
         parser.add_argument("--most", type=int, default=1000, help="records of a pool, spread evenly (default: 1000)")
+        parser.add_argument(
+            "--taggers", nargs="+", choices=tuple(TAGGERS), default=list(TAGGERS), help="those to run (default: all)"
+        )
         parser.add_argument("--tags", nargs="*", default=[], metavar="NAME=FILE", help="tags.jsonl of other taggers")
         parser.add_argument("--readme", action="store_true", help=f"write {RESULTS.name} and README.md beside it")
         args = parser.parse_args()
         added = {name: Path(path) for name, _, path in (each.partition("=") for each in args.tags)}
-        pools = {}
+        pools = json.loads(RESULTS.read_text(encoding="utf-8"))["pools"] if RESULTS.exists() else {}
         for pool in args.pool:
             rows = []
-            for row in compared(pool, args.work, args.most, added):
+            for row in compared(pool, args.work, args.most, args.taggers, added):
                 print(json.dumps(row), flush=True)
                 rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
-            records = list(read_jsonl(pool))[: args.most]
-            labels = len({row["source"] for row in read_jsonl(pool)})
-            pools[pool.stem] = {"records": len(records), "labels": labels, "rows": rows}
+            labels = [row["source"] for row in read_jsonl(pool)]
+            records = min(args.most, len(labels))
+            found = {"pool": pool.stem, "records": records, "labels": len(set(labels)), "rows": rows}
+            pools[f"{pool.stem}, {records}"] = found
         text = section(pools)
         print(text)
         if args.readme:
