@@ -103,7 +103,9 @@ class _MiniLm:
             next(path for folder in found for path in sorted(Path(folder).rglob(pattern)))
             for found, pattern in zip(folders, ("*.onnx", "tokenizer.json"), strict=True)
         )
-        self.session = onnxruntime.InferenceSession(str(model))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # threads that spin for each other are slow beside other work
+        self.session = onnxruntime.InferenceSession(str(model), options)
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
         self.tokenizer.enable_padding()
         self.tokenizer.enable_truncation(256)
