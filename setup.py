@@ -18,7 +18,7 @@ TRAIN = [
     "tensorboard",
 ]
 # What tools/preprocess_tags.py needs with its offline tagger and embedder.
-TAGS = ["matplotlib", "scipy", "scikit-learn", "httpx", "threadpoolctl"]
+TAGS = ["matplotlib", "scipy", "scikit-learn", "httpx", "regex", "threadpoolctl"]
 
 setup(
     name="megatron-ksa",
@@ -32,7 +32,7 @@ setup(
     package_data={
         "megatron_ksa.kernels": ["**/*.json"],
         "megatron_ksa.evaluation": ["**/*.html", "**/*.css", "**/*.js"],
-        "megatron_ksa.data_tools": ["**/*.html", "**/*.css", "**/*.js", "**/*.json"],
+        "megatron_ksa.data_tools": ["**/*.html", "**/*.css", "**/*.js", "**/*.json", "**/LICENSE"],
     },
     # The kernels' requirements alone, so that `megatron_ksa.kernels` installs beside any Megatron.
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy"],

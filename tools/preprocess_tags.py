@@ -11,7 +11,7 @@ from pathlib import Path
 
 try:
     from megatron_ksa.config.options import add_config_arguments, config_from_args
-    from megatron_ksa.data_tools.tags.pipeline import ADOPTING_STEPS, COMMANDS, TARGET, Pipeline, finish
+    from megatron_ksa.data_tools.tags.pipeline import ADOPTING_STEPS, BATCH_STEPS, COMMANDS, TARGET, Pipeline, finish
 except ModuleNotFoundError as error:
     print(
         f"error: {error.name} is not installed here: run `pip install -e '.[data]'` in the repository", file=sys.stderr
@@ -46,7 +46,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="local", help="where records are handled (default: local)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     # None: the target is what was given to `tag`. Without --target `tag` itself has none.
-    parser.set_defaults(tree=None, input=None, target=None)
+    parser.set_defaults(tree=None, input=None, target=None, batch_out=None)
     if "tag" in commands(name):
         parser.add_argument(
             "--input",
@@ -115,10 +115,15 @@ def main() -> None:
         pipeline, target = make_pipelines(args)
         names = commands(args.command)
         steps = {name: COMMANDS[name].steps for name in names}
+        target_steps = {name: COMMANDS[name].target_steps for name in names}
         if args.tree is not None:
             steps["tree"] = ADOPTING_STEPS
         if names == ("export",) and args.export == "none":
             raise UsageError("--export none: name a format, jsonl or parquet")
+        if args.batch_out is not None:
+            if args.command != "tag":
+                raise UsageError("--batch-out goes with the tag command: the other steps wait for the results")
+            steps["tag"] = target_steps["tag"] = BATCH_STEPS
         for name in names:
             pipeline.check(steps[name])
         try:
@@ -126,7 +131,7 @@ def main() -> None:
                 pipeline.run(steps[name])
                 if target is not None:
                     with of_target():
-                        target.run(COMMANDS[name].target_steps)
+                        target.run(target_steps[name])
         finally:
             finish([pipeline] if target is None else [pipeline, target])
         if "write" in names:

@@ -14,6 +14,7 @@ from megatron_ksa.data_tools.tags import (
     duplicates,
     export,
     ground,
+    naming,
     read,
     report,
     selection,
@@ -52,7 +53,7 @@ COMMANDS = {
     "tag": Command("read the input and tag every record", (read.STEP, tag.STEP), (read.STEP, tag.STEP)),
     "tree": Command(
         "leave out near-duplicates, join tags into a tree, put the records on it",
-        (duplicates.STEP, canonicalise.STEP, tree.STEP, ground.STEP), (duplicates.STEP, ground.STEP),
+        (duplicates.STEP, canonicalise.STEP, tree.STEP, naming.STEP, ground.STEP), (duplicates.STEP, ground.STEP),
     ),
     "sample": Command(
         "leave out what holds evaluation data, choose what covers the tree best within a budget, aligned to the target",
@@ -64,8 +65,10 @@ COMMANDS = {
     ),
     "report": Command("a page, a picture and a summary of the selection", (report.STEP,)),
 }  # fmt: skip
+# What `tag --batch-out` does.
+BATCH_STEPS = (read.STEP, tag.BATCH_STEP)
 # What `tree` does with the tree of another work folder.
-ADOPTING_STEPS = (duplicates.STEP, tree.ADOPT, ground.STEP)
+ADOPTING_STEPS = (duplicates.STEP, tree.ADOPT, naming.STEP, ground.STEP)
 
 
 class Pipeline:

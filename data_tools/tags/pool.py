@@ -13,7 +13,7 @@ from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl
 from megatron_ksa.data_tools.tags.ground import GROUNDING
 from megatron_ksa.data_tools.tags.objective import ancestors, tag_shares
 from megatron_ksa.data_tools.tags.read import RECORDS
-from megatron_ksa.data_tools.tags.tree import TREE
+from megatron_ksa.data_tools.tags.tree import BRANCH_NAMES, TREE
 from megatron_ksa.errors import UsageError
 
 
@@ -75,6 +75,13 @@ class Pool:
         return replace(self, indptr=shares.indptr.astype(np.int64), leaves=shares.indices.astype(np.int32), **some)
 
 
+def with_branch_names(tree: Path, names: np.ndarray) -> np.ndarray:
+    """Names of a tree's nodes, str [nodes], with those that an LLM gave to branches in place of the medoid tags."""
+    path = tree / BRANCH_NAMES
+    given = {row["node"]: row["name"] for row in read_jsonl(path)} if path.exists() else {}
+    return np.array([given.get(node, name) for node, name in enumerate(names.tolist())]) if given else names
+
+
 def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) -> Pool:
     """The pool of a work folder.
 
@@ -92,7 +99,7 @@ def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) ->
         raise UsageError(f"{work / GROUNDING} belongs to another tree than {tree / TREE}: run the tree step again")
     pool = Pool(
         grounding["indptr"], leaves, grounding["quality"], grounding["difficulty"], parent, nodes["depth"],
-        count=nodes["count"], record=grounding["record"], names=nodes["name"],
+        count=nodes["count"], record=grounding["record"], names=with_branch_names(tree, nodes["name"]),
     )  # fmt: skip
     if vectors:
         try:

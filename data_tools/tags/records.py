@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,13 +105,8 @@ def _body(fields: dict, settings: RecordSettings) -> dict:
 
 
 def score(value: Any) -> float | None:
-    """A score from 1 to 10 as a float; None for anything else."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not 1 <= value <= 10
-    ):
+    """A score from 1 to 10 as a float; None for anything else, such as NaN or an integer of 400 digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= 10:
         return None
     return float(value)
 

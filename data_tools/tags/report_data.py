@@ -5,8 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
+from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.objective import ancestors
 from megatron_ksa.data_tools.tags.pool import Pool
+
+# Instances nearest to the mean of a branch that are shown, of those chosen and of those left out.
+TYPICAL = 6
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class NodeStatistics:
         coverage: float64 [nodes], share of the pool's tag mass whose tag some chosen instance carries; NaN where the
             pool has none.
         pool_quality, selected_quality: float64 [nodes], mean score, NaN where there is none.
+        other_share: float64 [nodes], share of another run's selection, or None.
     """
 
     pool: np.ndarray
@@ -30,6 +35,7 @@ class NodeStatistics:
     coverage: np.ndarray
     pool_quality: np.ndarray
     selected_quality: np.ndarray
+    other_share: np.ndarray | None = None
 
 
 def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
@@ -50,12 +56,15 @@ def _subtree_shares(shares: csr_array, above: csr_array) -> np.ndarray:
     return (mass @ above) / (mass.sum() or 1.0)
 
 
-def node_statistics(pool: Pool, chosen: np.ndarray, target: csr_array | None = None) -> NodeStatistics:
+def node_statistics(
+    pool: Pool, chosen: np.ndarray, target: csr_array | None = None, other: np.ndarray | None = None
+) -> NodeStatistics:
     """Statistics of every node.
 
     Args:
         chosen: int64 [chosen], rows of the pool.
         target: float64 [target instances, nodes], its tag shares.
+        other: int64 [rows], what another run chose.
     """
     above = ancestors(pool.parent)
     selection = pool.shares[chosen]
@@ -67,6 +76,7 @@ def node_statistics(pool: Pool, chosen: np.ndarray, target: csr_array | None = N
         counts, selected, _subtree_shares(pool.shares, above), _subtree_shares(selection, above),
         None if target is None else _subtree_shares(target, above),
         _ratio(covered, mass @ above), quality, selected_quality,
+        None if other is None else _subtree_shares(pool.shares[other], above),
     )  # fmt: skip
 
 
@@ -97,8 +107,32 @@ def preorder(parent: np.ndarray, kept: np.ndarray, size: np.ndarray) -> np.ndarr
     return np.array(order, np.int64)
 
 
-def choose_samples(pool: Pool, chosen: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Instances to show: for each tag in turn, the rarest first, one chosen instance and one left out, up to `limit`.
+def typical_rows(pool: Pool, branch: np.ndarray, is_chosen: np.ndarray) -> np.ndarray:
+    """int64 [rows], of each branch the chosen and the left-out instances nearest to the mean of its instances.
+
+    Args:
+        pool: with `leaf_vectors`.
+        branch: int64 [instances], the branch of each, -1 for none.
+        is_chosen: bool [instances].
+    """
+    found: list[np.ndarray] = []
+    for node in np.unique(branch[branch >= 0]):
+        rows = np.flatnonzero(branch == node)
+        vectors = unit(pool.shares[rows][:, pool.leaf_nodes] @ pool.leaf_vectors)
+        near = vectors @ unit(vectors.mean(0, keepdims=True))[0]
+        order = rows[np.argsort(-near, kind="stable")]
+        found += [order[is_chosen[order]][:TYPICAL], order[~is_chosen[order]][:TYPICAL]]
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def choose_samples(
+    pool: Pool, chosen: np.ndarray, limit: int, first: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Instances to show: `first`, then for each tag in turn, the rarest first, one chosen and one left out.
+
+    Args:
+        limit: instances at most.
+        first: int64 [rows], those that are shown whatever their tags.
 
     Returns:
         int64 [samples], rows of the pool, rising, and bool [samples], whether each is chosen.
@@ -107,7 +141,7 @@ def choose_samples(pool: Pool, chosen: np.ndarray, limit: int) -> tuple[np.ndarr
     is_chosen[chosen] = True
     by_leaf = csr_array(pool.shares.T)
     leaves = np.flatnonzero(np.diff(by_leaf.indptr))
-    picked: dict[int, None] = {}
+    picked: dict[int, None] = dict.fromkeys([] if first is None else first.tolist())
     for leaf in leaves[np.argsort(np.diff(by_leaf.indptr)[leaves], kind="stable")]:
         rows = by_leaf.indices[by_leaf.indptr[leaf] : by_leaf.indptr[leaf + 1]]
         for group in (rows[is_chosen[rows]], rows[~is_chosen[rows]]):

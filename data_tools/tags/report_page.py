@@ -17,6 +17,8 @@ from megatron_ksa.data_tools.tags.pool import Pool
 from megatron_ksa.data_tools.tags.report_data import NodeStatistics, largest_nodes, preorder
 
 MAX_NODES = 50_000
+# Parts of the page's script, in order; they share one scope. The libraries are in page/vendor/.
+SCRIPTS = ("base", "tree", "branch", "map", "charts", "search", "start")
 _ESCAPES = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
@@ -62,23 +64,31 @@ def node_columns(pool: Pool, statistics: NodeStatistics) -> tuple[dict[str, list
         "pool_share": _column(statistics.pool_share[order], 9),
         "selected_share": _column(statistics.selected_share[order], 4),
         "target_share": None if statistics.target_share is None else _column(statistics.target_share[order], 4),
+        "other_share": None if statistics.other_share is None else _column(statistics.other_share[order], 4),
     }
     return columns, place
+
+
+def _hash(script: str) -> str:
+    """A script's source in a content security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def render(data: dict) -> str:
     """The page.
 
     Args:
-        data: "nodes" (`node_columns`), "samples", "facts" ([name, value] as text), "tables" ({"columns", "rows"}) and
-            "note".
+        data: "nodes" (`node_columns`) and everything else that `report.report_step` puts there.
     """
     folder = files("megatron_ksa.data_tools.tags") / "page"
-    script = (folder / "page.js").read_text(encoding="utf-8")
+    script = "".join((folder / "js" / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    licence = (folder / "vendor" / "LICENSE").read_text(encoding="utf-8").replace("*/", "* /")
+    vendor = f"/*\n{licence}\n*/\n" + (folder / "vendor" / "d3.min.js").read_text(encoding="utf-8")
     parts = {
         "style": (folder / "style.css").read_text(encoding="utf-8"),
         "script": script,
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "vendor": vendor,
+        "script_hashes": f"{_hash(vendor)} {_hash(script)}",
         "data": json_block(data),
     }
     page = (folder / "page.html").read_text(encoding="utf-8")

@@ -30,6 +30,8 @@ ROOT_NAME = "root"
 INSTANCES = 50_000
 FIELDS = ("parent", "depth", "name", "tag", "count")
 # What records need to be put on a tree.
+# Written by `naming.py`, beside the tree.
+BRANCH_NAMES = "branch_names.jsonl"
 TREE_FILES = (VOCABULARY, MERGES, EMBEDDINGS, EMBEDDER, TREE)
 
 

@@ -27,7 +27,7 @@ from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.selection import SELECTION, read_selection
 from megatron_ksa.data_tools.tags.step import Context, Step
-from megatron_ksa.data_tools.tags.tree import TREE
+from megatron_ksa.data_tools.tags.tree import BRANCH_NAMES, TREE
 from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
@@ -256,6 +256,6 @@ def _decides(context: Context, settings: GroupSettings, encoding: EncodingSettin
 
 STEP = Step(
     "write", {"writing": GroupSettings, "encoding": EncodingSettings},
-    reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS, SELECTION), writes=(BLEND,),
+    reads=(RECORDS, GROUNDING, TREE, BRANCH_NAMES, EMBEDDINGS, SELECTION), writes=(BLEND,),
     run=_run, also_reads=_tokenizer_and_target, decides=_decides, check=_check,
 )  # fmt: skip

@@ -57,6 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         server: ChatServer = self.server
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = json.loads(request["messages"][1]["content"])
+        text = tuple(text) if isinstance(text, list) else text
         with server.lock:
             attempt = server.attempts[text]
             server.attempts[text] += 1

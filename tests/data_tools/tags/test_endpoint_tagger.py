@@ -78,7 +78,13 @@ def test_faults_that_pass_are_retried_and_faults_that_stay_are_listed(tmp_path):
             assert f"s/{name}/passes" in tagged, failed.get(f"s/{name}/passes")
             assert failed[f"s/{name}/stays"]["attempts"] == 3
     assert failed["s/refused/stays"]["attempts"] == 1
-    assert counts["prompt_tokens"] == 10 * len(tagged) and counts["answer_tokens"] == 5 * len(tagged)
+    # Tries without a usable answer cost too: two before each that passes, three of each that stays.
+    invalid = sum(reason == "invalid answer" for _, reason in FAULTS.values())
+    tries = len(tagged) + 2 * invalid + 3 * invalid
+    assert (counts["tries"], counts["prompt_tokens"], counts["answer_tokens"]) == (tries, 10 * tries, 5 * tries)
+    assert counts["tries_without_reply"] == 5 * sum(
+        reason not in ("invalid answer", "refused by the endpoint") for _, reason in FAULTS.values()
+    )
 
 
 def test_a_rerun_asks_for_the_rest_only_and_a_changed_prompt_asks_again(tmp_path):
@@ -92,7 +98,7 @@ def test_a_rerun_asks_for_the_rest_only_and_a_changed_prompt_asks_again(tmp_path
             text for text, answer in first.items() if isinstance(answer, Failure)
         }
         assert all(answer == Answer(GOOD["tags"], 7.0, 3.0) for answer in second.values())
-        answers(server, tmp_path, texts, max_tokens=99)
+        answers(server, tmp_path, texts, extra_text='{"top_p": 0.5}')
         assert len(server.attempts) == len(texts)
 
 
@@ -215,7 +221,16 @@ def test_what_the_schema_does_not_allow_does_not_count(content):
         {"url": "http://x/v1?key=1"},
         {"concurrency": 0},
         {"attempts": 0},
+        {"attempts": 10**400},
         {"timeout": -1.0},
+        {"timeout": float("nan")},
+        {"max_bytes": 0},
+        {"url": "http://x:99999999/v1"},
+        {"url": "http://x/v1,ftp://y"},
+        {"extra_text": "[1]"},
+        {"extra_text": "{"},
+        {"extra_text": "[" * 100_000},
+        {"extra_text": '{"messages": []}'},
     ],
 )
 def test_bad_settings_are_refused_without_repeating_a_secret(changes):

@@ -1,44 +1,33 @@
-"""The report: right numbers, nothing from the pool acts as code, and a real browser shows, searches and zooms it."""
+"""The report: right numbers, and nothing from the pool that could act as code; test_report_page.py shows it."""
 
 import json
 import re
-import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
+from report_folder import HOSTILE, hostile_work_folder
 from tag_pools import random_pool
-from work_folder import TOPICS, make_work_folder, record
+from work_folder import TOPICS, make_work_folder
 
-from megatron_ksa.data_tools.tags import report_page
-from megatron_ksa.data_tools.tags.chat_template import EncodingSettings
-from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_jsonl
-from megatron_ksa.data_tools.tags.groups import GroupSettings
+from megatron_ksa.data_tools.tags import report_audit, report_page
+from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool
-from megatron_ksa.data_tools.tags.report import report_step
-from megatron_ksa.data_tools.tags.report_data import choose_samples, largest_nodes, node_statistics, preorder
-from megatron_ksa.data_tools.tags.report_page import json_block, node_columns
+from megatron_ksa.data_tools.tags.report import ReportSettings, report_step
+from megatron_ksa.data_tools.tags.report_compare import measure, random_measures
+from megatron_ksa.data_tools.tags.report_data import (
+    choose_samples,
+    largest_nodes,
+    node_statistics,
+    preorder,
+    typical_rows,
+)
+from megatron_ksa.data_tools.tags.report_map import Map
+from megatron_ksa.data_tools.tags.report_page import _hash, json_block, node_columns
+from megatron_ksa.data_tools.tags.report_points import point_rows
 from megatron_ksa.data_tools.tags.sample import SampleSettings
-from megatron_ksa.data_tools.tags.selection import sample_step
-from megatron_ksa.data_tools.tags.write import write_step
-
-HOSTILE = "</script><script>window.hit=1</script><img src=x onerror='window.hit=1'>{{script}}\u2028$x_{"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-def hostile_work_folder(folder):
-    """A folder whose names, ids, sources and texts try to be markup, with a selection, a target and a blend."""
-    make_work_folder(folder)
-    arrays = read_arrays(folder / "tree.npz")
-    arrays["name"] = np.array([*arrays["name"][:1], HOSTILE, *arrays["name"][2:]])
-    write_arrays(folder / "tree.npz", **arrays)
-    hostile = {"id": HOSTILE, "source": HOSTILE, "text": HOSTILE, "quality": None, "difficulty": None, "tags": None}
-    write_jsonl(folder / "records.jsonl", (hostile if line % 4 == 0 else record(line) for line in range(400)))
-    write_jsonl(folder / "rejected.jsonl", [{"origin": "x:1", "id": None, "reason": HOSTILE, "detail": ""}] * 3)
-    write_jsonl(folder / "duplicates.jsonl", [{"id": "a", "kept": "b", "similarity": 0.9}])
-    make_work_folder(folder / "target", instances=30, seed=2)
-    sample_step(folder, SampleSettings("40"), target=folder / "target", show_progress=False)
-    write_step(folder, GroupSettings(), EncodingSettings(str(folder / "tokenizer")), show_progress=False)
-    return folder
+from megatron_ksa.data_tools.tags.selection import read_selection, sample_step
+from megatron_ksa.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +111,8 @@ def test_samples_show_chosen_and_left_out_instances_of_every_tag(work):
 def test_summary_counts_everything_left_out(work):
     summary = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))
     assert summary["left_out"] == {
-        "rejected.jsonl": {HOSTILE: 3}, "duplicates.jsonl": {"near-duplicates": 1}, "blend/unwritten.jsonl": {},
+        "rejected.jsonl": {HOSTILE: 3}, "failed.jsonl": {"refused": 1},
+        "duplicates.jsonl": {"near-duplicates": 1}, "blend/unwritten.jsonl": {},
     }  # fmt: skip
     assert [branch["name"] for branch in summary["branches"]][:1] == [HOSTILE]
     assert {branch["name"] for branch in summary["branches"]} == {HOSTILE, *TOPICS[1:]}
@@ -133,9 +123,14 @@ def test_summary_counts_everything_left_out(work):
 
 def test_page_needs_no_network_and_holds_no_foreign_markup(work):
     page = (work / "report" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<script") == page.count("</script>") == 2
-    own = re.sub(r'(<script type="application/json" id="data">).*?</script>', r"\1", page, flags=re.DOTALL)
-    assert len(own) < len(page) and not re.search(r"(?:src|href)\s*=|@import|url\(|fetch\(|innerHTML|https?://", own)
+    assert page.count("<script") == page.count("</script>") == 3
+    data, vendor, own = re.findall(r"<script[^>]*>(.*?)</script>", page, flags=re.DOTALL)
+    assert "ISC" in vendor or "Permission to use, copy" in vendor  # the libraries' licence goes with them
+    rest = page.replace(data, "").replace(vendor, "")
+    assert not re.search(r"src\s*=|@import|url\(|fetch\(|innerHTML|https?://|eval\(", rest)
+    assert re.findall(r"[^.]\bhref\s*=", rest) == []
+    for script in (vendor, own):
+        assert _hash(script) in page
     assert json.loads(json_block({"a": HOSTILE})) == {"a": HOSTILE}
     assert not set("<>&\u2028") & set(json_block({HOSTILE: HOSTILE}))
 
@@ -147,127 +142,108 @@ def test_same_bytes_again(work):
     assert [(work / "report" / name).read_bytes() for name in names] == before
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="pip install playwright to look at the report in a browser"
-    )
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser to look at the report with: install one of {', '.join(BROWSERS)}")
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+def test_counts_of_branches_agree_with_the_datasets(work):
+    """Counts of every tag stood beside datasets in which an instance counts once, and nothing told them apart."""
+    summary = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))
+    written = {dataset["name"]: dataset["instances"] for dataset in summary["blend"]["datasets"]}
+    assert {row["name"]: row["own_selected"] for row in summary["branches"]} == written
+    assert sum(row["own"] for row in summary["branches"]) == 200 <= sum(row["pool"] for row in summary["branches"])
 
 
-@pytest.fixture
-def open_page(browser):
-    """Opens a file, offline, and collects errors and requests; the page must be ready."""
-    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
-
-    def load(path):
-        page = context.new_page()
-        page.errors, page.requests = [], []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.goto(path.as_uri())
-        page.wait_for_selector("html[data-ready=true]")
-        return page
-
-    yield load
-    context.close()
+def test_sources_are_counted_by_hand(work):
+    rows = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))["sources"]
+    records = [json.loads(line) for line in (work / "records.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    pool = Counter(record["source"] for record in records[::2])
+    chosen = Counter(records[2 * row["row"]]["source"] for row in read_jsonl(work / "selection.jsonl"))
+    assert {row["name"]: (row["pool"], row["selected"]) for row in rows} == {
+        name[:100]: (count, chosen[name]) for name, count in pool.items()
+    }
 
 
-def test_browser_shows_searches_zooms_and_runs_nothing_of_the_pool(work, open_page):
-    page = open_page(work / "report" / "index.html")
-    assert "40 of 200 instances" in page.inner_text("#facts") and "nats" in page.inner_text("#facts")
-    rows = page.locator("#branches tbody tr")
-    assert rows.count() == 4 and rows.nth(0).inner_text().startswith(HOSTILE[:40])
-    assert "target" in page.inner_text("#branches thead")
-    assert int(page.get_attribute("#icicle", "data-drawn")) == 25
-    box = page.locator("#icicle").bounding_box()
-    # The second level from the top starts with the largest branch.
-    page.mouse.click(box["x"] + 20, box["y"] + box["height"] * 0.5)
-    assert page.inner_text("#path button[aria-current]") == HOSTILE
-    assert page.locator("#branches tbody tr").count() == 5
-    assert page.locator("#samples article").count() > 3
-    assert "</script>" in page.inner_text("#samples") and "selected" in page.inner_text("#samples")
-    page.focus("#icicle")
-    page.keyboard.press("Escape")
-    assert page.inner_text("#path button[aria-current]") == "root"
-    page.fill("#search", "HISTORY 3")
-    assert page.locator("#found li").count() == 1
-    page.keyboard.press("Enter")
-    assert page.inner_text("#path button[aria-current]") == "history 3"
-    articles = page.locator("#samples article")
-    assert articles.count() and all("history 3" in text for text in articles.all_inner_texts())
-    page.fill("#search", "no such tag")
-    assert "no tag has this" in page.inner_text("#found")
-    for colour in ("balance", "quality", "coverage"):
-        page.select_option("#colour", colour)
-    assert "near-duplicates" in page.inner_text("#counts") and "tokens in the loss" in page.inner_text("#counts")
-    assert page.evaluate("window.hit") is None
-    assert page.locator("img").count() == 0
-    assert page.errors == [] and page.requests == [(work / "report" / "index.html").as_uri()]
+def test_measures_are_those_of_a_count_by_hand(work):
+    pool = load_pool(work, vectors=True)
+    rows, branch = np.array([1, 5, 9]), np.where(np.arange(200) % 2, 3, 1)
+    found = measure(pool, rows, branch, np.arange(200))
+    mass = {}
+    for row in range(200):
+        for leaf in pool.leaves[pool.indptr[row] : pool.indptr[row + 1]]:
+            mass.setdefault(int(leaf), []).append((row, 1 / (pool.indptr[row + 1] - pool.indptr[row])))
+    own = {leaf: sum(part for row, part in parts if row in rows) for leaf, parts in mass.items()}
+    whole = {leaf: sum(part for _, part in parts) for leaf, parts in mass.items()}
+    assert found.distinct_tags == sum(value > 0 for value in own.values())
+    covered = sum(whole[leaf] for leaf, value in own.items() if value) / sum(whole.values())
+    assert found.tag_mass_covered == pytest.approx(covered)
+    shares = [value / 3 for value in own.values() if value]
+    assert found.effective_tags == pytest.approx(np.exp(-sum(share * np.log(share) for share in shares)))
+    assert found.effective_branches == pytest.approx(1) and found.characters == 5
+    random = random_measures(pool, 40, branch, np.arange(200))
+    assert random.instances == 40 and random == random_measures(pool, 40, branch, np.arange(200))
 
 
-def test_browser_colours_by_coverage(work, open_page):
-    """A branch with nothing chosen is dark, one with everything chosen is light, to the pixel."""
-    page = open_page(work / "report" / "index.html")
-    columns = node_columns(load_pool(work), _everything_or_nothing(work))[0]
-    pixel = "(at) => [...canvas.getContext('2d').getImageData(at[0], at[1], 1, 1).data].slice(0, 3)"
-    values = columns["coverage"]
-    page.evaluate("(values) => { nodes.coverage = values; draw(); }", values)
-    width, height = page.evaluate("[canvas.width, canvas.height]")
-    second = columns["pool_share"][1] * width
-    assert page.evaluate(pixel, [int(second - 6), int(height * 0.34 + 3)]) == [253, 231, 37]
-    assert page.evaluate(pixel, [int(second + 6), int(height * 0.34 + 3)]) == [68, 1, 84]
+def test_another_run_is_shown_beside_this_one_and_one_of_another_pool_is_refused(tmp_path):
+    one, other = make_work_folder(tmp_path / "one"), make_work_folder(tmp_path / "other")
+    sample_step(one, SampleSettings("40"), show_progress=False)
+    sample_step(other, SampleSettings("20", method="random"), show_progress=False)
+    summary = report_step(one, settings=ReportSettings(compare=str(other)))
+    chosen, others = (set(read_selection(work).tolist()) for work in (one, other))
+    assert summary["comparison"]["overlap"] == {
+        "in both": len(chosen & others), "only here": len(chosen - others),
+        "only in the other run": len(others - chosen), "not in this pool": 0,
+    }  # fmt: skip
+    assert set(summary["comparison"]["measures"]) == {"this selection", "random", "other run"}
+    write_jsonl(other / "selection.jsonl", [{"row": 0, "id": "elsewhere/1", "gain": None}])
+    with pytest.raises(UsageError, match="none of its 1 selected instances is in the pool"):
+        report_step(one, settings=ReportSettings(compare=str(other)))
 
 
-def _everything_or_nothing(work):
-    pool = load_pool(work)
+def test_points_of_a_large_pool_are_all_chosen_ones_and_random_others():
+    chosen = np.arange(0, 1000, 50)
+    rows = point_rows(1000, chosen, 100)
+    assert len(rows) == 100 and np.isin(chosen, rows).all() and (np.diff(rows) > 0).all()
+    assert (point_rows(1000, chosen, 100) == rows).all() and len(point_rows(1000, chosen, 1000)) == 1000
+    many = point_rows(1000, np.arange(900), 100)
+    assert len(many) == 100 and (many < 900).sum() == 50
+
+
+def test_the_map_puts_like_instances_together_and_is_the_same_again(work):
+    pool = load_pool(work, vectors=True)
     topic = pool.parent[pool.leaves[pool.indptr[:-1]]]
-    return node_statistics(pool, np.flatnonzero(topic == 1))
+    places = Map(pool).place(pool, np.arange(200)).astype(float)
+    assert (places == Map(pool).place(pool, np.arange(200))).all()
+    assert (places[[7, 9]] == Map(pool).place(pool, np.array([7, 9]))).all()
+    means = np.array([places[topic == node].mean(0) for node in np.unique(topic)])
+    within = np.mean([np.linalg.norm(places[topic == node] - means[i], axis=1).mean()
+                      for i, node in enumerate(np.unique(topic))])  # fmt: skip
+    between = np.linalg.norm(places - places.mean(0), axis=1).mean()
+    assert within < between and np.ptp(places, axis=0).min() > 20_000
 
 
-def test_browser_shows_fifty_thousand_nodes(tmp_path, open_page):
-    generator = np.random.default_rng(0)
-    sizes = np.array([1, 10, 100, 1000, 60_000])
-    first = np.concatenate([[0], np.cumsum(sizes)])
-    parent = np.concatenate(
-        [[-1], *(first[d - 1] + np.sort(generator.integers(sizes[d - 1], size=sizes[d])) for d in range(1, 5))]
-    )
-    depth = np.repeat(np.arange(5), sizes)
-    tag = np.where(depth == 4, np.arange(first[-1]) - first[4], -1)
-    names = np.array([f"tag {v}" for v in range(first[-1])])
-    write_arrays(
-        tmp_path / "tree.npz",
-        parent=parent.astype(np.int32),
-        depth=depth.astype(np.int16),
-        name=names,
-        tag=tag.astype(np.int32),
-        count=np.ones(len(parent), np.int64),
-    )
-    np.save(tmp_path / "embeddings.npy", generator.normal(size=(60_000, 4)).astype(np.float32))
-    leaves = np.sort(first[4] + generator.choice(60_000, 40_000 * 4)).reshape(40_000, 4)
-    scores = generator.integers(1, 11, 40_000).astype(float)
-    write_arrays(
-        tmp_path / "grounding.npz", record=np.arange(40_000),
-        indptr=np.arange(0, 160_001, 4), leaves=leaves.ravel().astype(np.int32),
-        quality=scores, difficulty=scores, length=np.full(40_000, 9),
-    )  # fmt: skip
-    write_jsonl(tmp_path / "records.jsonl", ({"id": str(i), "source": "s", "text": f"text {i}"} for i in range(40_000)))
-    sample_step(tmp_path, SampleSettings("5%"), show_progress=False)
-    assert report_step(tmp_path)["nodes_shown"] == 50_000
-    assert (tmp_path / "report" / "index.html").stat().st_size < 20e6
-    page = open_page(tmp_path / "report" / "index.html")
-    assert "the 50,000 largest of 61,111 nodes" in page.inner_text("#note")
-    assert int(page.get_attribute("#icicle", "data-drawn")) > 1000
-    page.fill("#search", "tag 57")
-    assert page.locator("#found li").count() == 51
-    milliseconds = page.evaluate("() => { const start = performance.now(); draw(); return performance.now() - start; }")
-    assert milliseconds < 1000
-    assert page.errors == []
+def test_typical_instances_come_first_from_every_branch(work):
+    pool = load_pool(work, vectors=True)
+    branch = np.arange(200) % 4
+    is_chosen = np.arange(200) % 3 == 0
+    rows = typical_rows(pool, branch, is_chosen)
+    assert len(rows) == len(set(rows.tolist())) == 4 * 2 * 6
+    assert Counter(zip(branch[rows].tolist(), is_chosen[rows].tolist(), strict=True)).keys() == {
+        (node, chosen) for node in range(4) for chosen in (True, False)
+    }
+    picked, _ = choose_samples(pool, np.flatnonzero(is_chosen), 60, rows)
+    assert np.isin(rows, picked).all()
+
+
+def test_audit_shows_merges_duplicates_with_their_texts_and_settings(tmp_path):
+    work = make_work_folder(tmp_path)
+    write_jsonl(work / "tag_merges.jsonl", ({"tag": f"t{i}", "into": "t", "reason": "meaning"} for i in range(5000)))
+    write_jsonl(work / "duplicates.jsonl", [{"id": "r3", "kept": "r1", "similarity": 0.91, "new_column": [1]}])
+    merged, pairs = report_audit.merges(work), report_audit.duplicates(work)
+    assert merged["total"] == 5000 and 1000 < len(merged["rows"]) <= 2000
+    assert pairs["columns"] == ["id", "kept", "similarity", "new_column", "text", "text of the one kept"]
+    assert "Question 3?" in pairs["rows"][0][4] and "Question 1?" in pairs["rows"][0][5]
+    assert report_audit.settings(work)["rows"] == []
+
+
+@pytest.mark.parametrize(("flags", "message"), [(("--compare", "nowhere"), "--compare nowhere: no selection.jsonl"),
+                                                (("--report-points", "0"), "--report-points 0")])  # fmt: skip
+def test_flags_of_the_report_that_cannot_work_cost_one_line(flags, message, tmp_path, call):
+    code, _, error = call("report", "--work", make_work_folder(tmp_path / "w"), *flags)
+    assert code == 2 and message in error

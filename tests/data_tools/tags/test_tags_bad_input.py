@@ -70,7 +70,7 @@ def test_every_line_is_chosen_left_out_or_listed_with_its_reason(tmp_path, call)
     assert sum(row["reason"] == "more than 64 tags" for row in rows["dropped_tags"]) == len(MANY) - 64
     assert max(len(row["tag"]) for row in rows["dropped_tags"]) == 100
     scores = {row["id"]: (row["quality"], row["difficulty"]) for row in rows["tags"]}
-    assert scores["set 1/7"] == (None, None)
+    assert scores["set 1/7"] == (7.0, None)  # by the rule, since "high" is no score
     assert [row["id"] for row in rows["duplicates"]] == ["set 2/near copy"]
     summary = json.loads((work / "report" / "summary.json").read_text())
     placed = summary["selection"]["pool_instances"]

@@ -1,0 +1,119 @@
+"""What was left out, merged and set on the way to a selection, for the report: counts of all, rows of some."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from megatron_ksa.data_tools.tags.canonicalise import MERGES
+from megatron_ksa.data_tools.tags.duplicates import DUPLICATES
+from megatron_ksa.data_tools.tags.files import read_jsonl
+from megatron_ksa.data_tools.tags.ground import UNPLACED
+from megatron_ksa.data_tools.tags.manifest import MANIFEST
+from megatron_ksa.data_tools.tags.read import RECORDS, REJECTED
+from megatron_ksa.data_tools.tags.records import message_text
+from megatron_ksa.data_tools.tags.tag import FAILED
+from megatron_ksa.data_tools.tags.write import BLEND, UNWRITTEN
+
+LEFT_OUT = {
+    REJECTED: "could not be read",
+    FAILED: "could not be tagged",
+    DUPLICATES: "near-duplicates",
+    UNPLACED: "no tag on the tree",
+    f"{BLEND}/{UNWRITTEN}": "refused by the template",
+}
+MERGE_ROWS, DUPLICATE_ROWS, FAILED_ROWS = 2000, 200, 200
+CELL, PAIR_TEXT = 200, 300
+
+
+def left_out(work: Path) -> dict[str, dict[str, int]]:
+    """For each file of instances that are left out, how many there are for each reason."""
+    return {
+        name: dict(sorted(Counter(row.get("reason", reason) for row in read_jsonl(work / name)).items()))
+        for name, reason in LEFT_OUT.items()
+        if (work / name).exists()
+    }
+
+
+def _cell(value: object) -> object:
+    if value is None or isinstance(value, bool):
+        return "" if value is None else str(value).lower()
+    if isinstance(value, int | float):
+        return round(value, 4)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= CELL else text[:CELL] + " …"
+
+
+def _table(title: str, rows: list[dict], total: int) -> dict:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in columns] for row in rows]
+    return {"title": title, "columns": columns, "rows": cells, "total": total}
+
+
+def _spread(path: Path, most: int) -> tuple[list[dict], int]:
+    """At most so many rows of a file, spread evenly, and how many there are."""
+    if not path.exists():
+        return [], 0
+    total = sum(1 for _ in read_jsonl(path))
+    step = max(1, -(-total // most))
+    return list(islice(read_jsonl(path), 0, None, step)), total
+
+
+def _texts(work: Path, ids: set[str], excerpt: int) -> dict[str, str]:
+    """Starts of the records of these ids."""
+    found: dict[str, str] = {}
+    for record in read_jsonl(work / RECORDS):
+        if record["id"] in ids:
+            found[record["id"]] = record_excerpt(record, excerpt)
+            if len(found) == len(ids):
+                break
+    return found
+
+
+def record_excerpt(record: dict, most: int) -> str:
+    """The start of a record's text, its turns with their roles."""
+    text = record.get("text")
+    if text is None:
+        text = "\n".join(f"[{message['role']}] {message_text(message)}" for message in record["messages"])
+    return text if len(text) <= most else text[:most] + " …"
+
+
+def merges(work: Path) -> dict:
+    """Tags that became others."""
+    return _table("merged tags", *_spread(work / MERGES, MERGE_ROWS))
+
+
+def duplicates(work: Path) -> dict:
+    """Instances left out as near-duplicates, with the text of both sides."""
+    rows, total = _spread(work / DUPLICATES, DUPLICATE_ROWS)
+    texts = _texts(work, {str(row[side]) for row in rows for side in ("id", "kept") if row.get(side)}, PAIR_TEXT)
+    full = [
+        row | {"text": texts.get(str(row.get("id")), ""), "text of the one kept": texts.get(str(row.get("kept")), "")}
+        for row in rows
+    ]
+    return _table("near-duplicates left out", full, total)
+
+
+def failures(work: Path) -> dict:
+    """Instances without tags, with what was said about them."""
+    return _table("instances without tags", *_spread(work / FAILED, FAILED_ROWS))
+
+
+def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def settings(work: Path) -> dict:
+    """Settings of each step's last run."""
+    path = work / MANIFEST
+    steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.exists() else {}
+    rows = [
+        {"step": step, "setting": name, "value": value}
+        for step, done in steps.items() for name, value in _flat(done["settings"]) if step != "report"
+    ]  # fmt: skip
+    return _table("settings", rows, len(rows))
