@@ -11,16 +11,19 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.failure import failures_named
+from megatron_ksa.orphans import end_with_launcher
 
 
 def main() -> None:
     """Read the command line and train; bad input costs one line and exit code 2."""
     with failures_named(), usage_errors_exit():
+        end_with_launcher()
         defaults = prepare_platform(sys.argv[1:])
         # Megatron is imported only now: the CPU platform must be in place before.
         from megatron.core.enums import ModelType
         from megatron.training import pretrain
 
+        from megatron_ksa.checkpoint.run_folder import only_writer
         from megatron_ksa.training.arguments import install_arguments
         from megatron_ksa.training.configure import configure, read_command_line, trainer_patches
         from megatron_ksa.training.datasets import DatasetProvider
@@ -31,7 +34,8 @@ def main() -> None:
         with install_arguments(defaults):
             args, settings = read_command_line()
             step = ForwardStep(args, settings)
-            with apply(trainer_patches(args, settings, step.log)), set_up_refusals(args, step):
+            patches = trainer_patches(args, settings, step.log)
+            with only_writer(args), apply(patches), set_up_refusals(args, step):
                 data = DatasetProvider(args, settings.data)
                 pretrain(configure(args, settings), data, ModelType.encoder_or_decoder, step)
 

@@ -16,6 +16,7 @@ TRAIN = [
     "tqdm",
     "safetensors",
     "tensorboard",
+    "xxhash",
 ]
 # What tools/preprocess_tags.py needs with its offline tagger and embedder.
 TAGS = ["matplotlib", "scipy", "scikit-learn", "httpx", "regex", "threadpoolctl"]

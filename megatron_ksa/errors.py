@@ -10,6 +10,10 @@ class UsageError(Exception):
     """The user's input cannot work. The message names the value, the rule and the flag that fixes it, in one line."""
 
 
+class RankUsageError(UsageError):
+    """A usage error that this rank alone has met: it prints its line whatever its number is."""
+
+
 @contextmanager
 def usage_errors_exit() -> Iterator[None]:
     """Turn a `UsageError` raised in the body into one line on stderr (one a node under torchrun) and exit code 2.
@@ -19,6 +23,18 @@ def usage_errors_exit() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankUsageError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if _in_a_world():
+            # Destructors of process groups wait for other ranks, which may wait for this one.
+            sys.stdout.flush()
+            os._exit(2)
         raise SystemExit(2) from None
+
+
+def _in_a_world() -> bool:
+    """Whether this process has joined others; without importing torch."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized() and (
+        distributed.get_world_size() > 1
+    )

@@ -1,6 +1,7 @@
 """A trained model from a Megatron distributed checkpoint, in one process, without the trainer and its flags."""
 
 import argparse
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ksa.checkpoint.integrity import damage, way_out
 from megatron_ksa.checkpoint.norm_names import ask_for_stored_names
 from megatron_ksa.checkpoint.streaming import DistributedReader, failure
 from megatron_ksa.config.ksa import KSAConfig
@@ -104,9 +106,16 @@ def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpo
     path = iteration_folder(folder, iteration)
     try:
         args = dist_checkpointing.load_common_state_dict(str(path))["args"]
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     except CheckpointException as error:
-        raise UsageError(f"{path} cannot be read: {failure(error)}") from None
-    except (CheckpointingException, OSError, KeyError, RuntimeError, EOFError) as error:
+        if isinstance(cause := next(iter(error.failures.values()))[0], UsageError):
+            raise UsageError(f"{path}: {cause}") from None
+        raise UsageError(f"{path} cannot be read: {damage(path) or failure(error)}; {way_out(path)}") from None
+    except (CheckpointingException, OSError, KeyError, RuntimeError, EOFError, ValueError, TypeError, AttributeError,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        if problem := damage(path):
+            raise UsageError(f"{problem}; {way_out(path)}") from None
         raise UsageError(f"{path} holds no arguments of the trainer (--ckpt-format torch_dist): {error}") from None
     iteration = 0 if path.name == RELEASE else int(path.name.removeprefix("iter_"))
     return StoredCheckpoint(path, iteration, args, stored_settings(args))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from megatron_ksa.config.checkpoint import CheckpointConfig
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.kernels import KernelConfig
@@ -23,6 +24,7 @@ class RunSettings:
         kernels: which implementation attention and rotation take.
         distill: distillation of the summary parameters.
         stage: what the run trains and logs.
+        checkpoint: what is trusted of checkpoints and how their files are checked.
     """
 
     ksa: KSAConfig
@@ -33,6 +35,7 @@ class RunSettings:
     kernels: KernelConfig = field(default_factory=KernelConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     stage: StageConfig = field(default_factory=StageConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def train(self) -> str:

@@ -3,6 +3,7 @@
 import argparse
 
 from megatron_ksa.checkpoint.async_save import adapt_async_save, async_save_defaults, check_async_save
+from megatron_ksa.config.checkpoint import CheckpointConfig
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.harpe import HarpeConfig
@@ -39,6 +40,7 @@ def install_arguments(defaults: dict[str, object]) -> Applied:
         add_config_arguments(parser, DataConfig, "data", "training data")
         add_config_arguments(parser, KernelConfig, "kernels", "kernels")
         add_config_arguments(parser, LossConfig, "loss", "loss")
+        add_config_arguments(parser, CheckpointConfig, "checkpoint", "checkpoint files")
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]
@@ -86,6 +88,7 @@ def settings_from_args(args: argparse.Namespace) -> RunSettings:
         config_from_args(KernelConfig, args, "kernels"),
         config_from_args(DistillConfig, args, "ksa-distill"),
         config_from_args(StageConfig, args, "ksa"),
+        config_from_args(CheckpointConfig, args, "checkpoint"),
     )
     check_stage(args, settings)
     if not settings.is_megatron:

@@ -9,7 +9,9 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.global_vars import set_global_variables
 
+from megatron_ksa.checkpoint.checked_load import checked_load
 from megatron_ksa.checkpoint.dense import check_checkpoint, dense_start
+from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
@@ -26,7 +28,7 @@ from megatron_ksa.training.model_hooks import model_hooks
 from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
 from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.training.step_log import StepLog
-from megatron_ksa.upstream import flops, save_processes, sgd_resume, tracker
+from megatron_ksa.upstream import checkpoint_sums, flops, save_processes, sgd_resume, tracker
 from megatron_ksa.upstream.patches import Patch
 from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, TRAINING_LOG
 
@@ -41,6 +43,7 @@ def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
     given = given_flags(args)
     check_flags(args, with_ksa=False)
     check_run(args)
+    restore_tracker(args)
     if args.use_checkpoint_args:
         with megatron_refusals(args), contextlib.nullcontext() if args.rank == 0 else _quietly():
             load_stored_args(args, given)
@@ -100,7 +103,8 @@ def configure(args: argparse.Namespace, settings: RunSettings) -> PretrainConfig
 def trainer_patches(args: argparse.Namespace, settings: RunSettings, log: StepLog) -> list[Patch]:
     """What a run with these settings replaces in Megatron's trainer; after its validation."""
     return [
-        LOAD_CHECKPOINT.given(lambda load: dense_start(load, args, settings)),
+        LOAD_CHECKPOINT.given(lambda load: checked_load(dense_start(load, args, settings), args, settings)),
+        *checkpoint_sums.patches(settings.checkpoint.content_sums),
         *save_processes.patches(args.async_save),
         *tracker.PATCHES,
         *sgd_resume.PATCHES,

@@ -14,21 +14,30 @@ from megatron_ksa.upstream.patches import Patch, apply_for_good
 WRITTEN_FOR = "0.19.2"
 
 
-def prepare_process(fsdp2: bool) -> None:
+def prepare_process(fsdp2: bool, trust_checkpoint: bool = False) -> None:
     """Put them in place; may be called repeatedly. Call it before Megatron is imported.
 
     Args:
         fsdp2: torch's FSDP is asked for, with which Megatron refuses gradient accumulation fusion.
+
+        trust_checkpoint: checkpoints may hold objects of any class.
 
     Raises:
         UsageError: a target that is not what its replacement was written for.
     """
     activate_cpu_platform()
     # These import Megatron, which must come after the CPU platform.
-    from megatron_ksa.upstream import dataset_helpers, distributed_optimizer, optimizer_kernels, weight_gradients
+    from megatron_ksa.upstream import (
+        checkpoint_pickle,
+        dataset_helpers,
+        distributed_optimizer,
+        optimizer_kernels,
+        weight_gradients,
+    )
 
     gradients = weight_gradients.patches() if torch.cuda.is_available() and not fsdp2 else ()
-    used = [*gradients, *dataset_helpers.PATCHES, *distributed_optimizer.patches(), *optimizer_kernels.patches()]
+    pickles = () if trust_checkpoint else checkpoint_pickle.PATCHES
+    used = [*gradients, *pickles, *dataset_helpers.PATCHES, *distributed_optimizer.patches(), *optimizer_kernels.patches()]
     apply_for_good(used)
     installed = version("megatron-core")
     if installed != WRITTEN_FOR and used and os.environ.get("RANK", "0") == "0":

@@ -16,7 +16,8 @@ from multiprocessing.managers import SyncManager
 
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-from megatron_ksa.upstream.patches import Patch
+from megatron_ksa.upstream import checkpoint_sums
+from megatron_ksa.upstream.patches import Patch, apply_for_good
 
 
 @cache
@@ -40,6 +41,7 @@ def _manager() -> SyncManager:
 def _write_saves(*args: object) -> None:
     """Megatron's worker, which lives as long as the trainer; in a new process, where nothing is replaced."""
     serve_one_rank()
+    apply_for_good(checkpoint_sums.patches(contents=True))
     PersistentAsyncCaller.async_loop(*args)
 
 

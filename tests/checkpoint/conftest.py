@@ -2,4 +2,4 @@ import sys
 from pathlib import Path
 
 # tests/checkpoint/huggingface/models.py makes the checkpoints of every test here.
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))

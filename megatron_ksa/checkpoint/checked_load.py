@@ -1,0 +1,88 @@
+"""A checkpoint is compared with what was written while Megatron loads it, and a failed load names the damaged file."""
+
+import argparse
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_ksa.checkpoint.integrity import damage, way_out
+from megatron_ksa.checkpoint.load import StoredCheckpoint
+from megatron_ksa.checkpoint.to_load import checkpoint_to_load
+from megatron_ksa.config.settings import RunSettings
+from megatron_ksa.errors import RankUsageError, UsageError
+
+# What torch and Megatron raise for files that are not as they were written.
+DAMAGED = (CheckpointException, CheckpointingException, pickle.UnpicklingError, OSError, EOFError, RuntimeError, KeyError,
+           ValueError, AttributeError, TypeError, AssertionError)  # fmt: skip
+
+
+def checked_load(load_checkpoint: Callable, args: argparse.Namespace, settings: RunSettings) -> Callable:
+    """`load_checkpoint` beside a check of the files' sizes and sums, each rank of its share of them."""
+
+    @wraps(load_checkpoint)
+    def load(*rest, **options) -> tuple[int, int]:
+        stored = checkpoint_to_load(args)
+        if stored is None or not check_is_distributed_checkpoint(str(stored.folder)):
+            return load_checkpoint(*rest, **options)
+        _check_sizes_of_model(stored, args)
+        share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        with ThreadPoolExecutor(1) as pool:
+            # Reading for the sums and reading for the load share the file system's cache.
+            check = pool.submit(damage, stored.folder, contents=settings.checkpoint.content_sums, share=share)
+            try:
+                done = load_checkpoint(*rest, **options)
+            except UsageError:
+                raise
+            except DAMAGED as error:
+                raise RankUsageError(_line(stored, damage(stored.folder) or _first_line(error))) from None
+            problem = check.result()
+        if problem := _of_any_rank(problem):
+            raise UsageError(_line(stored, problem))
+        return done
+
+    return load
+
+
+def _line(stored: StoredCheckpoint, problem: str) -> str:
+    return f"--load {stored.folder.parent}: {problem}; {way_out(stored.folder)}"
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong on this rank, without the tracebacks that torch puts into its message."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"rank {os.environ.get('RANK', '0')} on host {socket.gethostname()}: {type(error).__name__}: {text}"
+
+
+def _of_any_rank(problem: str | None) -> str | None:
+    """The first rank's finding that there is: all ranks stop for the same reason."""
+    if not dist.is_initialized():
+        return problem
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return next(filter(None, found), None)
+
+
+def _check_sizes_of_model(stored: StoredCheckpoint, args: argparse.Namespace) -> None:
+    """Compare the embedding's rows, which only a built tokenizer tells.
+
+    Raises:
+        UsageError: another tokenizer or vocabulary than the checkpoint's.
+    """
+    for name, flag in (("padded_vocab_size", "--vocab-size or the tokenizer"), ("vocab_size", "--vocab-size")):
+        saved, given = getattr(stored.args, name, None), getattr(args, name, None)
+        if saved is not None and given is not None and saved != given:
+            what = "rows of the embedding" if name == "padded_vocab_size" else "tokens"
+            raise UsageError(
+                f"{flag}: the checkpoint {stored.folder} was written with {saved:,} {what}, the flags say {given:,}: give "
+                f"the checkpoint's tokenizer"
+            )

@@ -1,0 +1,70 @@
+"""The folder that a run saves to: one run writes it, it can be written, and its tracker is not lost."""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_ksa.checkpoint.integrity import damage, iterations
+from megatron_ksa.checkpoint.load import TRACKER
+from megatron_ksa.errors import UsageError
+from megatron_ksa.files import whole_file, writing
+from megatron_ksa.locks import exclusive_folder
+
+TRACKER_SECONDS = 60.0
+
+
+@contextmanager
+def only_writer(args: argparse.Namespace) -> Iterator[None]:
+    """Keep a second training from saving into `--save` during the body, and notice a folder that cannot be written.
+
+    The first rank holds the lock for all of them.
+
+    Raises:
+        UsageError: another run saves there, or the folder cannot be written.
+    """
+    if args.save is None or args.rank != 0 or getattr(args, "enable_msc", False):
+        yield
+        return
+    with exclusive_folder(args.save, "pretrain_gpt.py --save"):
+        with writing(Path(args.save)), tempfile.TemporaryFile(dir=args.save) as probe:
+            probe.write(b"0")
+        yield
+
+
+def restore_tracker(args: argparse.Namespace) -> None:
+    """Deal with iterations under `--load` that no tracker names: a run that started anew beside them would replace them.
+
+    A run that goes on in its own folder takes the newest whole one: a rank can be killed between a save and its tracker.
+
+    Raises:
+        UsageError: iterations of a folder that is only read.
+    """
+    if not args.load or getattr(args, "enable_msc", False) or not Path(args.load).is_dir():
+        return
+    root = Path(args.load)
+    if (root / TRACKER).exists() or not (stored := list(iterations(root))):
+        return
+    whole = next((number for number, path in stored if damage(path, contents=False) is None), None)
+    listed = ", ".join(str(number) for number, _ in stored)
+    if whole is None:
+        if args.rank == 0:
+            print(f"--load {root}: no iteration is complete ({listed}), no tracker names one: training starts anew", flush=True)
+        return
+    if args.save is None or Path(args.save).resolve() != root.resolve():
+        raise UsageError(
+            f"--load {root} has iterations {listed} but no {TRACKER}, which names the one to load: restore it, its content "
+            f"is the number {whole}"
+        )
+    if args.rank == 0:
+        print(f"--load {root}: {TRACKER} is missing; going on from iteration {whole}, the newest whole one", flush=True)
+        with writing(root / TRACKER), whole_file(root / TRACKER) as stream:
+            stream.write(str(whole))
+        return
+    end = time.monotonic() + TRACKER_SECONDS
+    while not (root / TRACKER).exists():
+        if time.monotonic() > end:
+            raise UsageError(f"--load {root}: {TRACKER} is missing, and the first rank did not restore it")
+        time.sleep(0.1)

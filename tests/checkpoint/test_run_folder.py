@@ -1,0 +1,59 @@
+"""The folder of a run: one writer, a tracker that is not lost."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from megatron_ksa.checkpoint import run_folder
+from megatron_ksa.checkpoint.load import TRACKER
+from megatron_ksa.errors import UsageError
+
+
+def flags(load: Path | None = None, save: Path | None = None, rank: int = 0) -> argparse.Namespace:
+    name = {"load": load and str(load), "save": save and str(save)}
+    return argparse.Namespace(**name, rank=rank, enable_msc=False)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Iterations 1, 2 and an incomplete 3, without a tracker."""
+    for number in (1, 2, 3):
+        (tmp_path / f"iter_{number:07d}").mkdir()
+    monkeypatch.setattr(run_folder, "damage", lambda path, **options: "incomplete" if path.name.endswith("3") else None)
+    return tmp_path
+
+
+def test_a_run_goes_on_from_its_newest_whole_iteration(folder, capsys):
+    """A deleted tracker beside iterations made training start at iteration 1, over them."""
+    run_folder.restore_tracker(flags(folder, folder))
+    assert (folder / TRACKER).read_text() == "2"
+    assert "going on from iteration 2" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_only_read_is_refused(folder):
+    with pytest.raises(UsageError, match=f"has iterations 3, 2, 1 but no {TRACKER}.* is the number 2"):
+        run_folder.restore_tracker(flags(folder))
+    assert not (folder / TRACKER).exists()
+
+
+def test_a_first_save_that_was_killed_is_no_checkpoint(folder, monkeypatch, capsys):
+    monkeypatch.setattr(run_folder, "damage", lambda path, **options: "incomplete")
+    run_folder.restore_tracker(flags(folder, folder))
+    assert "training starts anew" in capsys.readouterr().out and not (folder / TRACKER).exists()
+
+
+def test_a_second_run_is_refused_and_names_the_first(tmp_path):
+    """Two trainings with one --save replaced each other's checkpoints."""
+    args = flags(save=tmp_path / "save")
+    with run_folder.only_writer(args), pytest.raises(UsageError, match="host .*process .*since"), run_folder.only_writer(args):
+        pass
+    with run_folder.only_writer(args), run_folder.only_writer(flags(save=tmp_path / "save", rank=1)):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_at_start(tmp_path):
+    """It was noticed at the first save."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"), run_folder.only_writer(flags(save=tmp_path / "file/save")):
+        pass
