@@ -1,4 +1,4 @@
-"""Tagged instances in order: rows of `tags.jsonl` beside their records, parsed or as bytes."""
+"""Tagged instances in order: rows of `tags.jsonl` beside their records, as they lie in the files."""
 
 import json
 from collections.abc import Iterator
@@ -16,12 +16,6 @@ from megatron_ksa.errors import UsageError
 DUPLICATES = "duplicates.jsonl"
 _ID = b'{"id": "'
 _AFTER_ID = b'", "tags": '
-
-
-def tagged_records(folder: Path) -> Iterator[tuple[int, dict, dict]]:
-    """Line (from 0) in `records.jsonl`, record and row of `tags.jsonl` of every tagged instance, in order."""
-    for each in tagged_lines(folder):
-        yield each.line, json.loads(each.record), json.loads(each.tags)
 
 
 @dataclass(frozen=True, slots=True)
