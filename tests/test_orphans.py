@@ -5,8 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-RANK = "from megatron_ksa.orphans import end_with_launcher; end_with_launcher(); print('up', flush=True); import time; time.sleep(60)"
+RANK = (
+    "import time; from megatron_ksa.orphans import end_with_launcher; end_with_launcher(); print('up', flush=True); "
+    "time.sleep(60)"
+)
 LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}])"
 
 
@@ -16,7 +20,7 @@ def ends(environment: dict[str, str], seconds: float) -> bool:
         [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
     ) as launcher:
         assert launcher.stdout.readline() == "up\n"
-        (rank,) = map(int, open(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read().split())
+        (rank,) = map(int, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split())
         os.kill(launcher.pid, signal.SIGKILL)
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -20,8 +20,19 @@ from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import RankUsageError, UsageError
 
 # What torch and Megatron raise for files that are not as they were written.
-DAMAGED = (CheckpointException, CheckpointingException, pickle.UnpicklingError, OSError, EOFError, RuntimeError, KeyError,
-           ValueError, AttributeError, TypeError, AssertionError)  # fmt: skip
+DAMAGED = (
+    CheckpointException,
+    CheckpointingException,
+    pickle.UnpicklingError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+)
 
 
 def checked_load(load_checkpoint: Callable, args: argparse.Namespace, settings: RunSettings) -> Callable:
@@ -83,6 +94,6 @@ def _check_sizes_of_model(stored: StoredCheckpoint, args: argparse.Namespace) ->
         if saved is not None and given is not None and saved != given:
             what = "rows of the embedding" if name == "padded_vocab_size" else "tokens"
             raise UsageError(
-                f"{flag}: the checkpoint {stored.folder} was written with {saved:,} {what}, the flags say {given:,}: give "
-                f"the checkpoint's tokenizer"
+                f"{flag}: the checkpoint {stored.folder} was written with {saved:,} {what}, the flags say {given:,}: "
+                f"give the checkpoint's tokenizer"
             )

@@ -1,8 +1,8 @@
 """Sizes and checksums of a checkpoint's files, stored when it is saved and compared when it is loaded.
 
-Each rank writes `.files_RANK.json` for the shards that it wrote, the first rank `.files_common.json` for `.metadata` and
-`metadata.json` when everything else is there. XXH3 (128 bits) finds damage; it is no signature. A checkpoint without
-such files, from an older version or from elsewhere, is checked by what its own metadata says of sizes.
+Each rank writes `.files_RANK.json` for the shards that it wrote, the first rank `.files_common.json` for `.metadata`
+and `metadata.json` when everything else is there. XXH3 (128 bits) finds damage; it is no signature. A checkpoint
+without such files, from an older version or from elsewhere, is checked by what its own metadata says of sizes.
 """
 
 import concurrent.futures

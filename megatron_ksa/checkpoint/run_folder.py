@@ -35,9 +35,10 @@ def only_writer(args: argparse.Namespace) -> Iterator[None]:
 
 
 def restore_tracker(args: argparse.Namespace) -> None:
-    """Deal with iterations under `--load` that no tracker names: a run that started anew beside them would replace them.
+    """Find the iterations under `--load` that no tracker names: a run that starts anew beside them replaces them.
 
-    A run that goes on in its own folder takes the newest whole one: a rank can be killed between a save and its tracker.
+    A run that goes on in its own folder takes the newest whole iteration: a rank can be killed between a save and the
+    write of its tracker.
 
     Raises:
         UsageError: iterations of a folder that is only read.
@@ -51,12 +52,13 @@ def restore_tracker(args: argparse.Namespace) -> None:
     listed = ", ".join(str(number) for number, _ in stored)
     if whole is None:
         if args.rank == 0:
-            print(f"--load {root}: no iteration is complete ({listed}), no tracker names one: training starts anew", flush=True)
+            what = f"no iteration is complete ({listed}), no tracker names one"
+            print(f"--load {root}: {what}: training starts anew", flush=True)
         return
     if args.save is None or Path(args.save).resolve() != root.resolve():
         raise UsageError(
-            f"--load {root} has iterations {listed} but no {TRACKER}, which names the one to load: restore it, its content "
-            f"is the number {whole}"
+            f"--load {root} has iterations {listed} but no {TRACKER}, which names the one to load: restore it, its "
+            f"content is the number {whole}"
         )
     if args.rank == 0:
         print(f"--load {root}: {TRACKER} is missing; going on from iteration {whole}, the newest whole one", flush=True)

@@ -178,7 +178,7 @@ class DistributedReader:
         self.folder = folder
         try:
             metadata = dcp.FileSystemReader(folder).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, LookupError) as error:
             raise UsageError(f"{folder} is no distributed checkpoint (--ckpt-format torch_dist): {error}") from None
         # Read once: a large model's metadata is unpickled in seconds, and every tensor is a read of its own.
         self._reader = dcp.FileSystemReader(folder)

@@ -10,10 +10,10 @@ class CheckpointConfig:
     """What is trusted of a checkpoint, and how its files are checked."""
 
     trust: bool = option(
-        False, "Load objects of any class from checkpoints. A checkpoint that somebody else wrote can run any code then.",
-        flag="--trust-checkpoint",
+        False, "Load objects of any class from checkpoints. A checkpoint that somebody else wrote can then run any "
+        "code.", flag="--trust-checkpoint"
     )  # fmt: skip
     content_sums: bool = option(
-        True, "Store a checksum of every file of a checkpoint when it is saved, and compare it when it is loaded; sizes "
-        "are compared in any case.", flag="--checkpoint-sums"
+        True, "Store a checksum of every file of a checkpoint when it is saved, and compare it when it is loaded; "
+        "sizes are compared in any case.", flag="--checkpoint-sums"
     )  # fmt: skip

@@ -17,8 +17,8 @@ from megatron_ksa.upstream.patches import Patch
 
 def _refusal(file: object, error: safe_pickle.UnsafePickle) -> UsageError:
     return UsageError(
-        f"{file} holds {error}, which a checkpoint is not made of and which could run code when it is loaded: use another "
-        f"checkpoint, or {safe_pickle.FLAG} where you know who wrote it"
+        f"{file} holds {error}, which a checkpoint is not made of and which could run code when it is loaded: use "
+        f"another checkpoint, or {safe_pickle.FLAG} where you know who wrote it"
     )
 
 

@@ -1,7 +1,7 @@
 """Checksums of a checkpoint's files, formed while they are written: no file is read again for its sum.
 
-Megatron 0.19.2 can hash a checkpoint (SHA-256 of every file, read again by the first rank); at the size of real checkpoints
-that takes longer than the save. Here each rank's writer sums what passes through it, in XXH3-128, and stores a record.
+Megatron 0.19.2 can hash a checkpoint: SHA-256 of every file of every rank, read again by the first rank. Here each
+rank's writer sums what passes through it, in XXH3-128, and stores a record.
 """
 
 import json
@@ -107,7 +107,8 @@ class _Recorded:
         files = {path.name: _written.pop(str(path)) for path in paths if str(path) in _written}
         if not isinstance(results, Exception) and files:
             try:
-                write_record(paths[0].parent / f"{PREFIX}{self.rank}.json", {n: file.stored for n, file in files.items()})
+                stored = {name: file.stored for name, file in files.items()}
+                write_record(paths[0].parent / f"{PREFIX}{self.rank}.json", stored)
             except OSError as error:
                 results = error
         self.queue.put(results)

@@ -37,7 +37,8 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False) -> None:
 
     gradients = weight_gradients.patches() if torch.cuda.is_available() and not fsdp2 else ()
     pickles = () if trust_checkpoint else checkpoint_pickle.PATCHES
-    used = [*gradients, *pickles, *dataset_helpers.PATCHES, *distributed_optimizer.patches(), *optimizer_kernels.patches()]
+    optimizer = (*distributed_optimizer.patches(), *optimizer_kernels.patches())
+    used = [*gradients, *pickles, *dataset_helpers.PATCHES, *optimizer]
     apply_for_good(used)
     installed = version("megatron-core")
     if installed != WRITTEN_FOR and used and os.environ.get("RANK", "0") == "0":

@@ -1,7 +1,8 @@
 """Pickled parts of a checkpoint, read without running what they name.
 
 A pickle names the functions that rebuild its objects, and `pickle.load` calls whatever it names: a checkpoint from
-elsewhere is a program. Here only what Megatron's checkpoints are made of is looked up; anything else is refused by name.
+elsewhere is a program. Here only what Megatron's checkpoints are made of is looked up; anything else is refused by
+name.
 """
 
 import enum

@@ -46,7 +46,8 @@ def test_a_first_save_that_was_killed_is_no_checkpoint(folder, monkeypatch, caps
 def test_a_second_run_is_refused_and_names_the_first(tmp_path):
     """Two trainings with one --save replaced each other's checkpoints."""
     args = flags(save=tmp_path / "save")
-    with run_folder.only_writer(args), pytest.raises(UsageError, match="host .*process .*since"), run_folder.only_writer(args):
+    named = pytest.raises(UsageError, match="host .*process .*since")
+    with run_folder.only_writer(args), named, run_folder.only_writer(args):
         pass
     with run_folder.only_writer(args), run_folder.only_writer(flags(save=tmp_path / "save", rank=1)):
         pass
@@ -55,5 +56,6 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path):
 def test_a_folder_that_cannot_be_written_is_noticed_at_start(tmp_path):
     """It was noticed at the first save."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be written"), run_folder.only_writer(flags(save=tmp_path / "file/save")):
+    args = flags(save=tmp_path / "file/save")
+    with pytest.raises(UsageError, match="cannot be written"), run_folder.only_writer(args):
         pass
