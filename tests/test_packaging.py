@@ -24,16 +24,36 @@ def copy(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def wheel_names(copy, tmp_path_factory):
-    """Paths inside the wheel."""
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, copy]
-    done = subprocess.run(command, capture_output=True, text=True)
+def build(call: str, folder: Path, out: Path) -> Path:
+    """What setuptools builds of a folder: `build_sdist`, `build_wheel` or `build_editable`."""
+    code = f"import sys; from setuptools import build_meta; build_meta.{call}(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = out.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module", params=["repository", "sdist"])
+def wheel_names(request, copy, tmp_path_factory):
+    """Paths inside the wheel that is built from the repository, or from its sdist, where links are folders."""
+    source = copy
+    if request.param == "sdist":
+        packed, unpacked = build("build_sdist", copy, tmp_path_factory.mktemp("sdist")), tmp_path_factory.mktemp("source")
+        shutil.unpack_archive(packed, unpacked, filter="data")
+        (source,) = unpacked.iterdir()
+    with zipfile.ZipFile(build("build_wheel", source, tmp_path_factory.mktemp("wheel"))) as archive:
         return archive.namelist()
+
+
+def test_editable_install_puts_one_package_at_the_top(copy, tmp_path):
+    """A path file of the repository would make `kernels`, `tools` and `tests` importable everywhere."""
+    with zipfile.ZipFile(build("build_editable", copy, tmp_path)) as archive:
+        finder = next(name for name in archive.namelist() if name.endswith("finder.py"))
+        code = archive.read(finder).decode()
+        paths = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".pth")]
+    names: dict = {}
+    exec(code[code.index("MAPPING") :].splitlines()[0], names)
+    assert set(names["MAPPING"]) == {"megatron_ksa"} and not any(str(copy) in text for text in paths)
 
 
 def test_wheel_has_one_package_at_its_top(wheel_names):

@@ -45,6 +45,10 @@ def parse_arguments() -> argparse.Namespace:
         help="released: a KSA model for its authors' modelling code (modeling_qwen3sa.py, copied from --like)",
     )  # fmt: skip
     to_huggingface.add_argument("--shard-gigabytes", type=float, default=5.0, help="largest shard to write (5)")
+    to_huggingface.add_argument(
+        "--trust-checkpoint", action="store_true", help="load objects of any class, which can run code"
+    )
+    parser.set_defaults(trust_checkpoint=False)
     return parser.parse_args()
 
 
@@ -88,7 +92,7 @@ def main() -> None:
             raise UsageError(f"--shard-gigabytes {args.shard_gigabytes:g}: a number above 0")
         if not args.input.is_dir():
             raise UsageError(f"--input {args.input} is no folder")
-        defaults = prepare_platform([])
+        defaults = prepare_platform(["--trust-checkpoint"] * args.trust_checkpoint)
         from megatron_ksa.training.arguments import install_arguments
 
         install_arguments(defaults)

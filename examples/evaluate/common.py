@@ -24,13 +24,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="of the weights; bfloat16 on a GPU, float32 on a CPU without it"
     )
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="load objects of any class, which can run code"
+    )
 
 
 def load(args: argparse.Namespace):
     """The stored checkpoint and its model; Megatron is imported here, after the platform."""
     if args.output.suffix != ".json" or not args.output.parent.is_dir():
         raise UsageError(f"--output {args.output}: a .json file in a folder that exists")
-    defaults = prepare_platform([])
+    defaults = prepare_platform(["--trust-checkpoint"] * args.trust_checkpoint)
     import torch
 
     from megatron_ksa.checkpoint.load import find_checkpoint, load_model

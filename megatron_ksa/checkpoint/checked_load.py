@@ -19,7 +19,9 @@ from megatron_ksa.checkpoint.to_load import checkpoint_to_load
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import RankUsageError, UsageError
 
-# What torch and Megatron raise for files that are not as they were written.
+# What torch raises for files that cannot be read, whatever their records say.
+UNREADABLE = (CheckpointException, pickle.UnpicklingError, EOFError)
+# What torch and Megatron raise for files that are not as they were written, and for much else.
 DAMAGED = (
     CheckpointException,
     CheckpointingException,
@@ -53,7 +55,10 @@ def checked_load(load_checkpoint: Callable, args: argparse.Namespace, settings: 
             except UsageError:
                 raise
             except DAMAGED as error:
-                raise RankUsageError(_line(stored, damage(stored.folder) or _first_line(error))) from None
+                problem = damage(stored.folder)
+                if problem is None and not isinstance(error, UNREADABLE):
+                    raise
+                raise RankUsageError(_line(stored, problem or _first_line(error))) from None
             problem = check.result()
         if problem := _of_any_rank(problem):
             raise UsageError(_line(stored, problem))

@@ -10,6 +10,7 @@ from megatron.training.config import PretrainConfigContainer
 from megatron.training.global_vars import set_global_variables
 
 from megatron_ksa.checkpoint.checked_load import checked_load
+from megatron_ksa.checkpoint.checked_save import checked_save
 from megatron_ksa.checkpoint.dense import check_checkpoint, dense_start
 from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
@@ -30,7 +31,7 @@ from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.training.step_log import StepLog
 from megatron_ksa.upstream import checkpoint_sums, flops, save_processes, sgd_resume, tracker
 from megatron_ksa.upstream.patches import Patch
-from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, TRAINING_LOG
+from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAINING_LOG
 
 
 def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
@@ -104,6 +105,7 @@ def trainer_patches(args: argparse.Namespace, settings: RunSettings, log: StepLo
     """What a run with these settings replaces in Megatron's trainer; after its validation."""
     return [
         LOAD_CHECKPOINT.given(lambda load: checked_load(dense_start(load, args, settings), args, settings)),
+        SAVE_CHECKPOINT.given(lambda save: checked_save(save, args)),
         *checkpoint_sums.patches(settings.checkpoint.content_sums),
         *save_processes.patches(args.async_save),
         *tracker.PATCHES,

@@ -20,6 +20,16 @@ SHARDED_STATE = Patch(
     why="a checkpoint has other names for what the model asks for",
     expects="(self, prefix='', sharded_offsets=tuple, metadata=None)",
 )
+SAVE_CHECKPOINT = Patch(
+    "megatron.training.training:save_checkpoint",
+    lambda original, wrap: wrap(original),
+    why="a full disk ends a save in a traceback that names neither the folder nor the checkpoint that is left",
+    expects="(iteration, model, optimizer, opt_param_scheduler, num_floating_point_operations_so_far, "
+    "checkpointing_context=None, pipeline_rank=None, expert_rank=None, tensor_rank=None, pipeline_parallel=None, "
+    "expert_parallel=None, non_persistent_ckpt=False, train_data_iterator=None, preprocess_common_state_dict_fn=None, "
+    "release=False, tp_group=None, pp_group=None, dp_cp_group=None, dp_group=None, expt_dp_group=None, "
+    "rng_state_key_prefix='')",
+)
 TRAIN_STEP = Patch(
     "megatron.training.training:train_step",
     lambda original, wrap: wrap(original),
@@ -41,4 +51,4 @@ OPTIMIZER_STEP = Patch(
     why="the optimizer's part of an iteration is measured",
     expects="(self)",
 )
-PATCHES = (LOAD_CHECKPOINT, SHARDED_STATE, TRAIN_STEP, TRAINING_LOG, OPTIMIZER_STEP)
+PATCHES = (LOAD_CHECKPOINT, SAVE_CHECKPOINT, SHARDED_STATE, TRAIN_STEP, TRAINING_LOG, OPTIMIZER_STEP)
