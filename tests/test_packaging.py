@@ -38,7 +38,8 @@ def wheel_names(request, copy, tmp_path_factory):
     """Paths inside the wheel that is built from the repository, or from its sdist, where links are folders."""
     source = copy
     if request.param == "sdist":
-        packed, unpacked = build("build_sdist", copy, tmp_path_factory.mktemp("sdist")), tmp_path_factory.mktemp("source")
+        packed = build("build_sdist", copy, tmp_path_factory.mktemp("sdist"))
+        unpacked = tmp_path_factory.mktemp("source")
         shutil.unpack_archive(packed, unpacked, filter="data")
         (source,) = unpacked.iterdir()
     with zipfile.ZipFile(build("build_wheel", source, tmp_path_factory.mktemp("wheel"))) as archive:
