@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
@@ -241,7 +241,7 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids."""
-        return self._tokenizer.decode(ids)
+        return cast(str, self._tokenizer.decode(ids))  # a list of lists would give a list
 
     def render_chat(self, messages: list[dict], tools: list[dict] | None = None, *, asked: bool = False) -> str:
         """The tokenizer's own chat template applied to the messages."""

@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
-    result = {"similarity": SHARED / (2 * SET - SHARED), "methods": {}}
+    methods: dict[str, dict] = {}
     for name, signatures in METHODS.items():
         package = name.partition(",")[0]
         try:
@@ -84,8 +84,8 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} is not installed: left out")
             continue
-        result["methods"][name] = {"version": version, **measure(signatures)}
-    write_json(args.out, result)
+        methods[name] = {"version": version, **measure(signatures)}
+    write_json(args.out, {"similarity": SHARED / (2 * SET - SHARED), "methods": methods})
     print(args.out.read_text(encoding="utf-8"))
 
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ SHARE = 0.05
 RANDOM_SEEDS = 5
 SEARCH_STEPS, LARGEST_EXPONENT = 6, 8.0
 DEFAULT = "tree (the default objective)"
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "power 0.8": {"power": 0.8}, "power 0.2": {"power": 0.2},
     "share exponent 0": {"share_exponent": 0.0}, "share exponent 1": {"share_exponent": 1.0},
@@ -95,7 +96,7 @@ def compare(pool: Pool, labels: np.ndarray) -> dict[str, dict]:
     """Every method on one pool."""
     settings = SampleSettings(str(round(SHARE * pool.instances)))
 
-    def chosen(**changes: object) -> np.ndarray:
+    def chosen(**changes: Any) -> np.ndarray:
         return sample(pool, replace(settings, **changes)).chosen
 
     mig = judge(pool, labels, chosen(method="label-graph"))

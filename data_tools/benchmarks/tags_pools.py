@@ -140,16 +140,15 @@ def packages(work: Path) -> list[dict]:
             if digest and text:
                 texts[digest[1]] = re.sub(r"\n (?:\.$)?", "\n", text[1], flags=re.M).strip()
     available = subprocess.run(["apt-cache", *options, "dumpavail"], capture_output=True, text=True, check=True).stdout
-    found = {}
+    found: dict[str, dict] = {}
     for block in available.split("\n\n"):
         fields = dict(re.findall(r"^([\w-]+): ?(.*(?:\n .*)*)", block, re.M))
-        text = texts.get(fields.get("Description-md5", ""))
-        if text and "Section" in fields:
+        description = texts.get(fields.get("Description-md5", ""))
+        if description and "Section" in fields:
             tags = [tag.strip() for tag in fields.get("Tag", "").replace("\n", "").split(",") if tag.strip()]
             source = fields.get("Source", fields["Package"]).split()[0]
-            found.setdefault(
-                text, {"text": text, "label": fields["Section"].rpartition("/")[2], "tags": tags, "source": source}
-            )
+            label = fields["Section"].rpartition("/")[2]
+            found.setdefault(description, {"text": description, "label": label, "tags": tags, "source": source})
     # Packages of one source are near-copies: one of each.
     return list({row["source"]: row for row in found.values()}.values())
 

@@ -73,7 +73,8 @@ def run_step(work: Path, pool: Path, number: int, workers: int, engine: str) -> 
     settings = {config: config() for config in step.settings.values()}
     if TaggerSettings in settings:
         settings[TaggerSettings] = TaggerSettings(kind="data")
-    runner, start, printed = Engine(engine, workers), time.monotonic(), []
+    printed: list[str] = []
+    runner, start = Engine(engine, workers), time.monotonic()
     Pipeline(Context(work, runner, (pool,)), settings, printed.append).run([step])
     seconds = time.monotonic() - start
     runner.close()

@@ -135,11 +135,11 @@ class QuestionIndex:
         found = []
         for (text, question), runs in matches.items():
             covered = np.zeros(len(self.questions[question].words), bool)
-            for place, (_, size) in runs.items():
-                covered[place : place + size] = True
+            spans = [(place, place + size) for place, (_, size) in runs.items()]
+            for start, end in spans:
+                covered[start:end] = True
             share = float(covered.sum() / self._countable[question].sum())
             if share >= self.overlap and not self.questions[question].telling - Counter(telling(texts[text])):
-                spans = [(place, place + size) for place, (_, size) in runs.items()]
                 own = [(start, start + size) for start, size in runs.values()]
                 found.append(Found(
                     text, question, NGRAM, share, _excerpt(texts[text], own),

@@ -60,7 +60,7 @@ class DecontaminationSettings:
 
 
 def _files(settings: DecontaminationSettings) -> list[Path]:
-    return input_files(list(settings.files), "**/*.txt", "--decontaminate") if settings.files else []
+    return input_files(list(settings.files), "**/*.txt", flag="--decontaminate") if settings.files else []
 
 
 def _parsed(files: list[Path]) -> Iterator[tuple[str, dict | None]]:
@@ -79,7 +79,8 @@ def read_questions(target: Path | None, files: list[Path]) -> tuple[list[Questio
     Raises:
         UsageError: a file without any record that can be read.
     """
-    questions, counts = [], Counter()
+    questions: list[Question] = []
+    counts: Counter[str] = Counter()
     records = [] if target is None else ((TARGET, record) for record in read_jsonl(target / RECORDS))
     readable: Counter[str] = Counter()
     for source, record in (*records, *_parsed(files)):
@@ -123,7 +124,8 @@ def decontaminate(
     if not questions:
         return {"contaminated": write_jsonl(folder / CONTAMINATED, []), "questions": 0, **counts}
     search = _Search(QuestionIndex(questions, settings.overlap, settings.similarity))
-    reasons, touched = Counter(), set()
+    reasons: Counter[str] = Counter()
+    touched: set[int] = set()
 
     def rows() -> Iterator[dict]:
         tasks = batched(((each.line, each.record) for each in kept_lines(folder)), RECORDS_PER_TASK)
@@ -141,8 +143,10 @@ def decontaminate(
                     }  # fmt: skip
 
     written = write_jsonl(folder / CONTAMINATED, rows())
-    counts |= {"questions": len(questions), "questions_found": len(touched), "reasons": dict(reasons)}
-    return {"contaminated": written, "left_out": 0 if settings.keep else written, **counts}
+    return {
+        "contaminated": written, "left_out": 0 if settings.keep else written, **counts,
+        "questions": len(questions), "questions_found": len(touched), "reasons": dict(reasons),
+    }  # fmt: skip
 
 
 def contaminated_lines(folder: Path) -> np.ndarray:

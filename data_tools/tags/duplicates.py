@@ -206,7 +206,7 @@ class _Pool:
         shards = self.files.shards(len(texts), sum(found))
         check = partial(_check, records=self.folder / RECORDS, shared=self.shared, similarity=similarity)
 
-        def tasks() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        def tasks() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
             for first, last in shards:
                 gone, stays = unpacked(self.files.shard_pairs(first, last))
                 items, places = np.unique(np.concatenate([gone, stays]), return_inverse=True)
@@ -295,13 +295,13 @@ def find_duplicates(folder: Path, settings: DuplicateSettings, engine: Engine, t
         left_out = left_out[np.argsort(pool.text_of_item[left_out])]
         offsets = pool.offset[pool.text_of_item]
         _warn(folder, settings, left_out, stands_for, offsets)
-        gone, stays = (
+        gone_ids, kept_ids = (
             (json.loads(line)["id"] for line in read_lines(folder / RECORDS, offsets[items]))
             for items in (left_out, stands_for[left_out])
         )
         write_jsonl(folder / DUPLICATES, (
             {"id": name, "kept": kept, "similarity": round(float(near), 4), "kind": str(how)}
-            for name, kept, near, how in zip(gone, stays, similarity[left_out], kind[left_out], strict=True)
+            for name, kept, near, how in zip(gone_ids, kept_ids, similarity[left_out], kind[left_out], strict=True)
         ))  # fmt: skip
     kinds = {name: int((kind == name).sum()) for name in (EXACT, NEAR, SEMANTIC)}
     return {"duplicates": len(left_out), "kinds": kinds}

@@ -64,6 +64,7 @@ class Engine:
 
     def _in_processes(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         pickled = pickle.dumps(function)
+        call: Callable[[Task], object]
         if len(pickled) <= SMALL_FUNCTION:
             if self._pool is None:
                 self._pool = self._start()

@@ -16,9 +16,9 @@ RANDOM_SELECTIONS = 5
 
 @dataclass(frozen=True)
 class Measures:
-    """What one selection covers; scores are NaN where there are none."""
+    """What one selection covers, or the mean of several; scores are NaN where there are none."""
 
-    instances: int
+    instances: float
     tag_mass_covered: float
     distinct_tags: float
     effective_tags: float

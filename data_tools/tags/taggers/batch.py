@@ -43,7 +43,8 @@ def write_requests(records: Path, path: Path, settings: EndpointSettings, cache_
         records: `records.jsonl`.
         path: the first file.
     """
-    cache, seen = AnswerCache(cache_path), set()
+    cache = AnswerCache(cache_path)
+    seen: set[str] = set()
     counts: Counter[str] = Counter(requests=0, answered=0, files=0)
     lines = _request_lines(EndpointTagger(settings, cache_path), records, settings, cache, seen, counts)
     try:

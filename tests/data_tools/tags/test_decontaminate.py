@@ -135,7 +135,25 @@ def test_files_to_decontaminate_against_need_no_target(tmp_path, call):
     code, _, error = call(
         "sample", "--work", tmp_path / "work", "--decontaminate", tmp_path / "no.jsonl", "--budget", "2"
     )  # fmt: skip
-    assert code == 2 and "--decontaminate" in error and "no such file" in error
+    assert code == 2 and f"--decontaminate {tmp_path / 'no.jsonl'}: no such file" in error
+
+
+def test_files_that_are_no_data_are_refused_by_the_flag_that_names_them(tmp_path, call):
+    """The flag's name was passed as suffixes to allow: notes.md was read, as it ends in one of "--decontaminate".
+
+    The errors said --input, and listed the flag's letters among the formats.
+    """
+    write_byte_level(tmp_path / "tokenizer")
+    run(call, tmp_path / "work")
+    (tmp_path / "notes.md").write_text("Which sea has the most salt?\n")
+    (tmp_path / "folder").mkdir()
+    for name, told in (
+        ("notes.md", "a file must be one of .jsonl, "), ("no.jsonl", "no such file"),
+        ("folder", "no file in this folder"),
+    ):  # fmt: skip
+        path = tmp_path / name
+        code, _, error = call("sample", "--work", tmp_path / "work", "--decontaminate", path, "--budget", "2")
+        assert code == 2 and f"--decontaminate {path}: {told}" in error and " d, e, c" not in error
 
 
 def test_a_target_keeps_its_copies(tmp_path, call):
