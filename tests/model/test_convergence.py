@@ -19,7 +19,7 @@ def sequences(batch: int, generator: torch.Generator) -> torch.Tensor:
     for row in tokens:
         keys = 1 + torch.randperm(KIND, generator=generator)[:PAIRS]
         values = 1 + KIND + torch.randint(KIND, (PAIRS,), generator=generator)
-        places = 2 * torch.randperm(LENGTH // 4, generator=generator)[:PAIRS]
+        places = CHUNK * torch.randperm(LENGTH // 2 // CHUNK, generator=generator)[:PAIRS]
         row[places], row[places + 1] = keys, values
         order = torch.randperm(PAIRS, generator=generator)
         row[LENGTH - 2 * PAIRS :: 2], row[LENGTH - 2 * PAIRS + 1 :: 2] = keys[order], values[order]
