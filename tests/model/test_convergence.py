@@ -35,7 +35,7 @@ def recall(pattern: str, seed: int) -> float:
     ksa = KSAConfig(enabled=True, chunk_size=CHUNK, window_chunks=str(WINDOW), layer_pattern=pattern)
     model = build_model(ksa, config, seed=seed, vocab_size=1 + 2 * KIND + 7, seq_length=LENGTH, text_length=LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / STEPS))
     generator = torch.Generator().manual_seed(seed)
     asked = range(LENGTH - 2 * PAIRS, LENGTH, 2)
     for _ in range(STEPS):
