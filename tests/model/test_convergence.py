@@ -19,7 +19,7 @@ def sequences(batch: int, generator: torch.Generator) -> torch.Tensor:
     for row in tokens:
         keys = 1 + torch.randperm(KIND, generator=generator)[:PAIRS]
         values = 1 + KIND + torch.randint(KIND, (PAIRS,), generator=generator)
-        places = 2 * torch.randperm(LENGTH // 4, generator=generator)[:PAIRS]
+        places = CHUNK * torch.randperm(LENGTH // 2 // CHUNK, generator=generator)[:PAIRS]
         row[places], row[places + 1] = keys, values
         order = torch.randperm(PAIRS, generator=generator)
         row[LENGTH - 2 * PAIRS :: 2], row[LENGTH - 2 * PAIRS + 1 :: 2] = keys[order], values[order]
@@ -35,7 +35,7 @@ def recall(pattern: str, seed: int) -> float:
     ksa = KSAConfig(enabled=True, chunk_size=CHUNK, window_chunks=str(WINDOW), layer_pattern=pattern)
     model = build_model(ksa, config, seed=seed, vocab_size=1 + 2 * KIND + 7, seq_length=LENGTH, text_length=LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / STEPS))
     generator = torch.Generator().manual_seed(seed)
     asked = range(LENGTH - 2 * PAIRS, LENGTH, 2)
     for _ in range(STEPS):
