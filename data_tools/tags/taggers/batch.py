@@ -43,7 +43,8 @@ def write_requests(records: Path, path: Path, settings: EndpointSettings, cache_
         records: `records.jsonl`.
         path: the first file.
     """
-    cache, seen = AnswerCache(cache_path), set()
+    cache = AnswerCache(cache_path)
+    seen: set[str] = set()
     counts: Counter[str] = Counter(requests=0, answered=0, files=0)
     lines = _request_lines(EndpointTagger(settings, cache_path), records, settings, cache, seen, counts)
     try:
@@ -62,7 +63,12 @@ def write_requests(records: Path, path: Path, settings: EndpointSettings, cache_
 
 
 def _request_lines(
-    tagger: EndpointTagger, records: Path, settings: EndpointSettings, cache: AnswerCache, seen: set, counts: Counter
+    tagger: EndpointTagger,
+    records: Path,
+    settings: EndpointSettings,
+    cache: AnswerCache,
+    seen: set[str],
+    counts: Counter,
 ) -> Iterator[str]:
     form = {} if "response_format" in settings.extra else response_format(FORMATS[0], prompt.SCHEMA)
     for key, messages in tagger.questions(records):
