@@ -63,7 +63,12 @@ def write_requests(records: Path, path: Path, settings: EndpointSettings, cache_
 
 
 def _request_lines(
-    tagger: EndpointTagger, records: Path, settings: EndpointSettings, cache: AnswerCache, seen: set, counts: Counter
+    tagger: EndpointTagger,
+    records: Path,
+    settings: EndpointSettings,
+    cache: AnswerCache,
+    seen: set[str],
+    counts: Counter,
 ) -> Iterator[str]:
     form = {} if "response_format" in settings.extra else response_format(FORMATS[0], prompt.SCHEMA)
     for key, messages in tagger.questions(records):

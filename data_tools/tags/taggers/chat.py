@@ -78,7 +78,7 @@ class ChatClient:
         self.url = url
         self._url = url.rstrip("/") + "/chat/completions"
         self._key, self._timeout, self._schema, self._max_bytes = api_key, timeout, schema, max_bytes
-        self._request_body = partial(request_body, model=model, max_tokens=max_tokens, extra=extra)
+        self._body = partial(request_body, model=model, max_tokens=max_tokens, extra=extra)
         self._form = len(FORMATS) - 1 if "response_format" in extra else 0
         self.pace = Pace(connections)
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
@@ -100,7 +100,7 @@ class ChatClient:
                 chat completion.
         """
         form = self._form
-        body = self._request_body(messages, attempt=attempt)
+        body = self._body(messages, attempt=attempt)
         while True:
             status, headers, content = await self._paced(body | response_format(FORMATS[form], self._schema))
             if status in (400, 415, 422, 501) and form + 1 < len(FORMATS):
@@ -137,10 +137,7 @@ class ChatClient:
         """Status, headers and body of a reply."""
         try:
             # httpx limits the wait for each piece; a reply that drips needs a limit on the whole.
-            async with (
-                asyncio.timeout(self._timeout),
-                self._client.stream("POST", self._url, json=body) as response,
-            ):
+            async with asyncio.timeout(self._timeout), self._client.stream("POST", self._url, json=body) as response:
                 good = response.status_code == 200
                 most, encoding = self._max_bytes if good else ERROR_BYTES, response.headers.get("Content-Encoding", "")
                 try:

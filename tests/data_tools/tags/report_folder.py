@@ -20,9 +20,10 @@ def hostile_work_folder(folder):
     arrays["name"] = np.array([*arrays["name"][:1], HOSTILE, *arrays["name"][2:]])
     write_arrays(folder / "tree.npz", **arrays)
     hostile = {"id": HOSTILE, "source": HOSTILE, "text": HOSTILE, "quality": None, "difficulty": None, "tags": None}
-    write_jsonl(folder / "records.jsonl", (
-        {**hostile, "id": f"{line} {HOSTILE}"} if line % 4 == 0 else record(line) for line in range(400)
-    ))
+    write_jsonl(
+        folder / "records.jsonl",
+        ({**hostile, "id": f"{line} {HOSTILE}"} if line % 4 == 0 else record(line) for line in range(400)),
+    )
     write_jsonl(folder / "rejected.jsonl", [{"origin": "x:1", "id": None, "reason": HOSTILE, "detail": ""}] * 3)
     write_jsonl(folder / "duplicates.jsonl", [{"id": "a", "kept": "b", "similarity": 0.9}])
     write_jsonl(folder / "tag_merges.jsonl", [{"tag": HOSTILE, "into": HOSTILE, "reason": "meaning"}])
@@ -31,5 +32,3 @@ def hostile_work_folder(folder):
     sample_step(folder, SampleSettings("40"), target=folder / "target", show_progress=False)
     write_step(folder, GroupSettings(), EncodingSettings(str(folder / "tokenizer")), show_progress=False)
     return folder
-
-

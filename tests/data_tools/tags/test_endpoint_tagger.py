@@ -67,7 +67,8 @@ def test_faults_that_pass_are_retried_and_faults_that_stay_are_listed(tmp_path):
     texts = [f"{name}/{kind}" for name in FAULTS for kind in ("passes", "stays")] + ["none/"]
     with chat_server(behave) as server:
         records = write_records(tmp_path, texts)
-        counts = tag(tmp_path, tagger(server.url, tmp_path, concurrency=12), len(texts))
+        # Longer than a busy machine takes to answer, shorter than the server hangs (2 s).
+        counts = tag(tmp_path, tagger(server.url, tmp_path, concurrency=12, timeout=1.5), len(texts))
     tagged = {row["id"]: row for row in read_jsonl(tmp_path / "tags.jsonl")}
     failed = {row["id"]: row for row in read_jsonl(tmp_path / "failed.jsonl")}
     assert len(list(read_jsonl(records))) == len(tagged) + len(failed) == counts["tagged"] + counts["failed"]
