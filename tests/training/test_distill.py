@@ -8,6 +8,7 @@ from trainer import assert_same, launch, steps
 
 from megatron_ksa.model.summary_parameters import is_summary_parameter
 
+pytestmark = pytest.mark.slow
 PACKED = "--reset-position-ids --reset-attention-mask"
 TOLERANCE = 1e-5
 # Larger weights than by default: summaries must matter, or student and teacher differ by rounding only.

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from trainer import assert_same, launch, steps
 
+pytestmark = pytest.mark.slow
 PACKED = "--reset-position-ids --reset-attention-mask"
 TOLERANCE = 1e-5
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
