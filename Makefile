@@ -1,13 +1,16 @@
 # `make test` and `make demo` set up .venv by themselves; `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test demo clean
+.PHONY: help setup lint format test test-fast demo clean
 
 VENV ?= .venv
 STAMP := $(VENV)/.installed
+# Two workers; modules that start ranks stay in one of them (tests/groups.py). WORKERS=0 runs the tests in one process.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 CANDIDATES := $(PYTHON) python3.12 python3.13 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP)  ## create the environment in .venv (about 6 GB)
 
@@ -32,7 +35,10 @@ format: $(STAMP)  ## lay out the code (ruff format)
 	$(VENV)/bin/ruff format
 
 test: $(STAMP)  ## run every test that needs no GPU
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	$(PYTEST)
+
+test-fast: $(STAMP)  ## the tests of `make test` that are not marked slow, for every commit
+	$(PYTEST) -m "not long and not slow"
 
 demo: $(STAMP)  ## select with TAGS, pretrain a tiny KSA + HARPE model (STEPS=300, resumes; FRESH=1 starts over)
 	$(VENV)/bin/python examples/demo/run.py $(if $(FRESH),--fresh) $(if $(STEPS),--steps $(STEPS))

@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
+from groups import group  # noqa: E402
 
 # Triton chooses between compiler and interpreter when it is imported; without a GPU kernels are interpreted.
 if not torch.cuda.is_available():
@@ -17,6 +18,20 @@ from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform  # noqa: E402
 
 # Megatron's random-state tracker and recompute ask for CUDA; the trainer activates this platform in the same way.
 activate_cpu_platform()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """A group of pytest-xdist for every test that has none, before a worker reads the groups.
+
+    Workers take groups in the order of collection (`--no-loadscope-reorder`): the ranks' group, the longest, is first.
+    """
+    groups = {path: group(path) for path in {item.path for item in items}}
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: groups[item.path] != "world")
 
 
 @pytest.fixture(scope="module")

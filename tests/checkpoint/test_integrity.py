@@ -11,6 +11,8 @@ from megatron_ksa.checkpoint import integrity
 from megatron_ksa.checkpoint.load import TRACKER, find_checkpoint
 from megatron_ksa.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:

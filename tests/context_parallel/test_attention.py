@@ -14,6 +14,7 @@ from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_attention
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.layout.zigzag import ZigZag
 
+pytestmark = pytest.mark.slow
 PROCESSES = 4
 BATCH, HEADS, DIM = 2, 4, 8
 

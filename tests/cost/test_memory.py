@@ -134,6 +134,7 @@ def measured() -> list[list[int]]:
     return results
 
 
+@pytest.mark.slow
 def test_optimizer_state_and_gradients_of_two_ranks(tmp_path):
     """The distributed optimizer starts every parameter at a multiple of 64 elements, so that buffers are larger."""
     for data, tensor in run_processes(measured, 2, tmp_path):

@@ -47,6 +47,7 @@ def measured() -> dict[str, list[int]]:
     return sent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not counts_sent_bytes(), reason="TCP_INFO of this kernel does not count sent bytes")
 def test_the_wire_carries_what_is_reported(tmp_path):
     """Gloo's headers and the barriers are the only bytes beside keys and values and their gradients. Its reduce-scatter

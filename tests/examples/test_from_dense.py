@@ -16,6 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "ksa_from_dense" / "run.py"
 VOCABULARY, STEPS = 128, 4
@@ -54,7 +55,6 @@ def start(source: Path, work: Path, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command(source, work), stdout=out, stderr=out, env=environment, start_new_session=True)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_in_each_stage_it_ends_in_the_same_bytes(source, tmp_path):
     # The undisturbed chain runs beside the one that is killed.

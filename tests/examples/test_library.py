@@ -37,6 +37,7 @@ def losses(command: list, folder: Path) -> tuple[list[float], str]:
     return [float(loss) for loss in re.findall(r"loss ([\d.]+) nats", done.stdout)], done.stdout
 
 
+@pytest.mark.slow
 def test_a_plain_megatron_loop_trains_and_saves(tmp_path):
     found, said = losses([sys.executable, LIBRARY / "megatron_loop.py", "--steps", 8, "--save", "saved"], tmp_path)
     assert len(found) == 8 and found[0] > 4 and found[-1] < 3.6

@@ -51,6 +51,7 @@ def test_import_at_tensor_parallel_1(family, imported):
     assert_near(megatron_logits(megatron), transformers_logits(huggingface))
 
 
+@pytest.mark.slow
 def test_import_at_tensor_parallel_2(imported, to_megatron, to_huggingface, tmp_path):
     torch.save(TOKENS, tmp_path / "tokens.pt")
     ksa = to_megatron(GOLDEN, tmp_path / "ksa")

@@ -16,6 +16,7 @@ from test_logits import assert_near, megatron_logits, transformers_logits
 from megatron_ksa.checkpoint.load import RELEASE, find_checkpoint
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 
+pytestmark = pytest.mark.slow
 RECORDED = Path(__file__).parents[1] / "training" / "recorded_pretrain.py"
 # One sequence over and over: every sample of the dataset is the same LENGTH + 1 tokens.
 PATTERN = np.random.default_rng(0).integers(3, VOCABULARY, LENGTH)

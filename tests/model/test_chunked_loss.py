@@ -92,6 +92,7 @@ def results(tmp_path_factory) -> list[list]:
     return run_processes(every_case, 2, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_chunks_give_megatrons_loss_and_gradients(case, results):
     for rank in results:

@@ -16,6 +16,7 @@ from single_process import VOCABULARY, build_model, random_tokens, transformer_c
 from megatron_ksa import KSAConfig, KSAGPTModel, activate_cpu_platform, pipeline_rows, prepare_config
 from megatron_ksa.layout.zigzag import ZigZag
 
+pytestmark = pytest.mark.slow
 KSA = KSAConfig(enabled=True, chunk_size=4, summary_tokens=2, window_chunks="1", layer_pattern="kklf")
 LENGTHS = [10, 37, 17]
 

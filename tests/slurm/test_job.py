@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from two_nodes import NODES, ROOT, Slurm, require_slurm, running_slurm
 
+pytestmark = pytest.mark.slow
 LINE = re.compile(r"iteration +(\d+)/ +\d+ .*lm loss: ([0-9.E+-]+)")
 ENDLESS = 1_000_000
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -92,7 +93,6 @@ def assert_same_where_both_trained(first: dict[int, float], second: dict[int, fl
     assert [first[iteration] for iteration in both] == [second[iteration] for iteration in both]
 
 
-@pytest.mark.slow
 def test_job_saves_requeues_resumes_and_finishes(slurm, tmp_path):
     """A save before the signal is part of it: see test_sigterm_to_every_process_saves."""
     job = Job(slurm, tmp_path, 40, 2)
@@ -111,7 +111,6 @@ def test_job_saves_requeues_resumes_and_finishes(slurm, tmp_path):
     assert len(list(job.run.glob("logs/*-1/rank-*.log"))) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["set down", pytest.param("power off", marks=pytest.mark.long)])
 def test_lost_node_requeues_and_resumes_from_the_last_checkpoint(slurm, tmp_path, way):
     """The second start trains what the first had trained since its last checkpoint, to the same losses."""

@@ -24,6 +24,8 @@ from megatron_ksa.data_tools.tokenizers import write_byte_level
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import disk_error, whole_file, whole_folder, writing
 
+pytestmark = pytest.mark.slow
+
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
@@ -156,7 +158,6 @@ def test_plan_is_written_whole_or_not_at_all(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_converter_leaves_nothing(tmp_path):
     """A conversion to a full disk ended in a traceback of the library that writes the tensors."""
     sys.path.insert(0, str(ROOT / "tests" / "huggingface"))

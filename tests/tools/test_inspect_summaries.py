@@ -64,6 +64,7 @@ def page(tmp_path_factory, megatron_flags) -> Path:
     return folder / "page.html"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -96,6 +97,7 @@ def browser():
         chromium.close()
 
 
+@pytest.mark.slow
 def test_in_a_browser(browser, page, tmp_path):
     """Offline: choose a chunk, a layer and a head; hover; no errors, no requests, nothing of the text runs."""
     tab = browser.new_page(viewport={"width": 1280, "height": 800})

@@ -27,6 +27,7 @@ def plan(*flags: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_flags_train_and_memory_is_the_trainers(tmp_path):
     from megatron_ksa.config.ksa import KSAConfig
     from megatron_ksa.cost.memory import ModelShape, TrainingLayout, fullest_stage

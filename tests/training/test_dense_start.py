@@ -6,6 +6,7 @@ With a window over the whole sequence no text row depends on a summary: the KSA 
 import pytest
 from trainer import launch, steps
 
+pytestmark = pytest.mark.slow
 DENSE = "--no-ksa --train-iters 2"
 # Annealed to 0 from the second iteration on.
 WINDOW = "--ksa-window-chunks 8 --train-iters 2"

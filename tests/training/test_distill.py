@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer import assert_same, launch, steps
+from trainer import assert_same, launch, selected, steps
 
 from megatron_ksa.model.summary_parameters import is_summary_parameter
 
+pytestmark = pytest.mark.slow
 PACKED = "--reset-position-ids --reset-attention-mask"
 TOLERANCE = 1e-5
 # Larger weights than by default: summaries must matter, or student and teacher differ by rounding only.
@@ -23,21 +24,24 @@ OPTIMIZER = "--use-distributed-optimizer"
 OVERLAP = f"{OPTIMIZER} --overlap-grad-reduce --overlap-param-gather"
 # Of the 64 tokens of a micro-batch; not a divisor of any rank's share.
 CHUNKS = "--loss-chunk-rows 20"
-# Processes, flags of a layout, and the documents; the first two are what the others are compared with.
+# What the layouts are compared with: one process, on each kind of documents.
+REFERENCES = [(1, "", ""), (1, "", PACKED)]
+# Processes, flags of a layout, and the documents.
 LAYOUTS = [
-    (1, "", ""),
-    (1, "", PACKED),
     (1, RECOMPUTE, PACKED),
+    (2, OPTIMIZER, PACKED),
+    (2, f"{TP} {SP} {CHUNKS}", PACKED),
+    (2, f"{PP} {CHUNKS}", PACKED),
+    (2, f"{CP} {CHUNKS}", PACKED),
+]
+# With `-m long` alone.
+LONG_LAYOUTS = [
     (1, CHUNKS, ""),
     (2, "", PACKED),
-    (2, OPTIMIZER, PACKED),
     (2, TP, ""),
-    (2, f"{TP} {SP} {CHUNKS}", PACKED),
     (2, f"{TP} {SP} {RECOMPUTE}", ""),
-    (2, f"{PP} {CHUNKS}", PACKED),
     (2, f"{PP} {RECOMPUTE}", ""),
     (2, INTERLEAVED, PACKED),
-    (2, f"{CP} {CHUNKS}", PACKED),
     (2, f"{CP} {SELECTIVE}", ""),
     (2, f"{CP} --cp-comm-type a2a", PACKED),
     (4, f"{TP} {SP} {CP} {RECOMPUTE}", ""),
@@ -46,26 +50,29 @@ LAYOUTS = [
     # The last stage is a full layer alone: nothing there trains.
     (4, PP_4, PACKED),
 ]
+# Of a layout: the gradient, and a first and a second update.
+ITERATIONS = 3
 
 
 @pytest.fixture(scope="module")
-def distilled(tmp_path_factory) -> "Runs":
-    return Runs(tmp_path_factory.mktemp("distill"))
+def distilled(request, tmp_path_factory) -> "Runs":
+    return Runs(tmp_path_factory.mktemp("distill"), selected(request, "case"))
 
 
 class Runs:
-    """All runs of this module; those of one number of processes are made when the first of them is asked for.
+    """The runs of the selected tests; those of one number of processes are made when the first of them is asked for.
 
     All layouts start from one checkpoint: the summary embedding is drawn, and not alike in all layouts.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, layouts: list[tuple]) -> None:
         self.folder, self.outcome = folder, {}
         runs = {(1, "dense"): f"--no-ksa --train-iters 1 {LARGE} --save {folder}/dense --save-interval 1"}
         from_dense = f"--load {folder}/dense --finetune {DISTILL}"
         runs[1, "start"] = f"--train-iters 1 {from_dense} --save {folder}/start --save-interval 1"
-        start = f"--train-iters 5 --load {folder}/start --finetune {DISTILL}"
-        runs |= {case: f"{start} {case[1]} {case[2]}" for case in LAYOUTS}
+        start = f"--load {folder}/start --finetune {DISTILL}"
+        runs |= {case: f"--train-iters 5 {start} {case[2]}" for case in REFERENCES}
+        runs |= {case: f"--train-iters {ITERATIONS} {start} {case[1]} {case[2]}" for case in layouts}
         whole = f"{folder}/distilled"
         logs = f"--tensorboard-dir {folder}/tensorboard"
         runs[1, "whole"] = f"--train-iters 5 {from_dense} --save {whole} --save-interval 2 {logs}"
@@ -88,9 +95,11 @@ class Runs:
         return steps(record)
 
 
-@pytest.mark.parametrize("case", [case for case in LAYOUTS if case[1]], ids=str)
+@pytest.mark.parametrize(
+    "case", [*LAYOUTS, *(pytest.param(case, marks=pytest.mark.long) for case in LONG_LAYOUTS)], ids=str
+)
 def test_every_layout_distils_as_one_process(case, distilled):
-    assert_same(distilled(case), distilled((1, "", case[2])), range(1, 6), TOLERANCE)
+    assert_same(distilled(case), distilled((1, "", case[2])), range(1, ITERATIONS + 1), TOLERANCE)
 
 
 def test_terms_are_there(distilled):

@@ -3,6 +3,7 @@
 import pytest
 from trainer import assert_same, launch, steps
 
+pytestmark = pytest.mark.slow
 EXPERTS = (
     "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0 --train-iters 3"
 )

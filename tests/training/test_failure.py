@@ -15,6 +15,7 @@ from trainer import MODEL, TRAINING, launch, steps, write_documents
 
 from megatron_ksa.platform.ports import free_port
 
+pytestmark = pytest.mark.slow
 ENTRY = Path(__file__).with_name("recorded_pretrain.py")
 ITERATIONS = 40
 SAVING = f"--train-iters {ITERATIONS} --save-interval 2 --use-distributed-optimizer"

@@ -109,6 +109,7 @@ def train(folder: Path, *variants: str) -> list[dict[str, dict]]:
     return [json.loads(record.read_text()) for record in records]
 
 
+@pytest.mark.slow
 def test_training_learns_what_counts(tmp_path):
     """Responses are one token, prompts are noise: only a loss on responses alone can vanish."""
     write_documents(tmp_path / "a", response=77)

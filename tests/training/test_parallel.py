@@ -4,8 +4,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from trainer import assert_same, launch, steps
+from trainer import assert_same, launch, selected, steps
 
+pytestmark = pytest.mark.slow
 PACKED = "--reset-position-ids --reset-attention-mask"
 TOLERANCE = 1e-5
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -19,31 +20,36 @@ ASYNC = "--async-save"
 # Of the 64 tokens of a micro-batch; not a divisor of any rank's share.
 CHUNKS = "--loss-chunk-rows 20"
 EITHER = ("", PACKED)
-# Processes, flags of a layout, and the documents to train it on; the first is what the others are compared with.
+# Processes, flags of a layout, and the documents to train it on.
 LAYOUTS = [
-    (1, "", EITHER),
     (1, RECOMPUTE, [PACKED]),
     (1, CHUNKS, EITHER),
     (2, OPTIMIZER, [PACKED]),
     (2, TP, [""]),
-    (2, f"{TP} {SP}", EITHER),
     (2, f"{TP} {SP} {RECOMPUTE}", [""]),
-    (2, PP, EITHER),
     (2, f"{PP} {RECOMPUTE}", [""]),
     (2, f"{TP} {CHUNKS}", [""]),
     (2, f"{CP} {CHUNKS}", [PACKED]),
     (2, INTERLEAVED, [PACKED]),
-    (2, CP, EITHER),
     (2, f"{CP} {RECOMPUTE}", [PACKED]),
     (2, f"{CP} {SELECTIVE}", [""]),
     (2, f"{CP} --cp-comm-type a2a", [PACKED]),
     (4, CP_4, EITHER),
-    (4, f"{TP} {SP} {CP}", [PACKED]),
-    (4, f"{TP} {SP} {CP} {RECOMPUTE}", [""]),
+    (4, f"{TP} {SP} {CP} {RECOMPUTE}", [PACKED]),
     (4, f"{PP} {CP} {OPTIMIZER}", [PACKED]),
     (4, f"{TP} {PP} {OVERLAP}", [PACKED]),
     (4, f"{TP} {SP} {PP} {OVERLAP} {CHUNKS}", [PACKED]),
 ]
+# With `-m long` alone: layouts that run above with recompute, chunks of the loss or interleaved stages.
+LONG_LAYOUTS = [
+    (2, f"{TP} {SP}", EITHER),
+    (2, PP, EITHER),
+    (2, CP, EITHER),
+    (4, f"{TP} {SP} {CP}", [PACKED]),
+    (4, f"{TP} {SP} {CP} {RECOMPUTE}", [""]),
+]
+# Iterations: the gradient, and a first and a second update.
+ITERATIONS = 3
 # Processes, and the layouts before and after a checkpoint.
 ANY_LAYOUT = f"{OPTIMIZER} --ckpt-fully-parallel-save --dist-ckpt-optim-fully-reshardable"
 RESUMES = [
@@ -52,28 +58,33 @@ RESUMES = [
     (4, f"{TP} {SP} {CP}", f"{PP} {CP}"),
     (4, f"{CP_4} {ANY_LAYOUT}", f"{TP} {PP} {ANY_LAYOUT}"),
 ]
-CASES = [(size, layout, documents) for size, layout, either in LAYOUTS for documents in either]
+REFERENCES = [(1, "", documents) for documents in EITHER]
+
+
+def cases(layouts: list[tuple]) -> list[tuple]:
+    return [case for size, layout, either in layouts for documents in either if (case := (size, layout, documents))[1]]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> "Runs":
-    return Runs(tmp_path_factory.mktemp("layouts"))
+def trained(request, tmp_path_factory) -> "Runs":
+    return Runs(tmp_path_factory.mktemp("layouts"), selected(request, "case"), selected(request, "resume"))
 
 
 class Runs:
-    """All runs of this module; those of one number of processes are made when the first of them is asked for.
+    """The runs of the selected tests; those of one number of processes are made when the first of them is asked for.
 
-    A single process also makes the checkpoint that every layout starts from.
+    A single process makes the checkpoint that every layout starts from, and the runs that layouts are compared with.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, layouts: list[tuple], resumes: list[tuple]) -> None:
         self.checkpoint, self.outcome = folder / "checkpoint", {}
         runs = {(1, "start"): f"--train-iters 1 --save {self.checkpoint} --save-interval 1"}
-        runs |= {case: f"--train-iters 5 --load {self.checkpoint} --finetune {case[1]} {case[2]}" for case in CASES}
-        for number, (size, before, after) in enumerate(RESUMES):
+        train = f"--train-iters {ITERATIONS} --load {self.checkpoint} --finetune"
+        runs |= {case: f"{train} {case[1]} {case[2]}" for case in [*REFERENCES, *layouts]}
+        for number, (size, before, after) in enumerate(resumes):
             saved = folder / f"checkpoint{number}"
-            runs[size, before, after, "whole"] = f"--train-iters 6 --save {saved} --save-interval 3 {before}"
-            runs[size, before, after, "resumed"] = f"--train-iters 6 --load {saved} --ckpt-step 3 {after}"
+            runs[size, before, after, "whole"] = f"--train-iters 4 --save {saved} --save-interval 2 {before}"
+            runs[size, before, after, "resumed"] = f"--train-iters 4 --load {saved} --ckpt-step 2 {after}"
         self.runs = {run: (folder / f"{number}.json", flags) for number, (run, flags) in enumerate(runs.items())}
 
     def make(self, processes: int) -> subprocess.CompletedProcess:
@@ -86,17 +97,19 @@ class Runs:
         return self.outcome[processes]
 
     def __call__(self, run: tuple) -> dict[int, dict[str, float]]:
-        """The record of a run: five steps from the checkpoint for a case of CASES, six steps that save half-way and the
-        last three of them again for (*resume, "whole") and (*resume, "resumed"), resume of RESUMES.
+        """The record of a run: ITERATIONS from the checkpoint for a layout and its documents; four iterations that save
+        half-way for (*resume, "whole") and the last two of them again for (*resume, "resumed"), resume of RESUMES.
         """
         done, (record, _) = self.make(run[0]), self.runs[run]
         assert record.exists(), done.stderr[-6000:]
         return steps(record)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[1]], ids=str)
+@pytest.mark.parametrize(
+    "case", [*cases(LAYOUTS), *(pytest.param(case, marks=pytest.mark.long) for case in cases(LONG_LAYOUTS))], ids=str
+)
 def test_every_layout_trains_as_one_process(case, trained):
-    assert_same(trained(case), trained((1, "", case[2])), range(1, 6), TOLERANCE)
+    assert_same(trained(case), trained((1, "", case[2])), range(1, ITERATIONS + 1), TOLERANCE)
 
 
 def test_documents_change_the_numbers(trained):
@@ -107,18 +120,19 @@ def test_documents_change_the_numbers(trained):
 @pytest.mark.parametrize("resume", RESUMES, ids=str)
 def test_resume_equals_the_uninterrupted_run(resume, trained):
     tolerance = 1e-7 if resume[1] == resume[2] else TOLERANCE
-    assert_same(trained((*resume, "resumed")), trained((*resume, "whole")), range(4, 7), tolerance)
+    assert_same(trained((*resume, "resumed")), trained((*resume, "whole")), range(3, 5), tolerance)
 
 
-def test_a_save_in_the_background_is_one(trained):
+@pytest.mark.parametrize("resume", RESUMES[1:2], ids=str)
+def test_a_save_in_the_background_is_one(resume, trained):
     """Megatron turns `--async-save` off, with a warning, where it does not like its other flags."""
-    trained((2, RESUMES[1][1], RESUMES[1][2], "whole"))
-    assert "scheduled an async checkpoint save at iteration       3" in trained.make(2).stdout
+    trained((*resume, "whole"))
+    assert "scheduled an async checkpoint save at iteration       2" in trained.make(2).stdout
 
 
 def test_other_settings_than_the_checkpoint_are_refused(trained, tmp_path):
     trained.make(1)
-    flags = f"--train-iters 5 --load {trained.checkpoint} --ksa-window-chunks 3"
+    flags = f"--train-iters {ITERATIONS} --load {trained.checkpoint} --ksa-window-chunks 3"
     done = launch([(tmp_path / "record.json", flags)], processes=1)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

@@ -14,6 +14,7 @@ from trainer import MODEL, TRAINING, write_documents
 from megatron_ksa.checkpoint.streaming import DistributedReader, Slot
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 
+pytestmark = pytest.mark.slow
 CASES = Path(__file__).parent / "cases"
 TWO = "--train-iters 2 --save {folder}/saved --save-interval 1 --seed 1"
 RESUME = "--load {folder}/saved --save {folder}/again --save-interval 10"

@@ -142,6 +142,7 @@ def record(chain, name) -> dict[int, dict[str, float]]:
     return steps(path)
 
 
+@pytest.mark.slow
 def test_an_annealed_model_stays_annealed(chain):
     """A stage after annealing, at twice the length, started at the loss of a = 1."""
     annealed, extended = record(chain, "annealed"), record(chain, "extended")
@@ -153,6 +154,7 @@ def test_an_annealed_model_stays_annealed(chain):
     assert "start with it here (--ksa-initial-coefficient 1 would start them again)" in chain[1].stdout
 
 
+@pytest.mark.slow
 def test_the_model_starts_where_annealing_left_it(chain):
     """Dropped, or used again as copies, summary projections change nothing at a = 0."""
     extended = record(chain, "extended")

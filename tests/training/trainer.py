@@ -67,6 +67,15 @@ def launch(
     return subprocess.CompletedProcess(launched.args, launched.returncode, out, errors)
 
 
+def selected(request: pytest.FixtureRequest, name: str) -> list:
+    """Values of the parameter `name` in the tests of the requesting module that this session runs, each of them once.
+
+    A fixture that makes the runs of a whole module makes no run of a test that `-m` or `-k` leaves out.
+    """
+    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return list(dict.fromkeys(test.callspec.params[name] for test in tests if name in test.callspec.params))
+
+
 def steps(record: Path) -> dict[int, dict[str, float]]:
     """Loss and gradient norm of every iteration of a run."""
     return {int(iteration): values for iteration, values in json.loads(record.read_text()).items()}

@@ -15,6 +15,7 @@ from raw_pool import write_pool
 
 from megatron_ksa.data_tools.tokenizers import write_byte_level
 
+pytestmark = pytest.mark.slow
 STEPS = {
     "read", "tag", "duplicates", "canonicalise", "tree", "ground", "decontaminate", "sample", "export", "write",
     "report",
@@ -96,7 +97,6 @@ def test_kill_at_every_rename_and_rerun_gives_the_same_bytes(tmp_path, tool):
     assert contents(work) == undisturbed
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, tool):
     """No room at each sync of the step that a run has come to, then room: the bytes of a run that always had it."""
     write_byte_level(tmp_path / "tokenizer")

@@ -15,6 +15,7 @@ from megatron_ksa.data_tools.tags.report import ReportSettings, report_step
 from megatron_ksa.data_tools.tags.sample import SampleSettings
 from megatron_ksa.data_tools.tags.selection import sample_step
 
+pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = (800, 1400)
 READY = "document.documentElement.dataset.ready === 'true'"
@@ -281,7 +282,6 @@ def full_size(folder: Path) -> None:
     sample_step(folder, SampleSettings("5%", method="random"), show_progress=False)
 
 
-@pytest.mark.slow
 def test_fifty_thousand_nodes_and_two_hundred_thousand_points_are_fluent(tmp_path, open_page):
     full_size(tmp_path)
     summary = report_step(tmp_path)

@@ -1,0 +1,38 @@
+"""Which tests share a worker of pytest-xdist: `--dist loadgroup` gives every group to one worker."""
+
+import os
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+# Modules that start several ranks or Slurm, as paths below tests/. They are one group: the ranks of two modules would
+# take the processor from each other, and time out.
+WORLD = frozenset(
+    """
+    checkpoint/test_integrity.py
+    context_parallel/test_attention.py
+    cost/test_memory.py
+    cost/test_traffic.py
+    examples/test_demo.py
+    huggingface/test_logits.py
+    huggingface/test_trainer.py
+    model/test_chunked_loss.py
+    model/test_gpt_ranks.py
+    slurm/test_job.py
+    slurm/test_torchrun.py
+    tools/test_plan_cluster.py
+    training/test_dense_start.py
+    training/test_distill.py
+    training/test_experts.py
+    training/test_failure.py
+    training/test_nccl.py
+    training/test_parallel.py
+    training/test_stages.py
+    training/test_wire.py
+    """.split()
+)
+
+
+def group(module: Path) -> str:
+    """`world` for a module of WORLD; any other module is a group of its own, so that its fixtures are made once."""
+    name = os.path.relpath(module, TESTS)
+    return "world" if name in WORLD else name

@@ -1,0 +1,24 @@
+"""Tests that start ranks or Slurm run in one worker."""
+
+import re
+
+from groups import TESTS, WORLD
+
+STARTS_RANKS = re.compile(
+    r"from trainer import .*\blaunch\b|from processes import|from two_nodes import|[\"-]m?[\" ]*torch\.distributed\.run"
+)
+
+
+def test_every_module_that_starts_ranks_is_in_the_group():
+    """A module that is not would start its ranks beside another's."""
+    modules = {path.relative_to(TESTS).as_posix(): path.read_text() for path in TESTS.rglob("test_*.py")}
+    assert set(modules) >= WORLD
+    starts = {name for name, text in modules.items() if STARTS_RANKS.search(text)} - {"test_groups.py"}
+    assert len(starts) > 10 and starts <= WORLD, starts - WORLD
+
+
+def test_every_module_has_a_name_of_its_own():
+    """Two modules of one name in two folders cannot be collected together: the whole suite stopped at three of them."""
+    names = sorted(path.name for path in TESTS.rglob("test_*.py"))
+    assert len(names) > 100
+    assert [name for name, after in zip(names, names[1:], strict=False) if name == after] == []
