@@ -28,6 +28,7 @@ $(STAMP): setup.py constraints.txt
 
 lint: $(STAMP)  ## check style, types and shell scripts
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/shellcheck -x .ci/run slurm/*.sh slurm/cluster.env
 	$(VENV)/bin/mypy
 

@@ -115,9 +115,7 @@ def is_one_of(path: Path, suffixes: tuple[str, ...]) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
-def input_files(
-    inputs: list[str], pattern: str, others: tuple[str, ...] = (), *, flag: str = "--input"
-) -> list[Path]:
+def input_files(inputs: list[str], pattern: str, others: tuple[str, ...] = (), *, flag: str = "--input") -> list[Path]:
     """The files to read: JSONL and Parquet files as named, folders as the sorted files in them that match `pattern`.
 
     Args:

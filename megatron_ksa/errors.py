@@ -35,6 +35,9 @@ def usage_errors_exit() -> Iterator[None]:
 def _in_a_world() -> bool:
     """Whether this process has joined others; without importing torch."""
     distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized() and (
-        distributed.get_world_size() > 1
+    return (
+        distributed is not None
+        and distributed.is_available()
+        and distributed.is_initialized()
+        and (distributed.get_world_size() > 1)
     )

@@ -54,9 +54,7 @@ def transformer_config(**changes) -> TransformerConfig:
     return TransformerConfig(**{**settings, **changes})
 
 
-def build_model(
-    ksa: KSAConfig, config: TransformerConfig | None = None, *, seed: int = 0, **changes
-) -> KSAGPTModel:
+def build_model(ksa: KSAConfig, config: TransformerConfig | None = None, *, seed: int = 0, **changes) -> KSAGPTModel:
     """A model with random weights; `changes` are fields of `KSAGPTModelConfig`."""
     groups = process_groups()
     torch.manual_seed(seed)

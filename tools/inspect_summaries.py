@@ -32,9 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer-model", required=True, help="SentencePiece .model or folder with tokenizer.json")
     parser.add_argument("--max-tokens", type=int, default=2048, help="read so many tokens of the text at most (2048)")
     parser.add_argument("--output", required=True, type=Path, help="HTML file to write")
-    parser.add_argument(
-        "--trust-checkpoint", action="store_true", help="load objects of any class, which can run code"
-    )
+    parser.add_argument("--trust-checkpoint", action="store_true", help="load objects of any class, which can run code")
     return parser.parse_args()
 
 

@@ -11,14 +11,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.tags.canonicalise import (
-    CARRIED,
-    EMBEDDER,
-    EMBEDDINGS,
-    MERGES,
-    VOCABULARY,
-    read_carried,
-)
+from megatron_ksa.data_tools.tags.canonicalise import CARRIED, EMBEDDER, EMBEDDINGS, MERGES, VOCABULARY, read_carried
 from megatron_ksa.data_tools.tags.clustering import cluster, membership, refine, refine_by_instances
 from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.files import copy_whole, read_arrays, read_jsonl, write_arrays

@@ -24,9 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="of the weights; bfloat16 on a GPU, float32 on a CPU without it"
     )
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
-    parser.add_argument(
-        "--trust-checkpoint", action="store_true", help="load objects of any class, which can run code"
-    )
+    parser.add_argument("--trust-checkpoint", action="store_true", help="load objects of any class, which can run code")
 
 
 def load(args: argparse.Namespace):

@@ -20,9 +20,7 @@ NAMES = {"ksa": "KSA", "full": "full attention"}
 
 def tables(runs: list[dict]) -> str:
     """Markdown of both tables, and a line that says where and how."""
-    done = {
-        (run["length"], run.get("cuda_graphs", False), run["model"]): run for run in runs if "error" not in run
-    }
+    done = {(run["length"], run.get("cuda_graphs", False), run["model"]): run for run in runs if "error" not in run}
     if not done:
         return "Not measured yet."
     summary, parts = [], []

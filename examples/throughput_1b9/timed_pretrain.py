@@ -226,9 +226,7 @@ class Measurement:
             raise ArithmeticError(f"the loss is not finite: {[i['loss'] for i in self.iterations]}")
         ms = statistics.median(iteration["ms"] for iteration in counted)
         names = sorted(set.intersection(*(set(iteration["parts_ms"]) for iteration in counted)))
-        parts = {
-            name: statistics.median(iteration["parts_ms"][name] for iteration in counted) for name in names
-        }
+        parts = {name: statistics.median(iteration["parts_ms"][name] for iteration in counted) for name in names}
         if "teacher" in parts:
             parts["teacher's other layers"] = parts.pop("teacher") - parts["teacher's attention forward"]
         flops = self.flops

@@ -28,8 +28,10 @@ def checked_save(save_checkpoint: Callable, args: argparse.Namespace) -> Callabl
             if reason is None:
                 raise
             number = newest_whole(root)
-            left = "no whole checkpoint is there" if number is None else (
-                f"iteration {number} is whole and --load {root} takes it"
+            left = (
+                "no whole checkpoint is there"
+                if number is None
+                else (f"iteration {number} is whole and --load {root} takes it")
             )
             raise RankUsageError(f"--save {root}: iteration {iteration} cannot be written: {reason}; {left}") from None
 

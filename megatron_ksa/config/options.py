@@ -53,9 +53,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, config: type, prefix: 
             )
         else:
             choices = field.metadata.get("choices")
-            group.add_argument(
-                flag(field, prefix), type=kind, default=field.default, choices=choices, help=help_text
-            )
+            group.add_argument(flag(field, prefix), type=kind, default=field.default, choices=choices, help=help_text)
 
 
 def config_from_args[Config: DataclassInstance](config: type[Config], args: argparse.Namespace, prefix: str) -> Config:

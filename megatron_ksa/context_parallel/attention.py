@@ -102,9 +102,7 @@ def context_parallel_attention(
     near, summaries = [], []
     for segment, qs, ks, vs, *own in zip(split.segments(), *by_segment, strict=True):
         start, none = segment * plan.segment_rows, ks[:, :0]
-        near.append(
-            ksa_text_attention(qs, ks, vs, none, none, geometry, query_start=start, key_start=start, **options)
-        )
+        near.append(ksa_text_attention(qs, ks, vs, none, none, geometry, query_start=start, key_start=start, **options))
         if q_own.shape[0]:
             summaries.append(ksa_summary_attention(own[0], ks, vs, *own[1:], geometry, key_start=start, **options))
 

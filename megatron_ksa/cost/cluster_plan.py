@@ -126,9 +126,8 @@ def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, in
     batches = layout.num_micro_batches
     cost = {layer: (tensor(layer), context(layer)) for stage in stages for layer in set(stage)}
     return {
-        "tensor": batches * max(
-            end + sum(cost[layer][0] for layer in stage) for end, stage in zip(ends, stages, strict=True)
-        ),
+        "tensor": batches
+        * max(end + sum(cost[layer][0] for layer in stage) for end, stage in zip(ends, stages, strict=True)),
         "context": batches * max(sum(cost[layer][1] for layer in stage) for stage in stages),
         "pipeline": batches * border * (0 if pp == 1 else 2 if pp > 2 else 1),
         "data": (layout.gradient_bytes + layout.parameter_bytes) * number * (shards - 1) // shards,

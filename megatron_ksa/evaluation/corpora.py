@@ -21,9 +21,7 @@ def _documents(task: tuple[int, int, int, int, int]) -> list[np.ndarray]:
     return documents
 
 
-def write_corpus(
-    prefix: Path, shortest: int, longest: int, tokens: int, reach: int, seed: int, pool: Executor
-) -> None:
+def write_corpus(prefix: Path, shortest: int, longest: int, tokens: int, reach: int, seed: int, pool: Executor) -> None:
     """An indexed dataset of documents of log-uniform lengths, unless it is there.
 
     Args:

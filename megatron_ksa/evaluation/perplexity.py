@@ -61,12 +61,7 @@ def window_ends(sizes: Sequence[int], length: int, stride: int, windows: int) ->
 
 
 def sliding_window_perplexity(
-    model: KSAGPTModel,
-    documents: Sequence[np.ndarray],
-    lengths: Sequence[int],
-    *,
-    stride: int = 256,
-    windows: int = 32,
+    model: KSAGPTModel, documents: Sequence[np.ndarray], lengths: Sequence[int], *, stride: int = 256, windows: int = 32
 ) -> list[Perplexity]:
     """Perplexity at each context length, over the same tokens: the lengths differ in nothing but the context.
 

@@ -285,9 +285,7 @@ def _released_settings(arch: Architecture) -> dict[str, object]:
     if LayerKind.LARGE_WINDOW in arch.ksa.layer_pattern:
         # It has no kind l: a number of chunks that covers every position.
         whole = -(-arch.max_positions // arch.ksa.chunk_size)
-        windows = [
-            whole if layer.kind == LayerKind.LARGE_WINDOW else layer.window_chunks for layer in arch.layers
-        ]
+        windows = [whole if layer.kind == LayerKind.LARGE_WINDOW else layer.window_chunks for layer in arch.layers]
     return {
         "auto_map": {
             "AutoModel": "modeling_qwen3sa.Qwen3Model",

@@ -167,9 +167,7 @@ class KSASelfAttention(RotatedSelfAttention):
         shared = self._project(self.linear_qkv, self.q_layernorm, self.k_layernorm, summaries)
         return tuple(a * o + (1.0 - a) * s for o, s in zip(heads, shared, strict=True))
 
-    def _project(
-        self, linear: nn.Module, q_norm: nn.Module | None, k_norm: nn.Module | None, rows: Tensor
-    ) -> Heads:
+    def _project(self, linear: nn.Module, q_norm: nn.Module | None, k_norm: nn.Module | None, rows: Tensor) -> Heads:
         """Project rows and split them into this rank's heads, as `SelfAttention.get_query_key_value_tensors` does."""
         mixed, _ = linear(rows)
         queries_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition

@@ -108,9 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, shard: OutputShard) -> Tensor:
         """Arguments and result as in `chunked_cross_entropy`."""
         labels = labels.t().contiguous()
-        losses, peaks, totals = (
-            torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(3)
-        )
+        losses, peaks, totals = (torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(3))
         for chunk in shard.chunks(hidden):
             logits = shard.whole_rows(hidden[chunk]) @ weight.t()
             peak, total, picked = shard.statistics(logits, shard.by_shard(labels)[:, chunk].reshape(-1))

@@ -19,12 +19,7 @@ from torch import Tensor
 from megatron_ksa.context_parallel.attention import context_parallel_attention
 from megatron_ksa.context_parallel.ulysses import all_to_all_attention
 from megatron_ksa.errors import UsageError
-from megatron_ksa.kernels.ksa_attention import (
-    KSAGeometry,
-    ksa_attention,
-    ksa_summary_attention,
-    ksa_text_attention,
-)
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_attention, ksa_summary_attention, ksa_text_attention
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.layout.zigzag import ZigZag
 from megatron_ksa.model.cache import KSACache, KVCache
@@ -65,9 +60,7 @@ class _CoreAttention(MegatronModule):
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.split = ZigZag(self.cp_group.rank(), self.cp_group.size()) if self.cp_group is not None else ZigZag()
 
-    def _attend_causally(
-        self, query: Tensor, key: Tensor, value: Tensor, document_start: Tensor | None
-    ) -> Tensor:
+    def _attend_causally(self, query: Tensor, key: Tensor, value: Tensor, document_start: Tensor | None) -> Tensor:
         """Causal attention among text rows; arguments and result as in `KSACoreAttention.forward`."""
         # A window over everything, in chunks of one token.
         geometry = KSAGeometry(1, 1, query.shape[0] * self.split.size)
@@ -141,9 +134,7 @@ class KSACoreAttention(_CoreAttention):
     cache: KSACache | None = None
     shares: list[Tensor] | None = None
 
-    def __init__(
-        self, *args, layout: RowLayout, window_chunks: int, sees_all_text: bool = False, **kwargs
-    ) -> None:
+    def __init__(self, *args, layout: RowLayout, window_chunks: int, sees_all_text: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.layout, self.sees_all_text = layout, sees_all_text
         self.geometry = KSAGeometry(layout.chunk_size, layout.summary_tokens, window_chunks)

@@ -107,9 +107,7 @@ def chunked_distillation(
     """
     shard = OutputShard.of(hidden, rows, group, sequence_parallel=sequence_parallel, scale=scale)
     return TokenLosses(
-        *_ChunkedDistillation.apply(
-            hidden, teacher, weight.detach(), labels, shard, config.ce_weight, config.kl_weight
-        )
+        *_ChunkedDistillation.apply(hidden, teacher, weight.detach(), labels, shard, config.ce_weight, config.kl_weight)
     )
 
 

@@ -73,12 +73,7 @@ class KSAGPTModel(GPTModel):
         **kwargs,
     ) -> None:
         check_settings(
-            config,
-            ksa,
-            FIELDS,
-            bases=bases,
-            position_embedding_type=position_embedding_type,
-            rope_scaling=rope_scaling,
+            config, ksa, FIELDS, bases=bases, position_embedding_type=position_embedding_type, rope_scaling=rope_scaling
         )
         set_required(config, ksa)
         # 'none' keeps GPTModel from building angles for positions 0 to s - 1; they are made below instead.

@@ -210,11 +210,15 @@ def _refused_machinery(config: Any, name: Callable[..., str]) -> Refusals:
     yield bool(config.mtp_num_layers), name("mtp_num_layers"), "multi-token prediction is not supported; drop it"
     yield bool(config.fp8), name("fp8"), unchecked.format("FP8")
     yield bool(config.fp4), name("fp4"), unchecked.format("FP4")
-    yield config.overlap_moe_expert_parallel_comm, name("overlap_moe_expert_parallel_comm"), (
-        "its schedule runs Megatron's own layers; drop it"
+    yield (
+        config.overlap_moe_expert_parallel_comm,
+        name("overlap_moe_expert_parallel_comm"),
+        ("its schedule runs Megatron's own layers; drop it"),
     )
-    yield config.external_cuda_graph or graphs == "transformer_engine", "CUDA graphs of Transformer Engine", (
-        "it captures its own layers, and attention here is this project's; drop the flag"
+    yield (
+        config.external_cuda_graph or graphs == "transformer_engine",
+        "CUDA graphs of Transformer Engine",
+        ("it captures its own layers, and attention here is this project's; drop the flag"),
     )
     yield graphs not in CUDA_GRAPHS, name("cuda_graph_impl", graphs), f"use {', '.join(CUDA_GRAPHS)}"
 

@@ -151,12 +151,15 @@ VALUES_DECIDE = _flags("""
 
 # Without KSA and HARPE alone: Megatron's own model and trainer.
 WITHOUT_KSA = (
-    Refused("multi-latent attention has no K/V heads to share: drop it",
+    Refused(
+        "multi-latent attention has no K/V heads to share: drop it",
         """
         --cache-mla-latents --kv-lora-rank --mla-down-proj-fusion --mscale --mscale-all-dim --q-lora-rank
         --qk-head-dim --qk-pos-emb-head-dim --rotary-scaling-factor --v-head-dim
-        """),  # fmt: skip
-    Refused("it is about attention that Megatron builds, and this is the project's own: drop it",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "it is about attention that Megatron builds, and this is the project's own: drop it",
         """
         --apply-query-key-layer-scaling --attention-backend --batch-invariant-mode --dsa-indexer-head-dim
         --dsa-indexer-k-norm-epsilon --dsa-indexer-k-norm-fp32 --dsa-indexer-loss-coeff --dsa-indexer-n-heads
@@ -168,56 +171,67 @@ WITHOUT_KSA = (
         --no-dsa-indexer-rotate-activation --no-dsa-indexer-scoring-relu --no-rope-freq --qk-clip
         --qk-clip-alpha --qk-clip-threshold --softmax-type --test-mode --use-kitchen-attention
         --window-attn-skip-freq --window-size
-        """),  # fmt: skip
-    Refused("it is about positions other than --position-embedding-type rope, harpe and none: drop it",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "it is about positions other than --position-embedding-type rope, harpe and none: drop it",
         """
         --mrope-section --no-position-embedding --no-yarn-correction-range-round-to-int --rope-type
         --use-rotary-position-embeddings --yarn-beta-fast --yarn-beta-slow --yarn-correction-range-round-to-int
         --yarn-original-max-position-embeddings
-        """),  # fmt: skip
-    Refused("multi-token prediction layers are not supported: drop it",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "multi-token prediction layers are not supported: drop it",
         """
         --mtp-detach-heads --mtp-loss-scaling-factor --mtp-num-layers --mtp-standalone --mtp-use-repeated-layer
-        """),  # fmt: skip
-    Refused("the layer specs are this project's own: drop it",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "the layer specs are this project's own: drop it",
         """
         --fused-residual-rmsnorm --heterogeneous-layers-config-encoded-json --heterogeneous-layers-config-path
         --init-model-with-meta-device --spec --use-grouped-gemm-for-dense-mlp --use-te-activation-func
         --use-transformer-engine-op-fuser
-        """),  # fmt: skip
-    Refused("its attention and summary projections are not checked in FP8 and FP4: use --bf16",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "its attention and summary projections are not checked in FP8 and FP4: use --bf16",
         """
         --first-last-layers-bf16 --fp4-format --fp4-param-gather --fp4-quantizer-factory --fp4-recipe
         --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format --fp8-interval --fp8-margin
         --fp8-output-proj --fp8-param-gather --fp8-quantizer-factory --fp8-recipe --keep-fp8-transpose-cache
         --no-fp8-wgrad --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
         --reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file
-        """),  # fmt: skip
-    Refused("offloading is not checked with this project's attention: use --recompute-granularity",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "offloading is not checked with this project's attention: use --recompute-granularity",
         """
         --activation-offload-fraction --cpu-offloading-num-layers --cpu-offloading-retain-pinned-cpu-buffers
         --delay-offload-until-cuda-graph --delta-offload-bytes-across-pp-ranks
         --fine-grained-activation-offloading --fine-grained-offloading-max-inflight-offloads
         --min-offloaded-tensor-size --offload-modules
-        """),  # fmt: skip
-    Refused("it takes layers apart in a way that this project's attention does not: drop it",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "it takes layers apart in a way that this project's attention does not: drop it",
         """
         --delay-wgrad-compute --ep-overlap-early-attn-memory-release --high-priority-a2a-comm-stream
         --overlap-dispatch-backward-with-experts-wgrad --overlap-moe-expert-parallel-comm
-        """),  # fmt: skip
+        """,
+    ),  # fmt: skip
     Refused(
         "pipeline stages exchange text and summary rows, whose number follows from --seq-length: drop it",
         "--decoder-seq-length",
     ),
-    Refused(
-        "what a checkpoint in such a storage holds is not compared with the flags: use a folder",
-        "--enable-msc",
-    ),
+    Refused("what a checkpoint in such a storage holds is not compared with the flags: use a folder", "--enable-msc"),
 )
 
 # Never: nothing that `pretrain` runs reads them, or what reads them is not part of this trainer.
 NEVER = (
-    Refused("it belongs to Megatron's reinforcement learning, and this trainer pretrains",
+    Refused(
+        "it belongs to Megatron's reinforcement learning, and this trainer pretrains",
         """
         --grpo-clamp-eps-lower --grpo-clamp-eps-upper --grpo-entropy-term-weight
         --grpo-filter-groups-with-same-reward --grpo-group-size --grpo-iterations --grpo-kl-beta
@@ -232,8 +246,10 @@ NEVER = (
         --rl-profile-dir --rl-prompts-per-eval --rl-sequence-packing-algo
         --rl-sequence-packing-max-sequences-per-bin --rl-skip-bos-token --rl-submission-granularity
         --rl-training-cuda-graphs --rl-use-sequence-packing --rl-verify-model-weights-swap
-        """),  # fmt: skip
-    Refused("it belongs to Megatron's vision and retrieval models, and this trainer builds GPT models",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "it belongs to Megatron's vision and retrieval models, and this trainer builds GPT models",
         """
         --bert-load --biencoder-projection-dim --biencoder-shared-query-context-model --block-data-path
         --classes-fraction --data-per-class-fraction --dino-bottleneck-size --dino-freeze-last-layer
@@ -244,20 +260,26 @@ NEVER = (
         --num-classes --patch-dim --query-in-block-prob --retriever-report-topk-accuracies
         --retriever-score-scaling --sample-rate --swin-backbone-type --titles-data-path --use-one-sent-docs
         --vision-backbone-type --vision-pretraining --vision-pretraining-type
-        """),  # fmt: skip
-    Refused("it belongs to Megatron's BERT and T5, and this trainer builds GPT models",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "it belongs to Megatron's BERT and T5, and this trainer builds GPT models",
         """
         --bert-embedder-type --bert-no-binary-head --decoder-num-layers --mask-prob --output-bert-embeddings
         --relative-attention-max-distance --relative-attention-num-buckets --short-seq-prob
-        """),  # fmt: skip
-    Refused("it belongs to Megatron's hybrid models with state-space layers, and this trainer builds GPT models",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "it belongs to Megatron's hybrid models with state-space layers, and this trainer builds GPT models",
         """
         --disable-mamba-mem-eff-path --hybrid-layer-pattern --hybrid-override-pattern --is-hybrid-model
         --mamba-head-dim --mamba-inference-conv-states-dtype --mamba-inference-ssm-states-dtype
         --mamba-num-groups --mamba-num-heads --mamba-state-dim --mamba-training-ssm-states-dtype
         --mtp-hybrid-override-pattern
-        """),  # fmt: skip
-    Refused("it belongs to Megatron's inference engine, and this trainer generates nothing",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "it belongs to Megatron's inference engine, and this trainer generates nothing",
         """
         --decode-only-cuda-graphs --enable-chunked-prefill --inference-batch-times-seqlen-threshold
         --inference-coordinator-port --inference-cuda-graph-all-prefills --inference-cuda-graph-max-tokens
@@ -283,13 +305,17 @@ NEVER = (
         --mlp-chunks-for-prefill --moe-enable-routing-replay --moe-pad-experts-for-cuda-graph-inference
         --nccl-all-reduce-for-prefill --num-speculative-tokens --use-legacy-static-engine
         --use-same-sampling-seed-across-dp-ranks
-        """),  # fmt: skip
-    Refused("the batch reader knows no packing: use --reset-position-ids and --reset-attention-mask",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "the batch reader knows no packing: use --reset-position-ids and --reset-attention-mask",
         """
         --dataloader-inter-document-masking --hybrid-context-parallel --max-seqlen-per-dp-cp-rank --sft
         --sft-tokenizer-prompt-format
-        """),  # fmt: skip
-    Refused("restarts within a process are not part of this entry point: requeue the job (slurm/README.md)",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "restarts within a process are not part of this entry point: requeue the job (slurm/README.md)",
         """
         --inprocess-active-world-size --inprocess-barrier-timeout --inprocess-completion-timeout
         --inprocess-empty-cuda-cache --inprocess-granularity --inprocess-hard-timeout
@@ -297,51 +323,34 @@ NEVER = (
         --inprocess-max-iterations --inprocess-monitor-process-interval --inprocess-monitor-thread-interval
         --inprocess-progress-watchdog-interval --inprocess-restart --inprocess-soft-timeout
         --inprocess-termination-grace-time
-        """),  # fmt: skip
-    Refused("Megatron 0.19.2 reads it where a function builds the model, not a configuration as here: drop it",
+        """,
+    ),  # fmt: skip
+    Refused(
+        "Megatron 0.19.2 reads it where a function builds the model, not a configuration as here: drop it",
         """
         --create-all-gather-group --moe-upcycling-granularity --moe-use-upcycling
         --no-use-layer-wise-param-layout
-        """),  # fmt: skip
-    Refused(
-        "Megatron 0.19.2 reads it nowhere: use --step-batch-size-schedule",
-        "--rampup-batch-size",
-    ),
-    Refused(
-        "Megatron 0.19.2 reads it nowhere: use --attention-backend flash",
-        "--use-flash-attn",
-    ),
+        """,
+    ),  # fmt: skip
+    Refused("Megatron 0.19.2 reads it nowhere: use --step-batch-size-schedule", "--rampup-batch-size"),
+    Refused("Megatron 0.19.2 reads it nowhere: use --attention-backend flash", "--use-flash-attn"),
     Refused(
         "Megatron 0.19.2 reads it nowhere: --exit-signal-handler is for the loading processes too",
         "--exit-signal-handler-for-dataloader",
     ),
-    Refused("Megatron 0.19.2 reads it nowhere: drop it",
+    Refused(
+        "Megatron 0.19.2 reads it nowhere: drop it",
         """
         --apply-residual-connection-post-layernorm --dist-ckpt-save-pre-mcore-014 --enable-full-sharding-in-hsdp
         --onnx-safe --vocab-extra-ids
-        """),  # fmt: skip
+        """,
+    ),  # fmt: skip
+    Refused("this project's flags have no place in Megatron's YAML configuration: give flags", "--yaml-cfg"),
+    Refused("Megatron's trainer does not finish the set-up that it puts off: drop it", "--lazy-mpu-init"),
+    Refused("Megatron 0.19.2 has --micro-batch-size and --global-batch-size instead", "--batch-size"),
+    Refused("Megatron 0.19.2 has --lr-warmup-fraction and --lr-warmup-iters instead", "--warmup"),
+    Refused("Megatron 0.19.2 has --tensor-model-parallel-size instead", "--model-parallel-size"),
     Refused(
-        "this project's flags have no place in Megatron's YAML configuration: give flags",
-        "--yaml-cfg",
-    ),
-    Refused(
-        "Megatron's trainer does not finish the set-up that it puts off: drop it",
-        "--lazy-mpu-init",
-    ),
-    Refused(
-        "Megatron 0.19.2 has --micro-batch-size and --global-batch-size instead",
-        "--batch-size",
-    ),
-    Refused(
-        "Megatron 0.19.2 has --lr-warmup-fraction and --lr-warmup-iters instead",
-        "--warmup",
-    ),
-    Refused(
-        "Megatron 0.19.2 has --tensor-model-parallel-size instead",
-        "--model-parallel-size",
-    ),
-    Refused(
-        "Megatron 0.19.2 has --recompute-activations and --recompute-granularity instead",
-        "--checkpoint-activations",
+        "Megatron 0.19.2 has --recompute-activations and --recompute-granularity instead", "--checkpoint-activations"
     ),
 )

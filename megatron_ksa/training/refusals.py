@@ -22,7 +22,7 @@ REFUSALS = (AssertionError, ValueError, NotImplementedError)
 # Words of a refusal, and the way out.
 WAYS_OUT = {
     "OptimizerParamScheduler": "--override-opt-param-scheduler takes the schedule of the flags (--lr, --train-iters, "
-    "--global-batch-size and the like), --use-checkpoint-opt-param-scheduler that of the checkpoint",
+    "--global-batch-size and the like), --use-checkpoint-opt-param-scheduler that of the checkpoint"
 }
 
 
@@ -33,9 +33,7 @@ class Started(Protocol):
 
 
 @contextmanager
-def megatron_refusals(
-    args: argparse.Namespace, kinds: tuple[type[Exception], ...] = REFUSALS
-) -> Iterator[None]:
+def megatron_refusals(args: argparse.Namespace, kinds: tuple[type[Exception], ...] = REFUSALS) -> Iterator[None]:
     """Turn what Megatron raises in the body into a `UsageError` with its text, its condition and the flags in it.
 
     Args:

@@ -93,10 +93,7 @@ def test_field_given_twice_is_no_guess(tmp_path):
     assert read(tmp_path / "a.jsonl") == [(f"{tmp_path}/a.jsonl:1", "a field twice"), "c"]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["string", "large_string", "string_view", "binary", "large_binary", "binary_view"],
-)
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary", "binary_view"])
 @pytest.mark.parametrize("dictionary", [False, True])
 def test_parquet_columns_of_text_and_bytes(kind, dictionary, tmp_path):
     """Bytes were tokenised as Python's repr; every way to hold text is read as the text."""

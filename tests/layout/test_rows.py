@@ -4,12 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.layout.rows import (
-    RowLayout,
-    document_starts,
-    document_starts_from_cu_seqlens,
-    row_positions,
-)
+from megatron_ksa.layout.rows import RowLayout, document_starts, document_starts_from_cu_seqlens, row_positions
 
 
 @given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 200), st.integers(0, 8))

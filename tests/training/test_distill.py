@@ -119,8 +119,14 @@ def test_terms_are_in_the_log_line_and_in_tensorboard(distilled):
     line = next(line for line in done.stdout.splitlines() if "iteration        5/       5" in line)
     events = EventAccumulator(str(distilled.folder / "tensorboard"))
     events.Reload()
-    for name in ("lm loss", "kl loss", "attention loss", "attention cosine", "summary coefficient",
-                 "summary attention share"):
+    for name in (
+        "lm loss",
+        "kl loss",
+        "attention loss",
+        "attention cosine",
+        "summary coefficient",
+        "summary attention share",
+    ):
         assert f"{name}: " in line, (name, line)
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5]
 

@@ -56,12 +56,7 @@ def _run_backward(
     )  # fmt: skip
 
 
-_METHODS: dict[Callable, Callable] = {
-    Tensor.to: _to,
-    Tensor.cuda: _cuda,
-    Tensor.type: _type,
-    Tensor.pin_memory: _same,
-}
+_METHODS: dict[Callable, Callable] = {Tensor.to: _to, Tensor.cuda: _cuda, Tensor.type: _type, Tensor.pin_memory: _same}
 
 
 class CudaMeansCpu(TorchFunctionMode):

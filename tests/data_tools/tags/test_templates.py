@@ -10,11 +10,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_ksa.data_tools.tags.chat_template import (
-    DocumentEncoder,
-    EncodingSettings,
-    encode_document,
-)
+from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder, EncodingSettings, encode_document
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl
 from megatron_ksa.data_tools.tags.formats import input_files
