@@ -186,13 +186,16 @@ def _predicted_tokens(config: dict, vocab: int, path: Path) -> int | None:
 
 
 def _read_rotary(config: dict, path: Path) -> dict[str, object]:
-    """Rotary settings, as the transformers library writes them since version 5 and before."""
-    parameters = config.get("rope_parameters") or {}
-    base = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    """Rotary settings, as the transformers library writes them since version 5 and before.
+
+    Where both layouts stand in a file that library takes `rope_scaling` alone, and a base inside it before the one
+    outside (`convert_rope_params_to_dict`).
+    """
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    base = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
     if int(base) != base:
         raise UsageError(f"{path}: rope_theta is {base}, an integer is needed (--rotary-base)")
     rotary: dict[str, object] = {"rotary_base": int(base)}
-    scaling = config.get("rope_scaling") or parameters
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(f"{path}: partial_rotary_factor {scaling['partial_rotary_factor']} is not supported, only 1")

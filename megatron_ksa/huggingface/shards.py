@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_ksa.errors import UsageError
 
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -53,7 +53,10 @@ class ShardReader:
             self._read_header(shard)
 
     def _shards(self) -> list[Path]:
-        index = self.folder / INDEX
+        index, single = self.folder / INDEX, self.folder / SINGLE
+        if single.is_file():
+            # An index beside it is older: the transformers library takes the single file too.
+            return [single]
         if index.is_file():
             try:
                 names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -63,7 +66,7 @@ class ShardReader:
             if missing:
                 raise UsageError(f"{self.folder} lacks the shard {missing[0]} that {INDEX} names")
             return [self.folder / name for name in sorted(names)]
-        shards = sorted(self.folder.glob("*.safetensors"))
+        shards = sorted(file for file in self.folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
         if not shards:
             pickled = sorted(self.folder.glob("*.bin"))
             why = f", only {pickled[0].name}: pickled weights are not read, save them as safetensors" if pickled else ""
@@ -117,7 +120,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Map
     plan = plan_shards(sizes, max_bytes)
     names = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
     if len(plan) == 1:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     stream = iter(tensors)
     for name, members in zip(names, plan, strict=True):
         _write_shard(folder / name, stream, len(members))

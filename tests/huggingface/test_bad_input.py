@@ -142,7 +142,7 @@ def test_damaged_megatron_checkpoint(source, to_megatron, to_huggingface, tmp_pa
     with pytest.raises(UsageError, match="release: output_layer.weight cannot be read: RuntimeError"):
         to_huggingface(megatron, tmp_path / "truncated")
     data.write_bytes(b"")
-    with pytest.raises(UsageError, match=r"release cannot be read: \w+Error"):
+    with pytest.raises(UsageError, match="release cannot be read: .*distcp is damaged: it has 0 of its"):
         to_huggingface(megatron, tmp_path / "empty")
 
 
