@@ -299,8 +299,12 @@ def report_step(work: Path, *, target: Path | None = None, settings: ReportSetti
         "sources": _sources(scan),
         "distributions": _distributions(work, pool, groups, wanted, blend),
         "comparison": comparison,
-        "audit": [report_audit.merges(work), report_audit.duplicates(work), report_audit.contaminated(work),
-                  report_audit.failures(work)],
+        "audit": [
+            report_audit.merges(work),
+            report_audit.duplicates(work),
+            report_audit.contaminated(work),
+            report_audit.failures(work),
+        ],
         "settings": report_audit.settings(work),
         "note": f"{shown:,} nodes"
         if shown == len(pool.parent)

@@ -38,7 +38,7 @@ def browser():
 
 
 def eventually(page, condition: str) -> None:
-    """Wait until a condition holds; the page's policy forbids Playwright's own way, which evaluates text in the page."""
+    """Wait until a condition holds; the page's policy forbids Playwright's own way, which evaluates text there."""
     end = time.monotonic() + 60
     while not page.evaluate(condition):
         assert time.monotonic() < end, condition
