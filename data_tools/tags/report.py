@@ -11,6 +11,7 @@ from megatron_ksa.data_tools.indexed import sequence_lengths
 from megatron_ksa.data_tools.tags import report_audit
 from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS, MERGES
+from megatron_ksa.data_tools.tags.decontaminate import CONTAMINATED
 from megatron_ksa.data_tools.tags.duplicates import DUPLICATES
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_json
 from megatron_ksa.data_tools.tags.ground import GROUNDING, UNPLACED
@@ -298,7 +299,12 @@ def report_step(work: Path, *, target: Path | None = None, settings: ReportSetti
         "sources": _sources(scan),
         "distributions": _distributions(work, pool, groups, wanted, blend),
         "comparison": comparison,
-        "audit": [report_audit.merges(work), report_audit.duplicates(work), report_audit.failures(work)],
+        "audit": [
+            report_audit.merges(work),
+            report_audit.duplicates(work),
+            report_audit.contaminated(work),
+            report_audit.failures(work),
+        ],
         "settings": report_audit.settings(work),
         "note": f"{shown:,} nodes"
         if shown == len(pool.parent)
@@ -359,7 +365,7 @@ def _check(context: Context, settings: ReportSettings) -> None:
 
 
 STEP = Step(
-    "report", {"report": ReportSettings}, reads=(RECORDS, GROUNDING, TREE, BRANCH_NAMES, EMBEDDINGS, SELECTION,
-    SUMMARY, MERGES, REJECTED, FAILED, DUPLICATES, UNPLACED, BLEND), writes=(REPORT,), run=_run, also_reads=_inputs,
-    check=_check,
+    "report", {"report": ReportSettings}, reads=(RECORDS, GROUNDING, TREE, BRANCH_NAMES, EMBEDDINGS, SELECTION, SUMMARY,
+    MERGES, REJECTED, FAILED, DUPLICATES, CONTAMINATED, UNPLACED, BLEND), writes=(REPORT,), run=_run,
+    also_reads=_inputs, check=_check,
 )  # fmt: skip

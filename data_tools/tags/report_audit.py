@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_ksa.data_tools.tags.canonicalise import MERGES
+from megatron_ksa.data_tools.tags.decontaminate import CONTAMINATED
 from megatron_ksa.data_tools.tags.duplicates import DUPLICATES
 from megatron_ksa.data_tools.tags.files import read_jsonl
 from megatron_ksa.data_tools.tags.ground import UNPLACED
@@ -21,6 +22,7 @@ LEFT_OUT = {
     FAILED: "could not be tagged",
     DUPLICATES: "near-duplicates",
     UNPLACED: "no tag on the tree",
+    CONTAMINATED: "hold evaluation data",
     f"{BLEND}/{UNWRITTEN}": "refused by the template",
 }
 MERGE_ROWS, DUPLICATE_ROWS, FAILED_ROWS = 2000, 200, 200
@@ -30,10 +32,12 @@ CELL, PAIR_TEXT = 200, 300
 def left_out(work: Path) -> dict[str, dict[str, int]]:
     """For each file of instances that are left out, how many there are for each reason."""
     return {
-        name: dict(sorted(Counter(row.get("reason", reason) for row in read_jsonl(work / name)).items()))
+        name: dict(sorted(Counter(
+            row.get("reason", reason) for row in read_jsonl(work / name) if row.get("left_out", True)
+        ).items()))
         for name, reason in LEFT_OUT.items()
         if (work / name).exists()
-    }
+    }  # fmt: skip
 
 
 def _cell(value: object) -> object:
@@ -93,6 +97,11 @@ def duplicates(work: Path) -> dict:
         for row in rows
     ]
     return _table("near-duplicates left out", full, total)
+
+
+def contaminated(work: Path) -> dict:
+    """Instances that hold a question of the target or another evaluation, with the matching texts."""
+    return _table("instances with evaluation data", *_spread(work / CONTAMINATED, DUPLICATE_ROWS))
 
 
 def failures(work: Path) -> dict:

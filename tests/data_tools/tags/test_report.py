@@ -112,7 +112,7 @@ def test_summary_counts_everything_left_out(work):
     summary = json.loads((work / "report" / "summary.json").read_text(encoding="utf-8"))
     assert summary["left_out"] == {
         "rejected.jsonl": {HOSTILE: 3}, "failed.jsonl": {"refused": 1},
-        "duplicates.jsonl": {"near-duplicates": 1}, "blend/unwritten.jsonl": {},
+        "duplicates.jsonl": {"near-duplicates": 1}, "blend/unwritten.jsonl": {}, "contaminated.jsonl": {},
     }  # fmt: skip
     assert [branch["name"] for branch in summary["branches"]][:1] == [HOSTILE]
     assert {branch["name"] for branch in summary["branches"]} == {HOSTILE, *TOPICS[1:]}
@@ -229,6 +229,18 @@ def test_typical_instances_come_first_from_every_branch(work):
     }
     picked, _ = choose_samples(pool, np.flatnonzero(is_chosen), 60, rows)
     assert np.isin(rows, picked).all()
+
+
+def test_instances_with_evaluation_data_are_left_out_or_only_shown(tmp_path):
+    work = make_work_folder(tmp_path)
+    rows = [
+        {"id": "r1", "reason": "n-grams", "left_out": True, "text": "a"},
+        {"id": "r2", "reason": "n-grams", "left_out": False},
+    ]
+    write_jsonl(work / "contaminated.jsonl", rows)
+    assert report_audit.left_out(work) == {"contaminated.jsonl": {"n-grams": 1}}
+    shown = report_audit.contaminated(work)
+    assert (shown["total"], shown["columns"]) == (2, ["id", "reason", "left_out", "text"])
 
 
 def test_audit_shows_merges_duplicates_with_their_texts_and_settings(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,14 @@ def browser():
         chromium.close()
 
 
+def eventually(page, condition: str) -> None:
+    """Wait until a condition holds; the page's policy forbids Playwright's own way, which evaluates text there."""
+    end = time.monotonic() + 60
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, condition
+        page.wait_for_timeout(20)
+
+
 @pytest.fixture
 def open_page(browser):
     """Opens a file, offline, and collects errors and requests; the page must be ready."""
@@ -53,7 +62,7 @@ def open_page(browser):
         page.add_init_script("addEventListener('error', () => { window.failed = true; });")
         page.on("request", lambda request: page.requests.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_function(READY + " || window.failed")
+        eventually(page, READY + " || window.failed === true")
         assert page.evaluate(READY), page.errors
         return page
 
@@ -157,7 +166,7 @@ def test_no_tooltip_stays(work, open_page):
     tip = hover("#icicle")
     assert tip.is_visible() and "instances of this branch selected" in tip.inner_text()
     page.mouse.wheel(0, 300)
-    page.wait_for_function("document.getElementById('tip').hidden")
+    eventually(page, "document.getElementById('tip').hidden")
     for leave in (
         lambda: page.mouse.move(2, 2),
         lambda: page.keyboard.press("Escape"),
@@ -177,10 +186,10 @@ def test_map_shows_groups_and_a_point_leads_to_its_sample(work, open_page):
     everything = int(page.get_attribute("#points", "data-drawn"))
     assert everything == 200 + 30
     page.uncheck("[data-layer=target]")
-    page.wait_for_function("document.getElementById('points').dataset.drawn === '200'")
+    eventually(page, "document.getElementById('points').dataset.drawn === '200'")
     page.uncheck("[data-layer=pool]")
     page.uncheck("[data-layer=other]")
-    page.wait_for_function("document.getElementById('points').dataset.drawn === '40'")
+    eventually(page, "document.getElementById('points').dataset.drawn === '40'")
     at = page.evaluate("(() => { const box = mapCanvas.getBoundingClientRect(), [x, y] = onScreen(150);"
                        " return [box.left + x, box.top + y]; })()")  # fmt: skip
     page.mouse.move(at[0] - 60, at[1])
@@ -192,9 +201,9 @@ def test_map_shows_groups_and_a_point_leads_to_its_sample(work, open_page):
     before = page.evaluate("transform.k")
     page.locator("#points").hover()
     page.mouse.wheel(0, -400)
-    page.wait_for_function(f"transform.k > {before}")
+    eventually(page, f"transform.k > {before}")
     page.click("#map-reset")
-    page.wait_for_function("transform.k === 1")
+    eventually(page, "transform.k === 1")
     assert page.errors == []
 
 
@@ -279,6 +288,7 @@ def full_size(folder: Path) -> None:
         leaves=leaves.ravel().astype(np.int32), quality=scores, difficulty=scores, length=np.full(count, 9),
     )  # fmt: skip
     write_jsonl(folder / "records.jsonl", ({"id": f"s/{i}", "source": "s", "text": f"text {i}"} for i in range(count)))
+    write_jsonl(folder / "contaminated.jsonl", [])
     sample_step(folder, SampleSettings("5%", method="random"), show_progress=False)
 
 
