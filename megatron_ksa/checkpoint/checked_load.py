@@ -94,11 +94,9 @@ def _check_sizes_of_model(stored: StoredCheckpoint, args: argparse.Namespace) ->
     Raises:
         UsageError: another tokenizer or vocabulary than the checkpoint's.
     """
-    for name, flag in (("padded_vocab_size", "--vocab-size or the tokenizer"), ("vocab_size", "--vocab-size")):
-        saved, given = getattr(stored.args, name, None), getattr(args, name, None)
-        if saved is not None and given is not None and saved != given:
-            what = "rows of the embedding" if name == "padded_vocab_size" else "tokens"
-            raise UsageError(
-                f"{flag}: the checkpoint {stored.folder} was written with {saved:,} {what}, the flags say {given:,}: "
-                f"give the checkpoint's tokenizer"
-            )
+    saved, given = getattr(stored.args, "padded_vocab_size", None), args.padded_vocab_size
+    if saved is not None and given is not None and saved != given:
+        raise UsageError(
+            f"--vocab-size or the tokenizer: the checkpoint {stored.folder} was written with {saved:,} rows of the "
+            f"embedding, the flags say {given:,}: give the checkpoint's tokenizer"
+        )
