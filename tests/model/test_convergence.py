@@ -1,4 +1,8 @@
-"""A tiny model learns to use its summaries: it recalls what lies beyond its window, which windows alone cannot."""
+"""A tiny model learns to use its summaries: it recalls what lies beyond its window, which windows alone cannot.
+
+Not reached yet: with this task all-KSA answered 52 % after 250 steps at a constant learning rate (chance 4 %), 34 % at
+5e-3 with decay, and all-`w` 3 %. The combination below, 3e-3 with decay, has not been run to its end.
+"""
 
 import pytest
 import torch
