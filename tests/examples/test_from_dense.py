@@ -55,6 +55,7 @@ def start(source: Path, work: Path, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command(source, work), stdout=out, stderr=out, env=environment, start_new_session=True)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_killed_in_each_stage_it_ends_in_the_same_bytes(source, tmp_path):
     # The undisturbed chain runs beside the one that is killed.

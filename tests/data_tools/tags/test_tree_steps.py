@@ -64,7 +64,7 @@ def test_keyphrases_are_shared_telling_and_none_is_part_of_another(tmp_path):
     texts = ["sourdough bread needs patience", "sourdough bread needs salt"] * 6 + ["only here: xylophone quartet"]
     write_tagged(tmp_path, [(text, []) for text in texts])
     answers = list(KeyphraseTagger(3, Engine()).answers(tmp_path / "records.jsonl", len(texts)))
-    assert "sourdough bread needs" in answers[0].tags and answers[0] == answers[2]
+    assert "sourdough bread" in answers[0].tags and answers[0] == answers[2]
     for answer in answers[:-1]:
         assert 1 <= len(answer.tags) <= 3
         assert not any(f" {a} " in f" {b} " for a in answer.tags for b in answer.tags if a != b)
