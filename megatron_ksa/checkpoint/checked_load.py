@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ksa.checkpoint.integrity import damage, way_out
 from megatron_ksa.checkpoint.load import StoredCheckpoint
+from megatron_ksa.checkpoint.streaming import cause
 from megatron_ksa.checkpoint.to_load import checkpoint_to_load
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import RankUsageError, UsageError
@@ -74,7 +75,7 @@ def _line(stored: StoredCheckpoint, problem: str) -> str:
 def _first_line(error: BaseException) -> str:
     """What went wrong on this rank, without the tracebacks that torch puts into its message."""
     if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+        error = cause(error)
     text = (str(error).strip().splitlines() or [""])[0]
     return f"rank {os.environ.get('RANK', '0')} on host {socket.gethostname()}: {type(error).__name__}: {text}"
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ksa.checkpoint.integrity import damage, way_out
 from megatron_ksa.checkpoint.norm_names import ask_for_stored_names
-from megatron_ksa.checkpoint.streaming import DistributedReader, failure
+from megatron_ksa.checkpoint.streaming import DistributedReader, cause, failure
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination
 from megatron_ksa.config.settings import RunSettings
@@ -109,8 +109,8 @@ def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpo
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except CheckpointException as error:
-        if isinstance(cause := next(iter(error.failures.values()))[0], UsageError):
-            raise UsageError(f"{path}: {cause}") from None
+        if isinstance(first := cause(error), UsageError):
+            raise UsageError(f"{path}: {first}") from None
         raise UsageError(f"{path} cannot be read: {damage(path) or failure(error)}; {way_out(path)}") from None
     except (CheckpointingException, OSError, KeyError, RuntimeError, EOFError, ValueError, TypeError, AttributeError,
             pickle.UnpicklingError) as error:  # fmt: skip

@@ -154,10 +154,15 @@ class _LoadPlanner(DefaultLoadPlanner):
         return part
 
 
+def cause(error: CheckpointException) -> BaseException:
+    """The error of the first rank that failed."""
+    return next(iter(error.failures.values()))[0]
+
+
 def failure(error: CheckpointException) -> str:
     """What went wrong, without the traceback that torch puts into its message."""
-    cause = next(iter(error.failures.values()))[0]
-    return f"{type(cause).__name__}: {cause}"
+    first = cause(error)
+    return f"{type(first).__name__}: {first}"
 
 
 class DistributedReader:
