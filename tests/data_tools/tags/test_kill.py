@@ -156,7 +156,7 @@ def test_kill_while_an_endpoint_answers_and_rerun_asks_for_the_missing_only(tmp_
         assert tool(*arguments("killed", server))[0] == -9
     cache = tmp_path / "killed" / "tag_cache" / "answers.sqlite"
     with sqlite3.connect(cache) as connection:
-        kept = connection.execute("SELECT count(*) FROM answers").fetchone()[0]
+        kept = connection.execute("SELECT count(*) FROM answer").fetchone()[0]
     # Of the requests before the kill, at most those under way are lost.
     assert 30 - 4 <= kept < len(everything)
     with chat_server(behave) as server:
