@@ -1,9 +1,14 @@
 """One way to refuse bad input: one line on stderr, exit code 2, nothing written."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Seconds that a node's other ranks leave to its first rank to print the line that all of them came to.
+FIRST_RANK_SECONDS = 10
 
 
 class UsageError(Exception):
@@ -18,13 +23,16 @@ class RankUsageError(UsageError):
 def usage_errors_exit() -> Iterator[None]:
     """Turn a `UsageError` raised in the body into one line on stderr (one a node under torchrun) and exit code 2.
 
-    Wrap the body of every entry point in it.
+    Wrap the body of every entry point in it. torchrun ends all ranks of a node when one of them ends: a rank that is
+    not the node's first waits to be ended so, and prints the line itself where the first rank did not come to it.
     """
     try:
         yield
     except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankUsageError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, RankUsageError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Megatron's handler would only take note
+            time.sleep(FIRST_RANK_SECONDS)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if _in_a_world():
             # Destructors of process groups wait for other ranks, which may wait for this one.
             sys.stdout.flush()

@@ -1,0 +1,29 @@
+"""One line a node for what all its ranks refuse, whichever of them comes to it first."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_ksa.platform.ports import free_port
+
+# Seconds before each rank refuses.
+RANKS = """
+import os, sys, time
+from megatron_ksa import errors
+errors.FIRST_RANK_SECONDS = 3
+with errors.usage_errors_exit():
+    time.sleep(float(sys.argv[1 + int(os.environ["RANK"])]))
+    raise errors.UsageError("no such file")
+"""
+
+
+@pytest.mark.parametrize("seconds", [("0.5", "0"), ("60", "0"), ("0", "60")])
+def test_ranks_refuse_in_one_line(seconds, tmp_path):
+    """The second rank ended without a word, and the launcher ended the first rank before it printed the line."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run([sys.executable, *launcher, str(script), *seconds], capture_output=True, text=True)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == ["error: no such file"]
+    assert "exitcode  : 2" in done.stderr
