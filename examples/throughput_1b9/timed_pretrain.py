@@ -117,17 +117,19 @@ class Measurement:
         """Mark the core attention of every layer, and note which kernel it takes."""
         from megatron_ksa.kernels.dispatch import uses_triton
         from megatron_ksa.model.causal_attention import causal_backend
-        from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention
+        from megatron_ksa.model.core_attention import KSACoreAttention, TextCoreAttention
 
         def enter(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             rows = args[:3]
             if self.teaches:
                 self.backends.setdefault("teacher", causal_backend(*rows))
-            elif isinstance(module, CausalCoreAttention):
+            elif module.geometry is None:
                 self.backends.setdefault("full attention", causal_backend(*rows))
             else:
                 window = module.geometry.window_chunks * module.geometry.chunk_size
-                text = [module.layout.split(part)[0] for part in rows]
+                text = (
+                    rows if isinstance(module, TextCoreAttention) else [module.layout.split(part)[0] for part in rows]
+                )
                 kernel = "KSA, Triton" if uses_triton("KSA attention", rows[0]) else "KSA, PyTorch"
                 kernel = causal_backend(*text) if window >= text[0].shape[0] else kernel
                 self.backends.setdefault(f"window of {window} tokens", kernel)
@@ -137,7 +139,7 @@ class Measurement:
             return _Leave.apply(self.parts, self._attention, out)
 
         for module in model.modules():
-            if isinstance(module, CausalCoreAttention | KSACoreAttention):
+            if isinstance(module, KSACoreAttention | TextCoreAttention):
                 module.register_forward_pre_hook(enter, with_kwargs=True)
                 module.register_forward_hook(leave)
 

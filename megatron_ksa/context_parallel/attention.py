@@ -88,23 +88,25 @@ def context_parallel_attention(
     """
     text_length = text_rows * split.size
     plan = HaloPlan.of(geometry, text_length, split)
-    (q_text, q_own), (k_text, k_own), (v_text, v_own) = (
+    (q_text, q_summary), (k_text, k_summary), (v_text, v_summary) = (
         rows.split([text_rows, rows.shape[0] - text_rows]) for rows in (q, k, v)
     )
-    gather = bool(k_own.shape[0]) and sees_summaries(geometry, text_length)
+    gather = bool(k_summary.shape[0]) and sees_summaries(geometry, text_length)
     exchange = Exchange(plan, group, gather)
-    in_flight = exchange.start((k_text, v_text), (k_own, v_own))
+    in_flight = exchange.start((k_text, v_text), (k_summary, v_summary))
 
     options = {"document_start": document_start, "softmax_scale": softmax_scale}
     by_segment = [
-        [rows.transpose(0, 1) for rows in tensor.chunk(2)] for tensor in (q_text, k_text, v_text, q_own, k_own, v_own)
+        [rows.transpose(0, 1) for rows in tensor.chunk(2)]
+        for tensor in (q_text, k_text, v_text, q_summary, k_summary, v_summary)
     ]
     near, summaries = [], []
-    for segment, qs, ks, vs, *own in zip(split.segments(), *by_segment, strict=True):
+    for segment, qs, ks, vs, *summary_rows in zip(split.segments(), *by_segment, strict=True):
         start, none = segment * plan.segment_rows, ks[:, :0]
         near.append(ksa_text_attention(qs, ks, vs, none, none, geometry, query_start=start, key_start=start, **options))
-        if q_own.shape[0]:
-            summaries.append(ksa_summary_attention(own[0], ks, vs, *own[1:], geometry, key_start=start, **options))
+        if q_summary.shape[0]:
+            q_of_chunks, *kv = summary_rows
+            summaries.append(ksa_summary_attention(q_of_chunks, ks, vs, *kv, geometry, key_start=start, **options))
 
     received, gathered = exchange.finish(in_flight)
     k_all, v_all = (rows.transpose(0, 1) for rows in split.restore(gathered).unbind(1))

@@ -69,20 +69,20 @@ class _Start(torch.autograd.Function):
         nothing = k.new_empty(0, 2, *k.shape[1:])
         outgoing = torch.cat([nothing, *(torch.stack([k[part], v[part]], dim=1) for part in rows.outgoing)])
         received = exchange._all_to_all(outgoing, rows.outgoing_sizes, rows.incoming_sizes)
-        gathered, own = nothing, None
+        gathered, summaries = nothing, None
         if exchange.gather_summaries:
-            own = torch.stack([k_summary, v_summary], dim=1)
-            gathered = own.new_empty(own.shape[0] * exchange.plan.split.size, *own.shape[1:])
-            work = dist.all_gather_into_tensor(gathered, own, group=exchange.group, async_op=True)
+            summaries = torch.stack([k_summary, v_summary], dim=1)
+            gathered = summaries.new_empty(summaries.shape[0] * exchange.plan.split.size, *summaries.shape[1:])
+            work = dist.all_gather_into_tensor(gathered, summaries, group=exchange.group, async_op=True)
             exchange._pending.append(work)
-        exchange._buffers = (outgoing, own)
+        exchange._buffers = (outgoing, summaries)
         return received, gathered
 
     @staticmethod
     def backward(ctx, *_):
         exchange = ctx.exchange
         exchange._wait()
-        _, returned, _, d_own = exchange._buffers
+        _, returned, _, d_summaries = exchange._buffers
         exchange._buffers = ()
         # [2, rows, batch, K/V heads, head_dim]
         d_text = returned.new_zeros(2, *ctx.text_shape)
@@ -91,8 +91,8 @@ class _Start(torch.autograd.Function):
             stop = start + rows.stop - rows.start
             d_text[:, rows] += returned[start:stop].transpose(0, 1)
             start = stop
-        d_summary = (None, None) if d_own is None else d_own.unbind(1)
-        return None, *d_text.unbind(0), *d_summary
+        d_key_value = (None, None) if d_summaries is None else d_summaries.unbind(1)
+        return None, *d_text.unbind(0), *d_key_value
 
 
 class _Finish(torch.autograd.Function):
@@ -107,11 +107,11 @@ class _Finish(torch.autograd.Function):
     def backward(ctx, d_received: Tensor, d_gathered: Tensor):
         exchange = ctx.exchange
         d_received, d_gathered = d_received.contiguous(), d_gathered.contiguous()
-        rows, d_own = route(exchange.plan), None
+        rows, d_summaries = route(exchange.plan), None
         returned = exchange._all_to_all(d_received, rows.incoming_sizes, rows.outgoing_sizes)
         if exchange.gather_summaries:
-            d_own = d_gathered.new_empty(d_gathered.shape[0] // exchange.plan.split.size, *d_gathered.shape[1:])
-            work = dist.reduce_scatter_tensor(d_own, d_gathered, group=exchange.group, async_op=True)
+            d_summaries = d_gathered.new_empty(d_gathered.shape[0] // exchange.plan.split.size, *d_gathered.shape[1:])
+            work = dist.reduce_scatter_tensor(d_summaries, d_gathered, group=exchange.group, async_op=True)
             exchange._pending.append(work)
-        exchange._buffers = (d_received, returned, d_gathered, d_own)
+        exchange._buffers = (d_received, returned, d_gathered, d_summaries)
         return None, d_received, d_gathered

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_ksa.errors import UsageError
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.model.cache import KSACache, KVCache
-from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention, WindowCoreAttention
+from megatron_ksa.model.core_attention import KSACoreAttention, TextCoreAttention
 from megatron_ksa.model.gpt import KSAGPTModel
 
 
@@ -30,8 +30,7 @@ class Decoder:
         self.model = model
         self.length = 0
         self._layout = model.layout
-        kinds = CausalCoreAttention | KSACoreAttention | WindowCoreAttention
-        self._cores = [m for m in model.modules() if isinstance(m, kinds)]
+        self._cores = [m for m in model.modules() if isinstance(m, KSACoreAttention | TextCoreAttention)]
         # Which rows of a step are text depends on where in its chunk the step starts.
         self._laid_out = [m for m in model.modules() if isinstance(getattr(m, "layout", None), RowLayout)]
 
@@ -39,7 +38,7 @@ class Decoder:
         if any(core.cache is not None for core in self._cores):
             raise UsageError("the model serves another decoder: end that one first")
         for core in self._cores:
-            core.cache = KVCache() if isinstance(core, CausalCoreAttention) else KSACache()
+            core.cache = KVCache() if core.geometry is None else KSACache()
         return self
 
     def __exit__(

@@ -205,25 +205,29 @@ class KSACoreAttention(_CoreAttention):
         Args:
             rows: query, key and value, [rows, batch, heads, head_dim].
         """
-        (q_text, q_own), (k_text, k_own), (v_text, v_own) = (self.layout.split(part) for part in rows)
+        (q_text, q_summary), (k_text, k_summary), (v_text, v_summary) = (self.layout.split(part) for part in rows)
         text = causal_attention(q_text, k_text, v_text, self.softmax_scale)
         whole = q_text.shape[0] // self.layout.chunk_size * self.layout.chunk_size
-        own = (part.transpose(0, 1) for part in (q_own, k_text[:whole], v_text[:whole], k_own, v_own))
-        summaries = ksa_summary_attention(*own, self.geometry, softmax_scale=self.softmax_scale)
+        chunks = (part.transpose(0, 1) for part in (q_summary, k_text[:whole], v_text[:whole], k_summary, v_summary))
+        summaries = ksa_summary_attention(*chunks, self.geometry, softmax_scale=self.softmax_scale)
         return torch.cat([text, summaries.transpose(0, 1)])
 
 
-class WindowCoreAttention(_CoreAttention):
-    """A window of past chunks among text rows, without summaries: what KSA is measured against.
+class TextCoreAttention(_CoreAttention):
+    """Attention among text rows, within documents where they are given: full layers, and windows without summaries.
 
     With a `cache` (see `megatron_ksa.inference`) the rows given are the newest, and see those in the cache too.
+
+    Args:
+        window_chunks: past chunks of `chunk_size` tokens that a query sees beside its own, what KSA is measured
+            against; None is causal attention to all rows before.
     """
 
-    cache: KSACache | None = None
+    cache: KSACache | KVCache | None = None
 
-    def __init__(self, *args, chunk_size: int, window_chunks: int, **kwargs) -> None:
+    def __init__(self, *args, chunk_size: int = 1, window_chunks: int | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.geometry = KSAGeometry(chunk_size, 1, window_chunks)
+        self.geometry = None if window_chunks is None else KSAGeometry(chunk_size, 1, window_chunks)
 
     def forward(
         self,
@@ -237,35 +241,12 @@ class WindowCoreAttention(_CoreAttention):
     ) -> Tensor:
         """Attention output [text rows, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
         if self.cache is not None:
-            return self.cache.attend(query, key, value, TEXT_ONLY, self.geometry, self.softmax_scale)
-        if self.causal:
+            window = () if self.geometry is None else (TEXT_ONLY, self.geometry)
+            return self.cache.attend(query, key, value, *window, self.softmax_scale)
+        if self.causal or self.geometry is None:
             return self._attend_causally(query, key, value, attention_mask)
 
         def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _text_attention(q, k, v, self.geometry, attention_mask, self.softmax_scale)
 
         return self._attend(whole, (query, key, value), TEXT_ONLY, self.geometry, attention_mask).flatten(2)
-
-
-class CausalCoreAttention(_CoreAttention):
-    """Causal attention among text rows, within documents where they are given: the attention of full layers.
-
-    With a `cache` (see `megatron_ksa.inference`) the rows given are the newest, and see those in the cache too.
-    """
-
-    cache: KVCache | None = None
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """Attention output [text rows, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
-        if self.cache is not None:
-            return self.cache.attend(query, key, value, self.softmax_scale)
-        return self._attend_causally(query, key, value, attention_mask)

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.model.attention import KSASelfAttention, KSASelfAttentionSubmodules
-from megatron_ksa.model.core_attention import CausalCoreAttention, KSACoreAttention, WindowCoreAttention
+from megatron_ksa.model.core_attention import KSACoreAttention, TextCoreAttention
 from megatron_ksa.model.layers import BypassTransformerLayer, SplitLayerNorm
 from megatron_ksa.model.norm import Norm
 from megatron_ksa.model.rotated_attention import RotatedSelfAttention
@@ -58,9 +58,9 @@ def _layer_spec(
         linear_qkv=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear(), **heads
     )  # fmt: skip
     if not layer.has_summaries:
-        module, params, core = RotatedSelfAttention, {}, CausalCoreAttention
+        module, params, core = RotatedSelfAttention, {}, TextCoreAttention
         if layer.kind == LayerKind.WINDOW:
-            core = partial(WindowCoreAttention, chunk_size=ksa.chunk_size, window_chunks=layer.window_chunks)
+            core = partial(TextCoreAttention, chunk_size=ksa.chunk_size, window_chunks=layer.window_chunks)
         attention = type(base.submodules.self_attention.submodules)(core_attention=core, **attention)
     else:
         core = partial(
