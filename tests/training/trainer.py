@@ -8,6 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+# tests/warm.py, also for scripts that pytest does not start.
+sys.path.append(str(Path(__file__).parents[1]))
+import warm as warm_processes  # noqa: E402
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 from megatron_ksa.platform.ports import free_port
@@ -39,14 +44,18 @@ def write_documents(prefix: Path) -> None:
 
 
 def launch(
-    runs: list[tuple[Path, str]], processes: int, entry: str = "recorded_pretrain.py", limit: float | None = None
-) -> subprocess.CompletedProcess:
+    runs: list[tuple[Path, str]],
+    processes: int,
+    entry: str = "recorded_pretrain.py",
+    limit: float | None = None,
+    warm: bool = True,
+) -> warm_processes.Done | subprocess.CompletedProcess:
     """Train once for each (record, flags), one after the other in the same processes.
 
     Args:
         limit: seconds after which each rank writes its stacks to stacksRANK.txt beside the first record, and is ended.
+        warm: the ranks are forks that have Megatron imported. torchrun starts them otherwise, and where there are GPUs.
     """
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     folder = runs[0][0].parent
     if not (folder / "documents.idx").exists():
         write_documents(folder / "documents")
@@ -54,6 +63,9 @@ def launch(
     description = [{"record": str(record), "flags": [*common, *flags.split()]} for record, flags in runs]
     (folder / "runs.json").write_text(json.dumps(description))
     script = [str(Path(__file__).with_name(entry)), str(folder / "runs.json"), *([] if limit is None else [str(limit)])]
+    if warm and limit is None and not torch.cuda.is_available():
+        return warm_processes.run_script(*script, ranks=processes)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     launched = subprocess.Popen(
         [sys.executable, *launcher, *script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,0 +1,70 @@
+"""Scripts and functions in processes of their own that need not import Megatron: `warm_server.py`, one a test worker."""
+
+import atexit
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_ksa.platform.ports import free_port
+
+SERVER = Path(__file__).with_name("warm_server.py")
+ROOT = Path(__file__).parents[1]
+
+
+class Done(NamedTuple):
+    """What has run: the exit code of the first rank that failed or 0, those of all ranks, and what they printed."""
+
+    returncode: int
+    codes: list[int]
+    stdout: str
+    stderr: str
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # Its own notes of what is missing on this machine are nobody's output.
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER)], text=True, **pipes, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    def close() -> None:
+        server.stdin.close()
+        server.wait(timeout=60)
+
+    atexit.register(close)
+    return server
+
+
+def run_script(
+    script: str | Path, *arguments: object, ranks: int = 0, folder: Path = ROOT, environment: dict | None = None
+) -> Done:
+    """Run a Python script in a fork, or in several that are the ranks of one world.
+
+    Args:
+        script: absolute, or below the repository's root.
+        ranks: 0 for one process that no launcher has started.
+        folder: working directory.
+        environment: of the processes, in place of this one's.
+    """
+    values = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
+    if ranks:
+        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    server = _server()
+    with tempfile.TemporaryDirectory() as printed:
+        out, error = Path(printed) / "out", Path(printed) / "error"
+        request = {
+            "script": str(ROOT / script), "arguments": [str(argument) for argument in arguments], "environment": values,
+            "folder": str(folder), "ranks": ranks, "out": str(out), "error": str(error),
+        }  # fmt: skip
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        codes, first = json.loads(server.stdout.readline())
+        texts = [path.read_text(errors="replace") for path in (out, error)]
+    return Done(0 if first is None else codes[first], codes, *texts)
