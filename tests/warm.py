@@ -1,4 +1,4 @@
-"""Scripts and functions in processes of their own that need not import Megatron: `warm_server.py`, one a test worker."""
+"""Scripts and functions in processes that need not import Megatron: `warm_server.py`, one a test worker."""
 
 import atexit
 import functools

@@ -1,4 +1,4 @@
-"""Runs scripts in forked processes that have the trainer's imports already: 4 s of processor time less for each process.
+"""Runs scripts in forked processes that have the trainer's imports already: 4 s of processor time less for each.
 
     python warm_server.py < requests    # a JSON line a request, answered by a JSON line
 
