@@ -1,8 +1,9 @@
-import subprocess
+import functools
 import sys
 from pathlib import Path
 
 import pytest
+from warm import run_script
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -46,8 +47,4 @@ def to_huggingface():
 def command():
     """Run tools/convert_checkpoint.py."""
 
-    def run(*words) -> subprocess.CompletedProcess:
-        line = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, words)]
-        return subprocess.run(line, capture_output=True, text=True, check=False)
-
-    return run
+    return functools.partial(run_script, "tools/convert_checkpoint.py")

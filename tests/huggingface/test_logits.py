@@ -1,8 +1,5 @@
 """transformers and this project give the same logits for the same checkpoint, in both directions."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +7,7 @@ import pytest
 import torch
 from models import FAMILIES, GOLDEN, LENGTH, VOCABULARY, save_family
 from transformers import AutoModelForCausalLM
+from warm import run_script
 
 from megatron_ksa.checkpoint.load import find_checkpoint, load_model
 from megatron_ksa.platform import trainer_defaults
@@ -58,11 +56,7 @@ def test_import_at_tensor_parallel_2(imported, to_megatron, to_huggingface, tmp_
     pairs = [*imported.values(), (to_huggingface(ksa, tmp_path / "exported"), ksa)]
     folders = [str(megatron) for _, megatron in pairs]
     worker = str(Path(__file__).with_name("tensor_parallel_logits.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker,
-               str(tmp_path / "tokens.pt"), str(tmp_path / "logits.pt"), *folders]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = run_script(worker, tmp_path / "tokens.pt", tmp_path / "logits.pt", *folders, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "logits.pt")
     for huggingface, megatron in pairs:

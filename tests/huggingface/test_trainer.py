@@ -1,9 +1,6 @@
 """`pretrain_gpt.py` takes an imported checkpoint, its architecture too, and what it saves can be exported."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import torch
 from models import GOLDEN, LENGTH, VOCABULARY, save_family
 from renamed_norms import rename_norms
 from test_logits import assert_near, megatron_logits, transformers_logits
+from warm import run_script
 
 from megatron_ksa.checkpoint.load import RELEASE, find_checkpoint
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
@@ -51,11 +49,7 @@ def trained(to_megatron, tmp_path_factory) -> Path:
         flags = [str(word) for word in [*flags, *LAYOUTS[family].split()]]
         runs.append({"record": str(folder / "record.json"), "flags": flags})
     (root / "runs.json").write_text(json.dumps(runs))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(RECORDED), str(root / "runs.json")], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_script(RECORDED, root / "runs.json", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return root
 

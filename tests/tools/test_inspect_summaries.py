@@ -1,13 +1,12 @@
 """The page of attention on summaries: its numbers, and what a browser shows."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from single_process import build_model, random_tokens
+from warm import Done, run_script
 
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.data_tools.tokenizers import write_byte_level
@@ -47,6 +46,13 @@ def test_shares_add_up_to_the_logged_ones(attention):
         assert (layer.summaries[:, ~seen] == 0).all() and (layer.summaries[:, seen] > 0).all()
 
 
+def inspect(folder: Path, output: str, *flags: object) -> Done:
+    return run_script(
+        "tools/inspect_summaries.py", "--load", folder / "megatron", "--text", folder / "text.txt",
+        "--tokenizer-model", folder / "tokenizer", "--output", folder / output, *flags,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, megatron_flags) -> Path:
     """The page that the command makes of a released checkpoint."""
@@ -55,11 +61,7 @@ def page(tmp_path_factory, megatron_flags) -> Path:
     import_checkpoint(GOLDEN, folder / "megatron")
     write_byte_level(folder / "tokenizer")
     (folder / "text.txt").write_text(TEXT)
-    done = subprocess.run(
-        [sys.executable, "tools/inspect_summaries.py", "--load", folder / "megatron", "--text", folder / "text.txt",
-         "--tokenizer-model", folder / "tokenizer", "--output", folder / "page.html"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = inspect(folder, "page.html")
     assert done.returncode == 0, done.stderr
     return folder / "page.html"
 
@@ -76,11 +78,7 @@ def page(tmp_path_factory, megatron_flags) -> Path:
 )
 def test_bad_input(flags, message, page):
     folder = page.parent
-    done = subprocess.run(
-        [sys.executable, "tools/inspect_summaries.py", "--load", folder / "megatron", "--text", folder / "text.txt",
-         "--tokenizer-model", folder / "tokenizer", "--output", folder / "other.html", *flags],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = inspect(folder, "other.html", *flags)
     assert done.returncode == 2 and message in done.stderr and not (folder / "other.html").exists()
 
 

@@ -1,12 +1,10 @@
 """tools/plan_cluster.py: its flags train, its memory is what the trainer reports, and bad input is one line."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import Done, run_script
 
 ROOT = Path(__file__).parents[2]
 # The plan of a GPU has fused norms and attention; the parts of memory that they do not touch are compared.
@@ -19,12 +17,10 @@ MODEL = (
     "--position-embedding-type rope --vocab-size 8191 --make-vocab-size-divisible-by 128 "
     "--tokenizer-type NullTokenizer --micro-batch-size 1 --global-batch-size 4"
 )
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def plan(*flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/plan_cluster.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+def plan(*flags: object) -> Done:
+    return run_script("tools/plan_cluster.py", *flags)
 
 
 @pytest.mark.slow
@@ -38,11 +34,8 @@ def test_flags_train_and_memory_is_the_trainers(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "KSA: " in done.stdout and "full attention: " in done.stdout
     flags = [word for line in layout.read_text().splitlines() if line[0] != "#" for word in line.split()]
-    trained = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain_gpt.py",
-         *MODEL.split(), *flags, "--mock-data", "--train-iters", "1", "--lr", "1e-3", "--eval-iters", "0"],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    training = "--mock-data --train-iters 1 --lr 1e-3 --eval-iters 0".split()
+    trained = run_script("pretrain_gpt.py", *MODEL.split(), *flags, *training, ranks=2)
     assert trained.returncode == 0, trained.stderr[-3000:]
     reported = [float(number) for number in PARTS.search(trained.stdout + trained.stderr).groups()]
     sizes = {flags[i].removeprefix("--").split("-")[0]: int(flags[i + 1]) for i in range(0, 6, 2)}

@@ -1,13 +1,13 @@
 """Flags that cannot work: one line that names the value, the rule and the way out."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron.training import arguments as megatron_arguments
+from warm import run_script
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_dataset
 from megatron_ksa.errors import UsageError
@@ -218,12 +218,11 @@ def test_missing_sizes_are_named(monkeypatch):
 
 def test_exit_code_is_2_and_help_lists_the_flags():
     """One line on stderr, no traceback; --help has a group each for KSA and HARPE."""
-    command = [sys.executable, str(ROOT / "pretrain_gpt.py")]
-    bad = subprocess.run([*command, *MODEL, "--ksa"], capture_output=True, text=True, check=False)
+    bad = run_script("pretrain_gpt.py", *MODEL, "--ksa")
     assert bad.returncode == 2
     assert [line for line in bad.stderr.splitlines() if "error" in line.lower()] == [bad.stderr.splitlines()[-1]]
     assert "Traceback" not in bad.stderr
-    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    shown = run_script("pretrain_gpt.py", "--help")
     assert shown.returncode == 0
     for text in ("\nKSA:", "\nHARPE:", "--ksa-window-chunks", "--harpe-bases", "harpe}"):
         assert text in shown.stdout

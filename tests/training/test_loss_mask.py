@@ -1,8 +1,6 @@
 """Loss on responses only: the right labels count, training follows, and masks that do not fit are refused."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from warm import run_script
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
 from megatron_ksa.data_tools.loss_masks import ResponseLossDataset, masked_prefixes
@@ -101,10 +100,7 @@ def train(folder: Path, *variants: str) -> list[dict[str, dict]]:
         for record, flags in zip(records, variants, strict=True)
     ]
     (folder / "runs.json").write_text(json.dumps(runs))
-    done = subprocess.run(
-        [sys.executable, str(RECORDER), str(folder / "runs.json")], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_script(RECORDER, folder / "runs.json")
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(record.read_text()) for record in records]
 

@@ -1,15 +1,13 @@
 """What users reach by a flag, a file or a resume, and what Megatron meets with assertions: one line, exit code 2."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from trainer import MODEL, TRAINING, write_documents
+from warm import run_script
 
 from megatron_ksa.checkpoint.streaming import DistributedReader, Slot
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
@@ -105,12 +103,8 @@ def results(tmp_path_factory):
         data = [] if "--data-args-path" in words else ["--data-path", str(folder / "documents")]
         runs.append([*MODEL, *TRAINING, *data, *words])
     (folder / "runs.json").write_text(json.dumps(runs))
-    script = Path(__file__).with_name("refused_pretrain.py")
-    done = subprocess.run(
-        [sys.executable, script, folder / "runs.json", folder / "results.json"], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
     written = folder / "results.json"
+    done = run_script(Path(__file__).with_name("refused_pretrain.py"), folder / "runs.json", written)
     found = json.loads(written.read_text()) if written.exists() else []
     assert len(found) == len(runs), (list(RUNS)[len(found)], done.stderr[-3000:])
     return folder, dict(zip(RUNS, found, strict=True)), done.stdout
