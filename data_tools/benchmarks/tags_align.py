@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ksa.data_tools.benchmarks.document import replace_section, table
 from megatron_ksa.data_tools.tags.pool import Pool
 from megatron_ksa.data_tools.tags.sample import SampleSettings, sample
 from megatron_ksa.errors import usage_errors_exit
+from megatron_ksa.markdown import replace_section, table
 
 INSTANCES, BUDGET = 20_000, "5%"
 # Topics, tilt of the pool, tilt of the target, seed.

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ksa.data_tools.benchmarks.document import replace_section, table
 from megatron_ksa.data_tools.benchmarks.tags_pools import labels_of, make_pool
 from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings
 from megatron_ksa.data_tools.tags.engine import Engine
@@ -31,6 +30,7 @@ from megatron_ksa.data_tools.tags.sample import SampleSettings, sample
 from megatron_ksa.data_tools.tags.step import Context
 from megatron_ksa.data_tools.tags.tag import TaggerSettings
 from megatron_ksa.errors import usage_errors_exit
+from megatron_ksa.markdown import replace_section, table
 
 TUNED, JUDGED, KEPT_BACK = ("debian", "wordnet", "reasoning-a"), ("reasoning-b",), ("mixed",)
 TAGGERS = {"data": "true", "keyphrase": "offline"}

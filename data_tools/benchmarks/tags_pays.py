@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ksa.data_tools.benchmarks.document import replace_section, table
 from megatron_ksa.data_tools.tags.files import write_json, write_jsonl
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.markdown import replace_section, table
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPICS, TOPIC_WORDS, COMMON_WORDS, SUCCESSORS, LENGTH = 16, 120, 80, 5, 60

@@ -1,15 +1,12 @@
 """Tables of an experiment's results.json, written between the marks of a Markdown file."""
 
-import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ksa.errors import usage_errors_exit
-from megatron_ksa.evaluation.tables import cell, table, write_between_marks
+from megatron_ksa.markdown import cell, replace_section, report_command, table
 
 
 def tables(results: dict) -> str:
@@ -73,24 +70,11 @@ def tables(results: dict) -> str:
 
 
 def write_report(results: Path, output: Path) -> str:
-    """Write the tables between the marks of `output`, or as the whole of a file without them; return them."""
+    """Write the tables into the section `results` of `output`; return them."""
     text = tables(json.loads(results.read_text(encoding="utf-8")))
-    write_between_marks(text, output)
+    replace_section(output, "results", text)
     return text
 
 
-def main() -> None:
-    """`report.py results.json README.md`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, help="results.json of experiment.py")
-    parser.add_argument("output", type=Path, help="Markdown file")
-    args = parser.parse_args()
-    if not args.results.is_file():
-        print(f"error: {args.results} does not exist; experiment.py writes it", file=sys.stderr)
-        raise SystemExit(2)
-    with usage_errors_exit():
-        write_report(args.results, args.output)
-
-
 if __name__ == "__main__":
-    main()
+    report_command(__doc__, "experiment.py", write_report)

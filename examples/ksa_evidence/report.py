@@ -1,17 +1,15 @@
 """Tables and chart of results.json: `report.py results.json README.md`."""
 
-import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ksa.errors import usage_errors_exit
-from megatron_ksa.evaluation.tables import cell, table, write_between_marks
+from megatron_ksa.markdown import cell, replace_section, report_command, table
 
 CHART = "needles.png"
+OVERVIEW = Path(__file__).parents[2] / "docs" / "results.md"
 COLOURS = {
     "full": "#222222",
     "3:1 window": "#e08214",
@@ -73,12 +71,13 @@ def perplexity_table(arms: dict[str, list[dict]], name: str) -> str:
 
 def cost_table(arms: dict[str, list[dict]], settings: dict) -> str:
     """K/V bytes a token in bfloat16, at the length of the runs."""
-    row_bytes = 2 * 2 * settings["heads"] * 64
+    rows = [[arm, bytes_a_token(runs[0], settings)] for arm, runs in arms.items()]
+    return table(["arm", "K/V bytes a token"], rows)
 
-    def bytes_a_token(runs: list[dict]) -> str:
-        return f"{runs[0]['kv_rows'] * row_bytes / runs[0]['length']:,.0f}"
 
-    return table(["arm", "K/V bytes a token"], [[arm, bytes_a_token(runs)] for arm, runs in arms.items()])
+def bytes_a_token(run: dict, settings: dict) -> str:
+    """K/V bytes a token in bfloat16, at the length of the run."""
+    return f"{run['kv_rows'] * 2 * 2 * settings['heads'] * 64 / run['length']:,.0f}"
 
 
 def section(runs: list[dict], settings: dict, part: str, stage: str, title: str) -> list[str]:
@@ -126,6 +125,21 @@ def text_of(results: dict) -> str:
     return "\n\n".join([head, *(part for each in SECTIONS for part in section(results["runs"], settings, *each))])
 
 
+def overview(results: dict) -> str:
+    """Needles of the models from scratch at four distances, and what a token costs in the cache."""
+    settings, arms = results["settings"], arms_of(results["runs"], "scratch", "trained")
+    distances = sorted({distance(row) for runs in arms.values() for run in runs for row in run["needles"]})
+    window = settings["window"] * settings["chunk"]
+    # Inside the window, beyond it, far beyond it, and the largest.
+    wanted = (window / 2, 2 * window, 8 * window, distances[-1])
+    shown = [min(distances, key=lambda far: abs(far - near)) for near in wanted]
+    rows = [
+        [arm, bytes_a_token(runs[0], settings), *(cell([needles(run, far) for run in runs], 100) for far in shown)]
+        for arm, runs in arms.items()
+    ]
+    return table(["model", "K/V bytes a token", *(f"{far:,}" for far in shown)], rows)
+
+
 def plot(results: dict, output: Path) -> None:
     """Needles found against distance, a line an arm, one panel a part."""
     import matplotlib
@@ -153,30 +167,18 @@ def plot(results: dict, output: Path) -> None:
 
 
 def write_report(results: Path, output: Path) -> str:
-    """Write tables into `output`, between its marks where it has some, and the chart beside `results`.
+    """Write tables into the section `results` of `output`, the chart beside `results`, and the overview into docs/.
 
     Returns:
         The tables.
     """
     found = json.loads(results.read_text(encoding="utf-8"))
     text = text_of(found)
-    write_between_marks(text, output)
+    replace_section(output, "results", text)
+    replace_section(OVERVIEW, "ksa_evidence", overview(found))
     plot(found, results.with_name(CHART))
     return text
 
 
-def main() -> None:
-    """Bad input costs one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, help="results.json of experiment.py")
-    parser.add_argument("output", type=Path, help="Markdown file")
-    args = parser.parse_args()
-    if not args.results.is_file():
-        print(f"error: {args.results} does not exist; experiment.py writes it", file=sys.stderr)
-        raise SystemExit(2)
-    with usage_errors_exit():
-        write_report(args.results, args.output)
-
-
 if __name__ == "__main__":
-    main()
+    report_command(__doc__, "experiment.py", write_report)

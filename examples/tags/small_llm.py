@@ -22,12 +22,12 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from megatron_ksa.data_tools.benchmarks.document import replace_section, table
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jsonl
 from megatron_ksa.data_tools.tags.tag import FAILED, TAGS
 from megatron_ksa.data_tools.tokenizers import write_byte_level
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import writing
+from megatron_ksa.markdown import replace_section, table
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180

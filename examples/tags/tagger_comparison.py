@@ -37,7 +37,6 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from megatron_ksa.data_tools.benchmarks.document import replace_section, table
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jsonl
 from megatron_ksa.data_tools.tags.records import clean_tags
@@ -45,6 +44,7 @@ from megatron_ksa.data_tools.tags.taggers import Answer
 from megatron_ksa.data_tools.tags.taggers.keyphrase import KeyphraseTagger
 from megatron_ksa.data_tools.tags.taggers.words import runs
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.markdown import replace_section, table
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT, BUDGET, RANDOM = 6, 0.05, 200

@@ -14,7 +14,6 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
 
-from megatron_ksa.data_tools.benchmarks.document import replace_section, table
 from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.files import read_jsonl
@@ -23,6 +22,7 @@ from megatron_ksa.data_tools.tags.pool import Pool, load_pool
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.files import whole_file
+from megatron_ksa.markdown import replace_section, table
 
 STARTS = 3
 COLUMNS = {"tree": "tree", "votes": "tree, by votes", "flat_tags": "flat, tags", "flat_records": "flat, records"}

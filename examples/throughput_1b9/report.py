@@ -6,13 +6,10 @@ The tables of results.json go into the section `throughput_1b9` of the Markdown 
 `throughput_1b9_h100`.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
-from megatron_ksa.data_tools.benchmarks.document import replace_section, table
-from megatron_ksa.errors import usage_errors_exit
+from megatron_ksa.markdown import replace_section, report_command, table
 
 SECTION = "throughput_1b9"
 NAMES = {"ksa": "KSA", "full": "full attention"}
@@ -75,18 +72,5 @@ def write_report(results: Path, path: Path) -> None:
     replace_section(path, SECTION + results.stem.removeprefix("results"), tables(runs))
 
 
-def main() -> None:
-    """Write one file's tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="results of run.py")
-    parser.add_argument("output", type=Path, help="Markdown file with the section")
-    args = parser.parse_args()
-    if not args.results.is_file():
-        print(f"error: {args.results} does not exist; run.py writes it", file=sys.stderr)
-        sys.exit(2)
-    with usage_errors_exit():
-        write_report(args.results, args.output)
-
-
 if __name__ == "__main__":
-    main()
+    report_command(__doc__, "run.py", write_report)

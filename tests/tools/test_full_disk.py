@@ -181,12 +181,13 @@ def example_writers(folder: Path) -> dict[str, tuple[str, str, tuple]]:
     """What the example scripts write with: a script or module, its function and the arguments."""
     from megatron_ksa.evaluation.needle import Score
 
+    (folder / "README.md").write_text("<!-- name -->\n<!-- /name -->\n")
     losses = {"lm loss": ([1, 2], [3.0, 2.0]), "lm loss validation": ([2], [2.0])}
     scores = [Score("single", 64, depth, 1, 1.0, 1.0) for depth in (0.0, 1.0)]
     return {
         "results": ("examples/evaluate/common.py", "write_json", (folder / "out.json", {"a": [1] * 1000})),
         "loss curve": ("examples/demo/report.py", "plot_losses", (losses, 3.0, folder / "loss.png")),
-        "table": ("megatron_ksa/evaluation/tables.py", "write_between_marks", ("| a |" * 20, folder / "README.md")),
+        "table": ("megatron_ksa/markdown.py", "replace_section", (folder / "README.md", "name", "| a |" * 20)),
         "heat map": ("megatron_ksa/evaluation/needle.py", "plot_heat_map", (scores, folder / "map.png")),
     }
 
@@ -195,13 +196,14 @@ def example_writers(folder: Path) -> dict[str, tuple[str, str, tuple]]:
 def test_examples_write_whole_files(name, tmp_path):
     """The example scripts wrote their figures and tables under the final name, and a full disk cut them."""
     script, function, arguments = example_writers(tmp_path)[name]
-    before = sorted(tmp_path.iterdir())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     write = runpy.run_path(str(ROOT / script))[function]
     with files_of_at_most(50), pytest.raises(UsageError, match="cannot be written: File too large"):
         write(*arguments)
-    assert sorted(tmp_path.iterdir()) == before
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     write(*arguments)
-    assert len(list(tmp_path.iterdir())) == len(before) + 1 and not list(tmp_path.glob("*.partial"))
+    written = [path for path in tmp_path.iterdir() if path.read_bytes() != before.get(path)]
+    assert len(written) == 1 and written[0].suffix != ".partial"
 
 
 def test_demo_corpus_is_whole(tmp_path):
