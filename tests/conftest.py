@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
+from docstrings_once import read_docstrings_once  # noqa: E402
 from groups import group  # noqa: E402
 
 # Triton chooses between compiler and interpreter when it is imported; without a GPU kernels are interpreted.
@@ -32,6 +33,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.xdist_group(groups[item.path]))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: groups[item.path] != "world")
+
+
+def pytest_collection_finish():
+    """The tests' modules are imported now, and Megatron's parser with them."""
+    read_docstrings_once()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ SIGKILL after half a minute. The answer is a list of exit codes by rank (negativ
 failed, or null. This process never starts a thread, which is what makes its forks sound.
 """
 
+import argparse
 import atexit
 import json
 import os
@@ -31,6 +32,8 @@ def warm_up() -> None:
     before = dict(os.environ)
     prepare_platform([])
     import megatron.training.checkpointing  # noqa: F401
+    from docstrings_once import read_docstrings_once
+    from megatron.training.arguments import add_megatron_arguments
 
     import megatron_ksa.checkpoint.run_folder  # noqa: F401
     import megatron_ksa.training.configure  # noqa: F401
@@ -38,6 +41,8 @@ def warm_up() -> None:
     import megatron_ksa.training.refusals  # noqa: F401
     import megatron_ksa.training.step  # noqa: F401
 
+    read_docstrings_once()
+    add_megatron_arguments(argparse.ArgumentParser())
     os.environ.clear()
     os.environ.update(before)
 
