@@ -21,23 +21,33 @@ from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform  # noqa: E402
 activate_cpu_platform()
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item):
+    """A group of pytest-xdist for every test that has none, before a worker of pytest-xdist reads the groups."""
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(group(item.path)))
+
+
+def pytest_make_parametrize_id(val, argname):
+    """A short name for a long value: names go through every report."""
+    return f"long {argname}" if isinstance(val, str | bytes) and len(val) > 200 else None
+
+
 def pytest_collection_modifyitems(config, items):
-    """A group of pytest-xdist for every test that has none, before a worker reads the groups.
-
-    Workers take groups in the order of collection (`--no-loadscope-reorder`): the ranks' group, the longest, is first.
-    """
-    groups = {path: group(path) for path in {item.path for item in items}}
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+    """Workers take groups in the order of collection (`--no-loadscope-reorder`): the group of ranks first."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: groups[item.path] != "world")
+        items.sort(key=lambda item: group(item.path) != "world")
 
 
-def pytest_collection_finish():
-    """The tests' modules are imported now, and Megatron's parser with them."""
+def pytest_collection_finish(session):
+    """The tests' modules are imported now, and Megatron's parser with them; pytest-xdist has named the groups.
+
+    Raises:
+        UsageError: it has not. Then tests are dealt out one by one, and every worker makes every module's fixtures.
+    """
     read_docstrings_once()
+    grouped = hasattr(session.config, "workerinput") and session.config.getoption("loadgroup")
+    if grouped and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("pytest-xdist does not group tests with this pytest: install those of constraints.txt")
 
 
 @pytest.fixture(scope="module")
