@@ -36,7 +36,6 @@ MODEL = [
     "--disable-bias-linear", "--hidden-dropout", 0, "--attention-dropout", 0,
     "--seq-length", SEQUENCE, "--max-position-embeddings", SEQUENCE,
 ]  # fmt: skip
-EVALUATION_SEQUENCES = 64
 # Share of the files that TAGS selects.
 BUDGET = "60%"
 
@@ -52,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fresh", action="store_true", help="remove the folder first instead of resuming")
     parser.add_argument("--global-batch-size", type=int, default=8, help="sequences an iteration")
+    parser.add_argument("--evaluation-sequences", type=int, default=64, help="validation sequences an evaluation")
     return parser.parse_args()
 
 
@@ -101,7 +101,7 @@ def trained_steps(checkpoints: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def train(folder: Path, steps: int, global_batch_size: int) -> None:
+def train(folder: Path, steps: int, global_batch_size: int, evaluation_sequences: int) -> None:
     """Train up to `steps` iterations with checkpoints and an evaluation at the end, on the GPU where there is one."""
     import torch
 
@@ -120,7 +120,7 @@ def train(folder: Path, steps: int, global_batch_size: int) -> None:
         "--train-data-path", *read_blend(data), "--valid-data-path", data / "validation",
         "--data-cache-path", data / "cache",
         "--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", interval,
-        "--eval-interval", interval, "--eval-iters", max(EVALUATION_SEQUENCES // global_batch_size, 1),
+        "--eval-interval", interval, "--eval-iters", max(evaluation_sequences // global_batch_size, 1),
         "--log-interval", min(steps, 10), "--tensorboard-dir", folder / "tensorboard", "--log-throughput",
         "--tensorboard-log-interval", min(steps, 10),
     )  # fmt: skip
@@ -156,7 +156,7 @@ def main() -> None:
             prepare_data(folder / "data")
             done = trained_steps(folder / "checkpoints")
             if done < args.steps:
-                train(folder, args.steps, args.global_batch_size)
+                train(folder, args.steps, args.global_batch_size, args.evaluation_sequences)
             else:
                 print(
                     f"\nalready trained for {done} iterations: --steps (make demo STEPS=) goes on, --fresh (FRESH=1) "

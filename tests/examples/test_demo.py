@@ -10,6 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+FEW = ("--evaluation-sequences", 8)
 
 
 def demo(output: Path, *arguments: object) -> str:
@@ -20,18 +21,18 @@ def demo(output: Path, *arguments: object) -> str:
 
 
 def test_demo_trains_resumes_and_does_not_repeat_itself(tmp_path):
-    first = demo(tmp_path, "--steps", 2)
+    first = demo(tmp_path, "--steps", 2, *FEW)
     assert (
         "preprocess_tags.py" in first
         and "preprocess_data.py" in first
         and "successfully saved checkpoint from iteration       2" in first
     )
-    second = demo(tmp_path, "--steps", 3)
+    second = demo(tmp_path, "--steps", 3, *FEW)
     assert "preprocess_tags.py" not in second and "preprocess_data.py" not in second
     selected = json.loads((tmp_path / "data/tags/report/summary.json").read_text())["selection"]
     assert 0.55 < selected["instances"] / selected["pool_instances"] < 0.65
     assert "iteration        3/       3" in second and "iteration        2/       3" not in second
-    third = demo(tmp_path, "--steps", 3)
+    third = demo(tmp_path, "--steps", 3, *FEW)
     assert "pretrain_gpt.py" not in third and "already trained for 3 iterations" in third
     loss, iterations, unigram = re.search(
         r"validation loss ([\d.]+) .* after (\d+) iterations.*: ([\d.]+)", third
