@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from warm import run_script
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 
@@ -101,10 +102,8 @@ def _iterations(folder: Path) -> int:
 
 
 def test_dry_run_prints_every_command(source, tmp_path):
-    done = subprocess.run(
-        command(source, tmp_path / "work", *"--distil-at every --dry-run -- --tensor-model-parallel-size 2".split()),
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    flags = "--distil-at every --dry-run -- --tensor-model-parallel-size 2".split()
+    done = run_script(*command(source, tmp_path / "work", *flags)[1:])
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
     assert [next(word.split("/")[-1] for word in line.split() if word.endswith(".py")) for line in commands] == [
@@ -128,8 +127,5 @@ def test_dry_run_prints_every_command(source, tmp_path):
     ],
 )
 def test_bad_input(flags, message, source, tmp_path):
-    done = subprocess.run(
-        command(source, tmp_path / "work", *flags, "--dry-run"), capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = run_script(*command(source, tmp_path / "work", *flags, "--dry-run")[1:])
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
