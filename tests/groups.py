@@ -19,6 +19,7 @@ WORLD = frozenset(
     model/test_gpt_ranks.py
     slurm/test_job.py
     slurm/test_torchrun.py
+    test_errors.py
     tools/test_plan_cluster.py
     training/test_dense_start.py
     training/test_distill.py

@@ -5,7 +5,8 @@ import re
 from groups import TESTS, WORLD
 
 STARTS_RANKS = re.compile(
-    r"from trainer import .*\blaunch\b|from processes import|from two_nodes import|[\"-]m?[\" ]*torch\.distributed\.run"
+    r"from trainer import .*\blaunch\b|from processes import|from two_nodes import|ranks=\d|"
+    r"[\"-]m?[\" ]*torch\.distributed\.run"
 )
 
 

@@ -97,7 +97,7 @@ def test_a_broken_tracker_is_a_line(text, copy):
 def test_the_trainer_refuses_damage_in_one_line(copy, tmp_path):
     flip(newest(copy) / "__1_0.distcp")
     flags = f"--train-iters 3 --load {copy} --use-distributed-optimizer"
-    done = launch([(tmp_path / "record.json", flags)], 2, entry="counted_pretrain.py", warm=False)
+    done = launch([(tmp_path / "record.json", flags)], 2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and errors
     assert all("__1_0.distcp is damaged" in line and "--ckpt-step 1" in line for line in errors)

@@ -27,9 +27,14 @@ def main() -> None:
         surplus[0] += input.nbytes - output.nbytes
         return reduce_scatter(output, input, *args, **kwargs)
 
-    # Before Megatron is imported, which binds the function to names of its own.
-    dist.reduce_scatter_tensor = noted
     prepare_platform(json.loads(description.read_text())[0]["flags"])
+    import megatron.training.training  # noqa: F401
+
+    # Megatron has bound the function to names of its own.
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is reduce_scatter:
+                setattr(module, name, noted)
     from megatron_ksa.upstream.patches import apply
     from megatron_ksa.upstream.trainer import TRAINING_LOG
 

@@ -106,7 +106,7 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("save", ["", "--async-save"])
+@pytest.mark.parametrize("save", [pytest.param("", marks=pytest.mark.long), "--async-save"])
 def test_sigterm_to_every_process_saves(save, tmp_path):
     """As Slurm sends it before a time limit. The process in which Megatron queues the results of a save, there from the
     first save on, died of it and the last save failed.

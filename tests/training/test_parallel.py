@@ -34,19 +34,20 @@ LAYOUTS = [
     (2, f"{CP} {RECOMPUTE}", [PACKED]),
     (2, f"{CP} {SELECTIVE}", [""]),
     (2, f"{CP} --cp-comm-type a2a", [PACKED]),
-    (4, CP_4, EITHER),
+    (4, CP_4, [PACKED]),
     (4, f"{TP} {SP} {CP} {RECOMPUTE}", [PACKED]),
     (4, f"{PP} {CP} {OPTIMIZER}", [PACKED]),
-    (4, f"{TP} {PP} {OVERLAP}", [PACKED]),
     (4, f"{TP} {SP} {PP} {OVERLAP} {CHUNKS}", [PACKED]),
 ]
-# With `-m long` alone: layouts that run above with recompute, chunks of the loss or interleaved stages.
+# With `-m long` alone: layouts that run above with recompute, chunks of the loss, other documents or further kinds.
 LONG_LAYOUTS = [
     (2, f"{TP} {SP}", EITHER),
     (2, PP, EITHER),
     (2, CP, EITHER),
     (4, f"{TP} {SP} {CP}", [PACKED]),
     (4, f"{TP} {SP} {CP} {RECOMPUTE}", [""]),
+    (4, CP_4, [""]),
+    (4, f"{TP} {PP} {OVERLAP}", [PACKED]),
 ]
 # Iterations: the gradient, and a first and a second update.
 ITERATIONS = 3

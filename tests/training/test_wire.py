@@ -34,7 +34,7 @@ def sent(tmp_path_factory) -> dict[str, list[int]]:
     folder = tmp_path_factory.mktemp("wire")
     train = f"--train-iters {STEPS} {SIZE}"
     runs = [(folder / f"{number}.json", f"{train} {flags}") for number, flags in enumerate(LAYOUTS)]
-    done = launch(runs, 2, entry="counted_pretrain.py", warm=False)
+    done = launch(runs, 2, entry="counted_pretrain.py")
     assert done.returncode == 0, done.stderr[-3000:]
     counts = [json.loads((folder / f"sent{rank}.json").read_text()) for rank in range(2)]
     ends = range(STEPS - 1, STEPS * len(LAYOUTS), STEPS)

@@ -44,17 +44,14 @@ def write_documents(prefix: Path) -> None:
 
 
 def launch(
-    runs: list[tuple[Path, str]],
-    processes: int,
-    entry: str = "recorded_pretrain.py",
-    limit: float | None = None,
-    warm: bool = True,
+    runs: list[tuple[Path, str]], processes: int, entry: str = "recorded_pretrain.py", limit: float | None = None
 ) -> warm_processes.Done | subprocess.CompletedProcess:
     """Train once for each (record, flags), one after the other in the same processes.
 
+    The ranks are forks that have Megatron imported; with a limit, and where there are GPUs, torchrun starts them.
+
     Args:
         limit: seconds after which each rank writes its stacks to stacksRANK.txt beside the first record, and is ended.
-        warm: the ranks are forks that have Megatron imported. torchrun starts them otherwise, and where there are GPUs.
     """
     folder = runs[0][0].parent
     if not (folder / "documents.idx").exists():
@@ -63,7 +60,7 @@ def launch(
     description = [{"record": str(record), "flags": [*common, *flags.split()]} for record, flags in runs]
     (folder / "runs.json").write_text(json.dumps(description))
     script = [str(Path(__file__).with_name(entry)), str(folder / "runs.json"), *([] if limit is None else [str(limit)])]
-    if warm and limit is None and not torch.cuda.is_available():
+    if limit is None and not torch.cuda.is_available():
         return warm_processes.run_script(*script, ranks=processes)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     launched = subprocess.Popen(
