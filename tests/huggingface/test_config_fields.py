@@ -1,4 +1,4 @@
-"""`config.json` field by field: the importer reads what transformers' AutoConfig reads, or refuses the field by name."""
+"""`config.json` field by field: the importer reads what AutoConfig of transformers reads, or refuses the field by name."""
 
 import json
 from pathlib import Path
