@@ -141,7 +141,7 @@ def test_other_head_than_the_tied_embedding(tmp_path):
 
 def test_pickled_weights_are_not_read(source, tmp_path):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refused(source, tmp_path, "only pytorch_model.bin: pickled weights are not read")
+    refused(source, tmp_path, "only pytorch_model.bin: other weights are not read, save them as safetensors")
 
 
 def test_damaged_megatron_checkpoint(source, to_megatron, to_huggingface, tmp_path):

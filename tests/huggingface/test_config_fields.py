@@ -1,4 +1,4 @@
-"""`config.json` field by field: the importer reads what AutoConfig of transformers reads, or refuses the field by name."""
+"""Fields of `config.json`: the importer reads each as AutoConfig of transformers does, or refuses it by its name."""
 
 import json
 from pathlib import Path
