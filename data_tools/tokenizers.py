@@ -205,8 +205,9 @@ class HuggingFaceTokenizer:
         token_ids(folder, "--tokenizer-model")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"--tokenizer-model {folder}: {error}") from None
+        except Exception as error:  # the libraries have no kind of their own for files that are broken
+            said = " ".join(str(error).split())[:500]
+            raise UsageError(f"--tokenizer-model {folder} cannot be loaded: {type(error).__name__}: {said}") from None
         self.vocab_size = len(self._tokenizer)
         _check_ids(folder, max(self._tokenizer.get_vocab().values(), default=-1), self.vocab_size)
         self.unknown = self._tokenizer.unk_token_id

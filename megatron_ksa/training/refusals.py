@@ -79,7 +79,9 @@ def _megatrons(trace: TracebackType | None) -> traceback.FrameSummary | None:
 
 
 def _line(error: Exception, frame: traceback.FrameSummary, args: argparse.Namespace) -> str:
-    condition = _condition(frame)
+    # Where a library below Megatron raises, the condition around the call is not what was broken.
+    below = traceback.extract_tb(error.__traceback__)[-1] != frame
+    condition = None if below else _condition(frame)
     flags = _flags()
     named = dict.fromkeys(
         node.attr
