@@ -47,7 +47,7 @@ class Failing(argparse.Namespace):
 
 
 def test_an_error_of_a_library_is_blamed_on_no_flag():
-    """An assertion in torch was told as `Megatron does not accept --swiglu True`, the flag of an `if` around the call."""
+    """An assertion in torch was told as one of --swiglu, the flag of an `if` around the call."""
     args = Failing(ckpt_convert_format="torch", load=None)
     said = r"^Megatron does not accept this: no such library \(megatron/training/"
     with pytest.raises(UsageError, match=said), megatron_refusals(args):
