@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_ksa.checkpoint.load import StoredCheckpoint
+from megatron_ksa.checkpoint.load import RELEASE, StoredCheckpoint
 from megatron_ksa.errors import UsageError
 
 # What the shapes of the tensors follow from, beside the vocabulary (which a built tokenizer tells).
@@ -27,7 +27,9 @@ def check_model(stored: StoredCheckpoint, args: argparse.Namespace, only_weights
     saved, given = _values(stored.args), _values(args)
     for name in MODEL:
         _compare(name, saved, given, "give the checkpoint's value, or --use-checkpoint-args")
-    for name in () if only_weights or args.no_load_optim else OPTIMIZER:
+    # A release, such as an import, is weights alone.
+    without = only_weights or args.no_load_optim or stored.folder.name == RELEASE
+    for name in () if without else OPTIMIZER:
         _compare(name, saved, given, "give what it was written with, or --no-load-optim to begin with a new optimizer")
 
 

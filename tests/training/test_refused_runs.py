@@ -60,7 +60,7 @@ RUNS = {
     ),
     "too long for positions": (
         "--no-ksa --position-embedding-type rope --train-iters 2 --max-position-embeddings 32",
-        r"Megatron does not accept --max-position-embeddings 32, --seq-length 64",
+        r"--max-position-embeddings 32 is below --seq-length 64: use 64 or more",
     ),
     "min lr above lr": (
         "--train-iters 2 --min-lr 1",
