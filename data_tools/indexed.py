@@ -100,17 +100,24 @@ def _check_sequences(prefix: str, stream: IO[bytes], sequences: int, documents: 
     return end
 
 
-def largest_id(prefix: str) -> int:
-    """The largest token id of a dataset that `check_indexed_dataset` passed; reads all of its tokens.
+def largest_id(prefix: str, most: int | None = None) -> int:
+    """The largest token id of a dataset that `check_indexed_dataset` passed.
 
     For a check of a dataset against a vocabulary, which otherwise shows as an index error in some iteration.
+
+    Args:
+        most: tokens to read, those that the dataset begins with; None for all of them.
     """
     with open(f"{prefix}.idx", "rb") as stream:
         dtype = _HEADER.unpack(stream.read(_HEADER.size))[2]
     largest = -1
     with open(f"{prefix}.bin", "rb") as stream:
-        while len(ids := np.fromfile(stream, _DTYPES[dtype], _BLOCK)):
+        while most is None or most > 0:
+            ids = np.fromfile(stream, _DTYPES[dtype], _BLOCK if most is None else min(most, _BLOCK))
+            if not len(ids):
+                break
             largest = max(largest, int(ids.max()))
+            most = None if most is None else most - len(ids)
     return largest
 
 

@@ -25,13 +25,13 @@ def _opened(path: Path) -> Iterator["parquet.ParquetFile"]:
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError:
-        raise UsageError(f"--input {path}: reading Parquet needs a package: pip install pyarrow") from None
+        raise UsageError(f"{path}: reading Parquet needs a package: pip install pyarrow") from None
     try:
         with parquet.ParquetFile(path) as table:
             yield table
     # A damaged file can also claim sizes and names that Python refuses.
     except (ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
-        raise UsageError(f"--input {path}: not a Parquet file that can be read ({error})") from None
+        raise UsageError(f"{path}: not a Parquet file that can be read ({error})") from None
 
 
 def _check_rows(path: Path, table: "parquet.ParquetFile", column: str | None, limit: int) -> None:
@@ -50,7 +50,7 @@ def _check_rows(path: Path, table: "parquet.ParquetFile", column: str | None, li
             if chunk.total_uncompressed_size > rows.num_rows * (limit + 16) + (1 << 20):
                 average = chunk.total_uncompressed_size // rows.num_rows
                 raise UsageError(
-                    f"--input {path}: rows of row group {group + 1} have {average:,} bytes in column {name!r} on "
+                    f"{path}: rows of row group {group + 1} have {average:,} bytes in column {name!r} on "
                     f"average, more than {limit:,}"
                 )
 
@@ -82,14 +82,14 @@ def read_text_column(path: Path, name: str, limit: int) -> Iterator[RawDocument]
         if len(found) != 1:
             count = "no column" if not found else f"{len(found)} columns"
             columns = ", ".join(map(repr, schema.names)) or "none"
-            raise UsageError(f"--input {path}: {count} {name!r} (--json-key); its columns: {columns}")
+            raise UsageError(f"{path}: {count} {name!r} (--json-key); its columns: {columns}")
         _check_rows(path, table, name, limit)
         number, share = 0, path.stat().st_size / max(table.metadata.num_rows, 1)
         for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=[name]):
             cells = _binary(batch.column(0)) if batch.num_columns else None
             if cells is None:
                 kind = schema.field(found[0]).type
-                raise UsageError(f"--input {path}: column {name!r} (--json-key) is {kind}, neither text nor bytes")
+                raise UsageError(f"{path}: column {name!r} (--json-key) is {kind}, neither text nor bytes")
             for cell in cells:
                 consumed, number = int((number + 1) * share) - int(number * share), number + 1
                 content, problem = b"", None
@@ -137,7 +137,7 @@ def read_rows(path: Path, limit: int) -> Iterator[RawDocument]:
         names = table.schema_arrow.names
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise UsageError(f"--input {path}: more than one column is called {twice!r}")
+            raise UsageError(f"{path}: more than one column is called {twice!r}")
         _check_rows(path, table, None, limit)
         number, share = 0, path.stat().st_size / max(table.metadata.num_rows, 1)
         for batch in table.iter_batches(batch_size=BATCH_ROWS):

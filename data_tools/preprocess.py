@@ -262,7 +262,7 @@ def preprocess(settings: PreprocessSettings) -> PreprocessCounts:
                 if tokenizer.unknown is not None:
                     counts.unknown_tokens += int((document.tokens == tokenizer.unknown).sum())
         if not counts.documents:
-            raise UsageError(f"no document with text in the input ({counts.empty} empty, {counts.bad} bad)")
+            raise UsageError(f"no document with text in the input ({skipped.why or 'no document at all'})")
         for each in filter(None, (tokens_writer, mask_writer)):
             each.prepare()
         counts.listed = skipped.path if skipped.reasons else None

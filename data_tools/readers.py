@@ -115,7 +115,7 @@ def is_one_of(path: Path, suffixes: tuple[str, ...]) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
-def input_files(inputs: list[str], pattern: str, others: tuple[str, ...] = (), *, flag: str = "--input") -> list[Path]:
+def input_files(inputs: list[str], pattern: str, others: tuple[str, ...] = ()) -> list[Path]:
     """The files to read: JSONL and Parquet files as named, folders as the sorted files in them that match `pattern`.
 
     Args:
@@ -129,21 +129,31 @@ def input_files(inputs: list[str], pattern: str, others: tuple[str, ...] = (), *
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            files += _files_of_folder(path, name, pattern, flag)
+            files += _files_of_folder(path, name, pattern)
         elif path.is_file() and is_one_of(path, known):
             files.append(path)
         elif path.is_file():
-            raise UsageError(f"{flag} {name}: a file must be one of {', '.join(known)}; pass a folder for text")
+            raise UsageError(f"--input {name}: a file must be one of {', '.join(known)}; pass a folder for text")
         elif path.exists():
-            raise UsageError(f"{flag} {name}: neither a regular file nor a folder")
+            raise UsageError(f"--input {name}: neither a regular file nor a folder")
         else:
-            raise UsageError(f"{flag} {name}: no such file or folder")
+            raise UsageError(f"--input {name}: no such file or folder")
     return files
 
 
-def _files_of_folder(folder: Path, name: str, pattern: str, flag: str) -> list[Path]:
+def passed_over(inputs: list[str], files: list[Path], pattern: str) -> str:
+    """What to say of the files in the folders that are not among `files`; "" where there are none."""
+    folders = [name for name in inputs if Path(name).is_dir()]
+    there = {Path(folder, name) for each in folders for folder, _, names in os.walk(each) for name in names}
+    others = sorted(there - set(files))
+    return (
+        f"not read: {len(others):,} files that --glob {pattern!r} does not match, such as {others[0]}" if others else ""
+    )
+
+
+def _files_of_folder(folder: Path, name: str, pattern: str) -> list[Path]:
     def unreadable(error: OSError) -> None:
-        raise UsageError(f"{flag} {name}: {error.filename} cannot be read: {error.strerror}")
+        raise UsageError(f"--input {name}: {error.filename} cannot be read: {error.strerror}")
 
     for _ in os.walk(folder, onerror=unreadable):
         pass  # pathlib passes over folders that cannot be read
@@ -152,7 +162,7 @@ def _files_of_folder(folder: Path, name: str, pattern: str, flag: str) -> list[P
     except (ValueError, NotImplementedError) as error:
         raise UsageError(f"--glob {pattern!r}: {error}") from None
     if not found:
-        raise UsageError(f"{flag} {name}: no file in this folder matches --glob {pattern!r}")
+        raise UsageError(f"--input {name}: no file in this folder matches --glob {pattern!r}")
     return found
 
 
@@ -163,7 +173,7 @@ def _decompressed(path: Path, raw: io.BufferedReader) -> Stream:
         try:
             import zstandard
         except ModuleNotFoundError:
-            raise UsageError(f"--input {path}: reading .zst needs a package: pip install zstandard") from None
+            raise UsageError(f"{path}: reading .zst needs a package: pip install zstandard") from None
         return io.BufferedReader(_ZstdReader(raw, zstandard.ZstdDecompressor().decompressobj), 1 << 17)
     return raw
 
@@ -298,7 +308,7 @@ def _array_elements(path: Path, stream: Stream, raw: IO[bytes], limit: int) -> I
             raise ValueError(f"{rest!r} after the array")
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"--input {path}: the JSON array cannot be read from element {max(number, 1)} on ({error}); elements hold "
+            f"{path}: the JSON array cannot be read from element {max(number, 1)} on ({error}); elements hold "
             f"at most {limit:,} bytes"
         ) from None
 
@@ -323,17 +333,18 @@ def _stream(path: Path, limit: int) -> Iterator[RawDocument]:
                 read = _array_elements if start[:1] == b"[" and is_one_of(path, ARRAY_SUFFIXES) else _json_lines
             yield from read(path, stream, raw, limit)
         except _compression_errors() as error:
-            raise UsageError(f"--input {path}: truncated or damaged ({error}); fetch it again") from None
+            raise UsageError(f"{path}: truncated or damaged ({error}); fetch it again") from None
 
 
 def read_documents(
-    files: list[Path], *, max_bytes: int = MAX_DOCUMENT_BYTES, text_column: str | None = None
+    files: list[Path], *, max_bytes: int = MAX_DOCUMENT_BYTES, text_column: str | None = None, flag: str = "--input"
 ) -> Iterator[RawDocument]:
     """Every document of the files, in order; blank lines of JSONL are not documents.
 
     Args:
         max_bytes: no larger document is held in memory; it comes with the problem `TOO_LARGE`.
         text_column: column of Parquet files to read as text; all columns, as JSON, without it.
+        flag: what named the files, for errors.
 
     Raises:
         UsageError: a file that is damaged or cannot be read, a format whose package is not installed.
@@ -350,5 +361,7 @@ def read_documents(
                 )
             else:
                 yield from _stream(path, max_bytes)
+        except UsageError as error:
+            raise UsageError(f"{flag} {error}") from None
         except OSError as error:
-            raise UsageError(f"--input {path} cannot be read: {error.strerror or error}") from None
+            raise UsageError(f"{flag} {path} cannot be read: {error.strerror or error}") from None

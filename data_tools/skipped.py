@@ -20,6 +20,7 @@ class SkipLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.reasons: Counter[str] = Counter()
+        self.first = ""
         self._files = ExitStack()
         self._stream: IO | None = None
 
@@ -29,6 +30,7 @@ class SkipLog:
     def add(self, origin: str, reason: str, detail: str = "") -> None:
         """A document is left out."""
         self.reasons[reason] += 1
+        self.first = self.first or f"{origin}: {reason}{f' ({detail})' if detail else ''}"
         if self._stream is None:
             self._stream = self._files.enter_context(whole_file(self.path))
         self._stream.write(json.dumps({"origin": origin, "reason": reason, "detail": detail}) + "\n")
@@ -40,7 +42,15 @@ class SkipLog:
             self.path.unlink(missing_ok=True)
         return self._files.__exit__(kind, error, traceback)
 
+    @property
+    def why(self) -> str:
+        """Such as `2 invalid UTF-8, 1 empty; the first is books.jsonl:7: invalid UTF-8`, "" where all is there."""
+        return f"{self._counts}; the first is {self.first}" if self.reasons else ""
+
+    @property
+    def _counts(self) -> str:
+        return ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.reasons.items()))
+
     def __str__(self) -> str:
-        """Such as `left out: 2 invalid UTF-8, 1 empty, listed in books.skipped.jsonl`."""
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.reasons.items()))
-        return f"left out: {counts}; listed in {self.path}"
+        """Such as `left out: 2 invalid UTF-8, 1 empty; listed in books.skipped.jsonl`."""
+        return f"left out: {self._counts}; listed in {self.path}"

@@ -12,11 +12,17 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from megatron_ksa.data_tools.vocabularies import TOKENIZER, token_ids
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
+
+# A text that tells tokenizers apart.
+PROBE = "The cat, 12345 cafés;\nnext  LINE's end"
 END_OF_DOCUMENT = "<|endoftext|>"
 # Added tokens of this form mean something to a model, whether or not their tokenizer calls them special.
 _MARKER = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
@@ -196,10 +202,12 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
+        token_ids(folder, "--tokenizer-model")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"--tokenizer-model {folder}: {error}") from None
+        except Exception as error:  # the libraries have no kind of their own for files that are broken
+            said = " ".join(str(error).split())[:500]
+            raise UsageError(f"--tokenizer-model {folder} cannot be loaded: {type(error).__name__}: {said}") from None
         self.vocab_size = len(self._tokenizer)
         _check_ids(folder, max(self._tokenizer.get_vocab().values(), default=-1), self.vocab_size)
         self.unknown = self._tokenizer.unk_token_id
@@ -211,6 +219,10 @@ class HuggingFaceTokenizer:
         from tokenizers import Tokenizer as FastTokenizer
 
         whole = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        self._check_class(FastTokenizer.from_file(str(self._folder / TOKENIZER)))
+        # The class may split texts otherwise than the file: Llama's loses the space that a text starts with.
+        description = json.loads((self._folder / TOKENIZER).read_text(encoding="utf-8"))
+        whole |= {"normalizer": description.get("normalizer"), "pre_tokenizer": description.get("pre_tokenizer")}
         whole["truncation"] = whole["padding"] = None
         control = dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=True))
         for token in whole["added_tokens"]:
@@ -224,6 +236,15 @@ class HuggingFaceTokenizer:
         return _ContentEncoder(
             lambda text: plain.encode(text, add_special_tokens=False).ids, plain.token_to_id, control
         )
+
+    def _check_class(self, file: "FastTokenizer") -> None:
+        """Refuse a class that makes other tokens than the file of the same folder does."""
+        if file.encode(PROBE, add_special_tokens=False).ids != self.encode(PROBE):
+            raise UsageError(
+                f"--tokenizer-model {self._folder}: transformers makes a {type(self._tokenizer).__name__} of it, which "
+                f"gives other tokens than its {TOKENIZER}: give tokenizer_class PreTrainedTokenizerFast in "
+                "tokenizer_config.json, and no model_type of another family in config.json"
+            )
 
     @property
     def end_of_document(self) -> int:

@@ -56,7 +56,12 @@ def run_import(args: argparse.Namespace, output: Path) -> str:
     """Import into the empty folder `output`; return what to say at the end."""
     from megatron_ksa.huggingface.importer import import_checkpoint
     from megatron_ksa.huggingface.training_flags import training_flags
+    from megatron_ksa.huggingface.weight_files import weight_files
 
+    shards, left_out = weight_files(args.input)
+    if left_out:
+        names = f"{shards[0].name}{' and the shards after it' if len(shards) > 1 else ''}"
+        print(f"{args.input}: read is {names}, as the transformers library does; left out: {', '.join(left_out)}")
     arch = import_checkpoint(args.input, output, args.seq_length)
     flags = shlex.join(training_flags(arch))
     return f"load with: --load {args.output} --use-checkpoint-args, which stands for\n{flags}"
@@ -65,19 +70,22 @@ def run_import(args: argparse.Namespace, output: Path) -> str:
 def run_export(args: argparse.Namespace, output: Path) -> str:
     """Export into the empty folder `output`; return what to say at the end."""
     from megatron_ksa.checkpoint.load import find_checkpoint
+    from megatron_ksa.huggingface.companions import companion_files
     from megatron_ksa.huggingface.config_json import OWN_MODEL_TYPE, family
     from megatron_ksa.huggingface.exporter import export_checkpoint
 
     stored = find_checkpoint(args.input, args.iteration)
     released = args.format == "released"
+    names = ", ".join(file.name for file in companion_files(args.like)) if args.like is not None else ""
+    copied = "" if args.like is None else f"; copied from {args.like}: {names or 'nothing, it has no tokenizer files'}"
     arch = export_checkpoint(
         stored, output, like=args.like, vocab_size=args.vocab_size, released=released,
         max_shard_bytes=int(args.shard_gigabytes * 1e9),
     )  # fmt: skip
     if released:
-        return "a qwen3 model with summary attention: its code, modeling_qwen3sa.py, belongs beside it"
+        return f"a qwen3 model with summary attention: its code, modeling_qwen3sa.py, belongs beside it{copied}"
     kind = family(arch)
-    return f"a {kind} model" + (": load it with trust_remote_code=True" if kind == OWN_MODEL_TYPE else "")
+    return f"a {kind} model" + (": load it with trust_remote_code=True" if kind == OWN_MODEL_TYPE else "") + copied
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
-from megatron_ksa.data_tools.readers import input_files
+from megatron_ksa.data_tools.readers import input_files, passed_over
 from megatron_ksa.data_tools.released import SUFFIX
 from megatron_ksa.data_tools.tokenizers import load_tokenizer
 from megatron_ksa.errors import UsageError, usage_errors_exit
@@ -57,8 +57,11 @@ def main() -> None:
         for name, most in (("workers", 1024), ("max_document_bytes", 1 << 30)):
             if not 1 <= getattr(args, name) <= most:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1, at most {most:,}")
+        files = input_files(args.input, args.glob, others=(SUFFIX,))
+        if others := passed_over(args.input, files, args.glob):
+            print(others)
         settings = PreprocessSettings(
-            files=input_files(args.input, args.glob, others=(SUFFIX,)),
+            files=files,
             output_prefix=args.output_prefix,
             tokenizer_model=args.tokenizer_model,
             json_key=args.json_key,

@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
-from megatron_ksa.data_tools.readers import BadDocument, input_files, read_documents
+from megatron_ksa.data_tools.readers import BadDocument, input_files, passed_over, read_documents
 from megatron_ksa.data_tools.skipped import SkipLog
 from megatron_ksa.data_tools.tokenizers import load_tokenizer, train_sentencepiece, write_byte_level
 from megatron_ksa.errors import UsageError, usage_errors_exit
@@ -59,6 +59,8 @@ def sample(args: argparse.Namespace, skipped: SkipLog) -> Iterator[str]:
     """
     left = int(args.sample_megabytes * 1e6)
     files = input_files(args.input, args.glob)
+    if others := passed_over(args.input, files, args.glob):
+        print(others)
     for document in read_documents(files, max_bytes=args.max_document_bytes, text_column=args.json_key):
         try:
             text = document_text(document, args.json_key)

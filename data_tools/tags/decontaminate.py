@@ -15,11 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.readers import BadDocument, input_files, read_documents
+from megatron_ksa.data_tools.readers import BadDocument
 from megatron_ksa.data_tools.tags.contamination import LEAST_WORDS, Found, Question, QuestionIndex
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
-from megatron_ksa.data_tools.tags.read import RECORDS, source_name
+from megatron_ksa.data_tools.tags.formats import TABLE_SUFFIXES, input_files, read_raw, source_name
+from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.records import RecordSettings, parse_record
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tag import TAGS
@@ -27,6 +28,7 @@ from megatron_ksa.data_tools.tags.tagged import DUPLICATES, kept_lines
 from megatron_ksa.errors import UsageError
 
 CONTAMINATED = "contaminated.jsonl"
+FLAG = "--decontaminate"
 RECORDS_PER_TASK = 256
 TARGET = "target"
 
@@ -40,8 +42,9 @@ class DecontaminationSettings:
     """
 
     files: tuple[str, ...] = option(
-        (), "Evaluation data that must not be in the selection, as --input takes it.", flag="--decontaminate"
-    )
+        (), "Evaluation data that must not be in the selection, in files or folders of the formats of --input.",
+        flag=FLAG,
+    )  # fmt: skip
     target: bool = option(True, "Take the target for evaluation data too.", flag="--decontaminate-target")
     keep: bool = option(False, "List such instances, but do not leave them out.", flag="--keep-contaminated")
     overlap: float = option(
@@ -60,15 +63,16 @@ class DecontaminationSettings:
 
 
 def _files(settings: DecontaminationSettings) -> list[Path]:
-    return input_files(list(settings.files), "**/*.txt", flag="--decontaminate") if settings.files else []
+    return input_files(list(settings.files), flag=FLAG)
 
 
 def _parsed(files: list[Path]) -> Iterator[tuple[str, dict | None]]:
     """Source and record of every document; None for one that cannot be read."""
-    for document in read_documents(files):
+    for document in read_raw(files, flag=FLAG):
         path = Path(document.origin.rpartition(":")[0] if document.is_json else document.origin)
+        table = path.name.lower().endswith(TABLE_SUFFIXES)
         try:
-            yield str(path), parse_record(document, source_name(path), RecordSettings())
+            yield str(path), parse_record(document, source_name(path), RecordSettings(), from_table=table)
         except BadDocument:
             yield str(path), None
 
@@ -95,7 +99,7 @@ def read_questions(target: Path | None, files: list[Path]) -> tuple[list[Questio
             questions.append(question)
     for source, count in readable.items():
         if not count:
-            raise UsageError(f"--decontaminate {source}: no record that can be used; see data_tools/tags/README.md")
+            raise UsageError(f"{FLAG} {source}: no record that can be used; see data_tools/tags/README.md")
     return questions, dict(counts)
 
 

@@ -20,6 +20,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_ksa.checkpoint.identity import check_bases, check_identity
 from megatron_ksa.checkpoint.load import StoredCheckpoint
+from megatron_ksa.checkpoint.model_sizes import check_model
 from megatron_ksa.checkpoint.norm_names import ask_for_stored_names, stored_name
 from megatron_ksa.checkpoint.to_load import checkpoint_to_load, load_folder, only_weights
 from megatron_ksa.config.settings import RunSettings
@@ -45,6 +46,7 @@ def check_checkpoint(args: argparse.Namespace, settings: RunSettings) -> str | N
     if stored is None:
         return None
     _check_kind(stored, args, settings)
+    check_model(stored, args, only_weights(args))
     if only_weights(args):
         # Other KSA settings are meant then; other bases are not, unless the flag says so.
         return check_bases(stored.args, settings)

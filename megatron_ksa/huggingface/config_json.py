@@ -18,32 +18,40 @@ from megatron_ksa.config.patterns import parse_integers
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import read_small
 from megatron_ksa.huggingface.architecture import Architecture
+from megatron_ksa.huggingface.fields import REQUIRED, Fields
+from megatron_ksa.huggingface.rotary_json import read_own_rotary, read_rotary, rotary_settings
 
 OWN_MODEL_TYPE = "megatron_ksa"
 OWN_FILES = ("configuration_megatron_ksa", "modeling_megatron_ksa")
 RELEASED_FAMILY = "qwen3"
 FAMILIES = ("llama", "qwen2", "qwen3", OWN_MODEL_TYPE)
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
-         "max_position_embeddings")  # fmt: skip
-# Settings that change the computation and that the model here does not have: key -> the values it can take.
+# What an absent key means to the transformers library, where that is a number; other sizes must be there.
+DEFAULTS: dict[str, dict[str, object]] = {
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+# Settings that change the computation and that the model here does not have: key -> the values it can take, of which
+# the first is what an absent key means.
 FIXED = {
     "hidden_act": ("silu",),
+    "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
     "attention_dropout": (0, None),
     "partial_rotary_factor": (1, None),
-    "pretraining_tp": (1,),
+    "pretraining_tp": (1, None),
     "quantization_config": (None,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "transformers_weights": (None,),
     "summary_chunk_position_ids_type": ("origin",),
     "summary_token_position_ids_type": ("last_chunk_slice_right",),
 }
 # Chunks of a window over the whole sequence, longer than any.
 EVERYTHING = 2**30
-# Llama 3's frequency scaling; Megatron takes the factor from its flags and has the others as constants.
 # The index of the largest models has some megabytes.
 MAX_JSON_BYTES = 100_000_000
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read_json(path: Path) -> dict:
@@ -71,158 +79,156 @@ def read_config(folder: Path, seq_length: int | None = None) -> Architecture:
         UsageError: another family, a missing key, or a setting that the model here does not have.
     """
     path = folder / "config.json"
-    config = read_json(path)
-    family = config.get("model_type")
+    values = read_json(path)
+    family = values.get("model_type")
     if family not in FAMILIES:
         raise UsageError(f"{path}: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
+    config = Fields(values, path, defaults=DEFAULTS.get(family))
     for key, known in FIXED.items():
         if config.get(key, known[0]) not in known:
-            raise UsageError(f"{path}: {key} is {config[key]!r}, only {known[0]!r} is supported")
-    if config.get("attention_bias", False):
-        raise UsageError(f"{path}: attention_bias is on: a bias of the output projection is not supported")
+            raise config.refused(key, f"only {known[0]!r} is supported")
+    kinds = config.get("layer_types", None)
+    if kinds is not None and kinds != ["full_attention"] * config.size("num_hidden_layers"):
+        raise config.refused("layer_types", "only full_attention in every layer is supported")
     try:
-        return _architecture(config, path, seq_length)
-    except KeyError as error:
-        raise UsageError(f"{path} lacks the key {error}") from None
-    except (TypeError, ValueError) as error:
+        arch = _architecture(config, family, seq_length)
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path} has a value of the wrong type: {error}") from None
+    try:
+        _ = arch.layers
+    except UsageError as error:
+        raise UsageError(f"{path}: summary_layer_pattern or summary_sliding_chunk_num: {error}") from None
+    if family == OWN_MODEL_TYPE and arch.ksa.enabled:
+        # The modelling file reads these, the importer the patterns that they come from.
+        for key in ("summary_layer_freq", "summary_windows"):
+            if config.get(key) != _own_settings(arch)[key]:
+                raise config.refused(
+                    key, f"summary_layer_pattern and summary_sliding_chunk_num mean {_own_settings(arch)[key]}"
+                )
+    return arch
 
 
-def _architecture(config: dict, path: Path, seq_length: int | None) -> Architecture:
-    own = config["model_type"] == OWN_MODEL_TYPE
-    for key in SIZES:
-        if type(config[key]) is not int or config[key] < 1:
-            raise UsageError(f"{path}: {key} is {config[key]!r}, a positive integer is needed")
-    heads = config["num_attention_heads"]
+def _architecture(config: Fields, family: str, seq_length: int | None) -> Architecture:
+    own, path = family == OWN_MODEL_TYPE, config.path
+    layers, heads, rows = (config.size(key) for key in ("num_hidden_layers", "num_attention_heads", "vocab_size"))
     ksa, coefficient = KSAConfig(), 1.0
-    if config.get("use_summary_attention"):
-        ksa, coefficient = _read_ksa(config, path)
-    vocab = config["vocab_size"] - ksa.summary_tokens * ksa.enabled
-    if ksa.enabled and config["summary_token_begin"] != vocab:
+    if config.get("use_summary_attention", None) is not None and config.flag("use_summary_attention"):
+        ksa, coefficient = _read_ksa(config, layers, own)
+    vocab = rows - ksa.summary_tokens * ksa.enabled
+    if ksa.enabled and (config.get("summary_token_begin") != vocab or vocab < 1):
         raise UsageError(
-            f"{path}: summary_token_begin is {config['summary_token_begin']}, the summary tokens must be the last "
-            f"{ksa.summary_tokens} of {config['vocab_size']} tokens"
+            f"{path}: summary_token_begin is {config.get('summary_token_begin')}, the summary tokens must be the last "
+            f"{ksa.summary_tokens} of {rows} tokens"
         )
-    positions = config["max_position_embeddings"]
+    groups = _query_groups(config, heads, own)
+    positions = config.size("max_position_embeddings")
     step = ksa.chunk_size if ksa.enabled else 1
+    if positions < step:
+        raise config.refused("max_position_embeddings", f"at least a chunk of {step} tokens is needed")
     return Architecture(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+        num_layers=layers,
+        hidden_size=config.size("hidden_size"),
+        ffn_hidden_size=config.size("intermediate_size"),
         num_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        num_query_groups=groups,
+        head_dim=_head_dim(config, heads, family),
         vocab_size=vocab,
         padded_vocab_size=vocab,
         max_positions=positions,
         seq_length=seq_length or positions // step * step,
-        norm_epsilon=config["rms_norm_eps"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=bool(config["qkv_bias"]) if own else config["model_type"] == "qwen2",
-        qk_norm=bool(config["qk_norm"]) if own else config["model_type"] == "qwen3",
+        norm_epsilon=config.number("rms_norm_eps"),
+        tied=config.flag("tie_word_embeddings", False),
+        qkv_bias=config.flag("qkv_bias") if own else family == "qwen2",
+        qk_norm=config.flag("qk_norm") if own else family == "qwen3",
         ksa=ksa,
         summary_coefficient=coefficient,
         spare_projections=coefficient == 0.0,
-        predicted_tokens=_predicted_tokens(config, vocab, path) if ksa.enabled else None,
-        **(_read_own_rotary(config) if own else _read_rotary(config, path)),
+        predicted_tokens=_predicted_tokens(config, rows, vocab) if ksa.enabled else None,
+        **(read_own_rotary(config, groups) if own else read_rotary(config)),
     )
 
 
-def _read_ksa(config: dict, path: Path) -> tuple[KSAConfig, float]:
+def _query_groups(config: Fields, heads: int, own: bool) -> int:
+    """`num_key_value_heads`; in the transformers library's families null means one for each head."""
+    key = "num_key_value_heads"
+    groups = heads if config.get(key, REQUIRED if own else None) is None and not own else config.size(key)
+    if heads % groups:
+        raise config.refused(key, f"a divisor of num_attention_heads {heads} is needed")
+    return groups
+
+
+def _head_dim(config: Fields, heads: int, family: str) -> int:
+    """`head_dim`; without one the hidden size is divided among the heads, and in Llama null means the same."""
+    absent = None if family in ("llama", "qwen2") else REQUIRED
+    if config.get("head_dim", absent) is None and (family == "llama" or "head_dim" not in config.values):
+        hidden = config.size("hidden_size")
+        if hidden % heads:
+            raise config.refused("hidden_size", f"a multiple of num_attention_heads {heads} is needed, or a head_dim")
+        return hidden // heads
+    size = config.size("head_dim")
+    if size % 2:
+        raise config.refused("head_dim", "an even number is needed: channels are rotated in pairs")
+    return size
+
+
+def _read_ksa(config: Fields, layers: int, own: bool) -> tuple[KSAConfig, float]:
     """KSA settings, and the coefficient of the summary projections."""
-    mix = _mix_coefficient(config, path)
-    windows = config["summary_sliding_chunk_num"]
-    independent = bool(config["summary_independent_parameters"])
+    mix = _mix_coefficient(config, own)
+    windows, pattern = config.get("summary_sliding_chunk_num"), config.get("summary_layer_pattern", None)
+    if not isinstance(windows, int | str | list) or isinstance(windows, bool):
+        raise config.refused("summary_sliding_chunk_num", "a number of chunks, a list or a pattern is needed")
+    if not isinstance(pattern, str | None):
+        raise config.refused("summary_layer_pattern", "a pattern of letters is needed")
+    independent = config.flag("summary_independent_parameters")
     ksa = KSAConfig(
         enabled=True,
-        chunk_size=config["summary_chunk_size"],
-        summary_tokens=config["summary_token_num"],
+        chunk_size=config.size("summary_chunk_size"),
+        summary_tokens=config.size("summary_token_num"),
         window_chunks=windows if isinstance(windows, str) else str(windows),
-        layer_pattern=config.get("summary_layer_pattern") or _layer_kinds(config, path),
+        layer_pattern=pattern or _layer_kinds(config, layers),
         independent_projections=independent and mix > 0,
-        independent_qk_norm=bool(config.get("summary_independent_qk_norm", False)),
-        independent_layernorm=bool(config.get("summary_independent_attention_layernorm", False)),
+        independent_qk_norm=config.flag("summary_independent_qk_norm", False),
+        independent_layernorm=config.flag("summary_independent_attention_layernorm", False),
         initial_coefficient=mix if independent and mix < 1 else None,
     )
     return ksa, mix if independent else 1.0
 
 
-def _mix_coefficient(config: dict, path: Path) -> float:
-    """`mix_coeff`, a number in [0, 1], which may be written as a string; 1 where it is absent."""
+def _mix_coefficient(config: Fields, own: bool) -> float:
+    """`mix_coeff`, a number in [0, 1]; 1 where it is absent. Released files may have it as a string or null."""
     given = config.get("mix_coeff", 1.0)
     try:
-        mix = float(1.0 if given is None else given)
-    except (TypeError, ValueError):
+        mix = float(1.0 if given is None and not own else given)
+    except (TypeError, ValueError, OverflowError):
         mix = math.nan
     if isinstance(given, bool) or not 0 <= mix <= 1:
-        raise UsageError(f"{path}: mix_coeff is {given!r}, a number from 0 to 1 is needed")
+        raise config.refused("mix_coeff", "a number from 0 to 1 is needed")
     return mix
 
 
-def _layer_kinds(config: dict, path: Path) -> str:
+def _layer_kinds(config: Fields, layers: int) -> str:
     """The kind of each layer from `summary_layer_freq`: 1 for KSA, 0 for full attention.
 
     Absent, null, 0 and 1 mean KSA in all layers; otherwise a list, or a pattern such as "[1]*3+[0]", which is parsed.
     """
-    num_layers, given = config["num_hidden_layers"], config.get("summary_layer_freq")
-    name = f"{path}: summary_layer_freq"
+    key = "summary_layer_freq"
+    given = config.get(key, None)
     if given is None or (type(given) is int and given in (0, 1)):
-        return LayerKind.KSA * num_layers
+        return LayerKind.KSA * layers
     if isinstance(given, str):
-        given = [1] * num_layers if given.strip() in ("0", "1") else list(parse_integers(given, num_layers, name))
-    if not isinstance(given, list) or len(given) != num_layers or any(one not in (0, 1) for one in given):
-        raise UsageError(f"{name} is {given!r}: a list of {num_layers} times 0 or 1 is needed, or such a pattern")
+        name = f"{config.path}: {key}"
+        given = [1] * layers if given.strip() in ("0", "1") else list(parse_integers(given, layers, name))
+    if not isinstance(given, list) or len(given) != layers or any(one not in (0, 1) for one in given):
+        raise config.refused(key, f"a list of {layers} times 0 or 1 is needed, or such a pattern")
     return "".join(LayerKind.KSA if one else LayerKind.FULL for one in given)
 
 
-def _predicted_tokens(config: dict, vocab: int, path: Path) -> int | None:
+def _predicted_tokens(config: Fields, rows: int, vocab: int) -> int | None:
     """`truncate_predict_nums`, beyond which logits are cut; 0 where nothing is cut, None for those of text tokens."""
-    given = config.get("truncate_predict_nums")
-    if given is not None and (type(given) is not int or not 0 <= given <= config["vocab_size"]):
-        raise UsageError(
-            f"{path}: truncate_predict_nums is {given!r}, a number of tokens up to {config['vocab_size']} is needed"
-        )
+    given = config.get("truncate_predict_nums", None)
+    if given is not None and (type(given) is not int or not 0 <= given <= rows):
+        raise config.refused("truncate_predict_nums", f"a number of tokens up to {rows} is needed")
     return None if given == vocab else given
-
-
-def _read_rotary(config: dict, path: Path) -> dict[str, object]:
-    """Rotary settings, as the transformers library writes them since version 5 and before.
-
-    Where both layouts stand in a file that library takes `rope_scaling` alone, and a base inside it before the one
-    outside (`convert_rope_params_to_dict`).
-    """
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    base = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-    if int(base) != base:
-        raise UsageError(f"{path}: rope_theta is {base}, an integer is needed (--rotary-base)")
-    rotary: dict[str, object] = {"rotary_base": int(base)}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(f"{path}: partial_rotary_factor {scaling['partial_rotary_factor']} is not supported, only 1")
-    if kind == "llama3":
-        for key, known in LLAMA3.items():
-            if scaling[key] != known:
-                raise UsageError(f"{path}: {key} of the rope scaling is {scaling[key]}, only {known} is supported")
-        return rotary | {"rope_scaling_factor": float(scaling["factor"])}
-    if kind == "linear":
-        if int(scaling["factor"]) != scaling["factor"]:
-            raise UsageError(f"{path}: factor of the linear rope scaling is {scaling['factor']}, an integer is needed")
-        return rotary | {"interpolation": int(scaling["factor"])}
-    if kind != "default":
-        raise UsageError(f"{path}: rope scaling of type {kind!r} is not supported, only default, linear and llama3")
-    return rotary
-
-
-def _read_own_rotary(config: dict) -> dict[str, object]:
-    bases = config["rotary_bases"]
-    return {
-        "rotary_base": config["rotary_base"],
-        "rotary_percent": config["rotary_percent"],
-        "rotary_interleaved": config["rotary_interleaved"],
-        "rope_scaling_factor": config["rotary_llama3_factor"],
-        "interpolation": config["rotary_interpolation"],
-        "bases": None if bases is None else tuple(bases),
-    }
 
 
 def family(arch: Architecture) -> str:
@@ -263,8 +269,8 @@ def write_config(arch: Architecture, dtype: str, released: bool = False) -> dict
         "torch_dtype": dtype,
     }
     if released:
-        return config | _rotary_settings(arch) | _released_settings(arch)
-    return config | (_own_settings(arch) if kind == OWN_MODEL_TYPE else _rotary_settings(arch))
+        return config | rotary_settings(arch) | _released_settings(arch)
+    return config | (_own_settings(arch) if kind == OWN_MODEL_TYPE else rotary_settings(arch))
 
 
 def _check_released(arch: Architecture) -> None:
@@ -318,15 +324,6 @@ def _summary_settings(arch: Architecture) -> dict[str, object]:
         "mix_coeff": arch.summary_coefficient,
         "truncate_predict_nums": arch.vocab_size if predicted is None else predicted,
     }
-
-
-def _rotary_settings(arch: Architecture) -> dict[str, object]:
-    scaling = None
-    if arch.rope_scaling_factor is not None:
-        scaling = {"rope_type": "llama3", "factor": arch.rope_scaling_factor, **LLAMA3}
-    elif arch.interpolation is not None:
-        scaling = {"rope_type": "linear", "factor": float(arch.interpolation)}
-    return {"rope_theta": float(arch.rotary_base), "rope_scaling": scaling}
 
 
 def _own_settings(arch: Architecture) -> dict[str, object]:

@@ -15,17 +15,16 @@ from megatron_ksa.checkpoint.streaming import DistributedReader, Slot
 from megatron_ksa.errors import UsageError
 from megatron_ksa.huggingface import modeling
 from megatron_ksa.huggingface.architecture import Architecture
-from megatron_ksa.huggingface.config_json import OWN_FILES, OWN_MODEL_TYPE, family, read_json, write_config
+from megatron_ksa.huggingface.companions import copy_companions
+from megatron_ksa.huggingface.config_json import OWN_FILES, OWN_MODEL_TYPE, family, write_config
 from megatron_ksa.huggingface.shards import write_shards
 from megatron_ksa.huggingface.tensors import UNUSED, Group, groups
 from megatron_ksa.huggingface.training_flags import architecture_of
 
-# What a tokenizer, and generation with it, need: copied from another Hugging Face folder.
-COMPANIONS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-              "chat_template*", "generation_config.json")  # fmt: skip
 # Where the model's tensors are; optimizer states have prefixes of their own.
 MODEL = ("embedding.", "summary_embedding.", "decoder.", "output_layer.", "mtp.")
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Code of the released models.
+RELEASED_CODE = ("modeling_qwen3sa*.py",)
 
 
 def _architecture(stored: StoredCheckpoint, reader: DistributedReader, vocab_size: int | None) -> Architecture:
@@ -72,15 +71,6 @@ def _tensors(reader: DistributedReader, plan: list[Group]) -> Iterator[tuple[str
         yield from zip(group.huggingface, tensors, strict=True)
 
 
-def _copy_companions(like: Path, output: Path, config: dict[str, object]) -> None:
-    """Tokenizer files and special token ids of another folder of the same vocabulary."""
-    template = read_json(like / "config.json")
-    config.update({key: template[key] for key in TOKEN_IDS if key in template})
-    for pattern in COMPANIONS:
-        for file in like.glob(pattern):
-            shutil.copyfile(file, output / file.name)
-
-
 def export_checkpoint(
     stored: StoredCheckpoint,
     output: Path,
@@ -120,9 +110,7 @@ def export_checkpoint(
     dtype = str(reader.dtype(plan[0].megatron[0])).removeprefix("torch.")
     config = write_config(arch, dtype, released)
     if like is not None:
-        _copy_companions(like, output, config)
-        for file in like.glob("modeling_qwen3sa*.py") if released else ():
-            shutil.copyfile(file, output / file.name)
+        copy_companions(like, output, config, arch, RELEASED_CODE if released else ())
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if family(arch) == OWN_MODEL_TYPE and not released:
         for name in OWN_FILES:

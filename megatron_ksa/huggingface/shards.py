@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.huggingface.weight_files import INDEX, SINGLE, weight_files
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -39,6 +39,7 @@ class ShardReader:
     Attributes:
         shapes: shape of every tensor in the folder.
         dtypes: dtype of every tensor.
+        left_out: names of other weights in the folder, which are not read (`weight_files`).
 
     Raises:
         UsageError: no safetensors files, a truncated or missing shard, a tensor twice, or a dtype that is no float.
@@ -49,29 +50,9 @@ class ShardReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._shard: dict[str, Path] = {}
-        for shard in self._shards():
+        shards, self.left_out = weight_files(folder)
+        for shard in shards:
             self._read_header(shard)
-
-    def _shards(self) -> list[Path]:
-        index, single = self.folder / INDEX, self.folder / SINGLE
-        if single.is_file():
-            # An index beside it is older: the transformers library takes the single file too.
-            return [single]
-        if index.is_file():
-            try:
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (OSError, ValueError, KeyError, AttributeError) as error:
-                raise UsageError(f"{index} cannot be read: {error!r}") from None
-            missing = sorted(name for name in names if not (self.folder / name).is_file())
-            if missing:
-                raise UsageError(f"{self.folder} lacks the shard {missing[0]} that {INDEX} names")
-            return [self.folder / name for name in sorted(names)]
-        shards = sorted(file for file in self.folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
-        if not shards:
-            pickled = sorted(self.folder.glob("*.bin"))
-            why = f", only {pickled[0].name}: pickled weights are not read, save them as safetensors" if pickled else ""
-            raise UsageError(f"{self.folder} holds no .safetensors file{why}")
-        return shards
 
     def _read_header(self, shard: Path) -> None:
         try:

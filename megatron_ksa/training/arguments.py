@@ -93,6 +93,8 @@ def settings_from_args(args: argparse.Namespace) -> RunSettings:
     check_stage(args, settings)
     if not settings.is_megatron:
         _check(args, settings)
+    elif not args.multi_latent_attention and all(getattr(args, name) is not None for name in REQUIRED):
+        check_layout(args)
     return settings
 
 

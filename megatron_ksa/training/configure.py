@@ -23,7 +23,7 @@ from megatron_ksa.model.builder import dense_config_from_args, model_config_from
 from megatron_ksa.model.prepare import prepare_config
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 from megatron_ksa.training.blend import dataset_prefixes
-from megatron_ksa.training.flag_rules import check_flags, check_run
+from megatron_ksa.training.flag_rules import check_flags, check_run, check_start
 from megatron_ksa.training.given import forget_given, given_flags
 from megatron_ksa.training.model_hooks import model_hooks
 from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
@@ -45,6 +45,7 @@ def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
     check_flags(args, with_ksa=False)
     check_run(args)
     restore_tracker(args)
+    check_start(args)
     if args.use_checkpoint_args:
         with megatron_refusals(args), contextlib.nullcontext() if args.rank == 0 else _quietly():
             load_stored_args(args, given)

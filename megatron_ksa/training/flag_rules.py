@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from megatron.training.checkpointing import checkpoint_exists
+
+from megatron_ksa.checkpoint.to_load import load_folder
 from megatron_ksa.errors import UsageError
 from megatron_ksa.training.blend import check_split
 from megatron_ksa.training.given import given_names
@@ -32,6 +35,37 @@ def _line(args: argparse.Namespace, flag: str, reason: Refused, with_ksa: bool) 
     return f"{feature} does not go with {flag}: {reason.why}"
 
 
+def check_start(args: argparse.Namespace) -> None:
+    """Check that what a run is to start from is there; Megatron would start from random weights, after a warning.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    if getattr(args, "enable_msc", False):
+        return
+    pretrained = args.pretrained_checkpoint
+    if pretrained is not None and not checkpoint_exists(args.load) and not checkpoint_exists(pretrained):
+        raise UsageError(f"--pretrained-checkpoint {pretrained} holds no checkpoint")
+    if args.finetune and not checkpoint_exists(load_folder(args)):
+        raise UsageError(
+            f"--finetune starts from the weights of a checkpoint: --load {args.load or '(not given)'} has none"
+        )
+
+
+def _check_splits(args: argparse.Namespace) -> None:
+    """Refuse one blend whose `--split` leaves nothing to train on or, with an evaluation to come, to evaluate."""
+    if args.split is None or any((args.train_data_path, args.valid_data_path, args.per_split_data_args_path)):
+        return
+    shares = [float(part) for part in args.split.split(",")]
+    if shares[0] == 0 and not args.skip_train:
+        raise UsageError(f"--split {args.split} leaves no data to train on: its first number is above 0")
+    if (args.full_validation or args.eval_iters) and not sum(shares[1:2]):
+        raise UsageError(
+            f"--split {args.split} leaves no data for the {args.eval_iters} iterations of an evaluation: give "
+            "--eval-iters 0, or a second number above 0"
+        )
+
+
 def check_run(args: argparse.Namespace) -> None:
     """Check what a run needs beside the model.
 
@@ -49,5 +83,14 @@ def check_run(args: argparse.Namespace) -> None:
         raise UsageError(
             "--logits-load-dir needs --bf16 or --fp16: Megatron's loss overwrites float32 logits before the comparison"
         )
+    if not args.train_iters and not args.train_samples and not args.skip_train:
+        raise UsageError("neither --train-iters nor --train-samples says how long to train: give one of them")
+    _check_splits(args)
+    if args.load is not None and "://" not in args.load and Path(args.load).exists() and not Path(args.load).is_dir():
+        raise UsageError(f"--load {args.load} is no folder")
+    if not 0 < args.rotary_percent <= 1:
+        raise UsageError(f"--rotary-percent {args.rotary_percent:g}: a share above 0, at most 1")
+    if args.init_method_std < 0:
+        raise UsageError(f"--init-method-std {args.init_method_std:g}: at least 0")
     if args.use_checkpoint_args and args.load is None and args.pretrained_checkpoint is None:
         raise UsageError("--use-checkpoint-args takes the model from a checkpoint: --load is missing")

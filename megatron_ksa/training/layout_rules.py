@@ -9,6 +9,8 @@ SIZES = (
     "seq_length", "max_position_embeddings", "micro_batch_size", "global_batch_size", "tensor_model_parallel_size",
     "context_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
     "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
+    "train_iters", "train_samples", "eval_interval", "log_interval", "tensorboard_log_interval", "vocab_size",
+    "make_vocab_size_divisible_by", "rotary_base", "moe_router_topk",
 )  # fmt: skip
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
 
@@ -54,6 +56,8 @@ def check_layout(args: argparse.Namespace) -> None:
 
 def _check_heads(args: argparse.Namespace, tp: int) -> None:
     heads = args.num_attention_heads
+    if args.kv_channels and args.kv_channels % 2 and args.position_embedding_type in ("rope", "harpe"):
+        raise UsageError(f"--kv-channels {args.kv_channels}: channels are rotated in pairs, an even number is needed")
     if args.kv_channels is None:
         _check_divisor("--num-attention-heads", heads, "--hidden-size", args.hidden_size)
     _check_divisor("--tensor-model-parallel-size", tp, "--num-attention-heads", heads)
@@ -98,6 +102,11 @@ def _check_experts(args: argparse.Namespace, pp: int) -> None:
     if not args.num_experts:
         return
     _check_divisor("--expert-model-parallel-size", ep, "--num-experts", args.num_experts)
+    if args.moe_router_topk > args.num_experts:
+        raise UsageError(
+            f"--moe-router-topk {args.moe_router_topk} is above --num-experts {args.num_experts}: a token has at most "
+            "so many"
+        )
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     _check_processes(args.world_size, etp * ep * pp, f"--expert-tensor-parallel-size {etp} (unset: "
                      f"--tensor-model-parallel-size) x --expert-model-parallel-size {ep} x "
@@ -106,7 +115,7 @@ def _check_experts(args: argparse.Namespace, pp: int) -> None:
 
 def _check_batch(args: argparse.Namespace, dp: int) -> None:
     micro, batch = args.micro_batch_size, args.global_batch_size
-    if micro is None or batch is None or batch % (micro * dp) == 0:
+    if micro is None or batch is None or args.decrease_batch_size_if_needed or batch % (micro * dp) == 0:
         return
     raise UsageError(
         f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} x data-parallel size {dp} = "

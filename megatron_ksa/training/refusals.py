@@ -15,14 +15,19 @@ from megatron.training import arguments as megatron_arguments
 from megatron_ksa.errors import UsageError
 
 MEGATRON = (os.path.join("megatron", "core", ""), os.path.join("megatron", "training", ""))
-# What Megatron raises where it does not accept flags, a file or a checkpoint.
-REFUSALS = (AssertionError, ValueError, NotImplementedError)
+# What Megatron raises where it does not accept flags, a file or a checkpoint; a package or a path that is not there.
+REFUSALS = (
+    AssertionError, ValueError, NotImplementedError, ImportError, FileNotFoundError, FileExistsError, PermissionError,
+    NotADirectoryError, IsADirectoryError,
+)  # fmt: skip
 
 
 # Words of a refusal, and the way out.
 WAYS_OUT = {
     "OptimizerParamScheduler": "--override-opt-param-scheduler takes the schedule of the flags (--lr, --train-iters, "
-    "--global-batch-size and the like), --use-checkpoint-opt-param-scheduler that of the checkpoint"
+    "--global-batch-size and the like), --use-checkpoint-opt-param-scheduler that of the checkpoint",
+    "Could not find parameter group": "give the checkpoint's --lr and --min-lr, or --no-load-optim to begin with a new "
+    "optimizer",
 }
 
 
@@ -45,9 +50,11 @@ def megatron_refusals(args: argparse.Namespace, kinds: tuple[type[Exception], ..
     """
     try:
         yield
-    except kinds as error:
+    except Exception as error:
         frame = _megatrons(error.__traceback__)
-        if isinstance(error, UsageError) or frame is None:
+        # Some of Megatron's checks raise an Exception of no kind.
+        refusal = isinstance(error, kinds) or type(error) is Exception
+        if isinstance(error, UsageError) or frame is None or not refusal:
             raise
         raise UsageError(_line(error, frame, args)) from error
 
@@ -79,7 +86,9 @@ def _megatrons(trace: TracebackType | None) -> traceback.FrameSummary | None:
 
 
 def _line(error: Exception, frame: traceback.FrameSummary, args: argparse.Namespace) -> str:
-    condition = _condition(frame)
+    # Where a library below Megatron raises, the condition around the call is not what was broken.
+    below = traceback.extract_tb(error.__traceback__)[-1] != frame
+    condition = None if below else _condition(frame)
     flags = _flags()
     named = dict.fromkeys(
         node.attr

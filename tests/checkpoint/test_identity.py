@@ -1,12 +1,15 @@
 """The base set is part of a checkpoint; other bases are an error unless a flag says that they are meant."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 from huggingface.models import save_family
 
 from megatron_ksa.checkpoint import identity, stored_args
 from megatron_ksa.checkpoint.dense import check_checkpoint
+from megatron_ksa.checkpoint.load import StoredCheckpoint
+from megatron_ksa.checkpoint.model_sizes import check_model
 from megatron_ksa.checkpoint.stored_args import take_stored_args
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.settings import RunSettings
@@ -117,3 +120,22 @@ def test_a_flag_given_by_hand_is_kept_or_refused(name, by_hand, stored, kept, mo
     else:
         with pytest.raises(UsageError, match=f"--flag {by_hand}: the checkpoint of .* says {stored}, .*drop --flag"):
             stored_args.load_stored_args(args, {name: "--flag"})
+
+
+@pytest.mark.parametrize("change", [{"bf16": True}, {"optimizer": "sgd"}, {"use_distributed_optimizer": True}])
+def test_an_optimizer_is_compared_where_its_state_is_loaded(change):
+    """A resume with another optimizer or precision blamed the checkpoint's files; a release has weights alone."""
+    plain = {"bf16": False, "fp16": False, "optimizer": "adam", "use_distributed_optimizer": False, "hidden_size": 32}
+    saved = argparse.Namespace(**plain)
+    for name, kept in (("release", True), ("iter_0000001", False)):
+        stored = StoredCheckpoint(Path("saved", name), 1, saved, None)
+        for skips in ({"no_load_optim": False}, {"no_load_optim": True}):
+            args = argparse.Namespace(**plain | change | skips)
+            check_model(stored, args, only_weights=True)
+            if kept or skips["no_load_optim"]:
+                check_model(stored, args, only_weights=False)
+                continue
+            with pytest.raises(UsageError, match="the checkpoint was written with .*, or --no-load-optim"):
+                check_model(stored, args, only_weights=False)
+        with pytest.raises(UsageError, match="--hidden-size: the checkpoint was written with 32, the flags say 64"):
+            check_model(stored, argparse.Namespace(**plain | {"hidden_size": 64, "no_load_optim": True}), True)

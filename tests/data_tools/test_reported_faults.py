@@ -1,6 +1,7 @@
 """Faults that users of such tools report, replayed with small inputs: the text is stored, or refused in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,43 @@ def test_no_writer_stores_an_id_as_another(tmp_path):
         ):
             writer.add_document(ids)
         assert not list(tmp_path.iterdir())
+
+
+def test_where_all_documents_are_bad_the_first_is_named(plain, tmp_path):
+    """With --skip-bad-lines and nothing left to write the counts were told, but no line and no reason."""
+    (tmp_path / "in.jsonl").write_text('{"text": ""}\n{"txt": "a"}\n{"txt": "b"}\n')
+    line = refusal(tokenise(tmp_path / "in.jsonl", tmp_path / "out", plain, "--skip-bad-lines"))
+    assert f"(1 empty, 2 no text; the first is {tmp_path / 'in.jsonl'}:1: empty)" in line
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted(plain, tmp_path):
+    """A folder's a.TXT and b.txt.gz were passed over without a word: the pattern is **/*.txt."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("read")
+    for name in ("b.TXT", "sub/c.txt.gz"):
+        (tmp_path / "in" / name).write_text("not read")
+    done = tokenise(tmp_path / "in", tmp_path / "out", plain)
+    assert texts(tmp_path / "out", plain) == ["read"]
+    assert (
+        f"not read: 2 files that --glob '**/*.txt' does not match, such as {tmp_path / 'in' / 'b.TXT'}" in done.stdout
+    )
+    assert (
+        "not read"
+        not in tokenise(tmp_path / "in", tmp_path / "all", plain, "--glob", "**/*.*", "--skip-bad-lines").stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{"), ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": 5}}'), ("config.json", "{broken"),
+    ],
+)  # fmt: skip
+def test_broken_files_of_a_tokenizer_are_one_line(plain, name, content, tmp_path):
+    """A tokenizer_config.json that is a list ended in an AttributeError of transformers."""
+    folder = Path(shutil.copytree(plain, tmp_path / "t"))
+    (folder / name).write_text(content)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    line = refusal(tokenise(tmp_path / "in.jsonl", tmp_path / "out", folder))
+    assert f"--tokenizer-model {folder}" in line and not list(tmp_path.glob("out*"))

@@ -57,21 +57,30 @@ def test_tensors(change, message, source, tmp_path):
     ("change", "message"),
     [
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported, only llama, qwen2, qwen3, megatron_ksa"),
-        ({"num_hidden_layers": 2}, "has the tensor model.layers.2"),
+        ({"num_hidden_layers": 2, "layer_types": None}, "has the tensor model.layers.2"),
         ({"intermediate_size": 64}, r"gate_proj.weight has shape \(48, 32\), its config.json says \(64, 32\)"),
         ({"hidden_size": "32"}, "hidden_size is '32', a positive integer is needed"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),
-        ({"attention_bias": True}, "attention_bias is on"),
+        ({"attention_bias": True}, "attention_bias is True, only False is supported"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "type 'yarn' is not supported"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' is not"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}},
+            "rope_type of rope_parameters is 'yarn', only default, linear and llama3 are supported",
+        ),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "type of rope_scaling is 'dynamic', only default",
+        ),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 4.0,
                                  "original_max_position_embeddings": 8192}},
-            "low_freq_factor of the rope scaling is 2.0, only 1.0 is supported",
+            "low_freq_factor of rope_parameters is 2.0, only 1.0 is supported",
         ),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 1.5}}, "an integer is needed"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor of rope_parameters is 0.5",
+        ),
     ],
 )  # fmt: skip
 def test_settings(change, message, source, tmp_path):
@@ -94,7 +103,7 @@ def test_missing_key(source, tmp_path):
         ({"mix_coeff": "half"}, "mix_coeff is 'half', a number from 0 to 1"),
         ({"mix_coeff": "nan"}, "mix_coeff is 'nan'"),
         ({"mix_coeff": True}, "mix_coeff is True"),
-        ({"summary_layer_freq": [1, 0]}, r"summary_layer_freq is \[1, 0\]: a list of 4 times 0 or 1"),
+        ({"summary_layer_freq": [1, 0]}, r"summary_layer_freq is \[1, 0\], a list of 4 times 0 or 1"),
         ({"summary_layer_freq": "[1]*3+[2]"}, "a list of 4 times 0 or 1 is needed"),
         ({"summary_layer_freq": "__import__('os')"}, "summary_layer_freq .*grammar"),
         ({"summary_layer_freq": 3}, "summary_layer_freq is 3"),
@@ -132,7 +141,7 @@ def test_other_head_than_the_tied_embedding(tmp_path):
 
 def test_pickled_weights_are_not_read(source, tmp_path):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refused(source, tmp_path, "only pytorch_model.bin: pickled weights are not read")
+    refused(source, tmp_path, "only pytorch_model.bin: other weights are not read, save them as safetensors")
 
 
 def test_damaged_megatron_checkpoint(source, to_megatron, to_huggingface, tmp_path):

@@ -39,6 +39,21 @@ def test_an_assertion_of_training_keeps_its_traceback():
         validate_args(ARGS)
 
 
+class Failing(argparse.Namespace):
+    @property
+    def ckpt_convert_save(self):
+        """What a library below Megatron raises, in the place of an assertion."""
+        raise ValueError("no such library")
+
+
+def test_an_error_of_a_library_is_blamed_on_no_flag():
+    """An assertion in torch was told as one of --swiglu, the flag of an `if` around the call."""
+    args = Failing(ckpt_convert_format="torch", load=None)
+    said = r"^Megatron does not accept this: no such library \(megatron/training/"
+    with pytest.raises(UsageError, match=said), megatron_refusals(args):
+        validate_args(args)
+
+
 def test_other_exceptions_pass():
     with pytest.raises(TypeError), megatron_refusals(ARGS):
         TrainingConfig(no_such_field=1)

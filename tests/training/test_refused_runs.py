@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 CASES = Path(__file__).parent / "cases"
 TWO = "--train-iters 2 --save {folder}/saved --save-interval 1 --seed 1"
 RESUME = "--load {folder}/saved --save {folder}/again --save-interval 10"
+PLAIN = "--no-ksa --position-embedding-type rope --train-iters 2"
 # Name: flags, and what the line says; without one the run must work.
 RUNS = {
     "first": (TWO, None),
@@ -59,7 +60,7 @@ RUNS = {
     ),
     "too long for positions": (
         "--no-ksa --position-embedding-type rope --train-iters 2 --max-position-embeddings 32",
-        r"Megatron does not accept --max-position-embeddings 32, --seq-length 64",
+        r"--max-position-embeddings 32 is below --seq-length 64: use 64 or more",
     ),
     "min lr above lr": (
         "--train-iters 2 --min-lr 1",
@@ -83,6 +84,56 @@ RUNS = {
     "logits loaded": (
         "--bf16 --train-iters 2 --logits-load-dir {folder}/logits --logits-load-kd-loss-alpha 0.5", None
     ),
+    "ids of another tokenizer": (
+        "--train-iters 2 --data-path {folder}/far", r"far.bin has the token id 4,998, the model 128 rows: give the tok"
+    ),
+    "no end": ("--save {folder}/no --save-interval 1", r"neither --train-iters nor --train-samples says how long"),
+    "iterations below 0": ("--train-iters -5", r"--train-iters is -5: it must be at least 1"),
+    "nothing to train on": ("--train-iters 2 --split 0,100,0", r"--split 0,100,0 leaves no data to train on"),
+    "nothing to evaluate": ("--train-iters 2 --eval-iters 5", r"--split 100,0,0 leaves no data for the 5 iterations"),
+    "evaluation every 0": ("--train-iters 2 --eval-interval 0", r"--eval-interval is 0: it must be at least 1"),
+    "log every 0": ("--train-iters 2 --log-interval 0", r"--log-interval is 0"),
+    "padding to 0": ("--train-iters 2 --make-vocab-size-divisible-by 0", r"--make-vocab-size-divisible-by is 0"),
+    "no words": ("--train-iters 2 --vocab-size 0", r"--vocab-size is 0"),
+    "negative deviation": ("--train-iters 2 --init-method-std -1", r"--init-method-std -1: at least 0"),
+    "groups without KSA": (f"{PLAIN} --num-query-groups 3", r"--num-query-groups 3 does not divide --num-att"),
+    "ranks without KSA": (f"{PLAIN} --tensor-model-parallel-size 2", r"1 processes do not divide into --tensor-model"),
+    "odd channels": (f"{PLAIN} --kv-channels 7", r"--kv-channels 7: channels are rotated in pairs"),
+    "no base": (f"{PLAIN} --rotary-base 0", r"--rotary-base is 0"),
+    "more than all": (f"{PLAIN} --rotary-percent 2", r"--rotary-percent 2: a share above 0"),
+    "too many experts": (f"{PLAIN} --num-experts 4 --moe-router-topk 5", r"--moe-router-topk 5 is above --num-expert"),
+    "a missing package": ("--train-iters 2 --optimizer lion", r"emerging-optimizers package is required"),
+    "a cache that is a file": ("--train-iters 2 --data-cache-path {folder}/runs.json", r"Failed to write dataset"),
+    "logs in a file": ("--train-iters 2 --tensorboard-dir {folder}/runs.json", r"File exists: .*runs.json"),
+    "a load that is a file": ("--train-iters 2 --load {folder}/runs.json", r"--load .*runs.json is no folder"),
+    "finetuning of nothing": ("--train-iters 2 --finetune --load {folder}/none", r"--finetune starts .*none has none"),
+    "pretrained nowhere": ("--train-iters 2 --pretrained-checkpoint {folder}/none", r"--pretrained-checkp.* holds no"),
+    "another width": (
+        f"--train-iters 2 --hidden-size 64 {RESUME}",
+        r"--hidden-size: the checkpoint was written with 32, the flags say 64: give the checkpoint's value",
+    ),
+    "another optimizer": (
+        f"--train-iters 2 --optimizer sgd {RESUME}", r"--optimizer: the checkpoint was written with adam",
+    ),
+    "another precision": (f"--train-iters 2 --bf16 {RESUME}", r"--bf16 or --fp16: the checkpoint was written wi"),
+    "a divided optimizer": (
+        f"--train-iters 2 --use-distributed-optimizer {RESUME}", r"--use-distributed-optimizer: the checkpoint was",
+    ),
+    "another rate": (f"--train-iters 2 --lr 5e-4 {RESUME}", r"give the checkpoint's --lr and --min-lr, or --no"),
+    "a new optimizer": (
+        f"--train-iters 3 --optimizer sgd --no-load-optim --override-opt-param-scheduler {RESUME}", None,
+    ),
+    "unequal heads": ("--train-iters 2 --num-attention-heads 5", r"--num-attention-heads 5 does not divide --hidd"),
+    "batch of thirds": ("--train-iters 2 --micro-batch-size 3", r"--global-batch-size 4 is not .*: use 3 or 6"),
+    "no data": ("--train-iters 2 --data-path {folder}/none", r"--data-path .*none: .*none.idx does not exist"),
+    "two lengths": ("--train-iters 2 --train-samples 9", r"Megatron does not accept --train-samples 9: expected iter"),
+    "two warm-ups": (
+        "--train-iters 2 --lr-warmup-iters 1 --lr-warmup-fraction 0.5", r"can only specify one of lr-warmup-fraction",
+    ),
+    "two precisions": ("--train-iters 2 --fp16 --bf16", r"Megatron does not accept --bf16 True: not args.bf16"),
+    "no tokenizer": (
+        "--train-iters 2 --tokenizer-type SentencePieceTokenizer", r"Tokenizer path must be specified",
+    ),
 }  # fmt: skip
 
 
@@ -95,12 +146,15 @@ def results(tmp_path_factory):
     for name in ("books_text_document", "code_text_document"):
         with IndexedDatasetWriter(str(folder / "data" / name), 127) as writer:
             writer.add_document(list(range(100)) * 10)
+    with IndexedDatasetWriter(str(folder / "far"), 5000) as writer:
+        writer.add_document(list(range(4000, 4999)))
     for case in CASES.glob("*.txt"):
         (folder / case.name).write_text(case.read_text().replace("data/", f"{folder}/data/"))
     runs = []
     for flags, _ in RUNS.values():
         words = flags.format(folder=folder).split()
-        data = [] if "--data-args-path" in words else ["--data-path", str(folder / "documents")]
+        given = {"--data-args-path", "--data-path"} & set(words)
+        data = [] if given else ["--data-path", str(folder / "documents")]
         runs.append([*MODEL, *TRAINING, *data, *words])
     (folder / "runs.json").write_text(json.dumps(runs))
     written = folder / "results.json"

@@ -16,6 +16,7 @@ SUFFIXES = (*JSONL_SUFFIXES, PARQUET_SUFFIX, ARROW_SUFFIX)
 TABLE_SUFFIXES = (PARQUET_SUFFIX, ARROW_SUFFIX)
 # Shards of one file, as Hugging Face and others number them, and folders between a dataset's own and its shards.
 _SHARD = re.compile(r"(?P<name>.+?)-\d{5}-of-\d{5}")
+WITH_GLOB = "choose with --glob"
 _INNER = {"data", "default", "train", "test", "validation", "valid", "dev"}
 
 
@@ -37,70 +38,82 @@ def source_name(path: Path) -> str:
     return path.parent.name or path.stem
 
 
-def _of_one_split(folder: Path, files: list[Path]) -> list[Path]:
+def _of_one_split(folder: Path, files: list[Path], choose: str) -> list[Path]:
     """The files, after a check that their names tell one split: a test split is not to be trained on by accident."""
     names = {shard["name"] for file in files if (shard := _SHARD.fullmatch(file.name.partition(".")[0]))}
     splits = sorted(names & _INNER)
     if len(splits) > 1:
-        raise UsageError(
-            f"--input {folder}: holds the splits {', '.join(splits)}; choose with --glob '**/{splits[-1]}-*'"
-        )
+        which = f" '**/{splits[-1]}-*'" if choose == WITH_GLOB else " of one"
+        raise UsageError(f"{folder}: holds the splits {', '.join(splits)}; {choose}{which}")
     return files
 
 
-def _folder_files(folder: Path, pattern: str | None) -> list[Path]:
+def _folder_files(folder: Path, pattern: str | None, choose: str) -> list[Path]:
     saved = saved_files(folder)
     if saved is not None:
         return saved
     if pattern is not None:
         found = sorted(file for file in folder.glob(pattern) if file.is_file())
         if not found:
-            raise UsageError(f"--input {folder}: no file in this folder matches --glob {pattern!r}")
+            raise UsageError(f"{folder}: no file in this folder matches --glob {pattern!r}")
         return found
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
     data = [file for file in files if file.name.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX))]
     texts = [file for file in files if file.suffix == ".txt"]
     if data and texts:
         raise UsageError(
-            f"--input {folder}: holds text files and data files, such as {texts[0].name} and {data[0].name}; "
-            "choose with --glob"
+            f"{folder}: holds text files and data files, such as {texts[0].name} and {data[0].name}; {choose}"
         )
     if not data and not texts:
         raise UsageError(
-            f"--input {folder}: no .txt and no {', '.join((*JSONL_SUFFIXES, PARQUET_SUFFIX))} in this folder; "
-            "choose with --glob"
+            f"{folder}: no .txt and no {', '.join((*JSONL_SUFFIXES, PARQUET_SUFFIX))} in this folder; {choose}"
         )
-    return _of_one_split(folder, data) or texts
+    return _of_one_split(folder, data, choose) or texts
 
 
-def input_files(inputs: list[str], pattern: str | None = None) -> list[Path]:
+def input_files(inputs: list[str], pattern: str | None = None, *, flag: str = "--input") -> list[Path]:
     """The files to read: files as named, of folders the sorted files in them.
 
     Args:
         pattern: which files of a folder; where it is None, its data files or else its text files.
+        flag: what names the inputs, for errors; `--glob` is about `--input` and `--target` alone.
 
     Raises:
         UsageError: a path that does not exist, a file of another format, a folder without files or with several splits.
     """
     files: list[Path] = []
     for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            files += _folder_files(path, pattern)
-        elif path.is_file() and path.name.endswith(SUFFIXES):
-            files.append(path)
-        elif path.is_file():
-            raise UsageError(f"--input {name}: a file must be one of {', '.join(SUFFIXES)}; pass a folder for text")
-        else:
-            raise UsageError(f"--input {name}: no such file or folder")
+        try:
+            files += _files(Path(name), pattern, WITH_GLOB if flag == "--input" else "name the files")
+        except UsageError as error:
+            raise UsageError(f"{flag} {error}") from None
     return files
 
 
-def read_raw(files: list[Path]) -> Iterator[RawDocument]:
+def _files(path: Path, pattern: str | None, choose: str) -> list[Path]:
+    if path.is_dir():
+        return _folder_files(path, pattern, choose)
+    if path.is_file() and path.name.endswith(SUFFIXES):
+        return [path]
+    if path.is_file():
+        raise UsageError(f"{path}: a file must be one of {', '.join(SUFFIXES)}; pass a folder for text")
+    raise UsageError(f"{path}: no such file or folder")
+
+
+def read_raw(files: list[Path], *, flag: str = "--input") -> Iterator[RawDocument]:
     """Every raw document of the files, in order.
+
+    Args:
+        flag: what named the files, for errors.
 
     Raises:
         UsageError: a file that is damaged, a format whose package is not installed.
     """
     for path in files:
-        yield from arrow_rows(path) if path.name.endswith(ARROW_SUFFIX) else readers.read_documents([path])
+        if not path.name.endswith(ARROW_SUFFIX):
+            yield from readers.read_documents([path], flag=flag)
+            continue
+        try:
+            yield from arrow_rows(path)
+        except UsageError as error:
+            raise UsageError(f"{flag} {error}") from None

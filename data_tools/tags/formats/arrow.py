@@ -14,10 +14,10 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 def _json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--input {path}: {error}; save the dataset again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: {error}; save the dataset again") from None
     if not isinstance(content, dict):
-        raise UsageError(f"--input {path}: no JSON object; save the dataset again")
+        raise UsageError(f"{path}: no JSON object; save the dataset again")
     return content
 
 
@@ -31,16 +31,16 @@ def saved_files(folder: Path) -> list[Path] | None:
         splits = _json(folder / SPLITS).get("splits", [])
         if len(splits) != 1:
             names = ", ".join(map(str, splits)) or "none"
-            raise UsageError(f"--input {folder}: holds the splits {names}; name one, as {folder}/SPLIT")
+            raise UsageError(f"{folder}: holds the splits {names}; name one, as {folder}/SPLIT")
         folder = folder / str(splits[0])
     if not (folder / STATE).is_file():
         return None
     files = [folder / str(file.get("filename")) for file in _json(folder / STATE).get("_data_files", [])]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        raise UsageError(f"--input {folder}: {', '.join(missing) or 'no file'} of {STATE} is missing; save it again")
+        raise UsageError(f"{folder}: {', '.join(missing) or 'no file'} of {STATE} is missing; save it again")
     if (folder / "indices.arrow").exists() or _json(folder / STATE).get("_indices_data_files"):
-        raise UsageError(f"--input {folder}: saved with an indices mapping; flatten_indices() and save it again")
+        raise UsageError(f"{folder}: saved with an indices mapping; flatten_indices() and save it again")
     return files
 
 
@@ -64,7 +64,7 @@ def arrow_rows(path: Path) -> Iterator[RawDocument]:
         import pyarrow
         from pyarrow import ipc
     except ModuleNotFoundError:
-        raise UsageError(f"--input {path}: reading Arrow needs a package: pip install pyarrow") from None
+        raise UsageError(f"{path}: reading Arrow needs a package: pip install pyarrow") from None
     number, read, size = 0, 0, path.stat().st_size
     try:
         with pyarrow.memory_map(str(path)) as source:
@@ -84,4 +84,4 @@ def arrow_rows(path: Path) -> Iterator[RawDocument]:
                     read += consumed
                     yield RawDocument(f"{path}:{number}", payload, is_json=True, bytes_read=consumed)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"--input {path}: not an Arrow file that can be read ({error})") from None
+        raise UsageError(f"{path}: not an Arrow file that can be read ({error})") from None

@@ -1,6 +1,8 @@
 """Evaluation data in the pool: what is found, what is not, and that it is left out before anything is chosen."""
 
+import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -141,19 +143,50 @@ def test_files_to_decontaminate_against_need_no_target(tmp_path, call):
 def test_files_that_are_no_data_are_refused_by_the_flag_that_names_them(tmp_path, call):
     """The flag's name was passed as suffixes to allow: notes.md was read, as it ends in one of "--decontaminate".
 
-    The errors said --input, and listed the flag's letters among the formats.
+    The errors said --input and --glob, and listed the flag's letters among the formats.
     """
     write_byte_level(tmp_path / "tokenizer")
     run(call, tmp_path / "work")
     (tmp_path / "notes.md").write_text("Which sea has the most salt?\n")
-    (tmp_path / "folder").mkdir()
+    for folder in ("folder", "splits"):
+        (tmp_path / folder).mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "splits" / f"{split}-00000-of-00001.parquet").write_bytes(b"")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Which sea has the most salt?"}')[:-4])
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    (tmp_path / "cut.arrow").write_bytes(b"ARROW1")
+    (tmp_path / "cut.json").write_text('[{"text": "Which"}')
     for name, told in (
         ("notes.md", "a file must be one of .jsonl, "), ("no.jsonl", "no such file"),
-        ("folder", "no file in this folder"),
+        ("folder", "no .txt and no .jsonl, .*; name the files"),
+        ("splits", "holds the splits .*; name the files of one"),
+        ("cut.jsonl.gz", "truncated or damaged"), ("cut.parquet", "not a Parquet file"),
+        ("cut.arrow", "not an Arrow file"), ("cut.json", "the JSON array cannot be read"),
     ):  # fmt: skip
         path = tmp_path / name
         code, _, error = call("sample", "--work", tmp_path / "work", "--decontaminate", path, "--budget", "2")
-        assert code == 2 and f"--decontaminate {path}: {told}" in error and " d, e, c" not in error
+        assert code == 2 and re.search(f"--decontaminate {path}: {told}", error), error
+        assert "--input" not in error and "--glob" not in error and " d, e, c" not in error
+
+
+def test_evaluations_are_read_in_every_format_of_a_pool(tmp_path, call):
+    """A folder of evaluations was searched for .txt files alone, and a `save_to_disk` folder was none."""
+    import pyarrow
+    from pyarrow import ipc
+
+    write_byte_level(tmp_path / "tokenizer")
+    run(call, tmp_path / "work")
+    rows = [json.loads(line) for line in (CASES / "target.jsonl").read_text().splitlines()]
+    table = pyarrow.Table.from_pylist(rows)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    with ipc.new_stream(str(tmp_path / "saved" / "data.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "a.jsonl").write_text((CASES / "target.jsonl").read_text())
+    for name in ("saved", "lines"):
+        chosen, output = run(call, tmp_path / "work", "--decontaminate", tmp_path / name)
+        assert "4 left out" in output and all(question.startswith("Which sea") for question in chosen)
 
 
 def test_a_target_keeps_its_copies(tmp_path, call):

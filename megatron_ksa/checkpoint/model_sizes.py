@@ -1,0 +1,49 @@
+"""A checkpoint's model and optimizer are those of the flags: told by name, before tensors of other shapes are met."""
+
+import argparse
+
+from megatron_ksa.checkpoint.load import RELEASE, StoredCheckpoint
+from megatron_ksa.errors import UsageError
+
+# What the shapes of the tensors follow from, beside the vocabulary (which a built tokenizer tells).
+MODEL = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "normalization", "swiglu", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights",
+)  # fmt: skip
+# What an optimizer's state depends on.
+OPTIMIZER = ("optimizer", "sixteen_bit", "use_distributed_optimizer")
+FLAGS = {"sixteen_bit": "--bf16 or --fp16"}
+
+
+def check_model(stored: StoredCheckpoint, args: argparse.Namespace, only_weights: bool) -> None:
+    """Compare the flags with the arguments that a checkpoint holds; those that one side has not are passed over.
+
+    Args:
+        only_weights: the optimizer's state is not loaded.
+
+    Raises:
+        UsageError: the first that differs, with both values and the way out.
+    """
+    saved, given = _values(stored.args), _values(args)
+    for name in MODEL:
+        _compare(name, saved, given, "give the checkpoint's value, or --use-checkpoint-args")
+    # A release, such as an import, is weights alone.
+    without = only_weights or args.no_load_optim or stored.folder.name == RELEASE
+    for name in () if without else OPTIMIZER:
+        _compare(name, saved, given, "give what it was written with, or --no-load-optim to begin with a new optimizer")
+
+
+def _values(args: argparse.Namespace) -> dict[str, object]:
+    values = dict(vars(args))
+    if not values.get("group_query_attention"):
+        values["num_query_groups"] = values.get("num_attention_heads")
+    if "bf16" in values:
+        values["sixteen_bit"] = bool(values["bf16"] or values.get("fp16"))
+    return values
+
+
+def _compare(name: str, saved: dict[str, object], given: dict[str, object], way_out: str) -> None:
+    if saved.get(name) is None or given.get(name) is None or saved[name] == given[name]:
+        return
+    flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+    raise UsageError(f"{flag}: the checkpoint was written with {saved[name]}, the flags say {given[name]}: {way_out}")
