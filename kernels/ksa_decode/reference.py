@@ -75,7 +75,7 @@ def decode_attention(
         out[0, b] = _attend_text(grouped[0, b], key, value, position, geometry, scale)
         if not summary_tokens:
             continue
-        if geometry.summaries and (position + 1) % chunk_size == 0:
+        if (position + 1) % chunk_size == 0 and (chunk + 1) * summary_tokens <= geometry.summaries:
             place = slice(geometry.ring + chunk * summary_tokens, geometry.ring + (chunk + 1) * summary_tokens)
             key[:, place], value[:, place] = (rows[1:, b].transpose(0, 1) for rows in (k, v))
         text = slice(row // chunk_size * chunk_size, row + 1)

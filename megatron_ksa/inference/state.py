@@ -47,6 +47,9 @@ class DecodingState:
         max_batch: sequences at a time.
         max_length: tokens of the longest sequence.
         segment: tokens of a prompt at a time; the peak memory of a prompt is that of the state and one segment.
+        every_slot: a step runs the rows of all slots, whoever goes on, so that a sequence's logits do not depend on who
+            else is there, to the last bit, and the step can be captured. By default so on a GPU.
+        cuda_graph: capture such steps in CUDA graphs, on a GPU.
 
     Attributes:
         lengths: tokens of the sequence in each slot.
@@ -55,7 +58,16 @@ class DecodingState:
         UsageError: a model that is in use by another state, sizes below 1, or more bytes than the device has free.
     """
 
-    def __init__(self, model: KSAGPTModel, max_batch: int, max_length: int, segment: int = SEGMENT) -> None:
+    def __init__(
+        self,
+        model: KSAGPTModel,
+        max_batch: int,
+        max_length: int,
+        segment: int = SEGMENT,
+        *,
+        every_slot: bool | None = None,
+        cuda_graph: bool = True,
+    ) -> None:
         for name, value in (("max_batch", max_batch), ("max_length", max_length), ("segment", segment)):
             if value < 1:
                 raise UsageError(f"{name} {value}: at least 1")
@@ -73,6 +85,9 @@ class DecodingState:
         self.device_lengths = torch.zeros(max_batch, dtype=torch.int64, device=self.device)
         self._free = list(range(max_batch))[::-1]
         self._resets_documents = model.reset_documents
+        on_gpu = self.device.type == "cuda"
+        self.every_slot = on_gpu if every_slot is None else every_slot
+        self._steps = StepOfAllSlots(self, cuda_graph and on_gpu) if self.every_slot else None
 
     def _new_cache(self, core: KSACoreAttention | TextCoreAttention) -> LayerCache:
         config = self.model.config
@@ -101,6 +116,11 @@ class DecodingState:
         self.model.reset_documents = self._resets_documents
         for core in self._cores:
             core.cache = None
+
+    @property
+    def has_room(self) -> bool:
+        """A slot is free."""
+        return bool(self._free)
 
     def join(self) -> int:
         """A free slot, for a new sequence.
@@ -201,14 +221,55 @@ class DecodingState:
         """
         for slot in slots:
             self._check_length(slot, 1)
-        index = torch.tensor(slots, device=self.device)
-        starts = self.device_lengths[index]
-        logits = self.step_rows(index, starts, tokens.to(self.device), self.completes_a_chunk(slots))
-        self.advance(slots)
-        self.device_lengths[index] = starts + 1
-        return logits
-
-    def advance(self, slots: Sequence[int]) -> None:
-        """Count a token that each of these sequences has gone on by, on the host."""
+        with_summaries, index = self.completes_a_chunk(slots), torch.tensor(slots, device=self.device)
+        if self._steps is not None:
+            logits = self._steps(index, tokens.to(self.device), with_summaries)
+        else:
+            logits = self.step_rows(index, self.device_lengths[index], tokens.to(self.device), with_summaries)
+        self.device_lengths[index] += 1
         for slot in slots:
             self.lengths[slot] += 1
+        return logits
+
+
+class StepOfAllSlots:
+    """A step over the rows of all slots, of which those that do not go on are computed for nothing.
+
+    What such a slot's step writes is overwritten by its next one, and is seen by no query until then: its length stays.
+    With CUDA graphs a step is captured the first time, one graph without and one with summary rows.
+    """
+
+    def __init__(self, state: DecodingState, captures: bool) -> None:
+        self._state, self._captures = state, captures
+        self._slots = torch.arange(state.max_batch, device=state.device)
+        self._tokens = torch.zeros_like(self._slots)
+        self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, index: Tensor, tokens: Tensor, with_summaries: bool) -> Tensor:
+        """Logits float32 [batch, vocabulary] of the slots `index` after their next tokens; lengths are not advanced."""
+        self._tokens[index] = tokens
+        if not self._captures:
+            return self._run(with_summaries)[index]
+        if with_summaries not in self._graphs:
+            self._graphs[with_summaries] = self._capture(with_summaries)
+        graph, logits = self._graphs[with_summaries]
+        graph.replay()
+        return logits[index]
+
+    def _run(self, with_summaries: bool) -> Tensor:
+        return self._state.step_rows(self._slots, self._state.device_lengths, self._tokens, with_summaries)
+
+    def _capture(self, with_summaries: bool) -> tuple["torch.cuda.CUDAGraph", Tensor]:
+        """Capture the step. Running it more than once changes nothing."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Kernels are compiled, and what is made once is made.
+            for _ in range(2):
+                self._run(with_summaries)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other, _ in self._graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._run(with_summaries)
+        return graph, logits

@@ -21,7 +21,7 @@ def agree(logits, expected):
     assert (logits - expected).abs().max() < 1e-4
 
 
-def decode_at_random(model, lengths, max_batch, *, segment=7, seed=0):
+def decode_at_random(model, lengths, max_batch, *, segment=7, seed=0, every_slot=False):
     """Sequences of these lengths join, go on and leave in a random order, logits compared with the full forward's.
 
     A sequence joins with a prompt of random length, in pieces, between the steps of the others; a step takes a random
@@ -31,7 +31,7 @@ def decode_at_random(model, lengths, max_batch, *, segment=7, seed=0):
     waiting = [random_tokens(1, length, seed=index)[0] for index, length in enumerate(lengths)]
     expected = {id(tokens): full_logits(model, tokens) for tokens in waiting}
     running: dict[int, torch.Tensor] = {}
-    with DecodingState(model, max_batch, max(lengths), segment) as state:
+    with DecodingState(model, max_batch, max(lengths), segment, every_slot=every_slot) as state:
         while waiting or running:
             if waiting and len(running) < max_batch and rng.random() < 0.4:
                 tokens = waiting.pop()

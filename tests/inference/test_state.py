@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exact import decode_at_random, full_logits
+from exact import agree, decode_at_random, full_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from single_process import build_model, random_tokens, transformer_config
@@ -36,11 +36,12 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("every_slot", [False, True])
 @pytest.mark.parametrize("ksa", MODELS.values(), ids=MODELS)
-def test_sequences_that_join_and_leave_have_the_full_forwards_logits(ksa):
+def test_sequences_that_join_and_leave_have_the_full_forwards_logits(ksa, every_slot):
     """Ragged batches; segments within a chunk, that complete one, and over several; windows that are left behind."""
     model = build_model(ksa, bases=(1e4, 5e5)).eval()
-    decode_at_random(model, [41, 9, 1, 23, 30, 41], 3)
+    decode_at_random(model, [41, 9, 1, 23, 30, 41], 3, every_slot=every_slot)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,20 @@ def test_any_geometry(case):
     ksa, lengths, max_batch, segment, seed = case
     model = build_model(ksa, transformer_config(num_layers=2), bases=(1e4, 5e5)).eval()
     decode_at_random(model, lengths, max_batch, segment=segment, seed=seed)
+
+
+def test_a_full_slot_that_waits_writes_nowhere_else():
+    """Every slot runs at each step: summaries of a slot at max_length belonged behind the last row."""
+    model = build_model(dataclasses.replace(KSA, layer_pattern="k")).eval()
+    tokens = random_tokens(2, 19)
+    expected = full_logits(model, tokens[1])
+    with DecodingState(model, 2, 19, every_slot=True) as state:
+        full, other = state.join(), state.join()
+        state.prefill(full, tokens[0])
+        state.prefill(other, tokens[1, :3])
+        for place in range(3, 19):
+            logits = state.decode([other], tokens[1, place : place + 1])
+            agree(logits[0], expected[place])
 
 
 def test_annealed_models_decode():
