@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_ksa.config.sampling import SamplingSettings
 from megatron_ksa.errors import UsageError
-from megatron_ksa.inference.sampling import RandomStream, SamplingSettings, choose
+from megatron_ksa.inference.sampling import RandomStream, choose
 from megatron_ksa.inference.state import SEGMENT, DecodingState
 from megatron_ksa.inference.text import GrowingText
 from megatron_ksa.model.gpt import KSAGPTModel
@@ -49,6 +50,26 @@ class Completion:
     tokens: list[int]
     text: str | None
     finish: str
+
+
+def check_request(request: Request, max_length: int, words: int) -> None:
+    """Refuse a prompt that cannot run.
+
+    Args:
+        max_length: tokens of the longest sequence.
+        words: of the model's vocabulary.
+
+    Raises:
+        UsageError: no tokens, no room for a text, or ids beyond the vocabulary.
+    """
+    length = len(request.prompt)
+    if not length:
+        raise UsageError("the prompt is empty: it has no tokens")
+    if length >= max_length:
+        raise UsageError(f"the prompt has {length} tokens: with its text it has at most {max_length} (--max-length)")
+    low, high = min(request.prompt), max(request.prompt)
+    if low < 0 or high >= words:
+        raise UsageError(f"the prompt has ids from {low} to {high}: the model has {words} words (--tokenizer-model)")
 
 
 class _Running:
@@ -98,23 +119,8 @@ class Generator:
         self.vocabulary = min(vocabulary or model.vocab_size, model.vocab_size)
 
     def check(self, request: Request) -> None:
-        """Refuse a request that cannot run.
-
-        Raises:
-            UsageError: no prompt or one without room for a text, ids beyond the vocabulary, stop strings without a
-                tokenizer.
-        """
-        length, longest = len(request.prompt), self.state.max_length
-        if not length:
-            raise UsageError("the prompt is empty: it has no tokens")
-        if length >= longest:
-            raise UsageError(
-                f"the prompt has {length} tokens: with a text at most {longest} are possible (--max-length)"
-            )
-        words = self.state.model.vocab_size
-        if not 0 <= min(request.prompt) <= max(request.prompt) < words:
-            raise UsageError(f"the prompt has ids from {min(request.prompt)} to {max(request.prompt)}: the model has "
-                             f"{words} words")  # fmt: skip
+        """Refuse a request that cannot run, see `check_request`."""
+        check_request(request, self.state.max_length, self.state.model.vocab_size)
         if request.sampling.stop and self.tokenizer is None:
             raise UsageError("stop strings are found by a tokenizer: there is none")
 

@@ -111,7 +111,7 @@ def test_an_abandoned_run_frees_its_slots(model):
     ("request_", "message"),
     [
         (Request([]), "the prompt is empty"),
-        (Request([1] * 16), "16 tokens: with a text at most 16"),
+        (Request([1] * 16), "16 tokens: with its text it has at most 16"),
         (Request([1, 64]), "ids from 1 to 64: the model has 64 words"),
         (Request([1], SamplingSettings(stop=("x",))), "found by a tokenizer"),
     ],
