@@ -18,6 +18,8 @@ from megatron_ksa.errors import UsageError
 from megatron_ksa.huggingface.importer import import_checkpoint
 from megatron_ksa.inference import memory
 from megatron_ksa.inference.state import DecodingState, sequence_bytes
+from megatron_ksa.kernels import dispatch
+from megatron_ksa.kernels.ksa_decode import OP as DECODE
 from megatron_ksa.platform import trainer_defaults
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ksa_hf_tiny"
@@ -143,6 +145,32 @@ def test_bytes_of_the_4b_hybrid_at_128k():
         found[name] = sequence_bytes(model.bfloat16(), length)
     assert found["full"] == 36 * length * heads
     assert found["hybrid"] == (9 * length + 27 * (129 * 8 + length // 8)) * heads
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what waits for the device, and what makes a tensor of a number of the host, in a captured step."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero", "unique2"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels")
+@pytest.mark.parametrize("every_slot", [False, True])
+def test_steps_with_the_kernels(monkeypatch, every_slot):
+    """Exact, and a step waits for nothing of the device, so that it can be captured in a CUDA graph."""
+    monkeypatch.setattr(dispatch, "uses_triton", lambda op, rows: op == DECODE)
+    run = DecodingState.step_rows
+
+    def watched(*args):
+        with NoWaiting():
+            return run(*args)
+
+    monkeypatch.setattr(DecodingState, "step_rows", watched)
+    ksa = dataclasses.replace(KSA, layer_pattern="wklf", summary_tokens=2)
+    model = build_model(ksa, bases=(1e4, 5e5)).eval()
+    decode_at_random(model, [21, 9], 2, every_slot=every_slot)
 
 
 class Largest(TorchDispatchMode):
