@@ -2,8 +2,8 @@
 
     python examples/generation_speed/run.py --out runs/generation
 
-measures on one GPU, for each length and batch, the time of a decoding step, and for each length the time of a prompt and
-its peak memory over weights and state. A batch of 0 is as many sequences as fit in --memory-gib. Sequences are in
+measures on one GPU, for each length and batch, the time of a decoding step, and for each length the time of a prompt
+and its peak memory over weights and state. A batch of 0 is as many sequences as fit in --memory-gib. Sequences are in
 different places of their chunks, so that summary rows run at almost every step, as they do when sequences come and go.
 What is in the results already is not measured again.
 """
@@ -211,9 +211,8 @@ def table(runs: list[dict]) -> str:
     for run in runs:
         if run["kind"] == "prompt" and "seconds" in run:
             peak = "" if run["peak_over_bytes"] is None else f"{run['peak_over_bytes'] / GIB:.2f}"
-            lines.append(
-                f"| {run['model']} | {run['length']:,} | {run['seconds']:.2f} | {peak} | {run['state_bytes'] / 1e9:.2f} |"
-            )
+            state = f"{run['state_bytes'] / 1e9:.2f}"
+            lines.append(f"| {run['model']} | {run['length']:,} | {run['seconds']:.2f} | {peak} | {state} |")
     return "\n".join(lines) + "\n"
 
 
