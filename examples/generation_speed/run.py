@@ -102,7 +102,7 @@ def measure_steps(model, setup: Setup, length: int, batch: int, cuda_graph: bool
             cache.value.normal_()
         slots = [state.join() for _ in range(batch)]
         for slot in slots:
-            state._set_length(slot, length - slot % min(setup.ksa.chunk_size, length))
+            state.set_length(slot, length - slot % min(setup.ksa.chunk_size, length))
         tokens = torch.zeros(batch, dtype=torch.int64, device=state.device)
         for _ in range(warm_up):
             tokens = state.decode(slots, tokens).argmax(-1)

@@ -131,7 +131,7 @@ class DecodingState:
         if not self._free:
             raise UsageError(f"all {self.max_batch} slots are taken: let a sequence leave, or raise max_batch")
         slot = self._free.pop()
-        self._set_length(slot, 0)
+        self.set_length(slot, 0)
         return slot
 
     def leave(self, slot: int) -> None:
@@ -139,10 +139,11 @@ class DecodingState:
         if slot in self._free:
             raise UsageError(f"slot {slot} is free already")
         # A step over all slots reads nothing of a slot without tokens.
-        self._set_length(slot, 0)
+        self.set_length(slot, 0)
         self._free.append(slot)
 
-    def _set_length(self, slot: int, length: int) -> None:
+    def set_length(self, slot: int, length: int) -> None:
+        """Say that a slot has so many tokens; rows that were not computed are what the memory holds (measurements)."""
         self.lengths[slot] = length
         self.device_lengths[slot] = length
 
@@ -184,7 +185,7 @@ class DecodingState:
             start = self.lengths[slot]
             self._lay_out(start % self._layout.chunk_size, start)
             hidden = self._run(Segment(slot, start), part[None])
-            self._set_length(slot, start + part.numel())
+            self.set_length(slot, start + part.numel())
         return logits_of(self.model, hidden[:, -1])[0] if logits else None
 
     def completes_a_chunk(self, slots: Sequence[int]) -> bool:

@@ -163,7 +163,8 @@ class LayerCache:
         if self.is_causal and not start:
             return causal_attention(q, key.transpose(0, 1), value.transpose(0, 1), softmax_scale)
         if self.is_causal:
-            geometry, older = KSAGeometry(1, 1, start + q.shape[0]), [part[:, :0] for part in text]
+            # Any window over the whole sequence does; kernels look up tiles for each.
+            geometry, older = KSAGeometry(1, 1, self.geometry.ring), [part[:, :0] for part in text]
         else:
             ring, kept = self.geometry.ring, summaries if self.geometry.summaries else 0
             geometry = KSAGeometry(

@@ -11,8 +11,9 @@ from megatron_ksa.inference.state import DecodingState
 
 def full_logits(model, tokens):
     """[n, vocabulary] of one sequence, int64 [n]."""
+    tokens = tokens.to(next(model.parameters()).device)
     with torch.no_grad():
-        return model(tokens[None], torch.arange(len(tokens))[None])[0]
+        return model(tokens[None], torch.arange(len(tokens), device=tokens.device)[None])[0]
 
 
 def agree(logits, expected):
