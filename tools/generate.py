@@ -152,8 +152,10 @@ def write_texts(args: argparse.Namespace, loaded, sampling, records: list) -> No
 
     with open(args.input, "rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
-    header = {"load": loaded.name, "input": content, "prompt_field": args.prompt_field, "sampling": repr(sampling),
-              "max_length": args.max_length}  # fmt: skip
+    # What a text depends on, but for the rounding of other batches.
+    names = ("dtype", "prompt_field", "tokenizer_model", "max_length")
+    header = {"load": loaded.name, "input": content, "sampling": repr(sampling)}
+    header |= {name: getattr(args, name) for name in names}
     with texts(args.output, header) as found:
         runs, bad = [], 0
         for record in records:
