@@ -157,8 +157,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interprets the kernels")
-@pytest.mark.parametrize("every_slot", [False, True])
-def test_steps_with_the_kernels(monkeypatch, every_slot):
+def test_steps_with_the_kernels(monkeypatch):
     """Exact, and a step waits for nothing of the device, so that it can be captured in a CUDA graph."""
     monkeypatch.setattr(dispatch, "uses_triton", lambda op, rows: op == DECODE)
     run = DecodingState.step_rows
@@ -170,7 +169,7 @@ def test_steps_with_the_kernels(monkeypatch, every_slot):
     monkeypatch.setattr(DecodingState, "step_rows", watched)
     ksa = dataclasses.replace(KSA, layer_pattern="wklf", summary_tokens=2)
     model = build_model(ksa, bases=(1e4, 5e5)).eval()
-    decode_at_random(model, [21, 9], 2, every_slot=every_slot)
+    decode_at_random(model, [17, 9], 2, every_slot=True)
 
 
 class Largest(TorchDispatchMode):

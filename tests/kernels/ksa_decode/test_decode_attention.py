@@ -145,6 +145,7 @@ def test_a_sequence_does_not_depend_on_the_others():
         assert torch.equal(alone[:, 0], together[:, b])
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_an_h100():
     """In bf16: keys and values go to shared memory by copies of 16 bytes, nothing spills, three programs fit.
 
