@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
@@ -66,9 +67,10 @@ def main() -> None:
             return _draw(options)
         if options.merge is not None:
             return _merge(options)
-        if options.device == "cpu":
-            # Triton chooses between compiler and interpreter when it is first imported.
+        if options.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            # Triton chooses between compiler and interpreter when it is first imported, which torch has done.
             os.environ["TRITON_INTERPRET"] = "1"
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         _run(options)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
-from megatron_ksa.kernels.benchmarks import attention, attention_parts, baselines, rotation
+from megatron_ksa.kernels.benchmarks import attention, attention_parts, baselines, decode, rotation
 from megatron_ksa.kernels.benchmarks.check import check_op
 from megatron_ksa.kernels.benchmarks.measure import header, milliseconds, peak_bytes
 from megatron_ksa.kernels.benchmarks.registry import BACKWARD, BOTH, FORWARD, Case, Op, Shape
@@ -20,7 +20,8 @@ from megatron_ksa.kernels.benchmarks.registry import BACKWARD, BOTH, FORWARD, Ca
 OPS = {
     op.name: op
     for op in (
-        attention.KSA, attention.WINDOW, attention.FULL, rotation.COPY, *rotation.ROTATIONS, attention_parts.PARTS,
+        attention.KSA, attention.WINDOW, attention.FULL, rotation.COPY, *rotation.ROTATIONS, *decode.DECODES,
+        attention_parts.PARTS,
         attention.FLEX, *baselines.BASELINES, attention.FLEX_INTERLEAVED,
     )
 }  # fmt: skip

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.evaluation.forward import hidden_states, predictions
+from megatron_ksa.evaluation.forward import predictions
 from megatron_ksa.files import whole_file
+from megatron_ksa.model.forward import hidden_states
 from megatron_ksa.model.gpt import KSAGPTModel
 
 Tokens = list[int]

@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.evaluation.forward import hidden_states, token_losses
+from megatron_ksa.evaluation.forward import token_losses
+from megatron_ksa.model.forward import hidden_states
 from megatron_ksa.model.gpt import KSAGPTModel
 
 

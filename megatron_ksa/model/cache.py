@@ -1,127 +1,178 @@
-"""What a layer keeps of a sequence while it is decoded: every row in a full layer, window and summaries in KSA's."""
+"""What a layer keeps of the sequences that are decoded, allocated once: text in a ring, summaries behind it."""
+
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_summary_attention, ksa_text_attention
+from megatron_ksa.kernels.ksa_decode import CacheGeometry, decode_attention
 from megatron_ksa.layout.rows import RowLayout
+from megatron_ksa.model.causal_attention import causal_attention
 
 
-class KVCache:
-    """Rotated keys and the values of one layer's rows, for incremental decoding.
-
-    The buffers grow by doubling; rows that are no longer seen can be dropped, which makes room for new ones.
+@dataclass(frozen=True)
+class Segment:
+    """A step of one sequence: the next tokens of a prompt.
 
     Attributes:
-        first: number of the oldest row that is kept.
-        length: rows so far, dropped ones included.
+        slot: the sequence's place in the cache.
+        start: tokens that it had before.
     """
 
-    def __init__(self) -> None:
-        self.first = self.length = 0
-        self._begin = 0  # place of row `first` in the buffers
-        self._buffers: list[Tensor] = []
-
-    def append(self, *rows: Tensor) -> list[Tensor]:
-        """Keep new rows; return all rows kept, from `first` on.
-
-        Args:
-            rows: keys and values, [new rows, batch, K/V heads, head_dim] each.
-
-        Returns:
-            Views [rows, batch, K/V heads, head_dim] of each.
-        """
-        new, kept = rows[0].shape[0], self.length - self.first
-        if not self._buffers or self._begin + kept + new > self._buffers[0].shape[0]:
-            grown = [row.new_empty(2 * kept + new, *row.shape[1:]) for row in rows]
-            for buffer, old in zip(grown, self._buffers, strict=bool(self._buffers)):
-                buffer[:kept] = old[self._begin : self._begin + kept]
-            self._begin, self._buffers = 0, grown
-        end = self._begin + kept + new
-        for buffer, row in zip(self._buffers, rows, strict=True):
-            buffer[end - new : end] = row
-        self.length += new
-        return [buffer[self._begin : end] for buffer in self._buffers]
-
-    def drop_before(self, row: int) -> None:
-        """Forget the rows before number `row`."""
-        dropped = max(row - self.first, 0)
-        self.first, self._begin = self.first + dropped, self._begin + dropped
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:
-        """Causal attention output of the newest rows, which are kept.
-
-        Args:
-            query: [new rows, batch, heads, head_dim]; key and value with K/V heads. Keys are rotated.
-
-        Returns:
-            [new rows, batch, heads * head_dim].
-        """
-        key, value = self.append(key, value)
-        new, rows = query.shape[0], key.shape[0]
-        # [batch, heads, rows, head_dim]
-        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, key, value))
-        visible = None
-        if 1 < new < rows:
-            visible = torch.ones(new, rows, dtype=torch.bool, device=q.device).tril(rows - new)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=new == rows > 1, scale=softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        return out.permute(2, 0, 1, 3).flatten(2)
+    slot: int
+    start: int
 
 
-class KSACache:
-    """Keys and values of the text in the window and of every summary: S rows per C tokens are all that grows.
+@dataclass(frozen=True)
+class NextTokens:
+    """A step of many sequences: the next token of each.
 
-    KSA report (arXiv 2604.24432), decoding.
+    Attributes:
+        slots: int64 [batch], the sequences' places in the cache.
+        starts: int64 [batch], tokens that each of them had before.
     """
 
-    def __init__(self) -> None:
-        self.text = KVCache()
-        self.summaries = KVCache()
+    slots: Tensor
+    starts: Tensor
+
+
+def window_geometry(layout: RowLayout, window_chunks: int, max_length: int) -> CacheGeometry:
+    """Rows of a layer whose text queries see W past chunks as text, and older ones as summaries if there are."""
+    chunk_size = layout.chunk_size
+    ring = (window_chunks + 1) * chunk_size
+    if ring >= max_length:
+        # No query sees a summary.
+        return CacheGeometry(chunk_size, 0, -(-max_length // chunk_size) * chunk_size, 0)
+    return CacheGeometry(chunk_size, layout.summary_tokens, ring, layout.summary_rows(max_length))
+
+
+class LayerCache:
+    """Rotated keys and the values of one layer's rows, of many sequences.
+
+    KSA report (arXiv 2604.24432), decoding: the text of the window and every summary, S rows for C tokens.
+
+    Args:
+        geometry: rows of each sequence.
+        max_length: tokens of the longest sequence.
+        slots: sequences at a time.
+        groups: K/V heads.
+
+    Attributes:
+        key, value: [slots, K/V heads, rows, head_dim].
+        place: which rows the next call of `attend` brings.
+    """
+
+    place: Segment | NextTokens
+
+    def __init__(
+        self, geometry: CacheGeometry, max_length: int, slots: int, groups: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.geometry = geometry
+        self.is_causal = geometry.ring >= max_length
+        shape = (slots, groups, geometry.rows, head_dim)
+        self.key, self.value = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: RowLayout,
-        geometry: KSAGeometry,
-        softmax_scale: float | None,
+        self, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, softmax_scale: float | None
     ) -> Tensor:
         """Attention output of the newest rows, which are kept.
 
-        Text queries see the text of their window and the summaries of older chunks. The summaries of chunks that the
-        new text completes read those chunks; text that no later token will see is then forgotten.
-
         Args:
-            query: [rows, batch, heads, head_dim], new text rows, then summary rows of the chunks that they complete;
-                key and value with K/V heads. Keys are rotated.
-            layout: with the offset of the first text row in its chunk.
+            query: [rows, batch, heads, head_dim]; key and value with K/V heads. Keys are rotated. For a segment, its
+                text rows and the summary rows of the chunks that they complete; for next tokens, see
+                `kernels.ksa_decode.reference`.
+            layout: with the offset of the segment's first row in its chunk.
 
         Returns:
             [rows, batch, heads * head_dim].
         """
-        chunk_size, start = geometry.chunk_size, self.text.length
-        # [batch, rows, heads, head_dim] from here on.
-        (queries, summary_queries), *new = (layout.split(rows) for rows in (query, key, value))
-        text = [rows.transpose(0, 1) for rows in self.text.append(*(rows for rows, _ in new))]
-        own = [rows for _, rows in new]
-        summaries = [rows.transpose(0, 1) for rows in self.summaries.append(*own)]
-        first = self.text.first
+        if isinstance(self.place, NextTokens):
+            out = decode_attention(
+                query, key, value, self.key, self.value, self.place.slots, self.place.starts, self.geometry,
+                softmax_scale=softmax_scale,
+            )  # fmt: skip
+            return out.flatten(2)
+        return self._attend_segment(query, key, value, layout, self.place, softmax_scale)
+
+    def _attend_segment(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, place: Segment, softmax_scale: float | None
+    ) -> Tensor:
+        (q, q_own), *rows = (layout.split(part) for part in (query, key, value))
+        new, own = zip(*rows, strict=True)
+        start, end = place.start, place.start + q.shape[0]
+        chunk, chunks = start // layout.chunk_size, end // layout.chunk_size
+        buffers = (self.key[place.slot], self.value[place.slot])
+        if self.geometry.summaries:
+            # Before text attends, which sees those of this segment's older chunks too.
+            at = slice(*(self.geometry.ring + layout.summary_tokens * c for c in (chunk, chunks)))
+            for buffer, part in zip(buffers, own, strict=True):
+                buffer[:, at] = part[:, 0].transpose(0, 1)
+        oldest = self._oldest(start, end)
+        text = [self._extend(buffer, part, oldest, start) for buffer, part in zip(buffers, new, strict=True)]
+        out = self._attend_text(q, text, buffers, oldest, start, chunks * layout.summary_tokens, softmax_scale)
+        if not q_own.shape[0]:
+            return out.flatten(2)
+        completed = slice(chunk * layout.chunk_size - oldest, chunks * layout.chunk_size - oldest)
+        read = ksa_summary_attention(
+            q_own.transpose(0, 1), *(part[:, completed] for part in text), *(part.transpose(0, 1) for part in own),
+            KSAGeometry(layout.chunk_size, layout.summary_tokens, 0), softmax_scale=softmax_scale,
+        )  # fmt: skip
+        return torch.cat([out, read.transpose(0, 1)]).flatten(2)
+
+    def _oldest(self, start: int, end: int) -> int:
+        """Position of the oldest text row that the queries at positions start to end - 1 see, of those in the ring."""
+        if end <= self.geometry.ring:
+            return 0
+        chunk_size = self.geometry.chunk_size
+        return max(start // chunk_size - self.geometry.window_chunks, 0) * chunk_size
+
+    def _extend(self, buffer: Tensor, new: Tensor, oldest: int, start: int) -> Tensor:
+        """Keep the text rows from position `start` on; return them behind the older ones from `oldest` on.
+
+        Args:
+            buffer: [K/V heads, rows, head_dim].
+            new: [new rows, 1, K/V heads, head_dim].
+
+        Returns:
+            [1, rows, K/V heads, head_dim]: a view of the buffer unless the ring has turned.
+        """
+        ring, new = self.geometry.ring, new.transpose(0, 1)
+        end = start + new.shape[1]
+        by_position = buffer.transpose(0, 1)[None]
+        if end <= ring:
+            by_position[:, start:end] = new
+            return by_position[:, :end]
+        first, count = oldest % ring, start - oldest
+        before_turn = min(count, ring - first)
+        text = torch.cat([by_position[:, first : first + before_turn], by_position[:, : count - before_turn], new], 1)
+        kept = new[:, -ring:]
+        first = (end - kept.shape[1]) % ring
+        before_turn = min(kept.shape[1], ring - first)
+        by_position[:, first : first + before_turn] = kept[:, :before_turn]
+        by_position[:, : kept.shape[1] - before_turn] = kept[:, before_turn:]
+        return text
+
+    def _attend_text(
+        self, q: Tensor, text: list[Tensor], buffers: tuple[Tensor, Tensor], oldest: int, start: int, summaries: int,
+        softmax_scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        """[text rows, 1, heads, head_dim] of the queries from position `start` on, over what `_extend` returned."""
+        key, value = text
+        if self.is_causal and not start:
+            return causal_attention(q, key.transpose(0, 1), value.transpose(0, 1), softmax_scale)
+        if self.is_causal:
+            # Any window over the whole sequence does; kernels look up tiles for each.
+            geometry, older = KSAGeometry(1, 1, self.geometry.ring), [part[:, :0] for part in text]
+        else:
+            ring, kept = self.geometry.ring, summaries if self.geometry.summaries else 0
+            geometry = KSAGeometry(
+                self.geometry.chunk_size, max(self.geometry.summary_tokens, 1), self.geometry.window_chunks
+            )
+            older = [buffer[:, ring : ring + kept].transpose(0, 1)[None] for buffer in buffers]
         out, _ = ksa_text_attention(
-            queries.transpose(0, 1), *text, *summaries, geometry, query_start=start, key_start=first,
+            q.transpose(0, 1), key, value, *older, geometry, query_start=start, key_start=oldest,
             softmax_scale=softmax_scale,
         )  # fmt: skip
-        chunk, end = start // chunk_size, self.text.length // chunk_size
-        if end > chunk and layout.summary_tokens:
-            completed = [rows[:, chunk * chunk_size - first : end * chunk_size - first] for rows in text]
-            read = ksa_summary_attention(
-                summary_queries.transpose(0, 1), *completed, *(rows.transpose(0, 1) for rows in own), geometry,
-                key_start=chunk * chunk_size, softmax_scale=softmax_scale,
-            )  # fmt: skip
-            out = torch.cat([out, read], dim=1)
-        self.text.drop_before((end - geometry.window_chunks) * chunk_size)
-        return out.transpose(0, 1).flatten(2)
+        return out.transpose(0, 1)

@@ -20,9 +20,10 @@ from megatron_ksa.context_parallel.attention import context_parallel_attention
 from megatron_ksa.context_parallel.ulysses import all_to_all_attention
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_attention, ksa_summary_attention, ksa_text_attention
+from megatron_ksa.kernels.ksa_decode import CacheGeometry
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.layout.zigzag import ZigZag
-from megatron_ksa.model.cache import KSACache, KVCache
+from megatron_ksa.model.cache import LayerCache, window_geometry
 from megatron_ksa.model.causal_attention import causal_attention
 
 TEXT_ONLY = RowLayout(1, 0)
@@ -33,12 +34,14 @@ class _CoreAttention(MegatronModule):
 
     Attributes:
         causal: the rows are text, and every query sees all before it, whatever the layer's window: a teacher's pass.
+        cache: while sequences are decoded (see `megatron_ksa.inference`), the rows before those of a call.
 
     Raises:
         UsageError: attention dropout above 0, which would have no effect.
     """
 
     causal = False
+    cache: LayerCache | None = None
 
     def __init__(
         self,
@@ -59,6 +62,10 @@ class _CoreAttention(MegatronModule):
         self.cp_comm_type = cp_comm_type
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.split = ZigZag(self.cp_group.rank(), self.cp_group.size()) if self.cp_group is not None else ZigZag()
+
+    def cache_geometry(self, max_length: int) -> CacheGeometry:
+        """Rows that the layer keeps of a sequence of at most max_length tokens while it is decoded."""
+        return CacheGeometry(1, 0, max_length, 0)
 
     def _attend_causally(self, query: Tensor, key: Tensor, value: Tensor, document_start: Tensor | None) -> Tensor:
         """Causal attention among text rows; arguments and result as in `KSACoreAttention.forward`."""
@@ -121,8 +128,6 @@ def _text_attention(
 class KSACoreAttention(_CoreAttention):
     """KSA among rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432, visibility rules).
 
-    With a `cache` (see `megatron_ksa.inference`) the rows given are the newest, and see those in the cache too.
-
     Args:
         window_chunks: W, past chunks that a text query sees as text.
         sees_all_text: the window is over the whole sequence, also one that is longer than `window_chunks` says.
@@ -131,13 +136,16 @@ class KSACoreAttention(_CoreAttention):
         shares: where a list, each pass appends the share of attention that text queries give to summaries, float32 [].
     """
 
-    cache: KSACache | None = None
     shares: list[Tensor] | None = None
 
     def __init__(self, *args, layout: RowLayout, window_chunks: int, sees_all_text: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.layout, self.sees_all_text = layout, sees_all_text
         self.geometry = KSAGeometry(layout.chunk_size, layout.summary_tokens, window_chunks)
+
+    def cache_geometry(self, max_length: int) -> CacheGeometry:
+        window = max_length if self.sees_all_text else self.geometry.window_chunks
+        return window_geometry(self.layout, window, max_length)
 
     def _geometry(self, text_length: int) -> KSAGeometry:
         """The geometry for a whole sequence of so much text."""
@@ -167,8 +175,7 @@ class KSACoreAttention(_CoreAttention):
             laid out `[text | summaries]`, so that the output projection's reduce-scatter gives each rank its shard.
         """
         if self.cache is not None:
-            geometry = self._geometry(self.cache.text.length + query.shape[0])
-            return self.cache.attend(query, key, value, self.layout, geometry, self.softmax_scale)
+            return self.cache.attend(query, key, value, self.layout, self.softmax_scale)
         if self.causal:
             return self._attend_causally(query, key, value, attention_mask)
 
@@ -216,18 +223,19 @@ class KSACoreAttention(_CoreAttention):
 class TextCoreAttention(_CoreAttention):
     """Attention among text rows, within documents where they are given: full layers, and windows without summaries.
 
-    With a `cache` (see `megatron_ksa.inference`) the rows given are the newest, and see those in the cache too.
-
     Args:
         window_chunks: past chunks of `chunk_size` tokens that a query sees beside its own, what KSA is measured
             against; None is causal attention to all rows before.
     """
 
-    cache: KSACache | KVCache | None = None
-
     def __init__(self, *args, chunk_size: int = 1, window_chunks: int | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.geometry = None if window_chunks is None else KSAGeometry(chunk_size, 1, window_chunks)
+
+    def cache_geometry(self, max_length: int) -> CacheGeometry:
+        if self.geometry is None:
+            return super().cache_geometry(max_length)
+        return window_geometry(RowLayout(self.geometry.chunk_size, 0), self.geometry.window_chunks, max_length)
 
     def forward(
         self,
@@ -241,8 +249,7 @@ class TextCoreAttention(_CoreAttention):
     ) -> Tensor:
         """Attention output [text rows, batch, heads * head_dim]; arguments as in `KSACoreAttention.forward`."""
         if self.cache is not None:
-            window = () if self.geometry is None else (TEXT_ONLY, self.geometry)
-            return self.cache.attend(query, key, value, *window, self.softmax_scale)
+            return self.cache.attend(query, key, value, TEXT_ONLY, self.softmax_scale)
         if self.causal or self.geometry is None:
             return self._attend_causally(query, key, value, attention_mask)
 

@@ -93,8 +93,8 @@ class KSAGPTModel(GPTModel):
         self.reset_documents = reset_documents
         # While a checkpoint is read: what it has for the tensors that this model asks for.
         self.asked_of_checkpoint: Callable[[ShardedStateDict], ShardedStateDict] | None = None
-        # Position of the first row given: more than 0 only in incremental decoding.
-        self.position_offset = 0
+        # Position of the first row given, one or int64 [batch]: more than 0 only in incremental decoding.
+        self.position_offset: int | Tensor = 0
         self.distillation: Distillation | None = None
         # int32 [batch, n] during a forward pass, see `_document_start`.
         self._document_start: Tensor | None = None

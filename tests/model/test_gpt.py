@@ -12,7 +12,7 @@ from single_process import build_model, random_tokens, transformer_config
 
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
-from megatron_ksa.inference.decoder import Decoder
+from megatron_ksa.inference.state import DecodingState
 
 HYBRID = KSAConfig(enabled=True, chunk_size=4, window_chunks="[1]*4", layer_pattern="kklf")
 
@@ -142,9 +142,12 @@ def test_kind_l_means_the_whole_sequence_at_any_length():
     tokens = random_tokens(2, 64)
     with torch.no_grad():
         assert_close("logits", model(tokens, None), full(tokens, None))
-        with Decoder(model) as decoder:
-            parts = torch.cat([decoder.step(part) for part in tokens.split([30, 1, 33], dim=1)], dim=1)
-    assert_close("decoded", parts, full(tokens, None))
+        with DecodingState(model, 2, 64) as state:
+            slots = [state.join(), state.join()]
+            for slot in slots:
+                state.prefill(slot, tokens[slot, :30])
+            parts = torch.stack([state.decode(slots, token) for token in tokens[:, 30:].T], dim=1)
+    assert_close("decoded", parts, full(tokens, None)[:, 30:])
 
 
 def test_share_of_attention_on_summaries():

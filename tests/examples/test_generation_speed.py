@@ -1,0 +1,30 @@
+"""The measurement of decoding and prompts, with a small model on a CPU."""
+
+import json
+import sys
+
+from run_tool import ROOT, refusal, run_tool
+
+sys.path.insert(0, str(ROOT / "examples" / "generation_speed"))
+
+
+def test_every_cell_is_measured_once(tmp_path):
+    flags = ("--out", tmp_path, "--tiny", "--lengths", 64, "--batches", 1, 0)
+    done = run_tool("examples/generation_speed/run.py", *flags)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [(run["model"], run["kind"], run["batch"]) for run in runs] == [
+        (model, kind, batch)
+        for model in ("hybrid", "full")
+        for kind, batch in (("step", 1), ("step", 1), ("step", 0), ("prompt", 1))
+    ]
+    assert all(run.get("ms", run.get("seconds")) > 0 for run in runs)
+    hybrid, full = (next(run["state_bytes"] for run in runs if run["model"] == model) for model in ("hybrid", "full"))
+    assert hybrid < full
+    again = run_tool("examples/generation_speed/run.py", *flags)
+    assert "'ms'" not in again.stdout and (tmp_path / "results.md").read_text() in again.stdout
+    assert "| 64 | 3 | yes |" in again.stdout
+
+
+def test_bad_input(tmp_path):
+    assert "--lengths" in refusal(run_tool("examples/generation_speed/run.py", "--out", tmp_path, "--lengths", -1))
