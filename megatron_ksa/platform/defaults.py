@@ -14,7 +14,7 @@ from megatron_ksa.upstream.process import prepare_process
 EVAL_INTERVAL = 1000
 
 
-def _importable(module: str) -> bool:
+def importable(module: str) -> bool:
     """Whether an optional compiled package is installed and loads."""
     try:
         importlib.import_module(module)
@@ -44,13 +44,13 @@ def trainer_defaults() -> dict[str, object]:
             "apply_rope_fusion": False,
             "num_workers": 0,
         }
-    if not _importable("transformer_engine.pytorch"):
+    if not importable("transformer_engine.pytorch"):
         defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
-    if not _importable("scaled_masked_softmax_cuda"):
+    if not importable("scaled_masked_softmax_cuda"):
         defaults["masked_softmax_fusion"] = False
-    if not _importable("fused_weight_gradient_mlp_cuda"):
+    if not importable("fused_weight_gradient_mlp_cuda"):
         defaults["gradient_accumulation_fusion"] = False
-    if not _importable("apex.contrib.layer_norm.layer_norm"):
+    if not importable("apex.contrib.layer_norm.layer_norm"):
         defaults["no_persist_layer_norm"] = True
     return defaults
 

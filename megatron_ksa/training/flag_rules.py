@@ -3,10 +3,12 @@
 import argparse
 from pathlib import Path
 
+import torch
 from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_ksa.checkpoint.to_load import load_folder
 from megatron_ksa.errors import UsageError
+from megatron_ksa.platform.defaults import importable
 from megatron_ksa.training.blend import check_split
 from megatron_ksa.training.given import given_names
 from megatron_ksa.training.megatron_flags import NEVER, WITHOUT_KSA, Refused
@@ -46,6 +48,10 @@ def check_start(args: argparse.Namespace) -> None:
     pretrained = args.pretrained_checkpoint
     if pretrained is not None and not checkpoint_exists(args.load) and not checkpoint_exists(pretrained):
         raise UsageError(f"--pretrained-checkpoint {pretrained} holds no checkpoint")
+    if args.use_checkpoint_args and not any(checkpoint_exists(folder) for folder in (load_folder(args), pretrained)):
+        raise UsageError(
+            f"--use-checkpoint-args takes the model from a checkpoint: --load {args.load or '(not given)'} has none"
+        )
     if args.finetune and not checkpoint_exists(load_folder(args)):
         raise UsageError(
             f"--finetune starts from the weights of a checkpoint: --load {args.load or '(not given)'} has none"
@@ -92,5 +98,15 @@ def check_run(args: argparse.Namespace) -> None:
         raise UsageError(f"--rotary-percent {args.rotary_percent:g}: a share above 0, at most 1")
     if args.init_method_std < 0:
         raise UsageError(f"--init-method-std {args.init_method_std:g}: at least 0")
-    if args.use_checkpoint_args and args.load is None and args.pretrained_checkpoint is None:
-        raise UsageError("--use-checkpoint-args takes the model from a checkpoint: --load is missing")
+    _check_machine(args)
+
+
+def _check_machine(args: argparse.Namespace) -> None:
+    """Refuse what needs a package or a GPU that is not here."""
+    if args.transformer_impl == "transformer_engine" and not importable("transformer_engine.pytorch"):
+        raise UsageError(
+            "--transformer-impl transformer_engine: the package transformer-engine is not installed, or does not load; "
+            "install it (pip install '.[te]'), or use --transformer-impl local"
+        )
+    if args.profile and not args.use_pytorch_profiler and not torch.cuda.is_available():
+        raise UsageError("--profile marks a range for CUDA's profiler, and there is no GPU: add --use-pytorch-profiler")

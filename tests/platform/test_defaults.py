@@ -45,13 +45,13 @@ def test_defaults_on_a_cpu():
 @pytest.mark.parametrize("missing", KERNELS)
 def test_a_missing_package_turns_off_what_it_has(missing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(defaults, "_importable", lambda module: module != missing)
+    monkeypatch.setattr(defaults, "importable", lambda module: module != missing)
     assert defaults.trainer_defaults() == {"eval_interval": defaults.EVAL_INTERVAL} | KERNELS[missing]
 
 
 def test_all_installed_keeps_megatrons_defaults(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(defaults, "_importable", lambda module: True)
+    monkeypatch.setattr(defaults, "importable", lambda module: True)
     assert defaults.trainer_defaults() == {"eval_interval": defaults.EVAL_INTERVAL}
 
 
@@ -59,9 +59,9 @@ def test_all_installed_keeps_megatrons_defaults(monkeypatch):
 def test_a_package_that_does_not_load_is_not_installed(body, tmp_path, monkeypatch):
     (tmp_path / "broken_kernels.py").write_text(body)
     monkeypatch.syspath_prepend(tmp_path)
-    assert not defaults._importable("broken_kernels")
-    assert not defaults._importable("no_such_package")
-    assert defaults._importable("json")
+    assert not defaults.importable("broken_kernels")
+    assert not defaults.importable("no_such_package")
+    assert defaults.importable("json")
 
 
 def test_a_process_without_launcher_is_a_world_of_one(environment):

@@ -131,6 +131,11 @@ RUNS = {
         "--train-iters 2 --lr-warmup-iters 1 --lr-warmup-fraction 0.5", r"can only specify one of lr-warmup-fraction",
     ),
     "two precisions": ("--train-iters 2 --fp16 --bf16", r"Megatron does not accept --bf16 True: not args.bf16"),
+    "no Transformer Engine": (
+        "--train-iters 2 --transformer-impl transformer_engine", r"transformer-engine is not installed.*-impl local$"
+    ),
+    "no GPU to profile": ("--train-iters 2 --profile", r"--profile marks a range .* add --use-pytorch-profiler"),
+    "model of nothing": ("--train-iters 2 --use-checkpoint-args --load {folder}/none", r"--load .*/none has none"),
     "no tokenizer": (
         "--train-iters 2 --tokenizer-type SentencePieceTokenizer", r"Tokenizer path must be specified",
     ),

@@ -29,13 +29,17 @@ def saved_files(folder: Path) -> list[Path] | None:
     """
     if (folder / SPLITS).is_file():
         splits = _json(folder / SPLITS).get("splits", [])
-        if len(splits) != 1:
+        if not isinstance(splits, list) or len(splits) != 1:
+            splits = splits if isinstance(splits, list) else []
             names = ", ".join(map(str, splits)) or "none"
             raise UsageError(f"{folder}: holds the splits {names}; name one, as {folder}/SPLIT")
         folder = folder / str(splits[0])
     if not (folder / STATE).is_file():
         return None
-    files = [folder / str(file.get("filename")) for file in _json(folder / STATE).get("_data_files", [])]
+    listed = _json(folder / STATE).get("_data_files", [])
+    if not isinstance(listed, list) or not all(isinstance(file, dict) for file in listed):
+        raise UsageError(f"{folder / STATE}: _data_files is no list of objects; save the dataset again")
+    files = [folder / str(file.get("filename")) for file in listed]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise UsageError(f"{folder}: {', '.join(missing) or 'no file'} of {STATE} is missing; save it again")
