@@ -80,7 +80,8 @@ def _pieces(path: Path, flag: str) -> dict[str, int]:
     from sentencepiece import sentencepiece_model_pb2
 
     try:
-        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        # The class is made when the module is imported.
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
     except (DecodeError, OSError):
         return {}
     return {piece.piece: id for id, piece in enumerate(model.pieces)}
