@@ -50,7 +50,7 @@ class Setup:
 
 
 BIG = Setup(QWEN3_4B, KSAConfig(enabled=True, layer_pattern="kkkf*9"), 151936, 64)
-SMALL = Setup(TINY, KSAConfig(enabled=True, layer_pattern="kkkf", window_chunks="4"), 64, 8)
+SMALL = Setup(TINY, KSAConfig(enabled=True, layer_pattern="kkkf", chunk_size=2, window_chunks="4"), 64, 8)
 
 
 def build(setup: Setup, model: str):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.inference.memory import check_room
+from megatron_ksa.kernels.dispatch import uses_triton
+from megatron_ksa.kernels.ksa_decode import OP
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.model.cache import LayerCache, NextTokens, Segment
 from megatron_ksa.model.core_attention import KSACoreAttention, TextCoreAttention
@@ -87,7 +89,9 @@ class DecodingState:
         self._resets_documents = model.reset_documents
         on_gpu = self.device.type == "cuda"
         self.every_slot = on_gpu if every_slot is None else every_slot
-        self._steps = StepOfAllSlots(self, cuda_graph and on_gpu) if self.every_slot else None
+        # The kernels' reference waits for the device.
+        captures = cuda_graph and on_gpu and uses_triton(OP, next(model.parameters()))
+        self._steps = StepOfAllSlots(self, captures) if self.every_slot else None
 
     def _new_cache(self, core: KSACoreAttention | TextCoreAttention) -> LayerCache:
         config = self.model.config
