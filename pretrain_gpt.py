@@ -11,12 +11,14 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.failure import failures_named
+from megatron_ksa.missing_ranks import RankWatch
 from megatron_ksa.orphans import end_with_launcher
 
 
 def main() -> None:
     """Read the command line and train; bad input costs one line and exit code 2."""
-    with failures_named(), usage_errors_exit():
+    watch = RankWatch()
+    with failures_named(watch.missing), usage_errors_exit():
         end_with_launcher()
         defaults = prepare_platform(sys.argv[1:])
         # Megatron is imported only now: the CPU platform must be in place before.
@@ -33,7 +35,8 @@ def main() -> None:
 
         with install_arguments(defaults):
             args, settings = read_command_line()
-            step = ForwardStep(args, settings)
+            step = ForwardStep(args, settings, watch.progress)
+            watch.start(settings.watch.seconds)
             patches = trainer_patches(args, settings, step.log)
             with only_writer(args), apply(patches), set_up_refusals(args, step):
                 data = DatasetProvider(args, settings.data)

@@ -20,6 +20,7 @@ WORLD = frozenset(
     slurm/test_job.py
     slurm/test_torchrun.py
     test_errors.py
+    test_missing_ranks.py
     tools/test_plan_cluster.py
     training/test_dense_start.py
     training/test_distill.py

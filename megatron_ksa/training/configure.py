@@ -16,7 +16,7 @@ from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
-from megatron_ksa.data_tools.indexed import check_indexed_dataset
+from megatron_ksa.data_tools.indexed import check_ids, check_indexed_dataset
 from megatron_ksa.data_tools.loss_masks import masked_prefixes
 from megatron_ksa.kernels.dispatch import force_reference
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
@@ -29,7 +29,7 @@ from megatron_ksa.training.model_hooks import model_hooks
 from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
 from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.training.step_log import StepLog
-from megatron_ksa.upstream import checkpoint_sums, flops, save_processes, sgd_resume, tracker
+from megatron_ksa.upstream import checkpoint_sums, dataset_reads, flops, save_processes, sgd_resume, tracker
 from megatron_ksa.upstream.patches import Patch
 from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAINING_LOG
 
@@ -65,6 +65,9 @@ def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
     with megatron_refusals(args, (*REFUSALS, RuntimeError, ImportError)):
         validate_args(args)
         set_global_variables(args)
+    if settings.data.check_token_ids and args.rank == 0:
+        for prefix in prefixes:
+            check_ids(prefix, args.padded_vocab_size)
     adapt_trainer(args, settings)
     return args, settings
 
@@ -108,6 +111,7 @@ def trainer_patches(args: argparse.Namespace, settings: RunSettings, log: StepLo
         SAVE_CHECKPOINT.given(lambda save: checked_save(save, args)),
         *checkpoint_sums.patches(settings.checkpoint.content_sums),
         *save_processes.patches(args.async_save),
+        *dataset_reads.patches(args.padded_vocab_size),
         *tracker.PATCHES,
         *sgd_resume.PATCHES,
         *flops.patches(settings),

@@ -1,94 +1,127 @@
-"""Checksums of a checkpoint's files, formed while they are written: no file is read again for its sum.
+"""Sums of what a checkpoint holds, formed from memory while it is written and while it is read.
 
 Megatron 0.19.2 can hash a checkpoint: SHA-256 of every file of every rank, read again by the first rank. Here each
-rank's writer sums what passes through it, in XXH3-128, and stores a record.
+rank's writer stores a record with XXH3-128 sums of the tensors and objects that it writes, and whatever reads one of
+them compares: no file is read for its sum alone. A thread forms the sums beside the disk's work.
 """
 
 import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from megatron_ksa.files import whole_file
-from megatron_ksa.upstream.patches import ABSENT, Patch
+from megatron_ksa.errors import UsageError
+from megatron_ksa.files import read_small, whole_file
+from megatron_ksa.upstream.patches import Patch
 
 PREFIX, COMMON = ".files_", ".files_common.json"
 CONFIG, METADATA = "metadata.json", ".metadata"
-BLOCK = 1 << 22
+BLOCK = 1 << 18
+# A record has about a hundred bytes for each tensor that a rank writes.
+RECORD_BYTES = 1 << 28
+# Smaller tensors are summed at once: a thread is not worth its change of hands.
+THREADED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """A tensor or an object in a file: its place, bytes, and XXH3-128 in hexadecimal."""
+
+    offset: int
+    length: int
+    is_tensor: bool
+    xxh3: str
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as it was written: bytes, and XXH3-128 in hexadecimal (None where sums were off)."""
+    """A file as it was written: bytes, and the sum of its content or of each item in it (none where sums were off)."""
 
     bytes: int
     xxh3: str | None = None
+    items: tuple[StoredItem, ...] = ()
 
 
 def write_record(path: Path, files: dict[str, StoredFile]) -> None:
     """Store what files of a checkpoint are like, in a record beside them."""
+    rows = {
+        name: {"bytes": file.bytes, "xxh3": file.xxh3, "items": [astuple(item) for item in file.items]}
+        for name, file in files.items()
+    }
     with whole_file(path) as stream:
-        json.dump({name: asdict(file) for name, file in files.items()}, stream)
+        json.dump(rows, stream)
+
+
+def read_records(folder: Path) -> dict[str, StoredFile]:
+    """What the records of a checkpoint say of its files.
+
+    Raises:
+        UsageError: a record that cannot be read.
+    """
+    files: dict[str, StoredFile] = {}
+    for record in sorted(folder.glob(f"{PREFIX}*.json")):
+        try:
+            for name, row in json.loads(read_small(record, limit=RECORD_BYTES)).items():
+                items = tuple(StoredItem(*item) for item in row.get("items", ()))
+                files[str(name)] = StoredFile(int(row["bytes"]), row["xxh3"], items)
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(f"{record} is damaged ({type(error).__name__}: {error})") from None
+    return files
 
 
 def sum_of(path: Path) -> str:
     """XXH3-128 of a file's content."""
-    digest = xxhash.xxh3_128()
+    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 
-class _Summed:
-    """A file that is written from start to end, and the sum of what was written."""
-
-    def __init__(self, path: str, contents: bool) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
-        self._digest = xxhash.xxh3_128() if contents else None
-
-    def __enter__(self) -> "_Summed":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stored = StoredFile(self._file.tell(), None if self._digest is None else self._digest.hexdigest())
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, data: Any) -> int:
-        """Write and add to the sum."""
-        if self._digest is not None:
-            self._digest.update(data)
-        return self._file.write(data)
+def sum_of_tensor(tensor: Tensor) -> str:
+    """XXH3-128 of a tensor on the CPU: its dtype, shape and elements."""
+    tensor = tensor.detach().contiguous()
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-# Files of the save that this process is writing, by path; a save is written by one process and its threads.
-_written: dict[str, _Summed] = {}
+def _sums_of_buckets(write_buckets: list) -> list[list[tuple[bool, str]]]:
+    """For each file, of its objects and then its tensors, as Megatron writes them: whether it is a tensor, and its sum.
+
+    Args:
+        write_buckets: (path, name, (objects, tensors)), each with what it is written for.
+    """
+    return [
+        [
+            *((False, xxhash.xxh3_128(data.getbuffer()).hexdigest()) for _, data in objects),
+            *((True, sum_of_tensor(tensor)) for _, tensor in tensors),
+        ]
+        for _, _, (objects, tensors) in write_buckets
+    ]
 
 
-def _opening(original: object, contents: bool) -> Callable:
-    def open_file(path: Any, mode: str = "r", *args: object, **options: object) -> Any:
-        if mode != "wb" or args or options:
-            return open(path, mode, *args, **options)
-        _written[os.fspath(path)] = made = _Summed(os.fspath(path), contents)
-        return made
-
-    return open_file
-
-
-def _recording(original: Callable) -> Callable:
+def _recording(original: Callable, contents: bool) -> Callable:
     @wraps(original)
     def write_preloaded_data_multithread(
         transform_list: list, use_msc: bool, rank: int, write_buckets: list, global_results_queue: Any
     ) -> None:
-        original(transform_list, use_msc, rank, write_buckets, _Recorded(global_results_queue, rank, write_buckets))
+        if use_msc:  # no files
+            return original(transform_list, use_msc, rank, write_buckets, global_results_queue)
+        with ThreadPoolExecutor(1) as pool:
+            sums = pool.submit(_sums_of_buckets, write_buckets) if contents else None
+            recorded = _Recorded(global_results_queue, rank, write_buckets, sums)
+            return original(transform_list, use_msc, rank, write_buckets, recorded)
 
     return write_preloaded_data_multithread
 
@@ -100,18 +133,25 @@ class _Recorded:
     queue: Any
     rank: int
     write_buckets: list
+    sums: "Future[list[list[tuple[bool, str]]]] | None"
 
     def put(self, results: dict | Exception) -> None:
         """Store the record, then report."""
-        paths = [Path(path) for path, *_ in self.write_buckets]
-        files = {path.name: _written.pop(str(path)) for path in paths if str(path) in _written}
-        if not isinstance(results, Exception) and files:
+        if not isinstance(results, Exception):
             try:
-                stored = {name: file.stored for name, file in files.items()}
-                write_record(paths[0].parent / f"{PREFIX}{self.rank}.json", stored)
-            except OSError as error:
+                self._store(results)
+            except (OSError, UsageError) as error:
                 results = error
         self.queue.put(results)
+
+    def _store(self, results: dict[int, list]) -> None:
+        sums = [[] for _ in self.write_buckets] if self.sums is None else self.sums.result()
+        files = {}
+        for place, (bucket, found) in enumerate(zip(self.write_buckets, sums, strict=True)):
+            places = [(done.storage_data.offset, done.storage_data.length) for done in results[place]]
+            items = [StoredItem(*at, *each) for at, each in zip(places, found, strict=bool(found))]
+            files[Path(bucket[0]).name] = StoredFile(Path(bucket[0]).stat().st_size, None, tuple(items))
+        write_record(Path(self.write_buckets[0][0]).parent / f"{PREFIX}{self.rank}.json", files)
 
 
 def store_common(folder: Path, contents: bool) -> None:
@@ -134,17 +174,128 @@ def _with_common(original: Callable, contents: bool) -> Callable:
     return save_config
 
 
+@dataclass
+class _Comparison:
+    """Compares what a reader reads with the records of its folder."""
+
+    folder: Path
+    items: dict[tuple[str, int], StoredItem]
+    # Items that were compared once are not again: a resharded load reads a tensor for each of its parts.
+    compared: set[tuple[str, int]] = field(default_factory=set)
+    now: tuple[str, int] | None = None
+    damaged: str | None = None
+    pool: ThreadPoolExecutor | None = None
+    pending: Future | None = None
+
+    def starts(self, name: str, offset: int, file: IO[bytes]) -> None:
+        """An item is about to be read; an object is compared here."""
+        key = (name, offset)
+        self.now = key if key in self.items and key not in self.compared else None
+        if self.now and not (item := self.items[key]).is_tensor:
+            file.seek(item.offset)
+            self.compare(key, xxhash.xxh3_128(file.read(item.length)).hexdigest())
+            self.now = None
+
+    def tensor(self, tensor: Tensor) -> None:
+        """What was read of the item."""
+        key, self.now = self.now, None
+        if key is None:
+            return
+        if tensor.nbytes < THREADED_BYTES:
+            self.compare(key, sum_of_tensor(tensor))
+            return
+        # One tensor at a time: those that wait for their sum stay in memory.
+        self.finish()
+        if self.pool is None:
+            self.pool = ThreadPoolExecutor(1)
+        self.pending = self.pool.submit(lambda: self.compare(key, sum_of_tensor(tensor)))
+
+    def compare(self, key: tuple[str, int], found: str) -> None:
+        """Note the first item that differs."""
+        self.compared.add(key)
+        if found != self.items[key].xxh3:
+            name, offset = key
+            self.damaged = self.damaged or (
+                f"{self.folder / name} is damaged: its content at byte {offset:,} is not what was written (its "
+                f"checksum differs)"
+            )
+
+    def finish(self) -> None:
+        """Wait for the sum that is being formed."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+
+_reading = threading.local()
+_BESIDE = "_sums_of_this_checkpoint"
+
+
+@contextmanager
+def _compared(reader: FileSystemReader) -> Iterator[None]:
+    """Compare what the reader reads in the body.
+
+    Raises:
+        UsageError: something is not what was written; a record that cannot be read.
+    """
+    comparison = vars(reader).get(_BESIDE)
+    if comparison is None:
+        folder = Path(reader.path)
+        files = read_records(folder)
+        items = {(name, item.offset): item for name, file in files.items() for item in file.items}
+        comparison = vars(reader)[_BESIDE] = _Comparison(folder, items)
+    before, _reading.comparison = getattr(_reading, "comparison", None), comparison
+    try:
+        yield
+        comparison.finish()
+    finally:
+        _reading.comparison = before
+        if comparison.pool is not None:
+            comparison.pool.shutdown()
+            comparison.pool = comparison.pending = None
+    if comparison.damaged:
+        raise UsageError(comparison.damaged)
+
+
+def _comparing(original: Callable) -> Callable:
+    @wraps(original)
+    def read_data(self: FileSystemReader, plan: Any, planner: Any) -> Any:
+        with _compared(self):
+            return original(self, plan, planner)
+
+    return read_data
+
+
+def _noting(original: Callable) -> Callable:
+    @wraps(original)
+    def _slice_file(self: FileSystemReader, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        if (comparison := getattr(_reading, "comparison", None)) is not None:
+            comparison.starts(sinfo.relative_path, sinfo.offset, file)
+        return original(self, file, sinfo)
+
+    return _slice_file
+
+
+def _summing(original: Callable) -> Callable:
+    @wraps(original)
+    def narrow_tensor_by_index(tensor: Tensor, offsets: Any, sizes: Any) -> Tensor:
+        if (comparison := getattr(_reading, "comparison", None)) is not None:
+            comparison.tensor(tensor)
+        return original(tensor, offsets, sizes)
+
+    return narrow_tensor_by_index
+
+
 WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-PATCHES = (
-    # Takes whether contents are summed.
-    Patch(f"{WRITER}:open", _opening, why="files of a checkpoint are summed while they are written", expects=ABSENT),
+READER = "torch.distributed.checkpoint.filesystem"
+SAVING = (
+    # Take whether contents are summed.
     Patch(
         f"{WRITER}:FileSystemWriterAsync.write_preloaded_data_multithread",
         _recording,
         why="sizes and sums of a checkpoint's files are stored beside them",
         expects="(transform_list, use_msc, rank, write_buckets, global_results_queue)",
     ),
-    # Takes whether contents are summed.
     Patch(
         "megatron.core.dist_checkpointing.serialization:save_config",
         _with_common,
@@ -152,9 +303,29 @@ PATCHES = (
         expects="(config, checkpoint_dir)",
     ),
 )
+LOADING = (
+    Patch(
+        f"{READER}:FileSystemReader.read_data",
+        _comparing,
+        why="what a checkpoint holds is compared with what was written",
+        expects="(self, plan, planner)",
+    ),
+    Patch(
+        f"{READER}:FileSystemReader._slice_file",
+        _noting,
+        why="the comparison must know which item of a checkpoint is read",
+        expects="(self, file, sinfo)",
+    ),
+    Patch(
+        f"{READER}:narrow_tensor_by_index",
+        _summing,
+        why="a tensor of a checkpoint is compared when it is read and before a part is taken",
+        expects="(tensor, offsets, sizes)",
+    ),
+)
+PATCHES = (*SAVING, *LOADING)
 
 
 def patches(contents: bool) -> tuple[Patch, ...]:
     """Records of every checkpoint that is saved; with sums of contents or sizes alone."""
-    opening, recording, common = PATCHES
-    return opening.given(contents), recording, common.given(contents)
+    return tuple(patch.given(contents) for patch in SAVING)

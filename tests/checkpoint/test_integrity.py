@@ -68,7 +68,13 @@ def test_damage_names_the_file(name, how, copy):
 def test_every_file_is_in_a_record(saved):
     names = {path.name for path in newest(saved).iterdir() if not path.name.startswith(".files_")}
     assert set(integrity.stored_files(newest(saved))) == names
-    assert all(file.xxh3 and file.bytes for file in integrity.stored_files(newest(saved)).values())
+    files = integrity.stored_files(newest(saved))
+    assert all(file.bytes and bool(file.xxh3) != bool(file.items) for file in files.values())
+    for name in (name for name in files if name.endswith(".distcp")):
+        items = sorted(files[name].items, key=lambda item: item.offset)
+        ends = [item.offset + item.length for item in items]
+        assert [item.offset for item in items] == [0, *ends[:-1]] and ends[-1] == files[name].bytes
+        assert any(item.is_tensor for item in items)
 
 
 def test_checkpoints_without_records_are_checked_by_their_metadata(copy):
@@ -103,8 +109,31 @@ def test_the_trainer_refuses_damage_in_one_line(copy, tmp_path):
     assert all("__1_0.distcp is damaged" in line and "--ckpt-step 1" in line for line in errors)
 
 
+def test_every_tensor_and_object_that_is_read_is_compared(copy, megatron_flags):
+    """Each item of a shard, damaged in its middle, is found by the reader itself: by an export or evaluation too."""
+    from megatron_ksa.checkpoint.streaming import DistributedReader, Slot
+
+    reader = DistributedReader(newest(copy))
+    shapes = {key: tuple(stored.size) for key, stored in reader.tensors.items()}
+    slots = {key: Slot(key, size, (), size, size) for key, size in shapes.items()}
+    for slot in slots.values():
+        reader.read(slot)
+    storage = {index.fqn: at for index, at in reader.metadata.storage_data.items() if index.fqn in slots}
+    for key in list(slots)[::7]:
+        at = storage[key]
+        path = newest(copy) / at.relative_path
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        # The elements follow a header of less than a kilobyte; the last ones are before the archive's directory.
+        flipped[at.offset + at.length // 2] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(UsageError, match=f"{path.name} is damaged: its content at byte|cannot be read"):
+            DistributedReader(newest(copy)).read(slots[key])
+        path.write_bytes(whole)
+
+
 def test_sums_can_be_left_out(tmp_path):
     flags = f"--train-iters 1 --save {tmp_path / 'save'} --save-interval 1 --no-checkpoint-sums"
     assert launch([(tmp_path / "record.json", flags)], 1).returncode == 0
     record = json.loads((tmp_path / "save/iter_0000001/.files_0.json").read_text())
-    assert all(file["xxh3"] is None and file["bytes"] > 0 for file in record.values())
+    assert all(file["xxh3"] is None and not file["items"] and file["bytes"] > 0 for file in record.values())
