@@ -14,6 +14,9 @@ from megatron_ksa.errors import UsageError
 # A list of bases, a file of flags: larger ones are a mistake (a dataset, /dev/zero).
 SMALL_FILE_BYTES = 1_000_000
 
+# A list of datasets, an index of shards, a work folder's manifest: as many megabytes as there are files, and no more.
+LIST_BYTES = 1 << 28
+
 # Errors that a write alone can have, whatever the library that writes.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 # How libraries in Rust (tokenizers, safetensors) report the number of an error of the operating system.

@@ -129,7 +129,9 @@ def _wrong_size(path: Path, file: StoredFile) -> str | None:
 
 def iterations(root: Path) -> Iterator[tuple[int, Path]]:
     """Iterations under a `--save` folder, the newest first."""
-    found = [(int(path.name[5:]), path) for path in root.glob("iter_*") if path.name[5:].isdigit()]
+    found = [
+        (int(path.name[5:]), path) for path in root.glob("iter_*") if path.name[5:].isdecimal() and path.name.isascii()
+    ]
     yield from sorted(found, reverse=True)
 
 

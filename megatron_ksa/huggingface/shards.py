@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES, read_small
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -21,7 +22,7 @@ def _cut_tensor(shard: Path) -> str | None:
         size = shard.stat().st_size
         with open(shard, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
+            header = json.loads(file.read(min(length, size, LIST_BYTES)))
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][1]):
             first, last = entry["data_offsets"]
@@ -59,8 +60,8 @@ class ShardReader:
             return [single]
         if index.is_file():
             try:
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (OSError, ValueError, KeyError, AttributeError) as error:
+                names = set(json.loads(read_small(index, limit=LIST_BYTES))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise UsageError(f"{index} cannot be read: {error!r}") from None
             missing = sorted(name for name in names if not (self.folder / name).is_file())
             if missing:

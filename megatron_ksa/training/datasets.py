@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -13,6 +14,7 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.data_tools.loss_masks import ResponseLossDataset
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES, read_small
 from megatron_ksa.training.blend import blends_from_args
 from megatron_ksa.training.refusals import megatron_refusals
 
@@ -61,9 +63,8 @@ def _sequences_per_dataset(path: str | None) -> dict | None:
     if path is None:
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
+        return json.loads(read_small(Path(path), limit=LIST_BYTES))
+    except (UsageError, ValueError, RecursionError) as error:
         raise UsageError(f"--per-dataset-sequences-path {path}: {error}") from None
 
 

@@ -53,13 +53,17 @@ class StoredFile:
 
 
 def write_record(path: Path, files: dict[str, StoredFile]) -> None:
-    """Store what files of a checkpoint are like, in a record beside them."""
+    """Store what files of a checkpoint are like, in a record beside them; the record has a sum of itself."""
     rows = {
         name: {"bytes": file.bytes, "xxh3": file.xxh3, "items": [astuple(item) for item in file.items]}
         for name, file in files.items()
     }
     with whole_file(path) as stream:
-        json.dump(rows, stream)
+        json.dump({"files": rows, "xxh3": _sum_of_rows(rows)}, stream)
+
+
+def _sum_of_rows(rows: dict) -> str:
+    return xxhash.xxh3_128(json.dumps(rows).encode()).hexdigest()
 
 
 def read_records(folder: Path) -> dict[str, StoredFile]:
@@ -71,7 +75,11 @@ def read_records(folder: Path) -> dict[str, StoredFile]:
     files: dict[str, StoredFile] = {}
     for record in sorted(folder.glob(f"{PREFIX}*.json")):
         try:
-            for name, row in json.loads(read_small(record, limit=RECORD_BYTES)).items():
+            read = json.loads(read_small(record, limit=RECORD_BYTES))
+            rows = read.get("files", read)  # those of earlier versions have no sum of themselves
+            if rows is not read and _sum_of_rows(rows) != read["xxh3"]:
+                raise ValueError("its checksum differs")
+            for name, row in rows.items():
                 items = tuple(StoredItem(*item) for item in row.get("items", ()))
                 files[str(name)] = StoredFile(int(row["bytes"]), row["xxh3"], items)
         except (UsageError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -10,6 +10,8 @@ from trainer import launch
 from megatron_ksa.checkpoint import integrity
 from megatron_ksa.checkpoint.load import TRACKER, find_checkpoint
 from megatron_ksa.errors import UsageError
+from megatron_ksa.upstream.checkpoint_sums import LOADING
+from megatron_ksa.upstream.patches import apply
 
 pytestmark = pytest.mark.slow
 
@@ -114,21 +116,20 @@ def test_every_tensor_and_object_that_is_read_is_compared(copy, megatron_flags):
     from megatron_ksa.checkpoint.streaming import DistributedReader, Slot
 
     reader = DistributedReader(newest(copy))
-    shapes = {key: tuple(stored.size) for key, stored in reader.tensors.items()}
-    slots = {key: Slot(key, size, (), size, size) for key, size in shapes.items()}
-    for slot in slots.values():
-        reader.read(slot)
-    storage = {index.fqn: at for index, at in reader.metadata.storage_data.items() if index.fqn in slots}
-    for key in list(slots)[::7]:
-        at = storage[key]
-        path = newest(copy) / at.relative_path
+    slots = {key: Slot.whole(key, tuple(stored.size)) for key, stored in reader.tensors.items()}
+    storage = {index.fqn: at for index, at in reader._reader.read_metadata().storage_data.items()}
+    for key, slot in list(slots.items())[::5]:
+        at, path = storage[key], newest(copy) / storage[key].relative_path
         whole = path.read_bytes()
-        flipped = bytearray(whole)
-        # The elements follow a header of less than a kilobyte; the last ones are before the archive's directory.
-        flipped[at.offset + at.length // 2] ^= 1
-        path.write_bytes(flipped)
-        with pytest.raises(UsageError, match=f"{path.name} is damaged: its content at byte|cannot be read"):
-            DistributedReader(newest(copy)).read(slots[key])
+        # The last element that is stored: before it is the archive's header, after it the directory.
+        last = reader.read(slot).reshape(-1)[-1:].numpy().tobytes()
+        place = whole.rindex(last, at.offset, at.offset + at.length)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with (
+            apply(LOADING),
+            pytest.raises(UsageError, match=f"{path.name} is damaged: its content at byte {at.offset:,} is not"),
+        ):
+            DistributedReader(newest(copy)).read(slot)
         path.write_bytes(whole)
 
 
@@ -136,4 +137,4 @@ def test_sums_can_be_left_out(tmp_path):
     flags = f"--train-iters 1 --save {tmp_path / 'save'} --save-interval 1 --no-checkpoint-sums"
     assert launch([(tmp_path / "record.json", flags)], 1).returncode == 0
     record = json.loads((tmp_path / "save/iter_0000001/.files_0.json").read_text())
-    assert all(file["xxh3"] is None and not file["items"] and file["bytes"] > 0 for file in record.values())
+    assert all(file["xxh3"] is None and not file["items"] and file["bytes"] > 0 for file in record["files"].values())
