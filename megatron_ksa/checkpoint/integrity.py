@@ -127,11 +127,14 @@ def _wrong_size(path: Path, file: StoredFile) -> str | None:
     return None
 
 
+def is_iteration(text: str) -> bool:
+    """Whether a text is an iteration's number: ASCII digits, not more than fit 64 bits."""
+    return text.isascii() and text.isdecimal() and len(text) <= 18
+
+
 def iterations(root: Path) -> Iterator[tuple[int, Path]]:
     """Iterations under a `--save` folder, the newest first."""
-    found = [
-        (int(path.name[5:]), path) for path in root.glob("iter_*") if path.name[5:].isdecimal() and path.name.isascii()
-    ]
+    found = [(int(path.name[5:]), path) for path in root.glob("iter_*") if is_iteration(path.name[5:])]
     yield from sorted(found, reverse=True)
 
 
