@@ -26,6 +26,7 @@ WORLD = frozenset(
     training/test_distill.py
     training/test_experts.py
     training/test_failure.py
+    training/test_kills.py
     training/test_nccl.py
     training/test_parallel.py
     training/test_stages.py

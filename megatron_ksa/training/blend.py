@@ -27,8 +27,8 @@ def check_split(split: str | None) -> None:
     numbers = [float(part) for part in parts if NUMBER.fullmatch(part)]
     if len(numbers) != len(parts) or len(parts) > len(SPLITS) or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
         raise UsageError(
-            f"--split {split}: give up to three numbers of 0 or more for training, validation and test, at least one "
-            f"above 0, such as 969,30,1"
+            f"--split {split[:60]}: give up to three numbers of 0 or more for training, validation and test, at least "
+            f"one above 0, such as 969,30,1"
         )
 
 

@@ -160,7 +160,7 @@ def test_flags_of_the_trainer(base, command_line):
     assert found is None or isinstance(found, RunSettings)
 
 
-SETTINGS = list({config for command in COMMANDS.values() for step in command.steps for config in step.settings})
+SETTINGS = list({config for command in COMMANDS.values() for step in command.steps for config in step.settings.values()})
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=lambda config: config.__name__)
