@@ -27,20 +27,22 @@ def main() -> None:
 
         from megatron_ksa.checkpoint.run_folder import only_writer
         from megatron_ksa.training.arguments import install_arguments
-        from megatron_ksa.training.configure import configure, read_command_line, trainer_patches
+        from megatron_ksa.training.configure import configure, parse_flags, read_settings, trainer_patches
         from megatron_ksa.training.datasets import DatasetProvider
         from megatron_ksa.training.refusals import set_up_refusals
         from megatron_ksa.training.step import ForwardStep
         from megatron_ksa.upstream.patches import apply
 
         with install_arguments(defaults):
-            args, settings = read_command_line()
-            step = ForwardStep(args, settings, watch.progress)
-            watch.start(settings.watch.seconds)
-            patches = trainer_patches(args, settings, step.log)
-            with only_writer(args), apply(patches), set_up_refusals(args, step):
-                data = DatasetProvider(args, settings.data)
-                pretrain(configure(args, settings), data, ModelType.encoder_or_decoder, step)
+            args = parse_flags()
+            with only_writer(args) as still_writes:
+                settings = read_settings(args)
+                step = ForwardStep(args, settings, watch.progress)
+                watch.start(settings.watch.seconds)
+                patches = trainer_patches(args, settings, step.log, still_writes)
+                with apply(patches), set_up_refusals(args, step):
+                    data = DatasetProvider(args, settings.data)
+                    pretrain(configure(args, settings), data, ModelType.encoder_or_decoder, step)
 
 
 if __name__ == "__main__":

@@ -147,8 +147,8 @@ def main() -> None:
     measurement, of_the_run = Measurement(Path(record), int(rounds)), configure.trainer_patches
     replaced = {patch.target for patch in (LOAD_CHECKPOINT, SAVE_CHECKPOINT, *checkpoint_sums.PATCHES)}
 
-    def trainer_patches(args, settings, log) -> list:
-        others = [patch for patch in of_the_run(args, settings, log) if patch.target not in replaced]
+    def trainer_patches(args, settings, *rest) -> list:
+        others = [patch for patch in of_the_run(args, settings, *rest) if patch.target not in replaced]
         return [
             *others,
             SAVE_CHECKPOINT.given(lambda save: measured_save(measurement, args, save)),

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+from collections.abc import Callable
 
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -34,16 +35,30 @@ from megatron_ksa.upstream.patches import Patch
 from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAINING_LOG
 
 
-def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
-    """Parse and check the flags, this project's first, so that a mistake costs one line and touches nothing.
+def parse_flags() -> argparse.Namespace:
+    """The command line, before anything on a disk is looked at.
+
+    Raises:
+        UsageError: flags that are refused by themselves.
+    """
+    args = parse_args()
+    check_flags(args, with_ksa=False)
+    check_run(args)
+    return args
+
+
+def read_settings(args: argparse.Namespace) -> RunSettings:
+    """Check the flags against each other, the checkpoint and the data, this project's first: a mistake costs one line.
+
+    Call it where no other run writes `--save` (`only_writer`): what is read of a checkpoint here is loaded later.
+
+    Args:
+        args: from `parse_flags`; changed in place.
 
     Raises:
         UsageError: a mistake in the flags, or data files or checkpoints that are missing or truncated.
     """
-    args = parse_args()
     given = given_flags(args)
-    check_flags(args, with_ksa=False)
-    check_run(args)
     restore_tracker(args)
     if args.use_checkpoint_args:
         with megatron_refusals(args), contextlib.nullcontext() if args.rank == 0 else _quietly():
@@ -69,7 +84,7 @@ def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
         for prefix in prefixes:
             check_ids(prefix, args.padded_vocab_size)
     adapt_trainer(args, settings)
-    return args, settings
+    return settings
 
 
 def _quietly() -> contextlib.redirect_stdout:
@@ -104,15 +119,21 @@ def configure(args: argparse.Namespace, settings: RunSettings) -> PretrainConfig
         return pretrain_cfg_container_from_args(args, model)
 
 
-def trainer_patches(args: argparse.Namespace, settings: RunSettings, log: StepLog) -> list[Patch]:
-    """What a run with these settings replaces in Megatron's trainer; after its validation."""
+def trainer_patches(
+    args: argparse.Namespace, settings: RunSettings, log: StepLog, still_writes: Callable[[], None] = lambda: None
+) -> list[Patch]:
+    """What a run with these settings replaces in Megatron's trainer; after its validation.
+
+    Args:
+        still_writes: raises where another run took `--save` over; called before a checkpoint becomes the newest.
+    """
     return [
         LOAD_CHECKPOINT.given(lambda load: checked_load(dense_start(load, args, settings), args, settings)),
         SAVE_CHECKPOINT.given(lambda save: checked_save(save, args)),
         *checkpoint_sums.patches(settings.checkpoint.content_sums),
         *save_processes.patches(args.async_save),
         *dataset_reads.patches(args.padded_vocab_size),
-        *tracker.PATCHES,
+        *tracker.patches(still_writes),
         *sgd_resume.PATCHES,
         *flops.patches(settings),
         *([TRAINING_LOG.given(log.extended)] if log.is_needed else []),

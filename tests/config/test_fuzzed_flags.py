@@ -160,7 +160,8 @@ def test_flags_of_the_trainer(base, command_line):
     assert found is None or isinstance(found, RunSettings)
 
 
-SETTINGS = list({config for command in COMMANDS.values() for step in command.steps for config in step.settings.values()})
+STEPS = [step for command in COMMANDS.values() for step in command.steps]
+SETTINGS = list(dict.fromkeys(config for step in STEPS for config in step.settings.values()))
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=lambda config: config.__name__)
