@@ -56,6 +56,8 @@ EXTRA_STATE: dict[str, frozenset[str]] = {
     "megatron.core.extensions.transformer_engine": frozenset({"TEDelayedScaling"}),
 }  # fmt: skip
 
+NESTED = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+
 
 class UnsafePickle(pickle.UnpicklingError):
     """A pickle names something that a checkpoint is not made of."""
@@ -116,8 +118,8 @@ class ExtraStateUnpickler(Unpickler):
         Raises:
             UnsafePickle: anything else.
         """
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            # torch's own trusts the pickle within.
+        if (module, name) in NESTED:
+            # torch's own trusts the pickle within; Megatron puts another in its place.
             return lambda content: torch_load(io.BytesIO(content))
         if name in EXTRA_STATE.get(module, ()):
             return getattr(importlib.import_module(module), name)
