@@ -38,9 +38,8 @@ def main() -> None:
             with only_writer(args) as still_writes:
                 settings = read_settings(args)
                 step = ForwardStep(args, settings, watch.progress)
-                watch.start(settings.watch.seconds)
                 patches = trainer_patches(args, settings, step.log, still_writes)
-                with apply(patches), set_up_refusals(args, step):
+                with watch.running(settings.watch.seconds), apply(patches), set_up_refusals(args, step):
                     data = DatasetProvider(args, settings.data)
                     pretrain(configure(args, settings), data, ModelType.encoder_or_decoder, step)
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 BEAT_SECONDS = 1.0
@@ -112,19 +113,38 @@ class RankWatch:
         self._rank, self._world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         # A connection for looking; the thread that gives signs has its own.
         self._store: Any = None
+        self._end = threading.Event()
 
-    def start(self, seconds: float) -> None:
-        """Begin, in a thread; the store is there when the process group is.
+    @contextlib.contextmanager
+    def running(self, seconds: float) -> Iterator[None]:
+        """Give signs of life during the body, in a thread; the store is there when the process group is.
 
         Args:
             seconds: without a step, after which the missing ranks are named on stderr.
         """
-        if self._world > 1:
-            threading.Thread(target=self._run, args=(seconds,), name="signs of life", daemon=True).start()
+        if self._world == 1:
+            yield
+            return
+        thread = threading.Thread(target=self._run, args=(seconds,), name="signs of life", daemon=True)
+        thread.start()
+        failed = False
+        try:
+            yield
+        except Exception:
+            # Ranks that fail look who is missing, for seconds: this one is not.
+            failed = True
+            raise
+        finally:
+            if not failed:
+                self._end.set()
+                # A thread that is inside the store's client when the interpreter ends takes the process down.
+                thread.join(ANSWER_SECONDS)
 
     def _run(self, seconds: float) -> None:
-        store = _own_connection(None)
-        self._store = _own_connection(store)
+        store = _default_store(self._end)
+        if store is None:
+            return
+        store, self._store = _own_connection(store), _own_connection(store)
         beat, moves, since, told = 0, -1, time.monotonic(), False
         while store is not None:
             beat += 1
@@ -138,7 +158,8 @@ class RankWatch:
                 told = True
                 # Signs go on while it looks.
                 threading.Thread(target=self._tell, args=(since,), name="missing ranks", daemon=True).start()
-            time.sleep(BEAT_SECONDS)
+            if self._end.wait(BEAT_SECONDS):
+                return
 
     def _position(self) -> tuple[int, bool, str]:
         return self.progress.iteration, self.progress.reads_data, socket.gethostname()
@@ -189,18 +210,19 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
     return answers[0] if answers else None
 
 
-def _own_connection(store: Any) -> Any:
-    """A connection of this thread alone to the ranks' store, which waits only briefly for an answer."""
-    from datetime import timedelta
-
+def _default_store(end: threading.Event) -> Any:
+    """The store of the process group, when there is one; None where the end comes first."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
-    while store is None:
-        if dist.is_initialized():
-            store = _get_default_store()
-        else:
-            time.sleep(BEAT_SECONDS)
+    while not dist.is_initialized():
+        if end.wait(BEAT_SECONDS):
+            return None
+    return _get_default_store()
+
+
+def _own_connection(store: Any) -> Any:
+    """A connection of one thread alone to the ranks' store, which waits only briefly for an answer."""
     own = store.clone()
     own.set_timeout(timedelta(seconds=ANSWER_SECONDS))
     return own

@@ -25,7 +25,8 @@ rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo", rank=rank, world_size=world)
 watch = missing_ranks.RankWatch()
 watch.progress.at(7)
-watch.start(float(sys.argv[1]))
+running = watch.running(float(sys.argv[1]))
+running.__enter__()
 while watch._store is None or not watch._store.check([f"signs_of_life/{each}" for each in range(world)]):
     time.sleep(0.05)
 dist.barrier()
@@ -149,5 +150,5 @@ def test_the_rank_that_holds_the_store(end, tmp_path):
 def test_a_world_of_one_is_not_watched(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     watch = missing_ranks.RankWatch()
-    watch.start(1)
-    assert watch.missing() is None
+    with watch.running(1):
+        assert watch.missing() is None
