@@ -126,12 +126,34 @@ def _recording(original: Callable, contents: bool) -> Callable:
     ) -> None:
         if use_msc:  # no files
             return original(transform_list, use_msc, rank, write_buckets, global_results_queue)
+        _failed.clear()
         with ThreadPoolExecutor(1) as pool:
             sums = pool.submit(_sums_of_buckets, write_buckets) if contents else None
             recorded = _Recorded(global_results_queue, rank, write_buckets, sums)
-            return original(transform_list, use_msc, rank, write_buckets, recorded)
+            try:
+                return original(transform_list, use_msc, rank, write_buckets, recorded)
+            except AssertionError:
+                if not _failed:
+                    raise
+                # Megatron's, about the kind of a thread's result: it was the error of a write.
+                return global_results_queue.put(_failed[0])
 
     return write_preloaded_data_multithread
+
+
+# Errors of the writes of the save that this process is doing: Megatron tells their class alone.
+_failed: list[Exception] = []
+
+
+def _noting_failures(original: Callable) -> Callable:
+    @wraps(original)
+    def write_preloaded_data(*args: Any, **options: Any) -> tuple[int, Any]:
+        done = original(*args, **options)
+        if isinstance(done[1], Exception):
+            _failed.append(done[1])
+        return done
+
+    return write_preloaded_data
 
 
 @dataclass
@@ -145,11 +167,16 @@ class _Recorded:
 
     def put(self, results: dict | Exception) -> None:
         """Store the record, then report."""
-        if not isinstance(results, Exception):
+        if isinstance(results, Exception):
+            results = _failed[0] if _failed else results
+        else:
             try:
                 self._store(results)
-            except (OSError, UsageError) as error:
+            except OSError as error:
                 results = error
+            except UsageError as error:
+                # Other processes learn of the error of the disk, which has a number.
+                results = error.__context__ if isinstance(error.__context__, OSError) else error
         self.queue.put(results)
 
     def _store(self, results: dict[int, list]) -> None:
@@ -297,12 +324,17 @@ def _summing(original: Callable) -> Callable:
 WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 READER = "torch.distributed.checkpoint.filesystem"
 SAVING = (
-    # Take whether contents are summed.
     Patch(
         f"{WRITER}:FileSystemWriterAsync.write_preloaded_data_multithread",
         _recording,
         why="sizes and sums of a checkpoint's files are stored beside them",
         expects="(transform_list, use_msc, rank, write_buckets, global_results_queue)",
+    ),
+    Patch(
+        f"{WRITER}:FileSystemWriterAsync.write_preloaded_data",
+        _noting_failures,
+        why="a save that fails on a full disk does not say so",
+        expects="(transform_list, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **kwargs)",
     ),
     Patch(
         "megatron.core.dist_checkpointing.serialization:save_config",
@@ -336,4 +368,5 @@ PATCHES = (*SAVING, *LOADING)
 
 def patches(contents: bool) -> tuple[Patch, ...]:
     """Records of every checkpoint that is saved; with sums of contents or sizes alone."""
-    return tuple(patch.given(contents) for patch in SAVING)
+    recording, noting, common = SAVING
+    return recording.given(contents), noting, common.given(contents)
