@@ -48,7 +48,7 @@ def checked_load(load_checkpoint: Callable, args: argparse.Namespace, settings: 
         _check_sizes_of_model(stored, args)
         share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         sums = settings.checkpoint.content_sums
-        # Tensors and objects are compared as they are read (upstream.checkpoint_sums).
+        # Tensors and objects are compared as they are read (upstream.checkpoint_comparison).
         problem = damage(stored.folder, contents=sums, items=False, share=share)
         if problem := _of_any_rank(problem):
             raise UsageError(_line(stored, problem))

@@ -28,18 +28,18 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False, checkpoint_sums
     activate_cpu_platform()
     # These import Megatron, which must come after the CPU platform.
     from megatron_ksa.upstream import (
+        checkpoint_comparison,
         checkpoint_pickle,
         dataset_helpers,
         distributed_optimizer,
         optimizer_kernels,
         weight_gradients,
     )
-    from megatron_ksa.upstream import checkpoint_sums as sums
 
     gradients = weight_gradients.patches() if torch.cuda.is_available() and not fsdp2 else ()
     pickles = () if trust_checkpoint else checkpoint_pickle.PATCHES
     optimizer = (*distributed_optimizer.patches(), *optimizer_kernels.patches())
-    comparisons = sums.LOADING if checkpoint_sums else ()
+    comparisons = checkpoint_comparison.PATCHES if checkpoint_sums else ()
     used = [*gradients, *pickles, *comparisons, *dataset_helpers.PATCHES, *optimizer]
     apply_for_good(used)
     installed = version("megatron-core")

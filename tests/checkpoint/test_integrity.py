@@ -10,7 +10,7 @@ from trainer import launch
 from megatron_ksa.checkpoint import integrity
 from megatron_ksa.checkpoint.load import TRACKER, find_checkpoint
 from megatron_ksa.errors import UsageError
-from megatron_ksa.upstream.checkpoint_sums import LOADING
+from megatron_ksa.upstream import checkpoint_comparison
 from megatron_ksa.upstream.patches import apply
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def test_every_tensor_and_object_that_is_read_is_compared(copy, megatron_flags):
         place = whole.rindex(last, at.offset, at.offset + at.length)
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         said = f"{path.name} is damaged: its content at byte {at.offset:,} is not"
-        with apply(LOADING), pytest.raises(UsageError, match=said):
+        with apply(checkpoint_comparison.PATCHES), pytest.raises(UsageError, match=said):
             DistributedReader(newest(copy)).read(slot)
         path.write_bytes(whole)
         tried += 1
