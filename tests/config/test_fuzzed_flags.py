@@ -131,7 +131,8 @@ def given_by_hand(*pairs: str) -> list[tuple[argparse.Action, str]]:
     return [(known[flag], value) for flag, value in zip(pairs[::2], pairs[1::2], strict=True)]
 
 
-@settings(max_examples=600, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
 @given(COMMAND_LINES)
 @example(("rope", True, given_by_hand("--ksa-window-chunks", "2 2 2 2"), []))
 @example(("rope", True, given_by_hand("--ksa-layer-pattern", "k k k f"), []))
