@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 BEAT_SECONDS = 1.0
+RANKS_A_BEAT = 1000
 # So many beats must pass without a sign of life; a thread can wait that long for a busy processor.
 SILENT_BEATS = 6
 # The store's own answer; a store whose process is stopped gives none.
@@ -113,6 +114,8 @@ class RankWatch:
         self._rank, self._world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         # A connection for looking; the thread that gives signs has its own.
         self._store: Any = None
+        # One process answers all ranks: with many of them each gives fewer signs.
+        self._beat = BEAT_SECONDS * max(1.0, self._world / RANKS_A_BEAT)
         self._end = threading.Event()
 
     @contextlib.contextmanager
@@ -158,7 +161,7 @@ class RankWatch:
                 told = True
                 # Signs go on while it looks.
                 threading.Thread(target=self._tell, args=(since,), name="missing ranks", daemon=True).start()
-            if self._end.wait(BEAT_SECONDS):
+            if self._end.wait(self._beat):
                 return
 
     def _position(self) -> tuple[int, bool, str]:
@@ -178,7 +181,7 @@ class RankWatch:
         """The clause of `who_is_missing`; None where nothing can be said. It takes some seconds."""
         if self._store is None:
             return None
-        seconds = SILENT_BEATS * BEAT_SECONDS
+        seconds = SILENT_BEATS * self._beat
         before = _within(ANSWER_SECONDS, self._signs)
         time.sleep(seconds)
         after = before and _within(ANSWER_SECONDS, self._signs)
