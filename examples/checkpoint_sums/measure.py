@@ -61,7 +61,7 @@ def summary(times: list[dict], what: str) -> dict:
     rounds = sorted({each["round"] for each in times})
     by = {(each["round"], each["way"]): each for each in times if each["what"] == what}
     found: dict[str, object] = {"rounds": len(rounds)}
-    for unit in ("seconds", "processor_seconds"):
+    for unit in ("seconds", "processor_seconds", "user_seconds"):
         for way in WAYS:
             values = [by[turn, way][unit] for turn in rounds]
             found[f"{way}_{unit}"] = round(statistics.median(values), 3)
@@ -93,7 +93,8 @@ def measure(options: argparse.Namespace) -> None:
             print(
                 f"{processes} processes, {what} of {row['bytes'] / 1e9:.2f} GB: {row['plain_seconds']:.2f} s plainly; "
                 f"sums add {row['sums_more_seconds']:+.3f} s ({row['sums_more_seconds_percent']:+.1f} %), processors "
-                f"{row['plain_processor_seconds']:.2f} s {row['sums_more_processor_seconds_percent']:+.1f} %",
+                f"{row['plain_processor_seconds']:.2f} s {row['sums_more_processor_seconds_percent']:+.1f} %, "
+                f"in user mode {row['plain_user_seconds']:.2f} s {row['sums_more_user_seconds_percent']:+.1f} %",
                 flush=True,
             )  # fmt: skip
     print(f"measured on {machine(options.commit)}")
@@ -116,7 +117,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="ranks that save and load")
     parser.add_argument("--rounds", type=int, default=9, help="times that each way is measured")
     parser.add_argument("--hidden-size", type=int, default=2048, help="of the model: 2048 makes 2 GB")
-    parser.add_argument("--vocab-size", type=int, default=36000, help="of the model")
+    parser.add_argument("--vocab-size", type=int, default=24000, help="of the model")
     parser.add_argument("--out", type=Path, default=HERE / "results.json", help="results, JSON")
     parser.add_argument("--commit", help="of the code, where it is no git checkout")
     return parser.parse_args()

@@ -31,7 +31,7 @@ WAYS = ("plain", "sizes", "sums")
 
 
 class Measurement:
-    """Times of every way, seconds: of the slowest rank, and the processors' of all ranks together."""
+    """Times of every way, seconds: of the slowest rank; of all ranks' processors together, and in user mode alone."""
 
     def __init__(self, record: Path, rounds: int) -> None:
         self.record, self.rounds, self.found = record, rounds, []
@@ -39,13 +39,15 @@ class Measurement:
     def add(self, what: str, turn: int, way: str, work: Callable[[], object]) -> object:
         """Do the work on all ranks, and note how long it takes."""
         dist.barrier()
-        start, used = time.perf_counter(), _processor_seconds()
+        start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         result = work()
-        own = time.perf_counter() - start
+        own, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
         spent: list = [None] * dist.get_world_size()
-        dist.all_gather_object(spent, (own, _processor_seconds() - used))
-        seconds, processor = max(each[0] for each in spent), sum(each[1] for each in spent)
-        self.found.append({"what": what, "round": turn, "way": way, "seconds": seconds, "processor_seconds": processor})
+        dist.all_gather_object(spent, (own, now.ru_utime - used.ru_utime, now.ru_stime - used.ru_stime))
+        row = {"what": what, "round": turn, "way": way, "seconds": max(each[0] for each in spent)}
+        row["user_seconds"] = sum(each[1] for each in spent)
+        row["processor_seconds"] = row["user_seconds"] + sum(each[2] for each in spent)
+        self.found.append(row)
         return result
 
     def write(self, size: int) -> None:
@@ -53,12 +55,6 @@ class Measurement:
         if dist.get_rank() == 0:
             with whole_file(self.record) as stream:
                 json.dump({"bytes": size, "times": self.found}, stream)
-
-
-def _processor_seconds() -> float:
-    """Of all threads of this process, in user and system mode."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def _files(folder: Path) -> list[Path]:
@@ -111,12 +107,18 @@ def measured_load(measurement: Measurement, args, settings, load: Callable) -> C
     """Megatron's load, as often as there are rounds and ways."""
     from megatron_ksa.checkpoint.checked_load import checked_load
     from megatron_ksa.checkpoint.dense import dense_start
+    from megatron_ksa.upstream import checkpoint_comparison
+    from megatron_ksa.upstream.patches import apply
 
     plain = dense_start(load, args, settings)
     calls = {"plain": plain}
     for way in WAYS[1:]:
         checks = replace(settings.checkpoint, content_sums=way == "sums")
         calls[way] = checked_load(plain, args, replace(settings, checkpoint=checks))
+
+    def call(way: str, *rest, **options) -> tuple[int, int]:
+        with apply(checkpoint_comparison.PATCHES if way == "sums" else ()):
+            return calls[way](*rest, **options)
 
     @wraps(load)
     def loads(*rest, **options) -> tuple[int, int]:
@@ -129,7 +131,7 @@ def measured_load(measurement: Measurement, args, settings, load: Callable) -> C
                     if cold and dist.get_rank() == 0:
                         _forget(Path(args.load))
                     what = "load from disk" if cold else "load from cache"
-                    done = measurement.add(what, turn, way, lambda way=way: calls[way](*rest, **options))
+                    done = measurement.add(what, turn, way, lambda way=way: call(way, *rest, **options))
         measurement.write(sum(path.stat().st_size for path in _files(Path(args.load))))
         return done
 
@@ -138,8 +140,9 @@ def measured_load(measurement: Measurement, args, settings, load: Callable) -> C
 
 def main() -> None:
     record, rounds, *flags = sys.argv[1:]
-    sys.argv = [sys.argv[0], *flags]
-    prepare_platform(flags)
+    # What is read is compared where this program says so.
+    sys.argv = [sys.argv[0], *flags, "--no-checkpoint-sums"]
+    prepare_platform(sys.argv[1:])
     from megatron_ksa.training import configure
     from megatron_ksa.upstream import checkpoint_sums
     from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, SAVE_CHECKPOINT

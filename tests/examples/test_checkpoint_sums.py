@@ -11,7 +11,8 @@ def test_differences_are_taken_within_a_round():
     summary = runpy.run_path(str(FOLDER / "measure.py"))["summary"]
     more = {"plain": 0.0, "sizes": 0.01, "sums": 0.2}
     times = [
-        {"what": "save", "round": turn, "way": way, "seconds": 10 * (turn + 1) + extra, "processor_seconds": 5 + extra}
+        {"what": "save", "round": turn, "way": way, "seconds": 10 * (turn + 1) + extra, "processor_seconds": 5 + extra,
+         "user_seconds": 4}
         for turn in range(3) for way, extra in more.items()
     ]  # fmt: skip
     found = summary([*times, {"what": "load", "round": 0, "way": "plain"}], "save")
