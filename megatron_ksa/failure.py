@@ -27,7 +27,10 @@ def failures_named(missing: Callable[[], str | None] = lambda: None) -> Iterator
     faulthandler.enable()
     try:
         yield
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt, GeneratorExit):
+        raise
+    # Megatron's CheckpointException is a BaseException.
+    except BaseException as error:
         traceback.print_exc()
         line = describe(error)
         # Which ranks are missing takes seconds to see, and the launcher of another rank that fails may end this one.

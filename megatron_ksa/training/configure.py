@@ -11,7 +11,7 @@ from megatron.training.config import PretrainConfigContainer
 from megatron.training.global_vars import set_global_variables
 
 from megatron_ksa.checkpoint.checked_load import checked_load
-from megatron_ksa.checkpoint.checked_save import checked_save
+from megatron_ksa.checkpoint.checked_save import checked_finalize, checked_save
 from megatron_ksa.checkpoint.dense import check_checkpoint, dense_start
 from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
@@ -32,7 +32,7 @@ from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.training.step_log import StepLog
 from megatron_ksa.upstream import checkpoint_sums, dataset_reads, flops, save_processes, sgd_resume, tracker
 from megatron_ksa.upstream.patches import Patch
-from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAINING_LOG
+from megatron_ksa.upstream.trainer import FINALIZE_SAVE, LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAINING_LOG
 
 
 def parse_flags() -> argparse.Namespace:
@@ -130,6 +130,7 @@ def trainer_patches(
     return [
         LOAD_CHECKPOINT.given(lambda load: checked_load(dense_start(load, args, settings), args, settings)),
         SAVE_CHECKPOINT.given(lambda save: checked_save(save, args)),
+        FINALIZE_SAVE.given(lambda finalize: checked_finalize(finalize, args)),
         *checkpoint_sums.patches(settings.checkpoint.content_sums),
         *save_processes.patches(args.async_save),
         *dataset_reads.patches(args.padded_vocab_size),

@@ -140,12 +140,22 @@ def _recording(original: Callable, contents: bool) -> Callable:
 _failed: list[Exception] = []
 
 
+def _of_the_disk(error: Exception) -> Exception:
+    """The error of the operating system that the error came of: torch's writer says that its position is unexpected."""
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, OSError):
+            return each
+        each = each.__cause__ or each.__context__
+    return error
+
+
 def _noting_failures(original: Callable) -> Callable:
     @wraps(original)
     def write_preloaded_data(*args: Any, **options: Any) -> tuple[int, Any]:
         done = original(*args, **options)
         if isinstance(done[1], Exception):
-            _failed.append(done[1])
+            _failed.append(_of_the_disk(done[1]))
         return done
 
     return write_preloaded_data
