@@ -11,12 +11,14 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.failure import failures_named
+from megatron_ksa.missing_ranks import RankWatch
 from megatron_ksa.orphans import end_with_launcher
 
 
 def main() -> None:
     """Read the command line and train; bad input costs one line and exit code 2."""
-    with failures_named(), usage_errors_exit():
+    watch = RankWatch()
+    with failures_named(watch.missing), usage_errors_exit():
         end_with_launcher()
         defaults = prepare_platform(sys.argv[1:])
         # Megatron is imported only now: the CPU platform must be in place before.
@@ -25,19 +27,21 @@ def main() -> None:
 
         from megatron_ksa.checkpoint.run_folder import only_writer
         from megatron_ksa.training.arguments import install_arguments
-        from megatron_ksa.training.configure import configure, read_command_line, trainer_patches
+        from megatron_ksa.training.configure import configure, parse_flags, read_settings, trainer_patches
         from megatron_ksa.training.datasets import DatasetProvider
         from megatron_ksa.training.refusals import set_up_refusals
         from megatron_ksa.training.step import ForwardStep
         from megatron_ksa.upstream.patches import apply
 
         with install_arguments(defaults):
-            args, settings = read_command_line()
-            step = ForwardStep(args, settings)
-            patches = trainer_patches(args, settings, step.log)
-            with only_writer(args), apply(patches), set_up_refusals(args, step):
-                data = DatasetProvider(args, settings.data)
-                pretrain(configure(args, settings), data, ModelType.encoder_or_decoder, step)
+            args = parse_flags()
+            with only_writer(args) as still_writes:
+                settings = read_settings(args)
+                step = ForwardStep(args, settings, watch.progress)
+                patches = trainer_patches(args, settings, step.log, still_writes)
+                with watch.running(settings.watch.seconds), apply(patches), set_up_refusals(args, step):
+                    data = DatasetProvider(args, settings.data)
+                    pretrain(configure(args, settings), data, ModelType.encoder_or_decoder, step)
 
 
 if __name__ == "__main__":

@@ -100,25 +100,44 @@ def _check_sequences(prefix: str, stream: IO[bytes], sequences: int, documents: 
     return end
 
 
-def largest_id(prefix: str, most: int | None = None) -> int:
-    """The largest token id of a dataset that `check_indexed_dataset` passed.
-
-    For a check of a dataset against a vocabulary, which otherwise shows as an index error in some iteration.
+def id_range(prefix: str, most: int | None = None) -> tuple[int, int]:
+    """The smallest and the largest token id of a dataset that `check_indexed_dataset` passed.
 
     Args:
         most: tokens to read, those that the dataset begins with; None for all of them.
+
+    Returns:
+        (0, -1) for a dataset without tokens.
     """
     with open(f"{prefix}.idx", "rb") as stream:
         dtype = _HEADER.unpack(stream.read(_HEADER.size))[2]
-    largest = -1
+    smallest, largest = 0, -1
     with open(f"{prefix}.bin", "rb") as stream:
         while most is None or most > 0:
             ids = np.fromfile(stream, _DTYPES[dtype], _BLOCK if most is None else min(most, _BLOCK))
             if not len(ids):
                 break
-            largest = max(largest, int(ids.max()))
+            smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
             most = None if most is None else most - len(ids)
-    return largest
+    return smallest, largest
+
+
+def check_ids(prefix: str, vocabulary: int, most: int | None = None) -> None:
+    """Check that the model has a row for every id of a dataset.
+
+    Args:
+        most: tokens to read, those that the dataset begins with; None for all of them.
+
+    Raises:
+        UsageError: an id that is negative or beyond them.
+    """
+    smallest, largest = id_range(prefix, most)
+    if smallest < 0 or largest >= vocabulary:
+        wrong = smallest if smallest < 0 else largest
+        raise UsageError(
+            f"--data-path {prefix}: {prefix}.bin has the token id {wrong:,}, and the model has {vocabulary:,} rows "
+            "for ids (--vocab-size or the tokenizer): give the tokenizer that the dataset was written with"
+        )
 
 
 def loss_mask_prefix(prefix: str) -> str:

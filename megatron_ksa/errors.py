@@ -32,12 +32,18 @@ def usage_errors_exit() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, RankUsageError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Megatron's handler would only take note
             time.sleep(FIRST_RANK_SECONDS)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(_own_words(error).split())}", file=sys.stderr, flush=True)
         if _in_a_world():
             # Destructors of process groups wait for other ranks, which may wait for this one.
             sys.stdout.flush()
             os._exit(2)
         raise SystemExit(2) from None
+
+
+def _own_words(error: UsageError) -> str:
+    """The message, without the traceback that a data loader's worker puts around it."""
+    text = str(error)
+    return text.rpartition("UsageError: ")[2] if text.startswith("Caught ") else text
 
 
 def _in_a_world() -> bool:

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 COLLECTIVES = os.path.join("torch", "distributed", "")
@@ -13,8 +13,11 @@ FAILED = 1
 
 
 @contextmanager
-def failures_named() -> Iterator[None]:
+def failures_named(missing: Callable[[], str | None] = lambda: None) -> Iterator[None]:
     """End the process with one line that names rank, host and call where the body raises, after the traceback.
+
+    Args:
+        missing: called where a collective failed; says which ranks it waited for (`RankWatch.missing`).
 
     Where a rank dies, the others notice in a collective: their connection closes, or nothing arrives for
     `--distributed-timeout-minutes`. gloo raises an error then; NCCL's watchdog aborts the process and names rank and
@@ -24,11 +27,23 @@ def failures_named() -> Iterator[None]:
     faulthandler.enable()
     try:
         yield
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt, GeneratorExit):
+        raise
+    # Megatron's CheckpointException is a BaseException.
+    except BaseException as error:
         traceback.print_exc()
-        print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+        line = describe(error)
+        # Which ranks are missing takes seconds to see, and the launcher of another rank that fails may end this one.
+        if in_collective(error) and (clause := missing()):
+            line += f"; {clause}"
+        print(f"error: {line}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(FAILED)
+
+
+def in_collective(error: BaseException) -> bool:
+    """Whether the error comes from torch's communication between ranks."""
+    return any(COLLECTIVES in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 def describe(error: BaseException) -> str:

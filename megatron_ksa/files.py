@@ -14,10 +14,14 @@ from megatron_ksa.errors import UsageError
 # A list of bases, a file of flags: larger ones are a mistake (a dataset, /dev/zero).
 SMALL_FILE_BYTES = 1_000_000
 
+# A list of datasets, an index of shards, a work folder's manifest: as many megabytes as there are files, and no more.
+LIST_BYTES = 1 << 28
+
 # Errors that a write alone can have, whatever the library that writes.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-# How libraries in Rust (tokenizers, safetensors) report the number of an error of the operating system.
-_RUST_CODE = re.compile(r"\(os error (\d+)\)|\bcode: (\d+)")
+# How libraries in Rust (tokenizers, safetensors) report the number of an error of the operating system, and Python
+# where only the words reach this process.
+_CODE = re.compile(r"\(os error (\d+)\)|\bcode: (\d+)|\[Errno (\d+)\]")
 
 
 def disk_error(error: BaseException, folder: Path) -> str | None:
@@ -44,9 +48,9 @@ def disk_error(error: BaseException, folder: Path) -> str | None:
             inside = any(folder == name or folder in name.parents for name in names)
             if each.errno in _DISK_ERRORS or inside:
                 return os.strerror(each.errno)
-        found = _RUST_CODE.search(str(each))
-        if found and int(found[1] or found[2]) in _DISK_ERRORS:
-            return os.strerror(int(found[1] or found[2]))
+        found = _CODE.search(str(each))
+        if found and (number := int(found[1] or found[2] or found[3])) in _DISK_ERRORS:
+            return os.strerror(number)
         if isinstance(each, BaseExceptionGroup):
             pending += each.exceptions
         # torch's CheckpointException: error and traceback of each rank.

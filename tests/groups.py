@@ -20,11 +20,13 @@ WORLD = frozenset(
     slurm/test_job.py
     slurm/test_torchrun.py
     test_errors.py
+    test_missing_ranks.py
     tools/test_plan_cluster.py
     training/test_dense_start.py
     training/test_distill.py
     training/test_experts.py
     training/test_failure.py
+    training/test_kills.py
     training/test_nccl.py
     training/test_parallel.py
     training/test_stages.py

@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from megatron_ksa.errors import UsageError, usage_errors_exit
-from megatron_ksa.files import whole_file
+from megatron_ksa.files import LIST_BYTES, read_small, whole_file
 from megatron_ksa.platform import prepare_platform
 
 # Heads x chunks^2 / 2 bytes a layer: 256 chunks of 24 layers with 16 heads are 13 MB.
@@ -45,10 +45,7 @@ def main() -> None:
         if not 1 <= args.max_tokens <= LIMIT:
             raise UsageError(f"--max-tokens {args.max_tokens}: from 1 to {LIMIT}")
         tokenizer = load_tokenizer(args.tokenizer_model)
-        try:
-            text = args.text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--text {args.text}: {error}") from None
+        text = read_small(args.text, "--text", limit=LIST_BYTES)
         defaults = prepare_platform(["--trust-checkpoint"] * args.trust_checkpoint)
         import torch
 

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags.files import read_jsonl
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES, read_small
 
 KINDS = ("source", "branch")
 
@@ -95,7 +96,7 @@ class ConstraintSettings:
             return []
         path = Path(self.always)
         if path.suffix != ".jsonl":
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_small(path, "--always", limit=LIST_BYTES).splitlines()
             return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         rows = list(read_jsonl(path))
         if not all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows):

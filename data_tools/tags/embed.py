@@ -22,6 +22,7 @@ from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_json
 from megatron_ksa.data_tools.tags.minhash import mixed
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES, read_small
 
 DIMENSIONS = 128
 WORDS = 30_000
@@ -197,7 +198,7 @@ def load_embedder(folder: Path, engine: Engine) -> Embedder:
     path = folder / "embedder.json"
     if not path.is_file():
         raise UsageError(f"{path} does not exist: run the tree step of that folder first")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = json.loads(read_small(path, limit=LIST_BYTES))
     if saved["kind"] == "sentence":
         return SentenceEmbedder(saved["model"])
     arrays = read_arrays(folder / "embedder.npz")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_ksa.data_tools.tags.files import write_json
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES, read_small
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -43,8 +44,8 @@ class Manifest:
         if not path.exists():
             return {}
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            content = json.loads(read_small(path, limit=LIST_BYTES))
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}: {error}; delete it to start over") from None
         if not isinstance(content, dict) or content.get("version") != VERSION:
             raise UsageError(f"{path}: written by another version of this tool; choose another --work or delete it")

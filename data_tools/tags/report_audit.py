@@ -16,6 +16,7 @@ from megatron_ksa.data_tools.tags.read import RECORDS, REJECTED
 from megatron_ksa.data_tools.tags.records import message_text
 from megatron_ksa.data_tools.tags.tag import FAILED
 from megatron_ksa.data_tools.tags.write import BLEND, UNWRITTEN
+from megatron_ksa.files import LIST_BYTES, read_small
 
 LEFT_OUT = {
     REJECTED: "could not be read",
@@ -120,7 +121,7 @@ def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 def settings(work: Path) -> dict:
     """Settings of each step's last run."""
     path = work / MANIFEST
-    steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.exists() else {}
+    steps = json.loads(read_small(path, limit=LIST_BYTES))["steps"] if path.exists() else {}
     rows = [
         {"step": step, "setting": name, "value": value}
         for step, done in steps.items() for name, value in _flat(done["settings"]) if step != "report"

@@ -22,6 +22,7 @@ from megatron_ksa.data_tools.tags.sample import Sample, SampleSettings, sample
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tree import TREE
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES, read_small
 
 SELECTION, SUMMARY = "selection.jsonl", "selection.json"
 
@@ -192,11 +193,9 @@ def read_summary(path: Path) -> dict:
         UsageError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)"
-        ) from None
+        if not path.exists():
+            raise UsageError(f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)")
+        return json.loads(read_small(path, limit=LIST_BYTES))
     except ValueError as error:
         raise UsageError(f"{path}: {error}; delete it and run its step again") from None
 

@@ -5,7 +5,6 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 
 import torch.distributed as dist
@@ -39,7 +38,7 @@ DAMAGED = (
 
 
 def checked_load(load_checkpoint: Callable, args: argparse.Namespace, settings: RunSettings) -> Callable:
-    """`load_checkpoint` beside a check of the files' sizes and sums, each rank of its share of them."""
+    """`load_checkpoint` after a check of the files' sizes, each rank of its share of them."""
 
     @wraps(load_checkpoint)
     def load(*rest, **options) -> tuple[int, int]:
@@ -48,28 +47,32 @@ def checked_load(load_checkpoint: Callable, args: argparse.Namespace, settings: 
             return load_checkpoint(*rest, **options)
         _check_sizes_of_model(stored, args)
         share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        with ThreadPoolExecutor(1) as pool:
-            # Reading for the sums and reading for the load share the file system's cache.
-            check = pool.submit(damage, stored.folder, contents=settings.checkpoint.content_sums, share=share)
-            try:
-                done = load_checkpoint(*rest, **options)
-            except UsageError:
-                raise
-            except DAMAGED as error:
-                problem = damage(stored.folder)
-                if problem is None and not isinstance(error, UNREADABLE):
-                    raise
-                raise RankUsageError(_line(stored, problem or _first_line(error))) from None
-            problem = check.result()
+        sums = settings.checkpoint.content_sums
+        # Tensors and objects are compared as they are read (upstream.checkpoint_comparison).
+        problem = damage(stored.folder, contents=sums, items=False, share=share)
         if problem := _of_any_rank(problem):
             raise UsageError(_line(stored, problem))
-        return done
+        try:
+            return load_checkpoint(*rest, **options)
+        except UsageError:
+            raise
+        except DAMAGED as error:
+            problem = _said_by_the_reader(error) or damage(stored.folder, contents=sums)
+            if problem is None and not isinstance(error, UNREADABLE):
+                raise
+            raise RankUsageError(_line(stored, problem or _first_line(error))) from None
 
     return load
 
 
 def _line(stored: StoredCheckpoint, problem: str) -> str:
     return f"--load {stored.folder.parent}: {problem}; {way_out(stored.folder)}"
+
+
+def _said_by_the_reader(error: BaseException) -> str | None:
+    """What a rank's reader found of damage."""
+    first = cause(error) if isinstance(error, CheckpointException) else error
+    return str(first) if isinstance(first, UsageError) else None
 
 
 def _first_line(error: BaseException) -> str:

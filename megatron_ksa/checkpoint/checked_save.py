@@ -1,7 +1,8 @@
 """A save that fails says in one line which folder could not be written, and which checkpoint is there."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
@@ -10,29 +11,42 @@ from megatron_ksa.errors import RankUsageError
 from megatron_ksa.files import disk_error
 
 
-def checked_save(save_checkpoint: Callable, args: argparse.Namespace) -> Callable:
-    """`save_checkpoint` whose errors of the disk are one line; others stay what they are.
+@contextmanager
+def _disk_named(args: argparse.Namespace, what: str) -> Iterator[None]:
+    try:
+        yield
+    # Megatron's CheckpointException is a BaseException.
+    except BaseException as error:
+        root = Path(args.save) if args.save else None
+        reason = None if root is None else disk_error(error, root)
+        if reason is None:
+            raise
+        number = newest_whole(root)
+        left = (
+            "no whole checkpoint is there"
+            if number is None
+            else (f"iteration {number} is whole and --load {root} takes it")
+        )
+        raise RankUsageError(f"--save {root}: {what} cannot be written: {reason}; {left}") from None
 
-    An asynchronous save fails in a later call, where Megatron finalises it: the iteration in its line is then that of
-    the call.
-    """
+
+def checked_save(save_checkpoint: Callable, args: argparse.Namespace) -> Callable:
+    """`save_checkpoint` whose errors of the disk are one line; others stay what they are."""
 
     @wraps(save_checkpoint)
     def save(iteration: int, *rest, **options) -> None:
-        try:
+        with _disk_named(args, f"iteration {iteration}"):
             save_checkpoint(iteration, *rest, **options)
-        # Megatron's CheckpointException is a BaseException.
-        except BaseException as error:
-            root = Path(args.save)
-            reason = disk_error(error, root)
-            if reason is None:
-                raise
-            number = newest_whole(root)
-            left = (
-                "no whole checkpoint is there"
-                if number is None
-                else (f"iteration {number} is whole and --load {root} takes it")
-            )
-            raise RankUsageError(f"--save {root}: iteration {iteration} cannot be written: {reason}; {left}") from None
 
     return save
+
+
+def checked_finalize(finalize: Callable, args: argparse.Namespace) -> Callable:
+    """`maybe_finalize_async_save`, where an asynchronous save fails, in the same way."""
+
+    @wraps(finalize)
+    def checked(*rest, **options) -> None:
+        with _disk_named(args, "an asynchronous save"):
+            finalize(*rest, **options)
+
+    return checked

@@ -1,21 +1,34 @@
 """Sizes and checksums of a checkpoint's files, stored when it is saved and compared when it is loaded.
 
-Each rank writes `.files_RANK.json` for the shards that it wrote, the first rank `.files_common.json` for `.metadata`
-and `metadata.json` when everything else is there. XXH3 (128 bits) finds damage; it is no signature. A checkpoint
-without such files, from an older version or from elsewhere, is checked by what its own metadata says of sizes.
+Each rank writes `.files_RANK.json` for the shards that it wrote, with a sum of each tensor and object; the first rank
+writes `.files_common.json` for `.metadata` and `metadata.json` when everything else is there. XXH3 (128 bits) finds
+damage; it is no signature. A checkpoint without such files, from an older version or from elsewhere, is checked by what
+its own metadata says of sizes.
 """
 
-import concurrent.futures
+import io
 import json
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
+import torch
 import torch.distributed.checkpoint as dcp
+import xxhash
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.upstream.checkpoint_sums import CONFIG, METADATA, PREFIX, StoredFile, sum_of
+from megatron_ksa.files import read_small
+from megatron_ksa.upstream import safe_pickle
+from megatron_ksa.upstream.checkpoint_sums import (
+    CONFIG,
+    METADATA,
+    StoredFile,
+    StoredItem,
+    read_records,
+    sum_of,
+    sum_of_tensor,
+)
 
 
 def stored_files(folder: Path) -> dict[str, StoredFile]:
@@ -24,13 +37,7 @@ def stored_files(folder: Path) -> dict[str, StoredFile]:
     Raises:
         UsageError: a record or the metadata that cannot be read.
     """
-    files: dict[str, StoredFile] = {}
-    for record in sorted(folder.glob(f"{PREFIX}*.json")):
-        try:
-            read = json.loads(record.read_text(encoding="utf-8"))
-            files |= {str(name): StoredFile(int(file["bytes"]), file["xxh3"]) for name, file in read.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{record} is damaged ({type(error).__name__}: {error})") from None
+    files = read_records(folder)
     for name in (METADATA, CONFIG):
         if not (folder / name).is_file():
             raise UsageError(f"{folder / name} is missing")
@@ -42,8 +49,8 @@ def stored_files(folder: Path) -> dict[str, StoredFile]:
 
 def _check_config(path: Path) -> None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_small(path))
+    except (UsageError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error})") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} is damaged: it holds no JSON object")
@@ -64,12 +71,13 @@ def _sizes_by_metadata(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def damage(folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+def damage(folder: Path, *, contents: bool = True, items: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with the first damaged file of a checkpoint.
 
     Args:
         folder: of one iteration.
         contents: compare checksums too, where they are stored.
+        items: also those of tensors and objects, which a load compares by itself.
         share: this process's number and how many processes check parts of the checkpoint.
 
     Returns:
@@ -82,12 +90,29 @@ def damage(folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 
     mine = sorted(files.items())[share[0] :: share[1]]
     if problem := next(filter(None, (_wrong_size(folder / name, file) for name, file in mine)), None):
         return problem
-    with_sums = [(folder / name, file.xxh3) for name, file in mine if contents and file.xxh3]
-    with concurrent.futures.ThreadPoolExecutor(max(min(4, os.cpu_count() or 1), 1)) as pool:
-        for (path, expected), found in zip(with_sums, pool.map(lambda each: sum_of(each[0]), with_sums), strict=True):
-            if found != expected:
-                return f"{path} is damaged: its content is not what was written (its checksum differs)"
+    for name, file in mine if contents else ():
+        if (file.xxh3 and sum_of(folder / name) != file.xxh3) or (items and not _items_are_whole(folder / name, file)):
+            return f"{folder / name} is damaged: its content is not what was written (its checksum differs)"
     return None
+
+
+def _items_are_whole(path: Path, file: StoredFile) -> bool:
+    with open(path, "rb") as stream:
+        return all(_sum_of_item(stream, item) == item.xxh3 for item in file.items)
+
+
+def _sum_of_item(stream: IO[bytes], item: StoredItem) -> str | None:
+    """The sum of a tensor or an object in a file; None of a tensor that cannot be read."""
+    stream.seek(item.offset)
+    content = stream.read(item.length)
+    if not item.is_tensor:
+        return xxhash.xxh3_128(content).hexdigest()
+    try:
+        found = safe_pickle.torch_load(io.BytesIO(content))
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError, AttributeError, IndexError,
+            AssertionError, pickle.UnpicklingError):  # fmt: skip
+        return None
+    return sum_of_tensor(found) if isinstance(found, torch.Tensor) else None
 
 
 def _wrong_size(path: Path, file: StoredFile) -> str | None:
@@ -97,14 +122,19 @@ def _wrong_size(path: Path, file: StoredFile) -> str | None:
         return f"{path} is missing"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    if size < file.bytes or (file.xxh3 is not None and size != file.bytes):
+    if size < file.bytes or ((file.xxh3 or file.items) and size != file.bytes):
         return f"{path} is damaged: it has {size:,} of its {file.bytes:,} bytes"
     return None
 
 
+def is_iteration(text: str) -> bool:
+    """Whether a text is an iteration's number: ASCII digits, not more than fit 64 bits."""
+    return text.isascii() and text.isdecimal() and len(text) <= 18
+
+
 def iterations(root: Path) -> Iterator[tuple[int, Path]]:
     """Iterations under a `--save` folder, the newest first."""
-    found = [(int(path.name[5:]), path) for path in root.glob("iter_*") if path.name[5:].isdigit()]
+    found = [(int(path.name[5:]), path) for path in root.glob("iter_*") if is_iteration(path.name[5:])]
     yield from sorted(found, reverse=True)
 
 

@@ -11,13 +11,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ksa.checkpoint.integrity import damage, way_out
+from megatron_ksa.checkpoint.integrity import damage, is_iteration, way_out
 from megatron_ksa.checkpoint.norm_names import ask_for_stored_names
 from megatron_ksa.checkpoint.streaming import DistributedReader, cause, failure
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.options import destination
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import read_small
 from megatron_ksa.model.builder import KSAGPTModelBuilder, model_config_from_args
 from megatron_ksa.model.gpt import KSAGPTModel
 from megatron_ksa.platform.ports import free_port
@@ -25,6 +26,7 @@ from megatron_ksa.platform.ports import free_port
 TRACKER = "latest_checkpointed_iteration.txt"
 # What Megatron's tracker says where there is no iteration: weights to start from, without optimizer.
 RELEASE = "release"
+TRACKER_BYTES = 1000
 # A process of its own runs unpartitioned, whatever layout the checkpoint was trained in.
 ALONE = {
     "tensor_model_parallel_size": 1,
@@ -83,15 +85,15 @@ def iteration_folder(folder: Path, iteration: int | None = None) -> Path:
     if not tracker.is_file():
         raise UsageError(f"{folder} is no checkpoint folder: it has no {TRACKER}")
     if iteration is None:
-        text = tracker.read_text(encoding="utf-8").strip()
-        if text != RELEASE and not text.isdigit():
-            raise UsageError(f"{tracker} says {text!r}, an iteration number or {RELEASE!r} is needed")
+        text = read_small(tracker, limit=TRACKER_BYTES).strip()
+        if text != RELEASE and not is_iteration(text):
+            raise UsageError(f"{tracker} says {text[:40]!r}, an iteration number or {RELEASE!r} is needed")
         name = text if text == RELEASE else f"iter_{int(text):07d}"
     else:
         name = f"iter_{iteration:07d}"
     path = folder / name
     if not path.is_dir():
-        stored = sorted(int(other.name[5:]) for other in folder.glob("iter_*") if other.name[5:].isdigit())
+        stored = sorted(int(other.name[5:]) for other in folder.glob("iter_*") if is_iteration(other.name[5:]))
         listed = ", ".join(map(str, stored)) or "none"
         raise UsageError(f"{folder} has no checkpoint {path.name}: the folder is missing; iterations there: {listed}")
     return path
@@ -175,6 +177,9 @@ def load_model(stored: StoredCheckpoint, defaults: dict[str, object], dtype: tor
     state = {"model": ask_for_stored_names(model.sharded_state_dict(), names)}
     try:
         state = dist_checkpointing.load(state, str(stored.folder))
+    except CheckpointException as error:
+        problem = damage(stored.folder) or failure(error)
+        raise UsageError(f"{stored.folder} cannot be read: {problem}; {way_out(stored.folder)}") from None
     except (CheckpointingException, KeyError) as error:
         raise UsageError(f"{stored.folder}: the weights do not fit the stored arguments: {error}") from None
     model.load_state_dict(state["model"])

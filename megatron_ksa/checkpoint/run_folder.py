@@ -1,9 +1,10 @@
 """The folder that a run saves to: one run writes it, it can be written, and its tracker is not lost."""
 
 import argparse
+import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,21 +18,32 @@ TRACKER_SECONDS = 60.0
 
 
 @contextmanager
-def only_writer(args: argparse.Namespace) -> Iterator[None]:
+def only_writer(args: argparse.Namespace) -> Iterator[Callable[[], None]]:
     """Keep a second training from saving into `--save` during the body, and notice a folder that cannot be written.
 
-    The first rank holds the lock for all of them.
+    The first rank holds the lock for all of them. A folder that is made for it goes again where the body refuses the
+    command line.
+
+    Yields:
+        What raises where another run has taken the lock over.
 
     Raises:
         UsageError: another run saves there, or the folder cannot be written.
     """
     if args.save is None or args.rank != 0 or getattr(args, "enable_msc", False):
-        yield
+        yield lambda: None
         return
-    with exclusive_folder(args.save, "pretrain_gpt.py --save"):
-        with writing(Path(args.save)), tempfile.TemporaryFile(dir=args.save) as probe:
-            probe.write(b"0")
-        yield
+    missing = [path for path in (Path(args.save), *Path(args.save).parents) if not path.exists()]
+    try:
+        with exclusive_folder(args.save, "pretrain_gpt.py --save") as lock:
+            with writing(Path(args.save)), tempfile.TemporaryFile(dir=args.save) as probe:
+                probe.write(b"0")
+            yield lock.check
+    except UsageError:
+        with contextlib.suppress(OSError):  # what is not empty stays
+            for path in missing:
+                path.rmdir()
+        raise
 
 
 def restore_tracker(args: argparse.Namespace) -> None:

@@ -9,6 +9,10 @@ from megatron_ksa.config.patterns import parse_integers, parse_letters
 from megatron_ksa.errors import UsageError
 from megatron_ksa.layout.rows import RowLayout
 
+# Tokens of a chunk, summaries after it.
+LARGEST = 2**20
+LAST_ITERATION = 2**53
+
 
 class LayerKind(StrEnum):
     """What a decoder layer does with text and summary rows; the value is its letter in `--ksa-layer-pattern`."""
@@ -70,14 +74,18 @@ class KSAConfig:
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "summary_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--ksa-{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise UsageError(
+                    f"--ksa-{name.replace('_', '-')} is {getattr(self, name)}: it must be from 1 to {LARGEST:,}"
+                )
         if (self.anneal_start is None) != (self.anneal_end is None):
             raise UsageError("--ksa-anneal-start and --ksa-anneal-end go together: one of them is missing")
         if self.initial_coefficient is not None and not 0 <= self.initial_coefficient <= 1:
             raise UsageError(f"--ksa-initial-coefficient is {self.initial_coefficient:g}: it must lie in [0, 1]")
         if self.anneal_start is None or self.anneal_end is None:
             return
+        if self.anneal_end > LAST_ITERATION:
+            raise UsageError(f"--ksa-anneal-end is {self.anneal_end}: it must be at most {LAST_ITERATION:,}")
         if not 0 <= self.anneal_start < self.anneal_end:
             raise UsageError(
                 f"--ksa-anneal-start {self.anneal_start} must be at least 0 and below --ksa-anneal-end "

@@ -9,6 +9,7 @@ from megatron_ksa.config.kernels import KernelConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.stage import StageConfig
+from megatron_ksa.config.watch import WatchConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class RunSettings:
         distill: distillation of the summary parameters.
         stage: what the run trains and logs.
         checkpoint: what is trusted of checkpoints and how their files are checked.
+        watch: how ranks watch each other.
     """
 
     ksa: KSAConfig
@@ -36,6 +38,7 @@ class RunSettings:
     distill: DistillConfig = field(default_factory=DistillConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     @property
     def train(self) -> str:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES
 from megatron_ksa.huggingface.weight_files import INDEX, SINGLE, weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -21,7 +22,7 @@ def _cut_tensor(shard: Path) -> str | None:
         size = shard.stat().st_size
         with open(shard, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
+            header = json.loads(file.read(min(length, size, LIST_BYTES)))
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][1]):
             first, last = entry["data_offsets"]

@@ -59,7 +59,8 @@ def prepare_platform(argv: Sequence[str]) -> dict[str, object]:
     """Everything the machine needs before Megatron is imported; the first call of an entry point.
 
     Args:
-        argv: the command line without the program's name; read from it are the parallel layout and --trust-checkpoint.
+        argv: the command line without the program's name; read from it are the parallel layout, --trust-checkpoint and
+            --no-checkpoint-sums.
 
     Returns:
         `trainer_defaults()`.
@@ -67,7 +68,7 @@ def prepare_platform(argv: Sequence[str]) -> dict[str, object]:
     _join_alone()
     layout = _layout(argv)
     _order_communication(layout)
-    prepare_process(fsdp2=layout.use_torch_fsdp2, trust_checkpoint=layout.trust_checkpoint)
+    prepare_process(layout.use_torch_fsdp2, layout.trust_checkpoint, not layout.no_checkpoint_sums)
     return trainer_defaults()
 
 
@@ -86,7 +87,7 @@ def _layout(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tensor-model-parallel-size", default="1")
     parser.add_argument("--context-parallel-size", default="1")
     for flag in ("--use-torch-fsdp2", "--use-megatron-fsdp", "--overlap-moe-expert-parallel-comm",
-                 "--trust-checkpoint"):  # fmt: skip
+                 "--trust-checkpoint", "--no-checkpoint-sums"):  # fmt: skip
         parser.add_argument(flag, action="store_true")
     try:
         return parser.parse_known_args(list(argv))[0]

@@ -13,6 +13,7 @@ from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.options import add_config_arguments, config_from_args
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.config.stage import StageConfig
+from megatron_ksa.config.watch import WatchConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.model.prepare import FLAGS, check_length, check_settings, pipeline_rows
 from megatron_ksa.training.given import given_flags, record_given
@@ -41,6 +42,7 @@ def install_arguments(defaults: dict[str, object]) -> Applied:
         add_config_arguments(parser, KernelConfig, "kernels", "kernels")
         add_config_arguments(parser, LossConfig, "loss", "loss")
         add_config_arguments(parser, CheckpointConfig, "checkpoint", "checkpoint files")
+        add_config_arguments(parser, WatchConfig, "watch", "watch over ranks")
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]
@@ -89,6 +91,7 @@ def settings_from_args(args: argparse.Namespace) -> RunSettings:
         config_from_args(DistillConfig, args, "ksa-distill"),
         config_from_args(StageConfig, args, "ksa"),
         config_from_args(CheckpointConfig, args, "checkpoint"),
+        config_from_args(WatchConfig, args, "watch"),
     )
     check_stage(args, settings)
     if not settings.is_megatron:

@@ -5,8 +5,10 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES, read_small
 
 Blend = tuple[list[str], list[float] | None]
 SPLITS = ("train", "valid", "test")
@@ -25,8 +27,8 @@ def check_split(split: str | None) -> None:
     numbers = [float(part) for part in parts if NUMBER.fullmatch(part)]
     if len(numbers) != len(parts) or len(parts) > len(SPLITS) or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
         raise UsageError(
-            f"--split {split}: give up to three numbers of 0 or more for training, validation and test, at least one "
-            f"above 0, such as 969,30,1"
+            f"--split {split[:60]}: give up to three numbers of 0 or more for training, validation and test, at least "
+            f"one above 0, such as 969,30,1"
         )
 
 
@@ -70,11 +72,7 @@ def dataset_prefixes(args: argparse.Namespace) -> list[str]:
 
 
 def _read(flag: str, path: str) -> str:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from None
+    return read_small(Path(path), flag, limit=LIST_BYTES)
 
 
 def _from_file(path: str) -> Blend:
@@ -91,7 +89,7 @@ def _from_json(path: str) -> list[Blend | None]:
     flag = f"--per-split-data-args-path {path}"
     try:
         found = json.loads(_read("--per-split-data-args-path", path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{flag} is no JSON: {error}") from None
     if not isinstance(found, dict) or (missing := [split for split in SPLITS if split not in found]):
         named = ", ".join(missing) if isinstance(found, dict) else "train, valid, test"

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+from collections.abc import Callable
 
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -10,13 +11,13 @@ from megatron.training.config import PretrainConfigContainer
 from megatron.training.global_vars import set_global_variables
 
 from megatron_ksa.checkpoint.checked_load import checked_load
-from megatron_ksa.checkpoint.checked_save import checked_save
+from megatron_ksa.checkpoint.checked_save import checked_finalize, checked_save
 from megatron_ksa.checkpoint.dense import check_checkpoint, dense_start
 from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
-from megatron_ksa.data_tools.indexed import check_indexed_dataset
+from megatron_ksa.data_tools.indexed import check_ids, check_indexed_dataset
 from megatron_ksa.data_tools.loss_masks import masked_prefixes
 from megatron_ksa.kernels.dispatch import force_reference
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
@@ -29,21 +30,35 @@ from megatron_ksa.training.model_hooks import model_hooks
 from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
 from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.training.step_log import StepLog
-from megatron_ksa.upstream import checkpoint_sums, flops, save_processes, sgd_resume, tracker
+from megatron_ksa.upstream import checkpoint_sums, dataset_reads, flops, save_processes, sgd_resume, tracker
 from megatron_ksa.upstream.patches import Patch
-from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAINING_LOG
+from megatron_ksa.upstream.trainer import FINALIZE_SAVE, LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAINING_LOG
 
 
-def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
-    """Parse and check the flags, this project's first, so that a mistake costs one line and touches nothing.
+def parse_flags() -> argparse.Namespace:
+    """The command line, before anything on a disk is looked at.
+
+    Raises:
+        UsageError: flags that are refused by themselves.
+    """
+    args = parse_args()
+    check_flags(args, with_ksa=False)
+    check_run(args)
+    return args
+
+
+def read_settings(args: argparse.Namespace) -> RunSettings:
+    """Check the flags against each other, the checkpoint and the data, this project's first: a mistake costs one line.
+
+    Call it where no other run writes `--save` (`only_writer`): what is read of a checkpoint here is loaded later.
+
+    Args:
+        args: from `parse_flags`; changed in place.
 
     Raises:
         UsageError: a mistake in the flags, or data files or checkpoints that are missing or truncated.
     """
-    args = parse_args()
     given = given_flags(args)
-    check_flags(args, with_ksa=False)
-    check_run(args)
     restore_tracker(args)
     check_start(args)
     if args.use_checkpoint_args:
@@ -66,8 +81,11 @@ def read_command_line() -> tuple[argparse.Namespace, RunSettings]:
     with megatron_refusals(args, (*REFUSALS, RuntimeError, ImportError)):
         validate_args(args)
         set_global_variables(args)
+    if settings.data.check_token_ids and args.rank == 0:
+        for prefix in prefixes:
+            check_ids(prefix, args.padded_vocab_size)
     adapt_trainer(args, settings)
-    return args, settings
+    return settings
 
 
 def _quietly() -> contextlib.redirect_stdout:
@@ -102,14 +120,22 @@ def configure(args: argparse.Namespace, settings: RunSettings) -> PretrainConfig
         return pretrain_cfg_container_from_args(args, model)
 
 
-def trainer_patches(args: argparse.Namespace, settings: RunSettings, log: StepLog) -> list[Patch]:
-    """What a run with these settings replaces in Megatron's trainer; after its validation."""
+def trainer_patches(
+    args: argparse.Namespace, settings: RunSettings, log: StepLog, still_writes: Callable[[], None] = lambda: None
+) -> list[Patch]:
+    """What a run with these settings replaces in Megatron's trainer; after its validation.
+
+    Args:
+        still_writes: raises where another run took `--save` over; called before a checkpoint becomes the newest.
+    """
     return [
         LOAD_CHECKPOINT.given(lambda load: checked_load(dense_start(load, args, settings), args, settings)),
         SAVE_CHECKPOINT.given(lambda save: checked_save(save, args)),
+        FINALIZE_SAVE.given(lambda finalize: checked_finalize(finalize, args)),
         *checkpoint_sums.patches(settings.checkpoint.content_sums),
         *save_processes.patches(args.async_save),
-        *tracker.PATCHES,
+        *dataset_reads.patches(args.padded_vocab_size),
+        *tracker.patches(still_writes),
         *sgd_resume.PATCHES,
         *flops.patches(settings),
         *([TRAINING_LOG.given(log.extended)] if log.is_needed else []),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -11,9 +12,10 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetC
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_ksa.config.data import DataConfig
-from megatron_ksa.data_tools.indexed import largest_id
+from megatron_ksa.data_tools.indexed import check_ids
 from megatron_ksa.data_tools.loss_masks import ResponseLossDataset
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES, read_small
 from megatron_ksa.training.blend import blends_from_args, dataset_prefixes
 from megatron_ksa.training.refusals import megatron_refusals
 
@@ -65,9 +67,8 @@ def _sequences_per_dataset(path: str | None) -> dict | None:
     if path is None:
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
+        return json.loads(read_small(Path(path), limit=LIST_BYTES))
+    except (UsageError, ValueError, RecursionError) as error:
         raise UsageError(f"--per-dataset-sequences-path {path}: {error}") from None
 
 
@@ -87,20 +88,15 @@ def dataset_class(args: argparse.Namespace, data: DataConfig) -> type[GPTDataset
     return ResponseLossDataset if data.response_loss_only else GPTDataset
 
 
-def check_ids(args: argparse.Namespace) -> None:
+def check_first_ids(args: argparse.Namespace) -> None:
     """Compare what each dataset begins with to the rows of the embedding, which a built tokenizer has told.
 
     Raises:
         UsageError: a dataset of another vocabulary; training would end in an index error.
     """
-    rows = args.padded_vocab_size
-    for prefix in dataset_prefixes(args):
-        largest = largest_id(prefix, SAMPLED_TOKENS)
-        if rows is not None and largest >= rows:
-            raise UsageError(
-                f"{prefix}.bin has the token id {largest:,}, the model {rows:,} rows: give the tokenizer that the "
-                "dataset was made with (--tokenizer-type, --tokenizer-model or --vocab-size)"
-            )
+    if args.padded_vocab_size is not None:
+        for prefix in dataset_prefixes(args):
+            check_ids(prefix, args.padded_vocab_size, SAMPLED_TOKENS)
 
 
 class DatasetProvider:
@@ -122,7 +118,7 @@ class DatasetProvider:
             UsageError: what Megatron does not accept of the data flags or files, token ids beyond the vocabulary.
         """
         if self._reads_data(vp_stage):
-            check_ids(self.args)
+            check_first_ids(self.args)
         with megatron_refusals(self.args):
             builder = BlendedMegatronDatasetBuilder(
                 dataset_class(self.args, self.data),

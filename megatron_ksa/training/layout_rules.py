@@ -1,7 +1,9 @@
 """Parallel layouts that cannot work, refused before any process group is built, with the nearest value that works."""
 
 import argparse
+import math
 
+from megatron_ksa.config.patterns import MAX_ENTRIES
 from megatron_ksa.errors import UsageError
 
 SIZES = (
@@ -12,11 +14,16 @@ SIZES = (
     "train_iters", "train_samples", "eval_interval", "log_interval", "tensorboard_log_interval", "vocab_size",
     "make_vocab_size_divisible_by", "rotary_base", "moe_router_topk",
 )  # fmt: skip
+# Megatron keeps sizes as 32-bit integers here and there; layers and heads have lists with an entry each.
+LARGEST, LARGEST_COUNT = 2**31 - 1, MAX_ENTRIES
+COUNTS = ("num_layers", "num_attention_heads", "num_query_groups")
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
 
 
 def check_sizes(args: argparse.Namespace) -> None:
-    """Check that sizes are at least 1, before anything divides by them; what is not given is Megatron's to choose.
+    """Check that sizes are from 1 to what is possible, before anything divides by them or makes lists of them.
+
+    What is not given is Megatron's to choose.
 
     Raises:
         UsageError: naming the flag.
@@ -25,6 +32,9 @@ def check_sizes(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        largest = LARGEST_COUNT if name in COUNTS else LARGEST
+        if value is not None and value > largest:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at most {largest:,}")
 
 
 def check_layout(args: argparse.Namespace) -> None:
@@ -138,7 +148,8 @@ def _check_divisor(flag: str, value: int, whole_flag: str, whole: int) -> None:
 
 
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def _nearest(value: int, works: list[int]) -> str:

@@ -15,6 +15,7 @@ from megatron.training.distillation import LossFuncCallable
 from torch import Tensor
 
 from megatron_ksa.config.settings import RunSettings
+from megatron_ksa.missing_ranks import Progress
 from megatron_ksa.model.chunked_loss import ChunkedLoss
 from megatron_ksa.model.distillation_loss import DistillationLoss
 from megatron_ksa.training.batch import get_batch
@@ -100,8 +101,13 @@ class ForwardStep:
         log: knows the model chunks once they have run.
     """
 
-    def __init__(self, args: argparse.Namespace, settings: RunSettings) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, settings: RunSettings, progress: Progress | None = None) -> None:
+        """Take the flags and settings.
+
+        Args:
+            progress: told where this rank is, for the others.
+        """
+        self.args, self.progress = args, progress or Progress()
         self.settings = settings
         self.log = StepLog(settings)
         self.loss, self.reduce = ChunkedLoss(settings.loss), masked_loss
@@ -129,6 +135,9 @@ class ForwardStep:
             return_schedule_plan: `--overlap-moe-expert-parallel-comm` asks for the parts of the forward pass instead.
         """
         self.started = True
+        self.progress.at(self.args.curr_iteration)
+        if data_iterator is not None:
+            data_iterator = self.progress.reading(data_iterator)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         with self.straggler_timer(bdata=True):

@@ -14,6 +14,8 @@ from megatron_ksa.errors import UsageError
 from megatron_ksa.upstream import safe_pickle
 from megatron_ksa.upstream.patches import Patch
 
+EXTRA_STATE = "_extra_state"
+
 
 def _refusal(file: object, error: safe_pickle.UnsafePickle) -> UsageError:
     return UsageError(
@@ -47,6 +49,9 @@ def _load_bytes(original: Callable) -> Callable:
         name = read_item.dest_index.fqn
         try:
             loaded = safe_pickle.torch_load(value)
+            if EXTRA_STATE in name:
+                # Transformer Engine unpickles it once more, with pickle's own lookup.
+                safe_pickle.check_extra_state(loaded)
         except safe_pickle.UnsafePickle as error:
             stored = (self.metadata.storage_data or {}).get(read_item.storage_index)
             where = f"the checkpoint's {name}" if stored is None else f"{stored.relative_path} ({name})"

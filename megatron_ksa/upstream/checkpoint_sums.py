@@ -1,96 +1,164 @@
-"""Checksums of a checkpoint's files, formed while they are written: no file is read again for its sum.
+"""Sums of what a checkpoint holds, formed from memory while it is written.
 
 Megatron 0.19.2 can hash a checkpoint: SHA-256 of every file of every rank, read again by the first rank. Here each
-rank's writer sums what passes through it, in XXH3-128, and stores a record.
+rank's writer stores a record with XXH3-128 sums of the tensors and objects that it writes; a thread forms them beside
+the disk's work. `checkpoint_comparison` compares while reading: no file is read for its sum alone.
 """
 
 import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
+from torch import Tensor
 
-from megatron_ksa.files import whole_file
-from megatron_ksa.upstream.patches import ABSENT, Patch
+from megatron_ksa.errors import UsageError
+from megatron_ksa.files import read_small, whole_file
+from megatron_ksa.upstream.patches import Patch
 
 PREFIX, COMMON = ".files_", ".files_common.json"
 CONFIG, METADATA = "metadata.json", ".metadata"
-BLOCK = 1 << 22
+BLOCK = 1 << 18
+# A record has about a hundred bytes for each tensor that a rank writes.
+RECORD_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """A tensor or an object in a file: its place, bytes, and XXH3-128 in hexadecimal."""
+
+    offset: int
+    length: int
+    is_tensor: bool
+    xxh3: str
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as it was written: bytes, and XXH3-128 in hexadecimal (None where sums were off)."""
+    """A file as it was written: bytes, and the sum of its content or of each item in it (none where sums were off)."""
 
     bytes: int
     xxh3: str | None = None
+    items: tuple[StoredItem, ...] = ()
 
 
 def write_record(path: Path, files: dict[str, StoredFile]) -> None:
-    """Store what files of a checkpoint are like, in a record beside them."""
+    """Store what files of a checkpoint are like, in a record beside them; the record has a sum of itself."""
+    rows = {
+        name: {"bytes": file.bytes, "xxh3": file.xxh3, "items": [astuple(item) for item in file.items]}
+        for name, file in files.items()
+    }
     with whole_file(path) as stream:
-        json.dump({name: asdict(file) for name, file in files.items()}, stream)
+        json.dump({"files": rows, "xxh3": _sum_of_rows(rows)}, stream)
+
+
+def _sum_of_rows(rows: dict) -> str:
+    return xxhash.xxh3_128(json.dumps(rows).encode()).hexdigest()
+
+
+def read_records(folder: Path) -> dict[str, StoredFile]:
+    """What the records of a checkpoint say of its files.
+
+    Raises:
+        UsageError: a record that cannot be read.
+    """
+    files: dict[str, StoredFile] = {}
+    for record in sorted(folder.glob(f"{PREFIX}*.json")):
+        try:
+            read = json.loads(read_small(record, limit=RECORD_BYTES))
+            rows = read.get("files", read)  # those of earlier versions have no sum of themselves
+            if rows is not read and _sum_of_rows(rows) != read["xxh3"]:
+                raise ValueError("its checksum differs")
+            for name, row in rows.items():
+                items = tuple(StoredItem(*item) for item in row.get("items", ()))
+                files[str(name)] = StoredFile(int(row["bytes"]), row["xxh3"], items)
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(f"{record} is damaged ({type(error).__name__}: {error})") from None
+    return files
 
 
 def sum_of(path: Path) -> str:
     """XXH3-128 of a file's content."""
-    digest = xxhash.xxh3_128()
+    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 
-class _Summed:
-    """A file that is written from start to end, and the sum of what was written."""
-
-    def __init__(self, path: str, contents: bool) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
-        self._digest = xxhash.xxh3_128() if contents else None
-
-    def __enter__(self) -> "_Summed":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stored = StoredFile(self._file.tell(), None if self._digest is None else self._digest.hexdigest())
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, data: Any) -> int:
-        """Write and add to the sum."""
-        if self._digest is not None:
-            self._digest.update(data)
-        return self._file.write(data)
+def sum_of_tensor(tensor: Tensor) -> str:
+    """XXH3-128 of a tensor on the CPU: its dtype, shape and elements."""
+    tensor = tensor.detach().contiguous()
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-# Files of the save that this process is writing, by path; a save is written by one process and its threads.
-_written: dict[str, _Summed] = {}
+def _sums_of_buckets(write_buckets: list) -> list[list[tuple[bool, str]]]:
+    """For each file, of its objects and then its tensors, as Megatron writes them: whether it is a tensor, and its sum.
+
+    Args:
+        write_buckets: (path, name, (objects, tensors)), each with what it is written for.
+    """
+    return [
+        [
+            *((False, xxhash.xxh3_128(data.getbuffer()).hexdigest()) for _, data in objects),
+            *((True, sum_of_tensor(tensor)) for _, tensor in tensors),
+        ]
+        for _, _, (objects, tensors) in write_buckets
+    ]
 
 
-def _opening(original: object, contents: bool) -> Callable:
-    def open_file(path: Any, mode: str = "r", *args: object, **options: object) -> Any:
-        if mode != "wb" or args or options:
-            return open(path, mode, *args, **options)
-        _written[os.fspath(path)] = made = _Summed(os.fspath(path), contents)
-        return made
-
-    return open_file
-
-
-def _recording(original: Callable) -> Callable:
+def _recording(original: Callable, contents: bool) -> Callable:
     @wraps(original)
     def write_preloaded_data_multithread(
         transform_list: list, use_msc: bool, rank: int, write_buckets: list, global_results_queue: Any
     ) -> None:
-        original(transform_list, use_msc, rank, write_buckets, _Recorded(global_results_queue, rank, write_buckets))
+        if use_msc:  # no files
+            return original(transform_list, use_msc, rank, write_buckets, global_results_queue)
+        _failed.clear()
+        with ThreadPoolExecutor(1) as pool:
+            sums = pool.submit(_sums_of_buckets, write_buckets) if contents else None
+            recorded = _Recorded(global_results_queue, rank, write_buckets, sums)
+            try:
+                return original(transform_list, use_msc, rank, write_buckets, recorded)
+            except AssertionError:
+                if not _failed:
+                    raise
+                # Megatron's, about the kind of a thread's result: it was the error of a write.
+                return global_results_queue.put(_failed[0])
 
     return write_preloaded_data_multithread
+
+
+# Errors of the writes of the save that this process is doing: Megatron tells their class alone.
+_failed: list[Exception] = []
+
+
+def _of_the_disk(error: Exception) -> Exception:
+    """The error of the operating system that the error came of: torch's writer says that its position is unexpected."""
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, OSError):
+            return each
+        each = each.__cause__ or each.__context__
+    return error
+
+
+def _noting_failures(original: Callable) -> Callable:
+    @wraps(original)
+    def write_preloaded_data(*args: Any, **options: Any) -> tuple[int, Any]:
+        done = original(*args, **options)
+        if isinstance(done[1], Exception):
+            _failed.append(_of_the_disk(done[1]))
+        return done
+
+    return write_preloaded_data
 
 
 @dataclass
@@ -100,18 +168,30 @@ class _Recorded:
     queue: Any
     rank: int
     write_buckets: list
+    sums: "Future[list[list[tuple[bool, str]]]] | None"
 
     def put(self, results: dict | Exception) -> None:
         """Store the record, then report."""
-        paths = [Path(path) for path, *_ in self.write_buckets]
-        files = {path.name: _written.pop(str(path)) for path in paths if str(path) in _written}
-        if not isinstance(results, Exception) and files:
+        if isinstance(results, Exception):
+            results = _failed[0] if _failed else results
+        else:
             try:
-                stored = {name: file.stored for name, file in files.items()}
-                write_record(paths[0].parent / f"{PREFIX}{self.rank}.json", stored)
+                self._store(results)
             except OSError as error:
                 results = error
+            except UsageError as error:
+                # Other processes learn of the error of the disk, which has a number.
+                results = error.__context__ if isinstance(error.__context__, OSError) else error
         self.queue.put(results)
+
+    def _store(self, results: dict[int, list]) -> None:
+        sums = [[] for _ in self.write_buckets] if self.sums is None else self.sums.result()
+        files = {}
+        for place, (bucket, found) in enumerate(zip(self.write_buckets, sums, strict=True)):
+            places = [(done.storage_data.offset, done.storage_data.length) for done in results[place]]
+            items = [StoredItem(*at, *each) for at, each in zip(places, found, strict=bool(found))]
+            files[Path(bucket[0]).name] = StoredFile(Path(bucket[0]).stat().st_size, None, tuple(items))
+        write_record(Path(self.write_buckets[0][0]).parent / f"{PREFIX}{self.rank}.json", files)
 
 
 def store_common(folder: Path, contents: bool) -> None:
@@ -136,15 +216,18 @@ def _with_common(original: Callable, contents: bool) -> Callable:
 
 WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 PATCHES = (
-    # Takes whether contents are summed.
-    Patch(f"{WRITER}:open", _opening, why="files of a checkpoint are summed while they are written", expects=ABSENT),
     Patch(
         f"{WRITER}:FileSystemWriterAsync.write_preloaded_data_multithread",
         _recording,
         why="sizes and sums of a checkpoint's files are stored beside them",
         expects="(transform_list, use_msc, rank, write_buckets, global_results_queue)",
     ),
-    # Takes whether contents are summed.
+    Patch(
+        f"{WRITER}:FileSystemWriterAsync.write_preloaded_data",
+        _noting_failures,
+        why="a save that fails on a full disk does not say so",
+        expects="(transform_list, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **kwargs)",
+    ),
     Patch(
         "megatron.core.dist_checkpointing.serialization:save_config",
         _with_common,
@@ -156,5 +239,5 @@ PATCHES = (
 
 def patches(contents: bool) -> tuple[Patch, ...]:
     """Records of every checkpoint that is saved; with sums of contents or sizes alone."""
-    opening, recording, common = PATCHES
-    return opening.given(contents), recording, common.given(contents)
+    recording, noting, common = PATCHES
+    return recording.given(contents), noting, common.given(contents)

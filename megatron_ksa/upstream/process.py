@@ -14,13 +14,13 @@ from megatron_ksa.upstream.patches import Patch, apply_for_good
 WRITTEN_FOR = "0.19.2"
 
 
-def prepare_process(fsdp2: bool, trust_checkpoint: bool = False) -> None:
+def prepare_process(fsdp2: bool, trust_checkpoint: bool = False, checkpoint_sums: bool = True) -> None:
     """Put them in place; may be called repeatedly. Call it before Megatron is imported.
 
     Args:
         fsdp2: torch's FSDP is asked for, with which Megatron refuses gradient accumulation fusion.
-
         trust_checkpoint: checkpoints may hold objects of any class.
+        checkpoint_sums: what is read of a checkpoint is compared with its sums.
 
     Raises:
         UsageError: a target that is not what its replacement was written for.
@@ -28,6 +28,7 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False) -> None:
     activate_cpu_platform()
     # These import Megatron, which must come after the CPU platform.
     from megatron_ksa.upstream import (
+        checkpoint_comparison,
         checkpoint_pickle,
         dataset_helpers,
         distributed_optimizer,
@@ -38,7 +39,8 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False) -> None:
     gradients = weight_gradients.patches() if torch.cuda.is_available() and not fsdp2 else ()
     pickles = () if trust_checkpoint else checkpoint_pickle.PATCHES
     optimizer = (*distributed_optimizer.patches(), *optimizer_kernels.patches())
-    used = [*gradients, *pickles, *dataset_helpers.PATCHES, *optimizer]
+    comparisons = checkpoint_comparison.PATCHES if checkpoint_sums else ()
+    used = [*gradients, *pickles, *comparisons, *dataset_helpers.PATCHES, *optimizer]
     apply_for_good(used)
     installed = version("megatron-core")
     if installed != WRITTEN_FOR and used and os.environ.get("RANK", "0") == "0":

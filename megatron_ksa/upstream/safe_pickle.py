@@ -47,6 +47,18 @@ ALLOWED: dict[str, frozenset[str]] = {
 ENUMERATIONS = ("megatron.core", "megatron.training")
 
 
+# What Transformer Engine pickles into the extra state of its layers, beside plain data and tensors.
+EXTRA_STATE: dict[str, frozenset[str]] = {
+    "transformer_engine.common.recipe": frozenset(
+        {"DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Format", "MMParams", "MXFP8BlockScaling",
+         "NVFP4BlockScaling", "QParams", "_FormatHelper"}
+    ),
+    "megatron.core.extensions.transformer_engine": frozenset({"TEDelayedScaling"}),
+}  # fmt: skip
+
+NESTED = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+
+
 class UnsafePickle(pickle.UnpicklingError):
     """A pickle names something that a checkpoint is not made of."""
 
@@ -95,6 +107,41 @@ class Unpickler(pickle.Unpickler):
             UnsafePickle: always.
         """
         raise UnsafePickle(f"an object by its number {code}")
+
+
+class ExtraStateUnpickler(Unpickler):
+    """`Unpickler` that also finds what Transformer Engine keeps in its layers' extra state."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What such a state is made of.
+
+        Raises:
+            UnsafePickle: anything else.
+        """
+        if (module, name) in NESTED:
+            # torch's own trusts the pickle within; Megatron puts another in its place.
+            return lambda content: torch_load(io.BytesIO(content))
+        if name in EXTRA_STATE.get(module, ()):
+            return getattr(importlib.import_module(module), name)
+        return super().find_class(module, name)
+
+
+def check_extra_state(state: object) -> None:
+    """Read the extra state of a layer as Transformer Engine will, but with classes looked up here.
+
+    Args:
+        state: a uint8 tensor or bytes with a pickle, or an `io.BytesIO` with what torch.save wrote; others hold none.
+
+    Raises:
+        UnsafePickle: it names something that such a state is not made of.
+    """
+    if isinstance(state, io.BytesIO):
+        torch_load(io.BytesIO(state.getvalue()))
+        return
+    if isinstance(state, torch.Tensor):
+        state = state.detach().cpu().numpy().tobytes() if state.dtype == torch.uint8 else b""
+    if isinstance(state, bytes | bytearray) and state:
+        ExtraStateUnpickler(io.BytesIO(state)).load()
 
 
 def load(file: IO[bytes], **options: Any) -> Any:

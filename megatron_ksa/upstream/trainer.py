@@ -30,6 +30,12 @@ SAVE_CHECKPOINT = Patch(
     "release=False, tp_group=None, pp_group=None, dp_cp_group=None, dp_group=None, expt_dp_group=None, "
     "rng_state_key_prefix='')",
 )
+FINALIZE_SAVE = Patch(
+    "megatron.training.training:maybe_finalize_async_save",
+    lambda original, wrap: wrap(original),
+    why="an asynchronous save that fails on a full disk ends in a traceback that names neither folder nor checkpoint",
+    expects="(blocking=False, terminate=False)",
+)
 TRAIN_STEP = Patch(
     "megatron.training.training:train_step",
     lambda original, wrap: wrap(original),
@@ -51,4 +57,4 @@ OPTIMIZER_STEP = Patch(
     why="the optimizer's part of an iteration is measured",
     expects="(self)",
 )
-PATCHES = (LOAD_CHECKPOINT, SAVE_CHECKPOINT, SHARDED_STATE, TRAIN_STEP, TRAINING_LOG, OPTIMIZER_STEP)
+PATCHES = (LOAD_CHECKPOINT, SAVE_CHECKPOINT, FINALIZE_SAVE, SHARDED_STATE, TRAIN_STEP, TRAINING_LOG, OPTIMIZER_STEP)

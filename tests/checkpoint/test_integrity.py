@@ -10,6 +10,8 @@ from trainer import launch
 from megatron_ksa.checkpoint import integrity
 from megatron_ksa.checkpoint.load import TRACKER, find_checkpoint
 from megatron_ksa.errors import UsageError
+from megatron_ksa.upstream import checkpoint_comparison
+from megatron_ksa.upstream.patches import apply
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +70,13 @@ def test_damage_names_the_file(name, how, copy):
 def test_every_file_is_in_a_record(saved):
     names = {path.name for path in newest(saved).iterdir() if not path.name.startswith(".files_")}
     assert set(integrity.stored_files(newest(saved))) == names
-    assert all(file.xxh3 and file.bytes for file in integrity.stored_files(newest(saved)).values())
+    files = integrity.stored_files(newest(saved))
+    assert all(file.bytes and bool(file.xxh3) != bool(file.items) for file in files.values())
+    for name in (name for name in files if name.endswith(".distcp")):
+        items = sorted(files[name].items, key=lambda item: item.offset)
+        ends = [item.offset + item.length for item in items]
+        assert [item.offset for item in items] == [0, *ends[:-1]] and ends[-1] == files[name].bytes
+        assert any(item.is_tensor for item in items)
 
 
 def test_checkpoints_without_records_are_checked_by_their_metadata(copy):
@@ -103,8 +111,34 @@ def test_the_trainer_refuses_damage_in_one_line(copy, tmp_path):
     assert all("__1_0.distcp is damaged" in line and "--ckpt-step 1" in line for line in errors)
 
 
+def test_every_tensor_and_object_that_is_read_is_compared(copy, megatron_flags):
+    """Each item of a shard, damaged in its middle, is found by the reader itself: by an export or evaluation too."""
+    from megatron_ksa.checkpoint.streaming import DistributedReader, Slot
+
+    reader = DistributedReader(newest(copy))
+    slots = {key: Slot.whole(key, tuple(stored.size)) for key, stored in reader.tensors.items()}
+    places = reader._reader.read_metadata().storage_data.items()
+    of_one_part = {key: [at for index, at in places if index.fqn == key] for key in slots}
+    tried = 0
+    for key, (at, *more) in list(of_one_part.items())[::5]:
+        if more:
+            continue
+        slot, path = slots[key], newest(copy) / at.relative_path
+        whole = path.read_bytes()
+        # The last element that is stored: before it is the archive's header, after it the directory.
+        last = reader.read(slot).reshape(-1)[-1:].numpy().tobytes()
+        place = whole.rindex(last, at.offset, at.offset + at.length)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        said = f"{path.name} is damaged: its content at byte {at.offset:,} is not"
+        with apply(checkpoint_comparison.PATCHES), pytest.raises(UsageError, match=said):
+            DistributedReader(newest(copy)).read(slot)
+        path.write_bytes(whole)
+        tried += 1
+    assert tried > 3
+
+
 def test_sums_can_be_left_out(tmp_path):
     flags = f"--train-iters 1 --save {tmp_path / 'save'} --save-interval 1 --no-checkpoint-sums"
     assert launch([(tmp_path / "record.json", flags)], 1).returncode == 0
     record = json.loads((tmp_path / "save/iter_0000001/.files_0.json").read_text())
-    assert all(file["xxh3"] is None and file["bytes"] > 0 for file in record.values())
+    assert all(file["xxh3"] is None and not file["items"] and file["bytes"] > 0 for file in record["files"].values())

@@ -59,3 +59,16 @@ def test_a_folder_that_cannot_be_written_is_noticed_at_start(tmp_path):
     args = flags(save=tmp_path / "file/save")
     with pytest.raises(UsageError, match="cannot be written"), run_folder.only_writer(args):
         pass
+
+
+def test_a_refused_command_line_leaves_no_folder(tmp_path):
+    args = flags(save=tmp_path / "runs/a/save")
+    with pytest.raises(UsageError, match="a mistake"), run_folder.only_writer(args):
+        assert (tmp_path / "runs/a/save/run.lock").exists()
+        raise UsageError("a mistake")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/notes").write_text("kept")
+    with pytest.raises(UsageError, match="a mistake"), run_folder.only_writer(args):
+        raise UsageError("a mistake")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["notes"]

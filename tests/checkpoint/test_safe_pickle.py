@@ -6,14 +6,17 @@ import os
 import pickle
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.transformer.enums import AttnBackend
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_ksa.errors import UsageError
 from megatron_ksa.upstream import checkpoint_pickle, safe_pickle
 from megatron_ksa.upstream.patches import apply
 
@@ -81,6 +84,44 @@ def test_what_checkpoints_hold_is_read():
     assert read["args"] == held["args"] and read["bytes"] == held["bytes"] and read["set"] == held["set"]
     assert np.array_equal(read["rng"], held["rng"]) and read["scalar"] == 2.5
     assert torch.equal(read["tensor"], held["tensor"])
+
+
+def extra_state(value: object) -> torch.Tensor:
+    """As Transformer Engine keeps it."""
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("payload", ATTACKS.values(), ids=ATTACKS)
+def test_extra_state_is_a_pickle_within_a_tensor(payload, tmp_path, monkeypatch):
+    """Transformer Engine's layers unpickle it with pickle.loads, whatever it names."""
+    monkeypatch.chdir(tmp_path)
+    saved = io.BytesIO()
+    torch.save([payload], saved)
+    within = Payload(torch.storage._load_from_bytes, saved.getvalue())
+    for state in (extra_state(payload), extra_state({"scale": within}), saved):
+        with pytest.raises(safe_pickle.UnsafePickle, match="an object of "):
+            safe_pickle.check_extra_state(state)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_extra_state_of_fp8_is_read():
+    state = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(2, 3), "extra_fp8_variables": {"a": 1}}
+    safe_pickle.check_extra_state(extra_state(state))
+    for empty in (torch.empty(0, dtype=torch.uint8), None, b""):
+        safe_pickle.check_extra_state(empty)
+
+
+def test_a_checkpoint_with_such_a_state_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, held = "layer._extra_state", io.BytesIO()
+    torch.save(extra_state(ATTACKS["os.system"]), held)
+    held.seek(0)
+    item = SimpleNamespace(dest_index=SimpleNamespace(fqn=name), storage_index=None)
+    planner = DefaultLoadPlanner()
+    planner.metadata = Metadata({}, storage_data={})
+    with apply(checkpoint_pickle.PATCHES), pytest.raises(UsageError, match="_extra_state holds an object of posix"):
+        planner.load_bytes(item, held)
+    assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize("where", ["metadata", "object"])

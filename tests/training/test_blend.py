@@ -97,7 +97,7 @@ def test_a_weight_in_a_file_is_named_with_its_line():
 
 def test_a_file_of_other_bytes_is_refused(tmp_path):
     (tmp_path / "blend").write_bytes(b"0.5 \xff\xfe")
-    with pytest.raises(UsageError, match="--data-args-path .*blend: "):
+    with pytest.raises(UsageError, match="--data-args-path .*blend is not UTF-8"):
         blends_from_args(flags(data_args_path=str(tmp_path / "blend")))
 
 

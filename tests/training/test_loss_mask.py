@@ -16,7 +16,7 @@ from megatron_ksa.data_tools.loss_masks import ResponseLossDataset, masked_prefi
 from megatron_ksa.errors import UsageError
 from megatron_ksa.platform import trainer_defaults
 from megatron_ksa.training.arguments import install_arguments
-from megatron_ksa.training.configure import read_command_line
+from megatron_ksa.training.configure import parse_flags, read_settings
 
 END_OF_DOCUMENT = 126
 RECORDER = Path(__file__).with_name("recorded_pretrain.py")
@@ -121,4 +121,4 @@ def test_missing_mask_is_refused_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags])
     no_mask = pytest.raises(UsageError, match="--response-loss-only: no dataset has a loss mask")
     with install_arguments(trainer_defaults()), no_mask:
-        read_command_line()
+        read_settings(parse_flags())

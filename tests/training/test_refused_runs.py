@@ -85,7 +85,7 @@ RUNS = {
         "--bf16 --train-iters 2 --logits-load-dir {folder}/logits --logits-load-kd-loss-alpha 0.5", None
     ),
     "ids of another tokenizer": (
-        "--train-iters 2 --data-path {folder}/far", r"far.bin has the token id 4,998, the model 128 rows: give the tok"
+        "--train-iters 2 --data-path {folder}/far", r"far.bin has the token id 4,998, and the model has 128 rows"
     ),
     "no end": ("--save {folder}/no --save-interval 1", r"neither --train-iters nor --train-samples says how long"),
     "iterations below 0": ("--train-iters -5", r"--train-iters is -5: it must be at least 1"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_ksa.data_tools.readers import RawDocument
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import LIST_BYTES, read_small
 
 ARROW_SUFFIX = ".arrow"
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -13,8 +14,8 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 
 def _json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_small(path, limit=LIST_BYTES))
+    except (UsageError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {error}; save the dataset again") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: no JSON object; save the dataset again")
