@@ -453,14 +453,17 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = KSACache(self.config, max_cache_length)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
         """The tokens that the cache has not seen; their positions come from the mask.
 
         `generate` counts positions on after the last column, which is padding where a prompt is padded on the right.
         """
         inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
-        )
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration, **kwargs,
+        )  # fmt: skip
         positions, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
         if is_first_iteration and positions is not None:
             columns, earlier = positions.shape[-1], 0 if past_key_values is None else past_key_values.columns
