@@ -1,9 +1,10 @@
-"""Batches of an exported model: samples of several lengths, padded anywhere, whole and step by step, against single rows."""
+"""Batches of an exported model: samples of any lengths, padded anywhere, whole and in steps, against single rows."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ksa.huggingface.modeling import cache_megatron_ksa as cache_module
@@ -28,11 +29,7 @@ def make_model(kinds, windows, chunk, summaries, seed=0, **extra) -> modeling.Me
         summary_layer_kinds=list(kinds), summary_windows=windows,
     )  # fmt: skip
     model = modeling.MegatronKSAForCausalLM(config).eval().double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            offset = 1.0 if parameter.dim() == 1 else 0.0
-            parameter.copy_(offset + 0.3 * torch.randn(parameter.shape, generator=generator))
+    randomise(model, seed)
     return model
 
 
@@ -161,7 +158,7 @@ def test_embeddings_in_place_of_tokens(hybrid, small_segments):
 
 @torch.no_grad()
 def test_position_ids(hybrid, small_segments):
-    """Shifted positions change nothing (rotations are relative), stretched ones do, also for summaries of later steps."""
+    """Shifted positions change nothing (rotations are relative), stretched ones do, in summaries of later steps too."""
     ids = random_tokens(2, 30)
     plain = hybrid(ids).logits
     count = torch.arange(30)[None]

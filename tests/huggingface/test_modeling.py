@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_same_tensors
+from models import assert_same_tensors, randomise
 from test_logits import TOLERANCE, assert_near, megatron_logits, transformers_logits
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports
@@ -56,11 +56,7 @@ def folders(request, to_megatron, to_huggingface, tmp_path_factory) -> tuple[Pat
     config = write_config(arch, "float32")
     config.pop("auto_map")
     model = MegatronKSAForCausalLM(MegatronKSAConfig(**config))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            offset = 1.0 if parameter.dim() == 1 else 0.0
-            parameter.copy_(offset + 0.3 * torch.randn(parameter.shape, generator=generator))
+    randomise(model, 1)
     model.save_pretrained(root / "random")
     megatron = to_megatron(root / "random", root / "megatron")
     exported = to_huggingface(megatron, root / "exported")
