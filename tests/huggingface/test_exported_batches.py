@@ -24,7 +24,7 @@ def make_model(kinds, windows, chunk, summaries, seed=0, **extra) -> modeling.Me
     """A model with random weights in eval mode; float64, so that only what differs in kind is beyond the tolerance."""
     text = 60
     config = MegatronKSAConfig(
-        **SIZES, **extra, num_hidden_layers=len(kinds), vocab_size=text + summaries * any(k in "kl" for k in kinds),
+        **{**SIZES, **extra}, num_hidden_layers=len(kinds), vocab_size=text + summaries * any(k in "kl" for k in kinds),
         truncate_predict_nums=text, use_summary_attention=True, summary_chunk_size=chunk, summary_token_num=summaries,
         summary_layer_kinds=list(kinds), summary_windows=windows,
     )  # fmt: skip
@@ -250,6 +250,27 @@ def test_kernels_give_the_same(kinds, monkeypatch):
     monkeypatch.setattr(modeling, "_takes_kernels", lambda query: True)
     assert (model(ids, attention_mask=mask).logits - expected)[mask.bool()].abs().max() < TOLERANCE
     assert len(calls) == sum(kind in "kw" for kind in kinds)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_on_a_gpu(dtype, monkeypatch):
+    """Logits, gradients and padded greedy texts with the Triton kernels and with plain PyTorch."""
+    model = make_model(**HYBRID, head_dim=32).cuda().to(dtype)
+    ids, mask = (part.cuda() for part in padded([random_tokens(n, seed=n) for n in (150, 40, 99)], "left"))
+    found = []
+    for kernel in (modeling.ksa_attention, None):
+        monkeypatch.setattr(modeling, "ksa_attention", kernel)
+        model.zero_grad()
+        output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+        output.loss.backward()
+        found.append((output.logits[mask.bool()].float(), model.model.layers[0].self_attn.k_proj.weight.grad.float()))
+    (logits, gradient), (plain_logits, plain_gradient) = found
+    bound = 0.01 if dtype == torch.float32 else 0.1  # relative, of five layers with large random weights
+    assert (logits - plain_logits).norm() < bound * plain_logits.norm()
+    assert (gradient - plain_gradient).norm() < bound * plain_gradient.norm()
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False).shape == (3, 170)
 
 
 REFUSED = {
