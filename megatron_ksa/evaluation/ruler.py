@@ -11,9 +11,9 @@ from megatron_ksa.errors import UsageError
 from megatron_ksa.evaluation.generation import Generate, in_batches
 from megatron_ksa.evaluation.questions import Questions
 from megatron_ksa.evaluation.ruler_tasks import TASKS, Sample, question_answering
-from megatron_ksa.evaluation.tables import table
 from megatron_ksa.evaluation.text_language import TextLanguage
 from megatron_ksa.files import whole_file
+from megatron_ksa.markdown import table
 
 QA = "qa"
 
