@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from megatron_ksa.inference.decoder import Decoder
+from megatron_ksa.config.sampling import SamplingSettings
+from megatron_ksa.inference.generator import Generator, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from megatron_ksa.model.gpt import KSAGPTModel
 
 Tokens = list[int]
-# Tokens of a prompt that go in at a time: their logits are formed together.
-SEGMENT = 4096
 
 
 class Generate(Protocol):
@@ -36,7 +35,7 @@ def _until(tokens: Tokens, stops: frozenset[int]) -> Tokens:
 
 
 class MegatronGreedy:
-    """A `Generate` of a whole model in this process; prompts of one length go together.
+    """A `Generate` of a whole model in this process; prompts of any lengths go together.
 
     Args:
         model: from `load_model`, in eval mode.
@@ -48,27 +47,10 @@ class MegatronGreedy:
 
     def __call__(self, prompts: Sequence[Tokens], new_tokens: int) -> list[Tokens]:
         """Continuations, in the order of the prompts."""
-        made: dict[int, Tokens] = {}
-        for length in {len(prompt) for prompt in prompts}:
-            places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
-            made.update(zip(places, self._alike([prompts[place] for place in places], new_tokens), strict=True))
-        return [_until(made[place], self.stops) for place in range(len(prompts))]
-
-    def _alike(self, prompts: list[Tokens], new_tokens: int) -> list[Tokens]:
-        """Continuations of prompts of one length, what comes after a stop included."""
-        batch = torch.tensor(prompts, device=next(self.model.parameters()).device)
-        chosen: list[list[int]] = []
-        with Decoder(self.model) as decoder:
-            for segment in batch.split(SEGMENT, dim=1):
-                logits = decoder.step(segment)[:, -1]
-            ended = [False] * len(prompts)
-            while len(chosen) < new_tokens and not all(ended):
-                token = logits.argmax(-1)
-                chosen.append(token.tolist())
-                ended = [end or one in self.stops for end, one in zip(ended, chosen[-1], strict=True)]
-                if len(chosen) < new_tokens:
-                    logits = decoder.step(token[:, None])[:, -1]
-        return [list(row) for row in zip(*chosen, strict=True)]
+        longest, settings = max(map(len, prompts)) + new_tokens, SamplingSettings(max_new_tokens=new_tokens)
+        generator = Generator(self.model, len(prompts), longest, end_tokens=sorted(self.stops))
+        made = generator.generate([Request(prompt, settings) for prompt in prompts])
+        return [_until(completion.tokens, self.stops) for completion in made]
 
 
 class HuggingFaceGreedy:

@@ -8,7 +8,6 @@ from single_process import build_model, random_tokens
 
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
-from megatron_ksa.evaluation import generation
 from megatron_ksa.evaluation.generation import HuggingFaceGreedy, MegatronGreedy, in_batches
 from megatron_ksa.evaluation.needle import Case, decoded, score_cases
 from megatron_ksa.evaluation.token_language import TokenLanguage
@@ -39,8 +38,7 @@ def full_forward(model, prompt, new_tokens):
     return tokens[len(prompt) :]
 
 
-def test_megatron_greedy_is_the_full_forward(model, prompts, monkeypatch):
-    monkeypatch.setattr(generation, "SEGMENT", 7)
+def test_megatron_greedy_is_the_full_forward(model, prompts):
     made = MegatronGreedy(model)(prompts, 11)
     assert made == [full_forward(model, prompt, 11) for prompt in prompts]
     stop = made[1][4]
