@@ -47,6 +47,8 @@ setup(
             *TAGS,
             "pyarrow",
             "zstandard",
+            "accelerate",
+            "lm-eval",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

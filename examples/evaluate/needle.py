@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
-from common import add_model_arguments, lengths, load, read_text, write_json
+from common import add_model_arguments, lengths, load, load_for_decoding, read_text, stops_of, write_json
 from tqdm import tqdm
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
@@ -21,7 +21,9 @@ from megatron_ksa.errors import UsageError, usage_errors_exit
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_model_arguments(parser)
+    add_model_arguments(parser, "; with --generate a Hugging Face folder too")
+    parser.add_argument("--generate", action="store_true", help="let the model write its answers, greedily, in place "
+                        "of one forward pass with the reference answer")  # fmt: skip
     parser.add_argument("--tokenizer-model", help="SentencePiece .model or folder with tokenizer.json; without it the "
                         "language of token ids that examples/harpe_extend trains small models on")  # fmt: skip
     parser.add_argument("--haystack", type=Path, help="text file of essays, with --tokenizer-model")
@@ -59,7 +61,20 @@ def make_language(args: argparse.Namespace, vocab_size: int):
         raise UsageError("--tokenizer-model needs --haystack: a text file that essays are read from")
     from megatron_ksa.evaluation.text_language import TextLanguage
 
-    return TextLanguage(load_tokenizer(args.tokenizer_model).encode, read_text(args.haystack, "--haystack"))
+    tokenizer = load_tokenizer(args.tokenizer_model)
+    return TextLanguage(tokenizer.encode, tokenizer.decode, read_text(args.haystack, "--haystack"))
+
+
+def load_model(args: argparse.Namespace):
+    """The model's name in the results, the size of its vocabulary, and the model or its decoder."""
+    if args.generate:
+        stops = stops_of(load_tokenizer(args.tokenizer_model)) if args.tokenizer_model else []
+        found = load_for_decoding(args, stops)
+        return found.name, found.vocab_size, found.generate
+    if (args.checkpoint / "config.json").is_file():
+        raise UsageError(f"--checkpoint {args.checkpoint} is a Hugging Face folder: it needs --generate")
+    stored, model = load(args)
+    return str(stored.folder), model.vocab_size, model
 
 
 def main() -> None:
@@ -69,14 +84,14 @@ def main() -> None:
         for flag in ("depths", "cases", "tokens_per_batch"):
             if getattr(args, flag) < 1:
                 raise UsageError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
-        stored, model = load(args)
+        name, vocab_size, model = load_model(args)
         from megatron_ksa.evaluation.needle import FORMS, evaluate, plot_heat_map
 
         forms = list(FORMS) if args.forms == ["all"] else args.forms
         for form in forms:
             if form not in FORMS:
                 raise UsageError(f"--forms {form}: one of {', '.join(FORMS)}, or all")
-        language = make_language(args, model.vocab_size)
+        language = make_language(args, vocab_size)
         plan = [(form, length, depth) for length in args.lengths for form in forms for depth in depths_at(length, args)]
         if not plan:
             raise UsageError(f"--distances {max(args.distances)}: every distance exceeds the lengths {args.lengths}")
@@ -85,7 +100,7 @@ def main() -> None:
             for cell in tqdm(plan, desc="needles", unit="cell")
         ]
         plot_heat_map(scores, args.output.with_suffix(".png"))
-        settings = {"checkpoint": str(stored.folder), "cases": args.cases, "seed": args.seed}
+        settings = {"checkpoint": name, "generate": args.generate, "cases": args.cases, "seed": args.seed}
         write_json(args.output, {"settings": settings, "results": [dataclasses.asdict(score) for score in scores]})
         print(f"{'form':<12}" + "".join(f"{length:>9,}" for length in args.lengths))
         for form in forms:

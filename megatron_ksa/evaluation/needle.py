@@ -1,10 +1,13 @@
-"""RULER's eight needle-in-a-haystack forms (Hsieh et al. 2024, arXiv 2404.06654), built in tokens, one forward a case.
+"""RULER's eight needle-in-a-haystack forms (Hsieh et al. 2024, arXiv 2404.06654), built in tokens.
 
-A case is scored with its answer teacher-forced: the reference answer is appended, and the most likely token is read at
-each of its positions. All of them are right exactly when greedy decoding writes the reference answer, since up to the
-first difference both see the same tokens; so `exact` is the exact match of greedy decoding, at the price of one
-forward. `values` is the share of single values whose tokens are all right after the reference's preceding ones, which
+Without a decoder a case is scored in one forward pass with its answer teacher-forced: the reference answer is appended,
+and the most likely token is read at each of its positions. All of them are right exactly when greedy decoding writes
+the reference answer, since up to the first difference both see the same tokens; so `exact` is the exact match of greedy
+decoding. `values` is the share of single values whose tokens are all right after the reference's preceding ones, which
 for several values is kinder than decoding freely.
+
+With a decoder `exact` is read from what it wrote, and `values` is the share of values that stand anywhere in that text:
+RULER's own score.
 """
 
 from collections.abc import Sequence
@@ -16,11 +19,11 @@ import torch
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.evaluation.forward import predictions
+from megatron_ksa.evaluation.generation import Generate, Tokens, in_batches
+from megatron_ksa.evaluation.string_match import all_parts
 from megatron_ksa.files import whole_file
 from megatron_ksa.model.forward import hidden_states
 from megatron_ksa.model.gpt import KSAGPTModel
-
-Tokens = list[int]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,13 @@ FORMS = {
 
 
 class Language(Protocol):
-    """How needles, haystacks and questions are written in tokens."""
+    """How needles, haystacks and questions are written in tokens.
+
+    Attributes:
+        new_tokens: that a model may write as its answer, where that is longer than the reference.
+    """
+
+    new_tokens: int
 
     def item(self, kind: str, random: np.random.Generator) -> str:
         """A random key or value of the kind 'words', 'numbers' or 'uuids'."""
@@ -74,19 +83,36 @@ class Language(Protocol):
     def answer(self, values: list[str]) -> list[Tokens]:
         """The reference answer, a piece a value; together what a right model goes on with."""
 
+    def decode(self, tokens: Tokens) -> str:
+        """What a model wrote, as text."""
+
+    def spelling(self, value: str) -> str:
+        """A value as it stands in a decoded text."""
+
 
 @dataclass(frozen=True)
 class Case:
-    """One test: a prompt and the pieces of its reference answer, a piece a value."""
+    """One test.
+
+    Attributes:
+        answer: the pieces of the reference answer, a piece a value.
+        values: what a decoded text has to contain.
+        new_tokens: that a model may write; with the prompt they are within the length.
+    """
 
     prompt: Tokens
     answer: list[Tokens]
+    values: tuple[str, ...] = ()
+    new_tokens: int = 0
 
 
-def build_case(form: Form, language: Language, length: int, depth: float, random: np.random.Generator) -> Case:
+def build_case(
+    form: Form, language: Language, length: int, depth: float, random: np.random.Generator, *, decoded: bool = False
+) -> Case:
     """A case of at most `length` tokens, answer included.
 
     Args:
+        decoded: leave room for all that a model may write, not for the reference answer alone.
         depth: where the first needle that is asked for stands, 0 (start of the haystack) to 1 (end). All other needles
             stand at random places.
 
@@ -107,7 +133,9 @@ def build_case(form: Form, language: Language, length: int, depth: float, random
     asked = keys[: form.asked]
     opening, question = language.opening(form), language.question(asked, form)
     longest_answer = language.answer([value for key, value in pairs if key in asked])
-    room = length - sum(map(len, [opening, question, *longest_answer, *needles]))
+    reference = sum(map(len, longest_answer))
+    new_tokens = max(reference, language.new_tokens) if decoded else reference
+    room = length - new_tokens - sum(map(len, [opening, question, *needles]))
     if room < 0:
         raise UsageError(
             f"{length} tokens are too few for this needle test: {length - room} are needed without a haystack"
@@ -133,7 +161,8 @@ def build_case(form: Form, language: Language, length: int, depth: float, random
         values = [value for key, value in pairs if key in asked]
     else:
         values = [pairs[index][1] for index in order if pairs[index][0] in asked]
-    return Case(opening + context + question, language.answer(values))
+    spelled = tuple(language.spelling(value) for value in values)
+    return Case(opening + context + question, language.answer(values), spelled, new_tokens)
 
 
 @dataclass
@@ -168,8 +197,19 @@ def score_cases(model: KSAGPTModel, cases: Sequence[Case]) -> list[tuple[bool, f
     return scores
 
 
+def decoded(generate: Generate, language: Language, cases: Sequence[Case]) -> list[tuple[bool, float]]:
+    """The same from what a decoder writes: whether the reference begins it, and the share of values that it has."""
+    scores = []
+    written = generate([case.prompt for case in cases], max(case.new_tokens for case in cases))
+    for case, tokens in zip(cases, written, strict=True):
+        reference = [token for piece in case.answer for token in piece]
+        exact = tokens[: len(reference)] == reference
+        scores.append((exact, all_parts(language.decode(tokens[: case.new_tokens]), case.values)))
+    return scores
+
+
 def evaluate(
-    model: KSAGPTModel,
+    model: KSAGPTModel | Generate,
     language: Language,
     form: str,
     length: int,
@@ -179,11 +219,17 @@ def evaluate(
     tokens_per_batch: int,
     seed: int = 0,
 ) -> Score:
-    """Mean score of `cases` random cases, which depend on the arguments and the seed alone."""
+    """Mean score of `cases` random cases, which depend on the arguments and the seed alone.
+
+    Args:
+        model: scored with its answers teacher-forced; or a decoder.
+    """
     random = np.random.default_rng([seed, sorted(FORMS).index(form), length, round(1000 * depth)])
-    built = [build_case(FORMS[form], language, length, depth, random) for _ in range(cases)]
-    step = max(tokens_per_batch // length, 1)
-    scores = [score for first in range(0, cases, step) for score in score_cases(model, built[first : first + step])]
+    forced = isinstance(model, KSAGPTModel)
+    built = [build_case(FORMS[form], language, length, depth, random, decoded=not forced) for _ in range(cases)]
+    scores: list[tuple[bool, float]] = []
+    for batch in in_batches(built, length, tokens_per_batch):
+        scores += score_cases(model, batch) if forced else decoded(model, language, batch)
     exact, values = (float(np.mean(column)) for column in zip(*scores, strict=True))
     return Score(form, length, depth, cases, exact, values)
 

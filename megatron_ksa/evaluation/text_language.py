@@ -2,12 +2,13 @@
 
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.evaluation.needle import Form, Tokens
+from megatron_ksa.evaluation.generation import Tokens
+from megatron_ksa.evaluation.needle import Form
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 SINGULAR = {"numbers": "number", "uuids": "uuid", "words": "word"}
@@ -18,6 +19,7 @@ class TextLanguage:
 
     Args:
         encode: text -> token ids, without special tokens.
+        decode: token ids -> text.
         essay: the text of 'essay' haystacks; read from a random sentence on, and from its start again where it ends.
             Its words of four letters or more are the keys of kind 'words'.
 
@@ -25,8 +27,10 @@ class TextLanguage:
         UsageError: an essay without sentences or with too few words.
     """
 
-    def __init__(self, encode: Callable[[str], Tokens], essay: str) -> None:
-        self.encode = encode
+    new_tokens = 128
+
+    def __init__(self, encode: Callable[[str], Tokens], decode: Callable[[Tokens], str], essay: str) -> None:
+        self.encode, self.decode = encode, decode
         self.words = sorted({word.lower() for word in re.findall(r"\b[A-Za-z]{4,12}\b", essay)})
         if len(self.words) < 100:
             raise UsageError(f"the haystack text has {len(self.words)} different words: give one with at least 100")
@@ -40,6 +44,18 @@ class TextLanguage:
         if kind == "uuids":
             return str(uuid.UUID(bytes=random.bytes(16), version=4))
         return "-".join(random.choice(self.words, 2))
+
+    def random_words(self, random: np.random.Generator) -> Iterator[str]:
+        """Different words without end: the essay's in random order, then syllables put together."""
+        given = random.permutation(self.words).tolist()
+        yield from given
+        used = set(given)
+        while True:
+            syllables = zip(random.choice(list("bdfgklmnprstvz"), 4), random.choice(list("aeiou"), 4), strict=True)
+            word = "".join(letter for syllable in syllables for letter in syllable)
+            if word not in used:
+                used.add(word)
+                yield word
 
     def needle(self, key: str, value: str, form: Form) -> Tokens:
         """The sentence that tells the key's value."""
@@ -82,3 +98,7 @@ class TextLanguage:
         last = len(values) - 1
         joints = [" " if i == 0 else ", and " if i == last else ", " for i in range(len(values))]
         return [self.encode(joint + value) for joint, value in zip(joints, values, strict=True)]
+
+    def spelling(self, value: str) -> str:
+        """The value itself."""
+        return value

@@ -9,7 +9,8 @@ about them, `ASK k IS v END`.
 
 import numpy as np
 
-from megatron_ksa.evaluation.needle import FORMS, Form, Tokens
+from megatron_ksa.evaluation.generation import Tokens
+from megatron_ksa.evaluation.needle import FORMS, Form
 
 END_OF_DOCUMENT, KEY, IS, END, ASK, AND, DOT = range(7)
 BYTES = 8
@@ -32,6 +33,8 @@ NEARNESS = 3
 
 class TokenLanguage:
     """Needle tests and documents in token ids; items are strings of ids with spaces."""
+
+    new_tokens = 0
 
     def item(self, kind: str, random: np.random.Generator) -> str:
         """A name of two parts, or a number of two bytes, or an identifier of four."""
@@ -72,6 +75,14 @@ class TokenLanguage:
     def answer(self, values: list[str]) -> list[Tokens]:
         """v1 AND v2 END, a piece a value."""
         return [[*_ids(value), END if i == len(values) - 1 else AND] for i, value in enumerate(values)]
+
+    def decode(self, tokens: Tokens) -> str:
+        """Ids, each with a space around it."""
+        return "".join(f" {token}" for token in tokens) + " "
+
+    def spelling(self, value: str) -> str:
+        """The value's ids, whole ones."""
+        return f" {value} "
 
     def document(self, tokens: int, random: np.random.Generator, reach: int | None = None) -> np.ndarray:
         """A training document: int32 [about tokens]; text, and blocks of a random needle form with its question.

@@ -22,7 +22,7 @@ from megatron_ksa.huggingface.fields import REQUIRED, Fields
 from megatron_ksa.huggingface.rotary_json import read_own_rotary, read_rotary, rotary_settings
 
 OWN_MODEL_TYPE = "megatron_ksa"
-OWN_FILES = ("configuration_megatron_ksa", "modeling_megatron_ksa")
+OWN_FILES = ("configuration_megatron_ksa", "modeling_megatron_ksa", "cache_megatron_ksa", "rows_megatron_ksa")
 RELEASED_FAMILY = "qwen3"
 FAMILIES = ("llama", "qwen2", "qwen3", OWN_MODEL_TYPE)
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -114,11 +114,11 @@ def _architecture(config: Fields, family: str, seq_length: int | None) -> Archit
     ksa, coefficient = KSAConfig(), 1.0
     if config.get("use_summary_attention", None) is not None and config.flag("use_summary_attention"):
         ksa, coefficient = _read_ksa(config, layers, own)
-    vocab = rows - ksa.summary_tokens * ksa.enabled
-    if ksa.enabled and (config.get("summary_token_begin") != vocab or vocab < 1):
+    vocab = rows - ksa.rows.summary_tokens
+    if ksa.has_summaries and (config.get("summary_token_begin") != vocab or vocab < 1):
         raise UsageError(
             f"{path}: summary_token_begin is {config.get('summary_token_begin')}, the summary tokens must be the last "
-            f"{ksa.summary_tokens} of {rows} tokens"
+            f"{ksa.rows.summary_tokens} of {rows} tokens"
         )
     groups = _query_groups(config, heads, own)
     positions = config.size("max_position_embeddings")
@@ -283,6 +283,7 @@ def _check_released(arch: Architecture) -> None:
         "a model without --qk-layernorm": not arch.qk_norm,
         "--add-qkv-bias": arch.qkv_bias,
         "--ksa-independent-qk-norm": arch.ksa.independent_qk_norm,
+        "window layers without summaries (w)": any(layer.kind == LayerKind.WINDOW for layer in arch.layers),
     }
     for what in (what for what, found in refused.items() if found):
         raise UsageError(f"--format released: the released code does not have {what}: use --format transformers")
@@ -316,7 +317,7 @@ def _summary_settings(arch: Architecture) -> dict[str, object]:
         "summary_chunk_size": arch.ksa.chunk_size,
         "summary_token_num": arch.ksa.summary_tokens,
         "summary_token_begin": arch.vocab_size,
-        "summary_layer_freq": [int(layer.kind != LayerKind.FULL) for layer in arch.layers],
+        "summary_layer_freq": [int(layer.has_summaries) for layer in arch.layers],
         "summary_chunk_position_ids_type": "origin",
         "summary_token_position_ids_type": "last_chunk_slice_right",
         "summary_independent_parameters": arch.ksa.independent_projections or arch.spare_projections,
@@ -327,7 +328,7 @@ def _summary_settings(arch: Architecture) -> dict[str, object]:
 
 
 def _own_settings(arch: Architecture) -> dict[str, object]:
-    configuration, modeling = OWN_FILES
+    configuration, modeling, *_ = OWN_FILES
     settings: dict[str, object] = {
         "auto_map": {
             "AutoConfig": f"{configuration}.MegatronKSAConfig",
@@ -348,6 +349,7 @@ def _own_settings(arch: Architecture) -> dict[str, object]:
     return settings | {
         "summary_sliding_chunk_num": arch.ksa.window_chunks,
         "summary_layer_pattern": arch.ksa.layer_pattern,
+        "summary_layer_kinds": [str(layer.kind) for layer in arch.layers],
         "summary_windows": [
             EVERYTHING if layer.kind == LayerKind.LARGE_WINDOW else layer.window_chunks for layer in arch.layers
         ],

@@ -7,7 +7,6 @@ import io
 from megatron.training import arguments as megatron_arguments
 
 from megatron_ksa.checkpoint.load import StoredCheckpoint
-from megatron_ksa.config.ksa import LayerKind
 from megatron_ksa.errors import UsageError
 from megatron_ksa.huggingface.architecture import Architecture
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
@@ -116,12 +115,6 @@ def architecture_of(stored: StoredCheckpoint) -> Architecture:
         raise UsageError(
             f"{stored.folder}: only models with --position-embedding-type rope or harpe can be exported, this one has "
             f"{args.position_embedding_type}"
-        )
-    if settings.ksa.enabled and LayerKind.WINDOW in settings.ksa.layer_pattern:
-        raise UsageError(
-            f"{stored.folder}: --ksa-layer-pattern {settings.ksa.layer_pattern} has window layers without summaries "
-            "(w), "
-            f"which the exported layouts cannot hold"
         )
     return Architecture(
         num_layers=args.num_layers,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.evaluation.needle import FORMS, Score, build_case, plot_heat_map
+from megatron_ksa.evaluation.needle import FORMS, Score, build_case, decoded, plot_heat_map
 from megatron_ksa.evaluation.text_language import TextLanguage
 from megatron_ksa.evaluation.token_language import KEY, VOCABULARY, TokenLanguage
 
@@ -12,7 +12,8 @@ ESSAY = " ".join(f"The {chr(97 + i % 26) * 3}{chr(97 + i // 26) * 2} river ran o
 
 
 def languages():
-    return {"tokens": TokenLanguage(), "text": TextLanguage(lambda text: list(text.encode()), ESSAY)}
+    text = TextLanguage(lambda text: list(text.encode()), lambda ids: bytes(ids).decode(), ESSAY)
+    return {"tokens": TokenLanguage(), "text": text}
 
 
 @pytest.mark.parametrize("name", ["tokens", "text"])
@@ -30,6 +31,26 @@ def test_every_answer_stands_in_its_haystack(form, name):
         assert " ".join(map(str, value)) in text
     again = build_case(FORMS[form], language, length, 0.5, np.random.default_rng(0))
     assert again == case
+
+
+@pytest.mark.parametrize("name", ["tokens", "text"])
+@pytest.mark.parametrize("form", ["single_2", "multiquery"])
+def test_a_decoder_is_scored_by_what_it_wrote(form, name):
+    """The reference is exact; its values in another order are all there but not exact; half of them are half."""
+    language = languages()[name]
+    case = build_case(FORMS[form], language, 4000, 0.5, np.random.default_rng(0), decoded=True)
+    assert case.new_tokens == (128 if name == "text" else sum(map(len, case.answer)))
+    assert 3800 <= len(case.prompt) + case.new_tokens <= 4000
+
+    def score(pieces):
+        return decoded(lambda prompts, new: [[t for piece in pieces for t in piece]], language, [case])[0]
+
+    assert score(case.answer) == (True, 1.0)
+    backwards = score([*case.answer[::-1]])
+    assert backwards == ((False, 1.0) if form == "multiquery" else (True, 1.0))
+    assert score([]) == (False, 0.0)
+    if form == "multiquery":
+        assert score(case.answer[:2]) == (False, 0.5)
 
 
 @pytest.mark.parametrize(("depth", "low", "high"), [(0.0, 0, 0), (0.5, 900, 1100), (1.0, 1900, 2000)])

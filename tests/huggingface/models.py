@@ -37,14 +37,19 @@ FAMILIES = {
 }
 
 
-def save_family(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "20KB") -> None:
-    """A checkpoint of the family with every parameter random, biases and norms too, in several shards."""
-    generator = torch.Generator().manual_seed(len(name))
-    model = FAMILIES[name]()
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Give every parameter random values, about 1 for vectors."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             offset = 1.0 if parameter.dim() == 1 else 0.0
             parameter.copy_(offset + 0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def save_family(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "20KB") -> None:
+    """A checkpoint of the family with every parameter random, biases and norms too, in several shards."""
+    model = FAMILIES[name]()
+    randomise(model, len(name))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
 
 

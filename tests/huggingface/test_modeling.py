@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_same_tensors
+from models import assert_same_tensors, randomise
 from test_logits import TOLERANCE, assert_near, megatron_logits, transformers_logits
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_imports
 
 from megatron_ksa.checkpoint.load import find_checkpoint, load_model
 from megatron_ksa.config.ksa import KSAConfig
@@ -17,6 +18,7 @@ from megatron_ksa.huggingface import modeling
 from megatron_ksa.huggingface.architecture import Architecture
 from megatron_ksa.huggingface.config_json import OWN_FILES, write_config
 from megatron_ksa.huggingface.exporter import export_checkpoint
+from megatron_ksa.huggingface.modeling.cache_megatron_ksa import SEGMENT, KSACache
 from megatron_ksa.huggingface.modeling.configuration_megatron_ksa import MegatronKSAConfig
 from megatron_ksa.huggingface.modeling.modeling_megatron_ksa import MegatronKSAForCausalLM
 from megatron_ksa.platform import trainer_defaults
@@ -41,6 +43,8 @@ MODELS = {
         DENSE, interpolation=2,
         ksa=dataclasses.replace(KSA, chunk_size=3, summary_tokens=4, independent_projections=False),
     ),
+    "every kind of layer": dataclasses.replace(HARPE, ksa=dataclasses.replace(KSA, layer_pattern="wklf"), qk_norm=True),
+    "windows alone": dataclasses.replace(DENSE, ksa=dataclasses.replace(KSA, layer_pattern="wwfw")),
 }  # fmt: skip
 TOKENS = torch.randint(1, 64, (2, 60), generator=torch.Generator().manual_seed(0))
 
@@ -52,11 +56,7 @@ def folders(request, to_megatron, to_huggingface, tmp_path_factory) -> tuple[Pat
     config = write_config(arch, "float32")
     config.pop("auto_map")
     model = MegatronKSAForCausalLM(MegatronKSAConfig(**config))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            offset = 1.0 if parameter.dim() == 1 else 0.0
-            parameter.copy_(offset + 0.3 * torch.randn(parameter.shape, generator=generator))
+    randomise(model, 1)
     model.save_pretrained(root / "random")
     megatron = to_megatron(root / "random", root / "megatron")
     exported = to_huggingface(megatron, root / "exported")
@@ -100,16 +100,16 @@ def test_generate(folders, beams):
 
 
 def test_cache_keeps_windows_and_summaries():
-    """W + 1 chunks of text at most, S summaries a chunk: nothing grows with the text but the summaries."""
-    config = write_config(MODELS["ksa, harpe, hybrid"], "float32")
+    """A window's text, a segment and a summary a chunk: nothing grows with the text but the summaries."""
+    config = write_config(MODELS["every kind of layer"], "float32")
     config.pop("auto_map")
     model = MegatronKSAForCausalLM(MegatronKSAConfig(**config)).eval()
-    cache = None
-    for token in TOKENS[:1].split(1, dim=1):
-        cache = model(token, past_key_values=cache).past_key_values
-        for layer, window in zip(cache.layers[:2], (2, 1), strict=True):
-            assert layer.text[0].shape[1] <= (window + 1) * 4
-    assert cache.layers[0].summaries[0].shape[1] == 15 and cache.layers[3].text[0].shape[1] == 60
+    cache = KSACache(model.config, 6000)
+    with torch.no_grad():
+        model(TOKENS[:1, :9], past_key_values=cache)
+    rows = [layer.buffers[0].shape[2] for layer in cache.layers]
+    # Windows of 2 and 1 chunks of 4, summaries of 1500 chunks and one more.
+    assert rows == [3 * 4 + SEGMENT, 2 * 4 + SEGMENT + 1501, 6000, 6000]
 
 
 @pytest.mark.parametrize("iteration", [0, 5, 10])
@@ -130,19 +130,6 @@ def test_half_annealed_models(iteration, to_megatron, tmp_path):
     assert (transformers_logits(tmp_path / "exported", TOKENS) - expected).abs().max() < TOLERANCE
 
 
-def test_padding(folders):
-    """On the right it changes nothing; on the left it would shift the chunks, and is refused."""
-    _, exported = folders
-    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
-    mask = torch.ones(2, 30, dtype=torch.long)
-    with torch.no_grad():
-        whole = model(TOKENS[:, :30]).logits
-        mask[:, 20:] = 0
-        assert torch.equal(model(TOKENS[:, :30], attention_mask=mask).logits, whole)
-    with pytest.raises(ValueError, match="padding on the left"):
-        model(TOKENS[:, :30], attention_mask=mask.flip(1))
-
-
 def test_loss(folders):
     _, exported = folders
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
@@ -152,8 +139,11 @@ def test_loss(folders):
 
 
 def test_files_need_torch_and_transformers_only():
+    """This project's kernels are taken where they are installed: transformers requires no import inside a `try`."""
     for name in OWN_FILES:
         tree = ast.parse((Path(modeling.__file__).parent / f"{name}.py").read_text())
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
         modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        assert {module.split(".")[0] for module in modules} <= {"math", "torch", "transformers"}
+        assert {module.split(".")[0] for module in modules} <= {"copy", "math", "torch", "transformers", "megatron_ksa"}
+        required = get_imports(Path(modeling.__file__).parent / f"{name}.py")
+        assert set(required) <= {"copy", "math", "torch", "transformers"}

@@ -20,7 +20,9 @@ class MegatronKSAConfig(PretrainedConfig):
         use_summary_attention: KSA is on.
         summary_chunk_size: C, text tokens in a chunk.
         summary_token_num: S, summary tokens after each chunk.
-        summary_layer_freq: for each layer 1 for KSA, 0 for full attention that summary rows skip.
+        summary_layer_freq: for each layer 1 where summary rows go through it, 0 where they skip it.
+        summary_layer_kinds: for each layer k (KSA), l (KSA with a window over everything), f (full attention) or w (the
+            window alone); by default from `summary_layer_freq`.
         summary_windows: for each layer W, past chunks seen as text.
         summary_independent_parameters: KSA layers have Q, K and V projections for summary rows.
         summary_independent_qk_norm: KSA layers have Q and K norms for summary rows.
@@ -30,6 +32,7 @@ class MegatronKSAConfig(PretrainedConfig):
     """
 
     model_type = "megatron_ksa"
+    EVERYTHING = 2**30  # chunks of a window over the whole sequence
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
@@ -57,6 +60,7 @@ class MegatronKSAConfig(PretrainedConfig):
         summary_chunk_size=8,
         summary_token_num=1,
         summary_layer_freq=None,
+        summary_layer_kinds=None,
         summary_windows=None,
         summary_independent_parameters=True,
         summary_independent_qk_norm=False,
@@ -88,6 +92,7 @@ class MegatronKSAConfig(PretrainedConfig):
         self.summary_chunk_size = summary_chunk_size
         self.summary_token_num = summary_token_num
         self.summary_layer_freq = summary_layer_freq
+        self.summary_layer_kinds = summary_layer_kinds
         self.summary_windows = summary_windows
         self.summary_independent_parameters = summary_independent_parameters
         self.summary_independent_qk_norm = summary_independent_qk_norm
@@ -96,3 +101,26 @@ class MegatronKSAConfig(PretrainedConfig):
         self.truncate_predict_nums = truncate_predict_nums
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def layer_kinds(self):
+        """Each layer's letter: k, l, f or w."""
+        if not self.use_summary_attention:
+            return ["f"] * self.num_hidden_layers
+        if self.summary_layer_kinds is not None:
+            return list(self.summary_layer_kinds)
+        pairs = zip(self.summary_layer_freq, self.summary_windows, strict=True)
+        return [("l" if window >= self.EVERYTHING else "k") if freq else "f" for freq, window in pairs]
+
+    @property
+    def layer_windows(self):
+        """Each layer's W, None where text sees all text before."""
+        if not self.use_summary_attention:
+            return [None] * self.num_hidden_layers
+        pairs = zip(self.layer_kinds, self.summary_windows, strict=True)
+        return [window if kind in "kw" else None for kind, window in pairs]
+
+    @property
+    def summary_rows(self):
+        """S, summary rows of a chunk; 0 in a model whose layers have none."""
+        return self.summary_token_num if any(kind in "kl" for kind in self.layer_kinds) else 0

@@ -3,6 +3,16 @@
 Rows of a forward pass are laid out `[text | summaries]`: the new text tokens, then S summary rows for each chunk of C
 text tokens that they complete. Text queries see the text of the running chunk and of the W chunks before it, and the
 summaries of older chunks; summary queries read their own chunk. Summary rows leave before the final norm.
+
+Samples of a batch may be padded on either side. Chunks and positions are counted from a sample's first token, so each
+sample's tokens are moved to the left of its row on the way in, and back on the way out.
+
+| letter | layer | text sees | summary rows |
+|---|---|---|---|
+| k | KSA | its window as text, older chunks as summaries | read their chunk |
+| l | large window | all text before | read their chunk |
+| f | full | all text before | skip the layer |
+| w | window | its window | skip the layer |
 """
 
 import math
@@ -11,60 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
+from .cache_megatron_ksa import SEGMENT, KSACache
 from .configuration_megatron_ksa import MegatronKSAConfig
+from .rows_megatron_ksa import Rows, alignment
 
-# Text queries that attend at a time: bounds the mask of a long prompt.
+try:
+    from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_attention
+except ImportError:
+    KSAGeometry = ksa_attention = None
+
+logger = logging.get_logger(__name__)
+# Text queries that attend at a time in plain PyTorch: bounds the mask of a long prompt.
 QUERY_BLOCK = 1024
-
-
-class _LayerCache:
-    """Rotated keys and values of one layer: text from token `first` on, and summaries.
-
-    Each is a pair of [batch, rows, K/V heads, head_dim], or None before the first rows.
-    """
-
-    def __init__(self):
-        self.first = 0
-        self.text = None
-        self.summaries = None
-
-    def append(self, name, rows):
-        old = getattr(self, name)
-        rows = rows if old is None else tuple(torch.cat(pair, dim=1) for pair in zip(old, rows, strict=True))
-        setattr(self, name, rows)
-        return rows
-
-    def drop_text_before(self, token):
-        if token > self.first:
-            self.text = tuple(rows[:, token - self.first :] for rows in self.text)
-            self.first = token
-
-
-class KSACache:
-    """What decoding keeps: the text of each layer's window, and every summary.
-
-    The model's first forward pass makes it.
-    """
-
-    is_compileable = False
-
-    def __init__(self, num_layers):
-        self.seen = 0
-        self.layers = [_LayerCache() for _ in range(num_layers)]
-
-    def get_seq_length(self, layer_idx=0):
-        """Text tokens so far."""
-        return self.seen
-
-    def reorder_cache(self, beam_idx):
-        """Choose samples of the batch, for beam search."""
-        for layer in self.layers:
-            for name in ("text", "summaries"):
-                rows = getattr(layer, name)
-                if rows is not None:
-                    setattr(layer, name, tuple(r.index_select(0, beam_idx.to(r.device)) for r in rows))
 
 
 class _Norm(nn.Module):
@@ -94,76 +66,82 @@ def _inverse_frequencies(config, device):
     return (1 - smooth) * frequencies / factor + smooth * frequencies
 
 
-def _angles(config, positions):
-    """Rotary angles of positions [rows]: float32 [1, rows, KV groups or 1, d_rot]."""
+def _rotation(config, positions, dtype):
+    """Cosines and sines for positions [batch, rows]: [batch, rows, KV groups or 1, 1, d_rot] of `dtype` each."""
     positions = positions.to(torch.float32)
     if config.rotary_interpolation is not None:
         positions = positions * (1 / config.rotary_interpolation)
-    angles = positions[None, :, None, None] * _inverse_frequencies(config, positions.device)
+    angles = positions[:, :, None, None, None] * _inverse_frequencies(config, positions.device)[:, None]
     if config.rotary_interleaved:
-        return torch.stack([angles] * 2, dim=-1).flatten(-2)
-    return torch.cat([angles] * 2, dim=-1)
+        angles = torch.stack([angles] * 2, dim=-1).flatten(-2)
+    else:
+        angles = torch.cat([angles] * 2, dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _rotate(heads, angles, interleaved):
+def _rotate(heads, rotation, interleaved):
     """Rotate the leading channels of heads [batch, rows, heads, head_dim]; a query head has its KV group's angles."""
-    if angles.shape[2] > 1:
-        angles = angles.repeat_interleave(heads.shape[2] // angles.shape[2], dim=2)
-    turned, kept = heads[..., : angles.shape[-1]], heads[..., angles.shape[-1] :]
+    cos, sin = (part.to(heads.dtype) for part in rotation)
+    grouped = heads.unflatten(2, (cos.shape[2], -1))
+    turned, kept = grouped[..., : cos.shape[-1]], grouped[..., cos.shape[-1] :]
     if interleaved:
         half = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
     else:
         low, high = turned.chunk(2, dim=-1)
         half = torch.cat([-high, low], dim=-1)
-    turned = turned * angles.cos().to(heads.dtype) + half * angles.sin().to(heads.dtype)
-    return torch.cat([turned, kept], dim=-1)
+    return torch.cat([turned * cos + half * sin, kept], dim=-1).flatten(2, 3)
 
 
 def _attend(query, key, value, visible):
-    """Softmax attention: query [batch, q, heads, dim], key and value [batch, k, K/V heads, dim], visible [q, k]."""
-    repeats = query.shape[2] // key.shape[2]
-    key, value = (rows.repeat_interleave(repeats, dim=2) for rows in (key, value))
-    out = F.scaled_dot_product_attention(*(rows.transpose(1, 2) for rows in (query, key, value)), attn_mask=visible)
-    return out.transpose(1, 2)
+    """Softmax attention in which the query heads of a K/V head are rows of one product: K and V are not repeated.
+
+    Args:
+        query: [batch, q, heads, head_dim].
+        key, value: [batch, K/V heads, k, head_dim].
+        visible: bool [batch or 1, q, k], or None where every query sees every key.
+
+    Returns:
+        [batch, q, heads, head_dim].
+    """
+    grouped = query.unflatten(2, (key.shape[1], -1)).permute(0, 2, 3, 1, 4)  # [batch, K/V heads, group, q, head_dim]
+    group = grouped.shape[2]
+    if visible is not None:
+        visible = visible[:, None, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
+    out = F.scaled_dot_product_attention(grouped.flatten(2, 3), key, value, attn_mask=visible)
+    return out.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-class _Rows:
-    """Rows of a forward pass: text tokens start .. end - 1, and the summaries of the chunks that they complete."""
+def _causal(query, key, value):
+    """Causal attention of whole sequences [batch, n, heads, head_dim], K/V heads for key and value."""
+    q, k, v = (rows.transpose(1, 2) for rows in (query, key, value))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
-    def __init__(self, config, start, length, device):
-        self.start, self.end = start, start + length
-        self.chunk = config.summary_chunk_size if config.use_summary_attention else 1
-        self.per_chunk = config.summary_token_num if config.use_summary_attention else 0
-        self.first_chunk, self.last_chunk = start // self.chunk, self.end // self.chunk
-        text = torch.arange(self.start, self.end, device=device)
-        chunks = torch.arange(self.first_chunk, self.last_chunk, device=device)[:, None] * self.chunk
-        s = torch.arange(self.per_chunk, device=device)
-        last = (s + 1) * self.chunk // max(self.per_chunk, 1) - 1
-        self.positions = torch.cat([text, (chunks + last.clamp(min=0)).flatten()])
-        self.num_text = length
-        self.num_summaries = (self.last_chunk - self.first_chunk) * self.per_chunk
 
-    def split(self, rows):
-        return rows[:, : self.num_text], rows[:, self.num_text :]
+def _takes_kernels(query):
+    """Whether the Triton kernels of the package that trained the model are here, and take these heads."""
+    size = query.shape[-1] * query.element_size()
+    return ksa_attention is not None and query.is_cuda and query.shape[-1] <= 256 and size % 16 == 0
 
 
 class MegatronKSAAttention(nn.Module):
-    """Self-attention of one layer; `window` is W, or None in a full layer."""
+    """Self-attention of one layer of the kind `kind`; `window` is W, or None where text sees all text before."""
 
-    def __init__(self, config, window):
+    def __init__(self, config, kind, window):
         super().__init__()
         self.config, self.window = config, window
+        self.has_summaries, self.sees_summaries = kind in "kl", kind == "k"
         hidden, dim, bias = config.hidden_size, config.head_dim, config.qkv_bias
         kv = config.num_key_value_heads * dim
         suffixes = [""]
-        if window is not None and config.summary_independent_parameters:
+        if self.has_summaries and config.summary_independent_parameters:
             suffixes.append("_summary")
         for suffix in suffixes:
             for name, width in (("q", config.num_attention_heads * dim), ("k", kv), ("v", kv)):
                 setattr(self, f"{name}_proj{suffix}", nn.Linear(hidden, width, bias=bias))
         self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=False)
         if config.qk_norm:
-            own = window is not None and config.summary_independent_qk_norm
+            own = self.has_summaries and config.summary_independent_qk_norm
             for suffix in ("", "_summary") if own else ("",):
                 for name in "qk":
                     setattr(self, f"{name}_norm{suffix}", _Norm(dim, config.rms_norm_eps))
@@ -187,70 +165,86 @@ class MegatronKSAAttention(nn.Module):
             return own
         return tuple(a * o + (1 - a) * s for o, s in zip(own, self._project(rows, "", ""), strict=True))
 
-    def forward(self, hidden, angles, rows, cache):
-        """hidden [batch, rows, hidden]; a full layer gets and returns text rows only."""
+    def forward(self, hidden, rows, cache):
+        """hidden [batch, rows, hidden]: text and summary rows, or text alone where the layer has no summaries."""
         interleaved = self.config.rotary_interleaved
-        text, summaries = rows.split(hidden) if self.window is not None else (hidden, None)
+        text, own = rows.split(hidden)
+        turn, turn_own = zip(*(rows.split(part) for part in rows.rotation), strict=True)
         q, k, v = self._project(text, "", "")
-        text_angles, summary_angles = rows.split(angles)
-        q, k = _rotate(q, text_angles, interleaved), _rotate(k, text_angles, interleaved)
-        key, value = cache.append("text", (k, v))
+        q, k = _rotate(q, turn, interleaved), _rotate(k, turn, interleaved)
+        own_q, own_k, own_v = (part[:, :0] for part in (q, k, v))
+        if own.shape[1]:
+            own_q, own_k, own_v = self._project_summaries(own)
+            own_q, own_k = _rotate(own_q, turn_own, interleaved), _rotate(own_k, turn_own, interleaved)
+        if cache is not None:
+            cache.write((k, v), (own_k, own_v), rows)
+        if rows.fresh:
+            out = self._whole((q, k, v), (own_q, own_k, own_v), rows)
+        else:
+            out = self._from_cache(q, (own_q, own_k, own_v), rows, cache)
+        return self.o_proj(out.flatten(2))
+
+    def _whole(self, text, own, rows):
+        """Attention output of sequences from their first tokens on: [batch, rows, heads, head_dim]."""
+        if self.window is not None and _takes_kernels(text[0]):
+            geometry = KSAGeometry(rows.chunk, rows.per_chunk if self.sees_summaries else 0, self.window)
+            q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, own, strict=True))
+            return ksa_attention(q, k, v, geometry, text_rows=rows.num_text)
         if self.window is None:
-            index = torch.arange(rows.end, device=q.device)
-            out = [
-                _attend(block, key[:, : end + 1], value[:, : end + 1], index[start : end + 1, None] >= index[: end + 1])
-                for block, start, end in self._blocks(q, rows)
-            ]
-            return self.o_proj(torch.cat(out, dim=1).flatten(2))
-        summary_q, k, v = self._project_summaries(summaries)
-        summary_q, k = _rotate(summary_q, summary_angles, interleaved), _rotate(k, summary_angles, interleaved)
-        summary_key, summary_value = cache.append("summaries", (k, v))
-        out = [
-            self._text_block(block, start, end, (key, value), (summary_key, summary_value), cache.first, rows)
-            for block, start, end in self._blocks(q, rows)
-        ]
-        if rows.num_summaries:
-            out.append(self._summary_rows(summary_q, (key, value), (k, v), cache.first, rows))
-        cache.drop_text_before((rows.last_chunk - self.window) * rows.chunk)
-        return self.o_proj(torch.cat(out, dim=1).flatten(2))
+            out = [_causal(*text)]
+        else:
+            begins = range(0, rows.num_text, QUERY_BLOCK)
+            out = [self._block(text, own[1:], begin, min(begin + QUERY_BLOCK, rows.num_text), rows) for begin in begins]
+        if own[0].shape[1]:
+            size = rows.num_chunks * rows.chunk
+            out.append(self._read_chunks(own, [part[:, :size] for part in text[1:]], rows))
+        return torch.cat(out, dim=1)
+
+    def _block(self, text, summaries, begin, end, rows):
+        """Text queries begin .. end - 1 against the text of their windows and the summaries of older chunks."""
+        chunk, query = rows.chunk, text[0]
+        first = max(begin // chunk - self.window, 0) * chunk
+        older = max((end - 1) // chunk - self.window, 0) * rows.per_chunk * self.sees_summaries
+        i = torch.arange(begin, end, device=query.device)[:, None]
+        j = torch.arange(first, end, device=query.device)
+        near = (j <= i) & (i // chunk - j // chunk <= self.window)
+        far = i // chunk - torch.arange(older, device=query.device) // max(rows.per_chunk, 1) > self.window
+        key, value = (
+            torch.cat([t[:, first:end], s[:, :older]], dim=1).transpose(1, 2)
+            for t, s in zip(text[1:], summaries, strict=True)
+        )
+        return _attend(query[:, begin:end], key, value, torch.cat([near, far], dim=1)[None])
+
+    def _from_cache(self, query, own, rows, cache):
+        """Attention output of the newest rows, whose keys and values are in the cache."""
+        older = 0
+        if self.sees_summaries:
+            older = max(rows.last_token // rows.chunk - self.window, 0) * rows.per_chunk
+        visible = rows.visible(self.window, cache.text_rows, older)
+        length = rows.last_token + 1 if visible is None else visible.shape[2]
+        out = [_attend(query, *cache.view(length), visible)]
+        if own[0].shape[1]:
+            out.append(self._read_chunks(own, cache.chunk_text(rows), rows))
+        return torch.cat(out, dim=1)
 
     @staticmethod
-    def _blocks(query, rows):
-        """Blocks of text queries with their first and last token."""
-        for begin in range(0, rows.num_text, QUERY_BLOCK):
-            block = query[:, begin : min(begin + QUERY_BLOCK, rows.num_text)]
-            yield block, rows.start + begin, rows.start + begin + block.shape[1] - 1
+    def _read_chunks(own, text, rows):
+        """Summary queries: each reads its chunk's text, and its chunk's summaries up to itself.
 
-    def _text_block(self, query, start, end, text, summaries, first, rows):
-        """Text queries start .. end against the text of their windows and the summaries of older chunks."""
-        chunk, per_chunk, device = rows.chunk, rows.per_chunk, query.device
-        begin = max(first, (start // chunk - self.window) * chunk)
-        i = torch.arange(start, end + 1, device=device)[:, None]
-        j = torch.arange(begin, end + 1, device=device)
-        near = (j <= i) & (i // chunk - j // chunk <= self.window)
-        older = max(end // chunk - self.window, 0) * per_chunk
-        far = i // chunk - torch.arange(older, device=device) // per_chunk > self.window
-        keys, values = (
-            torch.cat([t[:, begin - first : end + 1 - first], s[:, :older]], dim=1)
-            for t, s in zip(text, summaries, strict=True)
-        )
-        return _attend(query, keys, values, torch.cat([near, far], dim=1))
-
-    def _summary_rows(self, query, text, summaries, first, rows):
-        """Summary queries of the new chunks: each reads its chunk's text, and its chunk's summaries up to itself."""
-        chunks = rows.last_chunk - rows.first_chunk
-        begin = rows.first_chunk * rows.chunk - first
+        Args:
+            own: queries, keys and values of the summaries, [batch, chunks * S, heads, head_dim].
+            text: keys and values of the chunks' text, [batch, chunks * C, K/V heads, head_dim].
+        """
 
         def by_chunk(tensor):
-            return tensor.unflatten(1, (chunks, -1)).flatten(0, 1)
+            return tensor.unflatten(1, (rows.num_chunks, -1)).flatten(0, 1)
 
-        keys, values = (
-            torch.cat([by_chunk(t[:, begin : begin + chunks * rows.chunk]), by_chunk(s)], dim=1)
-            for t, s in zip(text, summaries, strict=True)
+        key, value = (
+            torch.cat([by_chunk(t), by_chunk(s)], dim=1).transpose(1, 2) for t, s in zip(text, own[1:], strict=True)
         )
-        own = torch.ones(rows.per_chunk, rows.per_chunk, dtype=torch.bool, device=query.device).tril()
-        visible = torch.cat([own.new_ones(rows.per_chunk, rows.chunk), own], dim=1)
-        return _attend(by_chunk(query), keys, values, visible).unflatten(0, (-1, chunks)).flatten(1, 2)
+        among = torch.ones(rows.per_chunk, rows.per_chunk, dtype=torch.bool, device=key.device).tril()
+        visible = torch.cat([among.new_ones(rows.per_chunk, rows.chunk), among], dim=1)
+        return _attend(by_chunk(own[0]), key, value, visible[None]).unflatten(0, (-1, rows.num_chunks)).flatten(1, 2)
 
 
 class MegatronKSAMLP(nn.Module):
@@ -266,17 +260,16 @@ class MegatronKSAMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class MegatronKSADecoderLayer(nn.Module):
-    """Pre-norm layer; summary rows skip a full layer."""
+class MegatronKSADecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm layer; summary rows skip it where it has none."""
 
     def __init__(self, config, index):
         super().__init__()
-        is_ksa = config.use_summary_attention and bool(config.summary_layer_freq[index])
-        self.is_ksa = is_ksa
-        self.self_attn = MegatronKSAAttention(config, config.summary_windows[index] if is_ksa else None)
+        kind = config.layer_kinds[index]
+        self.self_attn = MegatronKSAAttention(config, kind, config.layer_windows[index])
         self.mlp = MegatronKSAMLP(config)
         self.input_layernorm = _Norm(config.hidden_size, config.rms_norm_eps)
-        if is_ksa and config.summary_independent_attention_layernorm:
+        if self.self_attn.has_summaries and config.summary_independent_attention_layernorm:
             self.input_layernorm_summary = _Norm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = _Norm(config.hidden_size, config.rms_norm_eps)
 
@@ -286,18 +279,22 @@ class MegatronKSADecoderLayer(nn.Module):
         text, summaries = rows.split(hidden)
         return torch.cat([self.input_layernorm(text), self.input_layernorm_summary(summaries)], dim=1)
 
-    def forward(self, hidden, angles, rows, cache):
-        skipping = None
-        if not self.is_ksa:
+    def forward(self, hidden, rows, cache):
+        """hidden [batch, rows, hidden] -> the same shape."""
+        rows, skipping = rows.to(hidden.device), None
+        if not self.self_attn.has_summaries:
             hidden, skipping = rows.split(hidden)
-        hidden = hidden + self.self_attn(self._input_norm(hidden, rows), angles, rows, cache)
+        hidden = hidden + self.self_attn(self._input_norm(hidden, rows), rows, cache)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden if skipping is None else torch.cat([hidden, skipping], dim=1)
 
 
 class MegatronKSAPreTrainedModel(PreTrainedModel):
+    """What both models tell the transformers library."""
+
     config_class = MegatronKSAConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["MegatronKSADecoderLayer"]
     _supports_sdpa = True
 
@@ -310,21 +307,104 @@ class MegatronKSAModel(MegatronKSAPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MegatronKSADecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = _Norm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, input_ids: Tensor, cache: KSACache) -> Tensor:
-        """Final hidden states of the text tokens: [batch, n] -> [batch, n, hidden]."""
-        rows = _Rows(self.config, cache.seen, input_ids.shape[1], input_ids.device)
-        hidden = self.embed_tokens(input_ids)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KSACache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the text tokens, [batch, n, hidden]; arguments as in `MegatronKSAForCausalLM.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, columns, _ = embeds.shape
+        cache = self._cache(past_key_values, use_cache)
+        align = alignment(attention_mask, columns, 0 if cache is None else cache.columns)
+        counts = [columns] * batch if align is None else align.counts
+        if position_ids is not None:
+            position_ids = position_ids.to(embeds.device)
+        if align is not None:
+            embeds = align.pack(embeds)
+            position_ids = position_ids if position_ids is None else align.pack(position_ids.expand(batch, -1))
+        self._check_positions(position_ids, counts, columns)
+        filled = cache is not None and bool(cache.tokens)
+        states, begin = [], 0
+        for piece in embeds.split(SEGMENT, dim=1) if filled else (embeds,):
+            end = begin + piece.shape[1]
+            here = [min(max(count - begin, 0), end - begin) for count in counts]
+            own = None if position_ids is None else position_ids[:, begin:end]
+            states.append(self._segment(piece, own, here, cache, output_hidden_states))
+            begin = end
+        if cache is not None:
+            cache.columns += columns
+        hidden = [torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in zip(*states, strict=True)]
+        if align is not None:
+            hidden = [align.unpack(part) for part in hidden]
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden[-1],
+            past_key_values=cache,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+
+    def _cache(self, given, use_cache):
+        """The cache to write, or None."""
+        if given is not None:
+            if not isinstance(given, KSACache):
+                raise ValueError(f"past_key_values is a {type(given).__name__}: this model takes a KSACache or None")
+            if given.tokens and self.training:
+                raise ValueError("no gradients flow through a cache: train without past_key_values")
+            return given
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and self.training and self.gradient_checkpointing:
+            logger.warning_once("`use_cache=True` is off while gradient checkpointing recomputes layers")
+            use_cache = False
+        return KSACache(self.config) if use_cache else None
+
+    @staticmethod
+    def _check_positions(positions, counts, columns):
+        if positions is None or columns == 1:
+            return
+        if positions.shape[-1] != columns:
+            raise ValueError(f"position_ids of shape {tuple(positions.shape)}: {columns} columns needed")
+        token = (
+            torch.arange(1, columns, device=positions.device) < torch.tensor(counts, device=positions.device)[:, None]
+        )
+        if ((positions.diff(dim=1) <= 0) & token).any():
+            raise ValueError("position_ids start again within a row: packed documents are not supported, pad instead")
+
+    def _segment(self, hidden, positions, counts, cache, output_hidden_states):
+        """Hidden states [batch, n, hidden] of tokens that go on where the cache ends: the last, or one a layer too."""
+        batch, length, device = len(hidden), hidden.shape[1], hidden.device
+        starts = (cache.tokens if cache is not None else None) or [0] * batch
+        if len(starts) != batch:
+            raise ValueError(f"past_key_values holds {len(starts)} samples, the batch has {batch}")
+        rows = Rows(self.config, starts, counts, length, device)
         if rows.num_summaries:
-            tokens = self.config.vocab_size - rows.per_chunk + torch.arange(rows.per_chunk, device=input_ids.device)
-            tokens = tokens.repeat(rows.last_chunk - rows.first_chunk).expand(len(input_ids), -1)
-            hidden = torch.cat([hidden, self.embed_tokens(tokens)], dim=1)
-        angles = _angles(self.config, rows.positions)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            hidden = layer(hidden, angles, rows, layer_cache)
-        cache.seen = rows.end
-        return self.norm(rows.split(hidden)[0])
+            tokens = self.config.vocab_size - rows.per_chunk + torch.arange(rows.per_chunk, device=device)
+            summaries = self.embed_tokens(tokens.repeat(rows.num_chunks).expand(batch, -1))
+            hidden = torch.cat([hidden, summaries.to(hidden.dtype)], dim=1)
+        earlier = None if cache is None else cache.positions
+        text = rows.token if positions is None else positions
+        rows.rotation = _rotation(self.config, rows.positions(text, earlier), hidden.dtype)
+        if cache is not None:
+            cache.reserve(max(starts) + length)
+            rows.room = cache.room
+            cache.positions = rows.newest_positions(text, earlier).expand(batch, -1)
+            cache.tokens = [start + count for start, count in zip(starts, counts, strict=True)]
+        states = []
+        for layer, layer_cache in zip(self.layers, cache.layers if cache else [None] * len(self.layers), strict=True):
+            if output_hidden_states:
+                states.append(rows.split(hidden)[0])
+            hidden = layer(hidden, rows, layer_cache)
+        return [*states, self.norm(rows.split(hidden)[0])]
 
 
 class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
@@ -333,6 +413,8 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     # The cache cannot be cut back, as assisted decoding would need.
     _is_stateful = True
+    # Trainer hands `num_items_in_batch` to forward.
+    accepts_loss_kwargs = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -356,52 +438,101 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, use_cache=True, **kwargs
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        """The tokens that the cache has not seen."""
-        if past_key_values is not None:
-            input_ids = input_ids[:, past_key_values.get_seq_length() :]
-        return {
-            "input_ids": input_ids,
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-            "logits_to_keep": kwargs.get("logits_to_keep", 0),
-        }
+        """A cache with room for the longest sequence that `generate` may write."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: this model has its own cache, "
+                "leave it out"
+            )
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = KSACache(self.config, max_cache_length)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        """The tokens that the cache has not seen; their positions come from the mask.
+
+        `generate` counts positions on after the last column, which is padding where a prompt is padded on the right.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration, **kwargs,
+        )  # fmt: skip
+        positions, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
+        if is_first_iteration and positions is not None:
+            columns, earlier = positions.shape[-1], 0 if past_key_values is None else past_key_values.columns
+            if mask is None:
+                mask = torch.ones(1, earlier + columns, dtype=torch.long, device=positions.device)
+            counted = mask.long().cumsum(1) - 1
+            if ((counted[:, -columns:] != positions) & mask[:, -columns:].bool()).any():
+                raise ValueError("generate takes positions from attention_mask: leave position_ids out")
+        return inputs
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: KSACache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [batch, n, text vocabulary] of the tokens given, which go on where the cache ends.
 
         Args:
-            input_ids: int64 [batch, n].
-            attention_mask: [batch, tokens so far]; padding may only be on the right, where it changes nothing.
-            labels: int64 [batch, n]; -100 is ignored. The loss is that of the next token.
-            logits_to_keep: last tokens to give logits for; 0 for all.
+            input_ids: int64 [batch, n]; or inputs_embeds, [batch, n, hidden].
+            attention_mask: [batch, n] or [batch, columns so far], 0 for padding, anywhere. Logits at padding mean
+                nothing.
+            position_ids: int64 [batch or 1, n], increasing in every row; by default tokens are counted, padding not.
+            past_key_values: `KSACache` of the tokens before; it is written.
+            labels: int64 [batch, n]; -100 is ignored, and what padding would predict. The loss is that of the next
+                token.
+            logits_to_keep: give logits for the last so many tokens of each sample, padding left out; 0 for all.
+            num_items_in_batch: the loss is the sum over the labels divided by it, in place of their mean.
 
         Raises:
-            ValueError: padding before a token: chunks are counted from the first one.
+            ValueError: inputs that do not fit each other, packed documents, attention weights.
         """
-        if attention_mask is not None and attention_mask.shape[1] > 1:
-            mask = attention_mask.bool()
-            if (mask[:, 1:] & ~mask[:, :-1]).any():
-                raise ValueError("padding on the left is not supported: pad on the right, or generate one by one")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = KSACache(self.config.num_hidden_layers) if past_key_values is None else past_key_values
-        hidden = self.model(input_ids, cache)
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        logits = logits[..., : self.config.truncate_predict_nums]
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].to(logits.device).flatten())
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions: attention weights are never formed, leave it out")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+        )
+        hidden, columns, align = out.last_hidden_state, out.last_hidden_state.shape[1], None
+        if attention_mask is not None and (logits_to_keep or labels is not None):
+            align = alignment(attention_mask, columns, attention_mask.shape[1] - columns)
+        if logits_to_keep:
+            kept = min(logits_to_keep, columns)
+            hidden = hidden[:, -kept:] if align is None else align.last(hidden, kept)
+        logits = self.lm_head(hidden)[..., : self.config.truncate_predict_nums]
+        loss = None if labels is None else _loss(logits, labels, align, num_items_in_batch)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
         return output.to_tuple() if return_dict is False else output
+
+
+def _loss(logits, labels, align, num_items_in_batch):
+    """Cross-entropy of the next token."""
+    labels = labels[:, 1:].to(logits.device)
+    if align is not None:
+        labels = labels.masked_fill(~align.mask[:, :-1].to(labels.device), -100)
+    rows = logits[:, :-1].float().flatten(0, 1)
+    if num_items_in_batch is None:
+        return F.cross_entropy(rows, labels.flatten())
+    total = F.cross_entropy(rows, labels.flatten(), reduction="sum")
+    return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
