@@ -3,11 +3,11 @@
     python -m megatron_ksa.data_tools.benchmarks.tags_pays_real --work DIR --out results.json [--readme FILE]
 
 The pool is reasoning-b of `tags_pools`: about 50 kinds of tasks as frequent as rank^-1, with drawn scores, tagged by
-the offline tagger. Held out are tasks of other seeds: of the pool's every kind equally often (balanced), and of its five
-rarest kinds (target). The alignment sees other tasks of those kinds, 20 of each. A model of 0.9 million parameters
-learns the answers, the same number of steps of each choice; what is measured is the loss on answers, in nats a token,
-and how many answers are right to the last token when each token is the likeliest one (greedy decoding). A seed draws
-the scores, the random choices, and the model.
+the offline tagger. Held out are tasks of other seeds: of the pool's every kind equally often (balanced), and of its
+five rarest kinds (target). The alignment sees other tasks of those kinds, 20 of each. A model of half a million
+parameters learns the answers, the same number of steps of each choice; what is measured is the loss on answers, in nats
+a token, and how many answers are right to the last token when each token is the likeliest one (greedy decoding). A seed
+draws the scores, the random choices, and the model.
 """
 
 import argparse
@@ -39,11 +39,12 @@ from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.markdown import replace_section, table
 
 POOL, TAGGER, PART = "reasoning-b", "keyphrase", 1
-RARE_KINDS, TARGET_TASKS, HELD_OUT = 5, 20, 10
-TARGET_SEED, HELD_OUT_SEED = 7, 8
-VOCABULARY, LENGTH, ANSWER = 1024, 128, 48
-LAYERS, WIDTH, HEADS = 4, 128, 4
-BATCH, STEPS, RATE, WARMUP = 16, 120, 3e-3, 10
+RARE_KINDS, FIRST_SEED = 5, 7
+# Set: its kinds, tasks of each.
+SETS = {"aligned": ("rare", 20), "target": ("rare", 20), "balanced": ("all", 10)}
+VOCABULARY, LENGTH, ANSWER = 1024, 96, 32
+LAYERS, WIDTH, HEADS = 2, 128, 4
+BATCH, STEPS, RATE, WARMUP = 8, 150, 3e-3, 10
 CHOICES = {
     "TAGS 5 %": {}, "TAGS 5 %, aligned": {}, "MIG 5 %": {"method": "label-graph"},
     "top quality 5 %": {"method": "top-quality"}, "random 5 %": {"method": "random"}, "the whole pool": None,
@@ -142,23 +143,14 @@ def evaluate(model: Model, tasks: Tasks) -> dict[str, float]:
 
 def held_out(work: Path, labels: Counter) -> dict[str, list[dict]]:
     """Tasks of other seeds by set: `target` and `balanced` to evaluate on, `aligned` for the alignment."""
-    rare = {label for label, _ in labels.most_common()[-RARE_KINDS:]}
-    found = {}
-    for name, count, seed in (("aligned", TARGET_TASKS, TARGET_SEED), ("held", 4 * HELD_OUT, HELD_OUT_SEED)):
+    rare, found = {label for label, _ in labels.most_common()[-RARE_KINDS:]}, {}
+    for number, (name, (kinds, count)) in enumerate(SETS.items()):
         path = work / f"{name}.jsonl"
         if not path.exists():
-            write_jsonl(path, ({"id": n, **row} for n, row in enumerate(reasoning(PART, count, seed))))
-        found[name] = [row for row in read_jsonl(path) if row["label"] in labels]
-    seen: Counter = Counter()
-    balanced = []
-    for row in found["held"]:
-        seen[row["label"]] += 1
-        if seen[row["label"]] <= HELD_OUT:
-            balanced.append(row)
-    return {
-        "aligned": [row for row in found["aligned"] if row["label"] in rare],
-        "target": [row for row in found["held"] if row["label"] in rare], "balanced": balanced,
-    }  # fmt: skip
+            rows = reasoning(PART, count, FIRST_SEED + number, rare if kinds == "rare" else set(labels))
+            write_jsonl(path, ({"id": n, **row} for n, row in enumerate(rows)))
+        found[name] = list(read_jsonl(path))
+    return found
 
 
 def ground_target(work: Path, rows: list[dict]) -> np.ndarray:

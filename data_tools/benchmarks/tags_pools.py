@@ -48,11 +48,12 @@ def _seed(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def reasoning(part: int, count: int, seed: int) -> Iterator[dict]:
+def reasoning(part: int, count: int, seed: int, only: set[str] | None = None) -> Iterator[dict]:
     """Tasks of half of the kinds, up to `count` a kind.
 
     Args:
         part: 0 or 1 for the first or second of each pair of kinds, 2 for a half by chance.
+        only: those of these kinds; all by default.
     """
     try:
         gym = importlib.import_module("reasoning_gym")
@@ -63,7 +64,7 @@ def reasoning(part: int, count: int, seed: int) -> Iterator[dict]:
         kinds = sorted(np.random.default_rng(part).permutation(kinds)[: len(kinds) // 2].tolist())
     else:
         kinds = kinds[part::2]
-    for kind in kinds:
+    for kind in (kind for kind in kinds if only is None or kind in only):
         start = time.monotonic()
         try:
             tasks = gym.create_dataset(kind, size=count, seed=seed)
