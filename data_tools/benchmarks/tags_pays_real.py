@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ SETS = {"aligned": ("rare", 20), "target": ("rare", 20), "balanced": ("all", 10)
 VOCABULARY, LENGTH, ANSWER = 1024, 96, 32
 LAYERS, WIDTH, HEADS = 2, 128, 4
 BATCH, STEPS, RATE, WARMUP = 8, 150, 3e-3, 10
-CHOICES = {
+CHOICES: dict[str, dict[str, Any] | None] = {
     "TAGS 5 %": {}, "TAGS 5 %, aligned": {}, "MIG 5 %": {"method": "label-graph"},
     "top quality 5 %": {"method": "top-quality"}, "random 5 %": {"method": "random"}, "the whole pool": None,
 }  # fmt: skip
