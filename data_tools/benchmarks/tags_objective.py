@@ -5,12 +5,14 @@
 Pools are those of `tags_pools`. The defaults were chosen on the pools of `TUNED`; those of `JUDGED` were looked at
 after that, and `KEPT_BACK` once, at the end. 5 % of each pool are chosen with its true tags and with the offline
 tagger's. A selection is judged by the labels that it has, by the exponential of the entropy of its labels, and by the
-mean of its scores. So that methods are compared at equal quality, the exponent of the score (`--quality-weight`) of
-each variant of the tree is searched for the mean score of MIG's selection.
+mean of its scores; numbers are means over draws of the scores, of which the first is the pool's own. So that methods
+are compared at equal quality, the exponent of the score (`--quality-weight`) of each variant of the tree is searched
+for the mean score of MIG's selection, and numbers are taken on the line between the two selections next to it.
 """
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ksa.data_tools.benchmarks.tags_pools import labels_of, make_pool
+from megatron_ksa.data_tools.benchmarks.tags_pools import draw_scores, labels_of, make_pool
 from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json
 from megatron_ksa.data_tools.tags.greedy import greedy
-from megatron_ksa.data_tools.tags.objective import Coverage, strengths, tree_information
+from megatron_ksa.data_tools.tags.objective import Coverage, node_weights, strengths, tree_information
 from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool
 from megatron_ksa.data_tools.tags.sample import SampleSettings, sample
@@ -32,21 +34,29 @@ from megatron_ksa.data_tools.tags.tag import TaggerSettings
 from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.markdown import replace_section, table
 
-TUNED, JUDGED, KEPT_BACK = ("debian", "wordnet", "reasoning-a"), ("reasoning-b",), ("mixed",)
+TUNED, KEPT_BACK = ("debian", "wordnet", "reasoning-a"), ("reasoning-c",)
+JUDGED = ("reasoning-b", "verbs", "foldoc", "fortunes", "mixed")
 TAGGERS = {"data": "true", "keyphrase": "offline"}
 SHARE = 0.05
 RANDOM_SEEDS = 5
-SEARCH_STEPS, LARGEST_EXPONENT = 6, 8.0
+DRAWS = 3
+SEARCH_STEPS, LARGEST_EXPONENT = 7, 8.0
 DEFAULT = "tree (the default objective)"
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "power 0.8": {"power": 0.8}, "power 0.2": {"power": 0.2},
-    "share exponent 0": {"share_exponent": 0.0}, "share exponent 1": {"share_exponent": 1.0},
+    "share exponent 0": {"share_exponent": 0.0}, "share exponent 0.3": {"share_exponent": 0.3},
+    "share exponent 0.5": {"share_exponent": 0.5}, "branch exponent 0.8": {"branch_exponent": 0.8},
+    "branch exponent 0.4: one for tags and branches, the former default": {"branch_exponent": 0.4},
+    "both exponents 0": {"share_exponent": 0.0, "branch_exponent": 0.0},
     "depth weight 0.5": {"depth_weight": 0.5}, "depth weight 2": {"depth_weight": 2.0},
-    "depth weight 1000: leaves alone": {"depth_weight": 1000.0},
     "log(1 + x)": {"phi": "log1p"},
 }  # fmt: skip
-ALIKE, OLD = "levels of equal worth", "the former default: levels of equal worth, power 0.8, share exponent 0"
+OLDEST_POWER = 0.8
+OLDEST = "the oldest default: levels of equal worth, power 0.8, exponents 0"
+RELATIVE = "log(1 + x / x0), x0 a tenth of the mass sought"
+# Of the mass that a selection like the pool has.
+RELATIVE_SCALE = 0.1
 
 
 def prepare(work: Path, pool: str, tagger: str) -> tuple[Pool, np.ndarray]:
@@ -74,26 +84,56 @@ def _levels_alike(pool: Pool, settings: SampleSettings) -> np.ndarray:
     """Each level of equal worth for each unit of mass of a selection like the pool, as the first version had it."""
     amount, nodes = int(settings.budget), len(pool.parent)
     plain = Coverage(tree_information(pool.shares, np.ones(pool.instances), pool.parent, np.ones(nodes)).mass,
-                     np.ones(nodes), np.zeros(nodes), settings.power)  # fmt: skip
+                     np.ones(nodes), np.zeros(nodes), OLDEST_POWER)  # fmt: skip
     worth = np.bincount(pool.depth, plain.phi(amount * pool.held))
     weight = (np.bincount(pool.depth, pool.held) / worth)[pool.depth]
     strength = strengths(pool.quality, pool.difficulty, quality_weight=settings.quality_weight)
-    coverage = tree_information(pool.shares, strength, pool.parent, weight, power=settings.power)
+    coverage = tree_information(pool.shares, strength, pool.parent, weight, power=OLDEST_POWER)
     return greedy(coverage, amount).chosen
 
 
+def _relative_logarithm(pool: Pool, settings: SampleSettings) -> np.ndarray:
+    """log(1 + x / x0) with x0 a tenth of what a node's level would hold of it in the budget: scale-free too."""
+    weight = node_weights(pool.held, pool.parent, pool.depth, phi="log1p")
+    level = np.bincount(pool.depth, weight, minlength=int(pool.depth.max()) + 1)
+    held = np.bincount(pool.depth, pool.held)
+    sought = float(settings.budget) * weight * (held / level)[pool.depth]
+    strength = strengths(pool.quality, pool.difficulty, quality_weight=settings.quality_weight)
+    coverage = tree_information(pool.shares, strength, pool.parent, weight)
+    scale = 1 / np.maximum(RELATIVE_SCALE * sought, 1e-12)
+    return greedy(replace(coverage, scale=scale), int(settings.budget)).chosen
+
+
 def at_quality(choose: Callable[[float], np.ndarray], pool: Pool, labels: np.ndarray, quality: float) -> dict:
-    """What a choice by exponent of the score is worth where its mean score is nearest to `quality`."""
-    low, high, found = 0.0, LARGEST_EXPONENT, []
+    """What a choice by exponent of the score is worth at the mean score `quality`, or as near as it comes."""
+    low, high = 0.0, LARGEST_EXPONENT
+    below, above = None, None
     for _ in range(SEARCH_STEPS):
         exponent = (low + high) / 2
-        found.append({**judge(pool, labels, choose(exponent)), "quality_weight": exponent})
-        low, high = (exponent, high) if found[-1]["quality"] < quality else (low, exponent)
-    return min(found, key=lambda row: abs(row["quality"] - quality))
+        found = {**judge(pool, labels, choose(exponent)), "quality_weight": exponent}
+        if found["quality"] < quality:
+            low, below = exponent, found
+        else:
+            high, above = exponent, found
+    if below is None or above is None:
+        return below or above or {}
+    part = (quality - below["quality"]) / (above["quality"] - below["quality"])
+    return {key: (1 - part) * below[key] + part * above[key] for key in below}
 
 
 def compare(pool: Pool, labels: np.ndarray) -> dict[str, dict]:
-    """Every method on one pool."""
+    """Every method on one pool: means over draws of the scores."""
+    draws = [_compare(pool, labels)]
+    for seed in range(1, DRAWS):
+        scores = draw_scores(labels, np.random.default_rng(seed))
+        draws.append(_compare(replace(pool, quality=scores), labels))
+    return {
+        method: {key: statistics.fmean(draw[method][key] for draw in draws) for key in draws[0][method]}
+        for method in draws[0]
+    }
+
+
+def _compare(pool: Pool, labels: np.ndarray) -> dict[str, dict]:
     settings = SampleSettings(str(round(SHARE * pool.instances)))
 
     def chosen(**changes: Any) -> np.ndarray:
@@ -104,9 +144,9 @@ def compare(pool: Pool, labels: np.ndarray) -> dict[str, dict]:
     for name, changes in VARIANTS.items():
         by_exponent = lambda exponent, changes=changes: chosen(quality_weight=exponent, **changes)  # noqa: E731
         result[name] = at_quality(by_exponent, pool, labels, mig["quality"])
-    for name, power in ((ALIKE, settings.power), (OLD, 0.8)):
-        by_exponent = lambda exponent, power=power: _levels_alike(  # noqa: E731
-            pool, replace(settings, quality_weight=exponent, power=power)
+    for name, choose in ((RELATIVE, _relative_logarithm), (OLDEST, _levels_alike)):
+        by_exponent = lambda exponent, choose=choose: choose(  # noqa: E731
+            pool, replace(settings, quality_weight=exponent)
         )
         result[name] = at_quality(by_exponent, pool, labels, mig["quality"])
     result["tree, --quality-weight 1"] = judge(pool, labels, chosen())
@@ -131,7 +171,7 @@ def section(results: dict[str, dict]) -> str:
         for method in methods:
             found = [row[tagger]["methods"][method] for row in columns.values()]
             rows.append(
-                [method, *(f"{each['labels']:.0f}, {each['effective']:.1f}, {each['quality']:.2f}" for each in found)]
+                [method, *(f"{each['labels']:.1f}, {each['effective']:.1f}, {each['quality']:.2f}" for each in found)]
             )
         parts += [
             f"With {name} tags: labels covered, effective number of labels, mean score.",
@@ -157,7 +197,7 @@ def main() -> None:
                 pool, labels = prepare(args.work, name, tagger)
                 row = results.setdefault(name, {"labels": int(labels.max()) + 1})
                 row[tagger] = {"instances": pool.instances, "methods": compare(pool, labels)}
-                write_json(args.out, {"share": SHARE, "pools": results})
+                write_json(args.out, {"share": SHARE, "draws_of_scores": DRAWS, "pools": results})
                 print(f"{name}, {TAGGERS[tagger]} tags: {json.dumps(row[tagger]['methods'])}", flush=True)
         text = section({name: results[name] for name in args.pools})
         print(text)

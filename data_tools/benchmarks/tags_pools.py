@@ -2,13 +2,17 @@
 
     python -m megatron_ksa.data_tools.benchmarks.tags_pools --out DIR [--pools reasoning-a wordnet ...]
 
-- reasoning-a, reasoning-b: tasks with answers of `pip install reasoning-gym`, each pool half of its about 100 kinds.
-  Label: the kind. True tags: the kind and its family.
+- reasoning-a, reasoning-b, reasoning-c: tasks with answers of `pip install reasoning-gym`, each pool half of its about
+  100 kinds: every second one, the rest, and a half by chance. Label: the kind. True tags: the kind and its family.
 - wordnet: glosses of nouns (`apt-get download wordnet-base`). Label: the ancestor on the sixth level. True tags: the
   three concepts above.
+- verbs: glosses of verbs by WordNet file (the label), tagged with the verbs above.
+- foldoc: entries of a dictionary of computing (`apt-get download dict-foldoc`). Label: the first of its categories.
+  True tags: the categories and up to three entries that it refers to.
+- fortunes: short texts (`apt-get download fortunes`). Label and only true tag: the file.
 - debian: descriptions of packages of Debian's lists, one a source. Label: the section. True tags: debtags.
-- mixed: tasks of the kinds of reasoning-b with another seed, glosses of verbs by WordNet file with the verbs above, and
-  descriptions without debtags, whose only tag is the section.
+- mixed: tasks of the kinds of reasoning-b with another seed, verbs, and descriptions without debtags, whose only tag is
+  the section.
 
 Labels are as frequent as rank^-1 as far as their texts reach. A score is drawn for every text: normal with standard
 deviation 1.5 around 6.5 plus its label's own offset of standard deviation 0.7, between 1 and 10. Each pool is a
@@ -16,6 +20,7 @@ deviation 1.5 around 6.5 plus its label's own offset of standard deviation 0.7, 
 """
 
 import argparse
+import gzip
 import importlib
 import json
 import re
@@ -31,7 +36,8 @@ import numpy as np
 from megatron_ksa.data_tools.tags.files import write_jsonl
 from megatron_ksa.errors import UsageError, usage_errors_exit
 
-POOLS = ("reasoning-a", "reasoning-b", "wordnet", "debian", "mixed")
+REASONING = ("reasoning-a", "reasoning-b", "reasoning-c")
+POOLS = (*REASONING, "wordnet", "verbs", "debian", "foldoc", "fortunes", "mixed")
 INSTANCES = 12_000
 SECONDS_A_KIND = 20
 WORDNET_LEVEL = 5
@@ -42,14 +48,23 @@ def _seed(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def reasoning(part: int, count: int, seed: int) -> Iterator[dict]:
-    """Tasks of every second kind, the first or the second of each pair; up to `count` a kind."""
+def reasoning(part: int, count: int, seed: int, only: set[str] | None = None) -> Iterator[dict]:
+    """Tasks of half of the kinds, up to `count` a kind.
+
+    Args:
+        part: 0 or 1 for the first or second of each pair of kinds, 2 for a half by chance.
+        only: those of these kinds; all by default.
+    """
     try:
         gym = importlib.import_module("reasoning_gym")
     except ModuleNotFoundError:
         raise UsageError("the reasoning pools need a package: pip install reasoning-gym") from None
-    kinds = sorted(gym.factory.DATASETS)[part::2]
-    for kind in kinds:
+    kinds = sorted(gym.factory.DATASETS)
+    if part == 2:
+        kinds = sorted(np.random.default_rng(part).permutation(kinds)[: len(kinds) // 2].tolist())
+    else:
+        kinds = kinds[part::2]
+    for kind in (kind for kind in kinds if only is None or kind in only):
         start = time.monotonic()
         try:
             tasks = gym.create_dataset(kind, size=count, seed=seed)
@@ -111,15 +126,38 @@ def verbs(folder: Path) -> Iterator[dict]:
         }
 
 
-def wordnet_folder(work: Path) -> Path:
-    """WordNet's files, fetched where they are not there."""
-    if not (work / "wn").exists():
-        done = subprocess.run(["apt-get", "download", "wordnet-base"], cwd=work, capture_output=True, check=False)
-        packages = sorted(work.glob("wordnet-base*.deb"))
-        if done.returncode or not packages:
-            raise UsageError("the WordNet pools need `apt-get download wordnet-base`, which failed")
-        subprocess.run(["dpkg-deb", "-x", packages[0], work / "wn"], check=True)
-    return work / "wn" / "usr" / "share" / "wordnet"
+def unpacked(package: str, work: Path) -> Path:
+    """The files of a Debian package, fetched where they are not there."""
+    folder = work / package
+    if not folder.exists():
+        done = subprocess.run(["apt-get", "download", package], cwd=work, capture_output=True, check=False)
+        archives = sorted(work.glob(f"{package}_*.deb"))
+        if done.returncode or not archives:
+            raise UsageError(f"this pool needs `apt-get download {package}`, which failed")
+        subprocess.run(["dpkg-deb", "-x", archives[0], folder], check=True)
+    return folder / "usr" / "share"
+
+
+def foldoc(path: Path) -> Iterator[dict]:
+    """Entries that have a category; the text has neither categories nor the marks of references."""
+    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as stream:
+        blocks = re.split(r"\n\n(?=\S)", stream.read())
+    for block in blocks:
+        entry = re.match(r"([^\n]+)\n(?:\S[^\n]*\n)*\n +<([a-z ,]+)>(.*)", block, re.S)
+        if entry:
+            categories = [category.strip() for category in entry[2].split(",")]
+            body = re.sub(r"\s+", " ", entry[3])
+            references = [reference for reference in re.findall(r"{([^{}]+)}", body) if "http" not in reference]
+            text = f"{entry[1]}: {re.sub('[{}]', '', body).strip()}"
+            yield {"text": text, "label": categories[0], "tags": [*categories, *references[:3]]}
+
+
+def fortunes(folder: Path) -> Iterator[dict]:
+    """Texts of more than 5 words, by file."""
+    for path in sorted(path for path in folder.iterdir() if not path.suffix):
+        for text in re.split(r"^%$", path.read_text(encoding="utf-8", errors="replace"), flags=re.M):
+            if len(text.split()) > 5:
+                yield {"text": text.strip(), "label": path.name, "tags": [path.name.replace("-", " ")]}
 
 
 def packages(work: Path) -> list[dict]:
@@ -167,13 +205,21 @@ def debian(work: Path, tagged: bool) -> Iterator[dict]:
 
 def rows_of(pool: str, work: Path) -> list[dict]:
     """Every text that a pool could have."""
-    if pool.startswith("reasoning"):
-        return list(reasoning("ab".index(pool[-1]), 400, 1))
-    if pool == "wordnet":
-        return list(nouns(wordnet_folder(work)))
+    if pool in REASONING:
+        part = REASONING.index(pool)
+        return list(reasoning(part, 400, 1 if part < 2 else 3))
+    if pool == "foldoc":
+        return list(foldoc(unpacked("dict-foldoc", work) / "dictd" / "foldoc.dict.dz"))
+    if pool == "fortunes":
+        return list(fortunes(unpacked("fortunes", work) / "games" / "fortunes"))
     if pool == "debian":
         return list(debian(work, tagged=True))
-    return [*reasoning(1, 150, 2), *verbs(wordnet_folder(work)), *debian(work, tagged=False)]
+    wordnet = unpacked("wordnet-base", work) / "wordnet"
+    if pool == "wordnet":
+        return list(nouns(wordnet))
+    if pool == "verbs":
+        return list(verbs(wordnet))
+    return [*reasoning(1, 150, 2), *verbs(wordnet), *debian(work, tagged=False)]
 
 
 def make_pool(pool: str, work: Path) -> Path:
@@ -196,6 +242,16 @@ def make_pool(pool: str, work: Path) -> Path:
     order = generator.permutation(len(chosen))
     write_jsonl(folder / "pool.jsonl", ({"id": n, "source": pool, **chosen[k]} for n, k in enumerate(order.tolist())))
     return folder
+
+
+def draw_scores(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Other scores for a pool, float64 [instances], drawn as `make_pool` draws them.
+
+    Args:
+        labels: int64 [instances].
+    """
+    offset = generator.normal(0, LABEL_SPREAD, int(labels.max()) + 1)
+    return np.clip(np.round(generator.normal(QUALITY + offset[labels], NOISE)), 1, 10)
 
 
 def labels_of(folder: Path) -> dict[str, str]:

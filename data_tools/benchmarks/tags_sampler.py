@@ -56,7 +56,7 @@ def synthetic_pool(instances: int, tags: int, seed: int = 0) -> Pool:
 
 def tree_of(pool: Pool) -> Coverage:
     """Tree information with the sampler's defaults."""
-    weight = node_weights(pool.held, pool.depth)
+    weight = node_weights(pool.held, pool.parent, pool.depth)
     return tree_information(pool.shares, strengths(pool.quality, pool.difficulty), pool.parent, weight)
 
 

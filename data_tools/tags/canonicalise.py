@@ -8,7 +8,7 @@ no chains.
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import batched
@@ -33,9 +33,10 @@ from megatron_ksa.files import whole_file
 
 VOCABULARY, MERGES, EMBEDDINGS, EMBEDDER = "vocabulary.jsonl", "tag_merges.jsonl", "embeddings.npy", "embedder"
 CARRIED = "carried.npz"
+REASONS = ("spelling", "meaning", "rare")
 MODEL_MERGE_COSINE = 0.92
 TAGS_PER_TASK = 4096
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE, AMONG_AT_ONCE = 512, 1 << 15
 _DIGITS = re.compile(r"\d+")
 
 
@@ -189,46 +190,73 @@ def merge_meanings(vectors: np.ndarray, order: np.ndarray, cosine: float) -> dic
     return merged
 
 
-def nearest(vectors: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The row of `among` with the largest cosine for each vector: int64 [vectors], and the cosine, float32 [vectors].
+def nearest(
+    vectors: np.ndarray, among: np.ndarray, rows: np.ndarray | None = None, of: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The place in `of` with the largest cosine for each of `rows`: int64 [rows], and the cosine, float32 [rows].
 
     Args:
-        vectors, among: unit, float32 [., dimensions]; `among` has a row or more.
+        vectors, among: unit, float32 [., dimensions].
+        rows, of: int64, which of `vectors` and of `among`; all by default. They are copied a block at a time. `of` has
+            one or more.
     """
-    found, cosine = np.empty(len(vectors), np.int64), np.empty(len(vectors), np.float32)
-    for first in tqdm(
-        range(0, len(vectors), ROWS_AT_ONCE), desc="find nearest", unit=" blocks", disable=not len(vectors)
-    ):
-        near = vectors[first : first + ROWS_AT_ONCE] @ among.T
-        found[first : first + len(near)] = near.argmax(axis=1)
-        cosine[first : first + len(near)] = near.max(axis=1)
+    rows = np.arange(len(vectors)) if rows is None else rows
+    of = np.arange(len(among)) if of is None else of
+    found, cosine = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf, np.float32)
+    blocks = range(0, len(rows), ROWS_AT_ONCE)
+    for first in tqdm(blocks, desc="find nearest", unit=" blocks", disable=not len(rows)):
+        part = slice(first, first + ROWS_AT_ONCE)
+        own = vectors[rows[part]]
+        for start in range(0, len(of), AMONG_AT_ONCE):
+            near = own @ among[of[start : start + AMONG_AT_ONCE]].T
+            best = near.argmax(axis=1)
+            top = near[np.arange(len(near)), best]
+            better = top > cosine[part]
+            found[part] = np.where(better, start + best, found[part])
+            cosine[part] = np.where(better, top, cosine[part])
     return found, cosine
 
 
 class _Merger:
-    """Where every tag went: `into` int64 [tags], itself for those that stay, and the audit rows."""
+    """Where every tag went: `into` int64 [tags], itself for those that stay, and what the audit lists."""
 
-    def __init__(self, names: list[str], counts: np.ndarray) -> None:
-        self.names, self.counts = names, counts.astype(np.int64)
-        self.into = np.arange(len(names))
-        self.rows: list[dict] = []
+    def __init__(self, table: TagTable) -> None:
+        self.table, self.names = table, table.names
+        self.into = np.arange(len(self.names))
+        # Tags, what each went into, and how alike they are, by reason: arrays, since a pool can have millions.
+        self._merged: dict[str, tuple[array, array, array]] = {}
 
     @property
     def kept(self) -> np.ndarray:
         return np.flatnonzero(self.into == np.arange(len(self.into)))
 
-    def merge(self, merged: dict[int, tuple[int, float]], reason: str) -> None:
-        for tag, (other, similarity) in sorted(merged.items()):
+    def merge(self, merged: Iterable[tuple[int, tuple[int, float]]], reason: str) -> None:
+        """Take tags with what each goes into, rising by tag."""
+        tags, others, similarities = self._merged[reason] = array("q"), array("q"), array("d")
+        for tag, (other, similarity) in merged:
             self.into[tag] = other
-            row = {
-                "tag": self.names[tag],
-                "into": self.names[other],
-                "reason": reason,
-                "similarity": round(similarity, 4),
-            }
-            self.rows.append(row)
+            tags.append(tag)
+            others.append(other)
+            similarities.append(round(similarity, 4))
         # What had merged into a tag that now goes moves with it.
         self.into = self.into[self.into]
+
+    def _folded(self) -> Iterator[tuple[str, str]]:
+        pairs = ((spelling, self.names[tag]) for spelling, tag in self.table.spellings.items())
+        return (pair for pair in pairs if pair[0] != pair[1])
+
+    def counts(self) -> dict[str, int]:
+        """Merges by reason."""
+        merged = {reason: len(self._merged[reason][0]) if reason in self._merged else 0 for reason in REASONS}
+        return {"folding": sum(1 for _ in self._folded()), **merged}
+
+    def rows(self) -> Iterator[dict]:
+        """The audit."""
+        for spelling, name in self._folded():
+            yield {"tag": spelling, "into": name, "reason": "folding", "similarity": 1.0}
+        for reason, columns in self._merged.items():
+            for tag, other, similarity in zip(*columns, strict=True):
+                yield {"tag": self.names[tag], "into": self.names[other], "reason": reason, "similarity": similarity}
 
     def carried(self, table: csr_array) -> csr_array:
         """[instances, kept tags] with 1 where an instance carries a kept tag, itself or merged."""
@@ -249,12 +277,9 @@ def canonicalise(folder: Path, settings: CanonicalSettings, engine: Engine) -> d
     table = TagTable(kept_tags(folder))
     if not table.names:
         raise UsageError(f"{folder}: no instance has a tag; run the tag step again with another --tagger")
-    merger = _Merger(table.names, table.counts)
-    for spelling, tag in table.spellings.items():
-        if spelling != table.names[tag]:
-            merger.rows.append({"tag": spelling, "into": table.names[tag], "reason": "folding", "similarity": 1.0})
+    merger = _Merger(table)
     order = by_frequency(table.names, table.counts)
-    merger.merge(merge_spellings(table.names, order, settings.merge_spelling, engine), "spelling")
+    merger.merge(sorted(merge_spellings(table.names, order, settings.merge_spelling, engine).items()), "spelling")
 
     texts = partial(kept_texts, folder)
     instances = table.carried.shape[0]
@@ -269,33 +294,41 @@ def canonicalise(folder: Path, settings: CanonicalSettings, engine: Engine) -> d
     stays = np.ones(len(kept), bool)
     if cosine is not None:
         found = merge_meanings(vectors, by_frequency([table.names[tag] for tag in kept], counts), cosine)
-        merger.merge({int(kept[tag]): (int(kept[other]), near) for tag, (other, near) in found.items()}, "meaning")
+        meant = sorted(found.items())
+        merger.merge(((int(kept[tag]), (int(kept[other]), near)) for tag, (other, near) in meant), "meaning")
         stays[list(found)] = False
         counts = np.zeros(len(kept), np.int64)
         counts[stays] = merger.carried(table.carried).sum(axis=0)
     frequent, rare = np.flatnonzero(stays & (counts >= settings.rare)), np.flatnonzero(stays & (counts < settings.rare))
     if len(frequent):
-        other, near = nearest(vectors[rare], vectors[frequent])
+        other, near = nearest(vectors, vectors, rare, frequent)
         goes = near >= settings.rare_cosine
         merged = zip(kept[rare][goes], kept[frequent[other]][goes], near[goes], strict=True)
-        merger.merge({int(tag): (int(into), float(cosine)) for tag, into, cosine in merged}, "rare")
+        merger.merge(((int(tag), (int(into), float(cosine))) for tag, into, cosine in merged), "rare")
         stays[rare[goes]] = False
-    return _write(folder, table, merger, vectors[stays], embedder)
+    embedder.save(folder / EMBEDDER)
+    _save_rows(folder / EMBEDDINGS, vectors, np.flatnonzero(stays))
+    return _write(folder, table, merger)
 
 
-def _write(folder: Path, table: TagTable, merger: _Merger, vectors: np.ndarray, embedder) -> dict:
+def _save_rows(path: Path, vectors: np.ndarray, rows: np.ndarray) -> None:
+    """Write those rows as `np.save` writes an array of them, without a copy of them all."""
+    with whole_file(path, "wb") as stream:
+        header = np.lib.format.header_data_from_array_1_0(vectors) | {"shape": (len(rows), vectors.shape[1])}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for first in range(0, len(rows), AMONG_AT_ONCE):
+            stream.write(vectors[rows[first : first + AMONG_AT_ONCE]].tobytes())
+
+
+def _write(folder: Path, table: TagTable, merger: _Merger) -> dict:
     kept, carried = merger.kept, merger.carried(table.carried)
     counts = np.bincount(carried.indices, minlength=carried.shape[1])
-    embedder.save(folder / EMBEDDER)
-    with whole_file(folder / EMBEDDINGS, "wb") as stream:
-        np.save(stream, vectors)
     rows = ({"tag": table.names[tag], "count": int(count)} for tag, count in zip(kept, counts, strict=True))
     write_jsonl(folder / VOCABULARY, rows)
-    write_jsonl(folder / MERGES, merger.rows)
+    write_jsonl(folder / MERGES, merger.rows())
     write_arrays(folder / CARRIED, indptr=carried.indptr.astype(np.int64), tags=carried.indices.astype(np.int32))
-    reasons = [row["reason"] for row in merger.rows]
-    merges = {reason: reasons.count(reason) for reason in ("folding", "spelling", "meaning", "rare")}
-    return {"instances": table.carried.shape[0], "spellings": len(table.spellings), "tags": len(kept), "merges": merges}
+    numbers = {"instances": table.carried.shape[0], "spellings": len(table.spellings), "tags": len(kept)}
+    return numbers | {"merges": merger.counts()}
 
 
 def read_carried(path: Path, tags: int) -> csr_array:

@@ -29,6 +29,7 @@ WORDS = 30_000
 SAMPLE = 50_000
 CHARACTERS = 4_000
 TEXTS_PER_TASK = 512
+ROWS_AT_ONCE = 1 << 16
 # A tag is a mean of so many instances: its error is a quarter of one instance's, and means are then clustered.
 INSTANCES_PER_TAG = 16
 
@@ -143,15 +144,23 @@ class LatentEmbedder:
 
         Of a tag that many instances carry, `INSTANCES_PER_TAG` or a few more are taken.
         """
-        total = np.zeros((len(tags), len(self._components)), np.float32)
+        # The one array of this size: a vector of 512 bytes a tag is most of the memory of a pool with many tags.
+        result = np.zeros((len(tags), len(self._components)), np.float32)
         by_instance = csr_array(carried.T)
         wanted = enough_instances(by_instance, INSTANCES_PER_TAG)
         by_instance, first = by_instance[np.flatnonzero(wanted)], 0
         for vectors in self._vectors(texts(wanted), by_instance.shape[0], "embed instances"):
-            total += by_instance[first : first + len(vectors)].T.astype(np.float32) @ vectors
+            held = by_instance[first : first + len(vectors)]
+            used, column = np.unique(held.indices, return_inverse=True)
+            entries = (np.ones(held.nnz, np.float32), column, held.indptr)
+            result[used] += csr_array(entries, shape=(len(vectors), len(used))).T @ vectors
             first += len(vectors)
-        own = np.concatenate(list(self._vectors(tags, len(tags), "embed tags")))
-        return unit(unit(total) + own)
+        first = 0
+        for own in self._vectors(tags, len(tags), "embed tags"):
+            part = result[first : first + len(own)]
+            part[:] = unit(unit(part) + own)
+            first += len(own)
+        return result
 
     def embed_texts(self, texts: Iterable[str], total: int) -> Iterator[np.ndarray]:
         """Unit vectors in batches, float32 [batch, dimensions]."""
@@ -171,13 +180,16 @@ def enough_instances(carried: csr_array, each: int) -> np.ndarray:
         carried: [instances, tags], above 0 where an instance carries a tag.
     """
     wanted, lacks = np.zeros(carried.shape[0], bool), np.full(carried.shape[1], each).tolist()
-    bounds, columns = carried.indptr.tolist(), carried.indices
-    for row in np.argsort(mixed(np.arange(carried.shape[0], dtype=np.uint64)), kind="stable").tolist():
-        tags = columns[bounds[row] : bounds[row + 1]].tolist()
-        if any(lacks[tag] > 0 for tag in tags):
-            wanted[row] = True
-            for tag in tags:
-                lacks[tag] -= 1
+    order = np.argsort(mixed(np.arange(carried.shape[0], dtype=np.uint64)), kind="stable")
+    for first in range(0, len(order), ROWS_AT_ONCE):
+        rows = order[first : first + ROWS_AT_ONCE]
+        bounds = zip(rows.tolist(), carried.indptr[rows].tolist(), carried.indptr[rows + 1].tolist(), strict=True)
+        for row, start, end in bounds:
+            tags = carried.indices[start:end].tolist()
+            if any(lacks[tag] > 0 for tag in tags):
+                wanted[row] = True
+                for tag in tags:
+                    lacks[tag] -= 1
     return wanted
 
 

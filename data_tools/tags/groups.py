@@ -32,6 +32,7 @@ class GroupSettings:
         min_instances: smaller groups are joined into one named `rest`, as are those beyond the largest hundred.
         repeat: as `repetitions` reads it.
         of_budget: as `selection.selected_rows` takes it.
+        every_budget: write a blend of each smaller budget too.
 
     Raises:
         UsageError: values that do not exist or contradict each other.
@@ -51,6 +52,9 @@ class GroupSettings:
 
     of_budget: int = option(
         0, "Of several budgets the selection to write, counted from 1; 0: the largest.", flag="--of-budget"
+    )
+    every_budget: bool = option(
+        False, "Write a blend of each smaller budget too: blend/budget-1, blend/budget-2, ...", flag="--every-budget"
     )
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 EPSILON = 1e-6
-POWER, SHARE_EXPONENT = 0.4, 0.4
+POWER, SHARE_EXPONENT, BRANCH_EXPONENT = 0.4, 0.4, 1.0
 PHI = ("power", "log1p")
 ROWS_AT_ONCE = 1 << 16
 
@@ -174,11 +174,13 @@ def tree_information(
 
 def node_weights(
     held: np.ndarray,
+    parent: np.ndarray,
     depth: np.ndarray,
     *,
     phi: str = "power",
     power: float = POWER,
     share_exponent: float = SHARE_EXPONENT,
+    branch_exponent: float = BRANCH_EXPONENT,
     depth_weight: float = 1.0,
 ) -> np.ndarray:
     """w of each node, float64 [nodes]; 1 at the root.
@@ -187,19 +189,25 @@ def node_weights(
     a given sum of masses at x_v in proportion to w_v^(1/(1 - power)), and w_v log(1 + x_v) nearly at x_v in proportion
     to w_v. So with
 
-        w_v = depth_weight^depth * held_v^(share_exponent * (1 - power)),    the power 0 for the logarithm,
+        w_v = depth_weight^depth * held_v^(exponent * (1 - power)),    the power 0 for the logarithm,
 
-    a level's optimum has x_v in proportion to held_v^share_exponent: 0 seeks as much of every node, however rare, and 1
-    a selection like the pool. Only ratios of masses matter to the power, so it chooses alike at any size of the pool.
+    a level's optimum has x_v in proportion to held_v^exponent: 0 seeks as much of every node, however rare, and 1 a
+    selection like the pool. The exponent is one for tags, the leaves, and another for the branches above: a branch of
+    many tags should not be sought as much as one of few, since its tags then would be sought less than others.
+    Only ratios of masses matter to the power, so it chooses alike at any size of the pool.
 
     Args:
         held: float64 [nodes], share of the pool's tags at or below each node; 1 at the root.
+        parent: int [nodes], -1 at the root.
         depth: int [nodes], 0 at the root.
         phi: one of `PHI`.
         power: exponent of the power.
+        share_exponent, branch_exponent: of leaves, and of inner nodes.
         depth_weight: a level's nodes count this many times those of the one above.
     """
-    exponent = share_exponent * (1 - power if phi == "power" else 1.0)
+    exponent = np.full(len(held), share_exponent)
+    exponent[parent[parent >= 0]] = branch_exponent
+    exponent *= 1 - power if phi == "power" else 1.0
     return np.where(held > 0, held, 0.0) ** exponent * float(depth_weight) ** np.asarray(depth, np.float64)
 
 

@@ -12,6 +12,7 @@ from megatron_ksa.data_tools.tags.budget import Budget, parse_budget
 from megatron_ksa.data_tools.tags.constraints import Rules
 from megatron_ksa.data_tools.tags.greedy import Selection, greedy
 from megatron_ksa.data_tools.tags.objective import (
+    BRANCH_EXPONENT,
     PHI,
     POWER,
     SHARE_EXPONENT,
@@ -36,7 +37,7 @@ class SampleSettings:
         method: one of `METHODS`.
         align_weight: lambda, nats of divergence against the whole information; used where there is a target.
         phi: one of `objective.PHI`.
-        power, share_exponent, depth_weight: as `objective.node_weights` takes them.
+        power, share_exponent, branch_exponent, depth_weight: as `objective.node_weights` takes them.
         quality_weight, difficulty_weight: exponents of the scores in s_i.
         parts: greedy in this many random parts, then over the union; 1 is greedy over the whole pool.
         label_similarity: cosine from which labels are joined, for the label graph.
@@ -64,9 +65,12 @@ class SampleSettings:
     )  # fmt: skip
     power: float = option(POWER, "Exponent of a node's mass, above 0: the lower, the more even.", flag="--power")
     share_exponent: float = option(
-        SHARE_EXPONENT, "What is sought of a node is its share of the pool to this exponent: 0 as much of each, 1 as "
-        "in the pool.", flag="--share-exponent",
+        SHARE_EXPONENT, "What is sought of a tag is its share of the pool to this exponent: 0 as much of each, 1 as in "
+        "the pool.", flag="--share-exponent",
     )  # fmt: skip
+    branch_exponent: float = option(
+        BRANCH_EXPONENT, "The same for the branches above the tags.", flag="--branch-exponent"
+    )
     depth_weight: float = option(
         1.0, "The nodes of a level count this many times those of the one above.", flag="--depth-weight"
     )
@@ -82,7 +86,7 @@ class SampleSettings:
         for flag, value, choices in (("--method", self.method, METHODS), ("--phi", self.phi, PHI)):
             if value not in choices:
                 raise UsageError(f"{flag} {value}: not one of {', '.join(choices)}")
-        for name in ("align_weight", "share_exponent", "quality_weight", "difficulty_weight"):
+        for name in ("align_weight", "share_exponent", "branch_exponent", "quality_weight", "difficulty_weight"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
                 raise UsageError(f"--{name.replace('_', '-')} {value}: a finite number, at least 0")
@@ -130,7 +134,8 @@ class _Problem:
             quality_weight=settings.quality_weight, difficulty_weight=settings.difficulty_weight,
         )  # fmt: skip
         self.weight = node_weights(
-            pool.held, pool.depth, phi=settings.phi, power=settings.power, share_exponent=settings.share_exponent,
+            pool.held, pool.parent, pool.depth, phi=settings.phi, power=settings.power,
+            share_exponent=settings.share_exponent, branch_exponent=settings.branch_exponent,
             depth_weight=settings.depth_weight,
         )  # fmt: skip
         # What the selection's leaf distribution counts: instances, or tokens where they are what the budget counts.

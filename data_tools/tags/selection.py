@@ -165,6 +165,11 @@ def _write(work: Path, nested: list[Sample], record: np.ndarray) -> None:
     write_json(work / SUMMARY, found.summary | ({"smaller_budgets": smaller} if smaller else {}))
 
 
+def budgets_of(work: Path) -> int:
+    """How many budgets the selection was made for."""
+    return max((row.get("budget", 1) for row in read_jsonl(work / SELECTION)), default=1)
+
+
 def selected_rows(work: Path, of_budget: int = 0) -> list[dict]:
     """Rows of `selection.jsonl` in order of choice.
 

@@ -25,7 +25,7 @@ from megatron_ksa.data_tools.tags.groups import Group, GroupSettings, groups_of,
 from megatron_ksa.data_tools.tags.packing import Packer
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.read import RECORDS
-from megatron_ksa.data_tools.tags.selection import SELECTION, read_selection
+from megatron_ksa.data_tools.tags.selection import SELECTION, budgets_of, read_selection
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tree import BRANCH_NAMES, TREE
 from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
@@ -196,6 +196,8 @@ def write_step(
 ) -> dict:
     """Write `blend/` of a work folder, have Megatron read it, and only then give it its name.
 
+    With `every_budget` the blend of each smaller budget is a folder in it, and all of them appear together.
+
     Args:
         target: the target's folder, for `weights="target"`.
         run: as `encode_records` takes it.
@@ -210,15 +212,24 @@ def write_step(
     final, partial = (work / BLEND).absolute(), (work / f"{BLEND}.partial").absolute()
     mass = target_mass(work, target, settings)
     tokenizer = load_tokenizer(encoding.tokenizer_model)
-    pool = load_pool(work, vectors=True)
-    pool = pool.take(np.sort(read_selection(work, settings.of_budget)))
-    if not pool.instances:
-        raise UsageError(f"{work / SELECTION}: nothing is chosen; run the sample step again")
-    job = _Job(work, pool, settings, encoding, tokenizer, *groups_of(work, pool, settings), mass, run, show_progress)
+    whole = load_pool(work, vectors=True)
+
+    def write(budget: int, name: str) -> dict:
+        pool = whole.take(np.sort(read_selection(work, budget)))
+        if not pool.instances:
+            raise UsageError(f"{work / SELECTION}: nothing is chosen; run the sample step again")
+        groups = groups_of(work, pool, settings)
+        job = _Job(work, pool, settings, encoding, tokenizer, *groups, mass, run, show_progress)
+        (partial / name).mkdir(parents=True)
+        return _write_blend(job, partial / name, final / name)
+
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        summary = _write_blend(job, partial, final)
+        summary = write(settings.of_budget, "")
+        smaller = (settings.of_budget or budgets_of(work)) - 1 if settings.every_budget else 0
+        for budget in range(1, smaller + 1):
+            write(budget, f"budget-{budget}")
+        summary["smaller_blends"] = smaller
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -239,6 +250,7 @@ def _run(context: Context, settings: GroupSettings, encoding: EncodingSettings) 
         "datasets": len(summary["datasets"]),
         **{name: summary[name] for name in names},
         **({"outside_the_blend": outside} if outside else {}),
+        **({"smaller_blends": summary["smaller_blends"]} if summary["smaller_blends"] else {}),
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 from megatron_ksa.data_tools.benchmarks.tags_align import topic_pool
 from megatron_ksa.data_tools.tags.budget import parse_budget
 from megatron_ksa.data_tools.tags.objective import node_weights, strengths
+from megatron_ksa.data_tools.tags.pool import Pool
 from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings, sample
 from megatron_ksa.errors import UsageError
 
@@ -122,21 +123,39 @@ def test_quality_difficulty_and_depth_weights():
 def test_a_levels_optimum_is_the_pools_share_to_the_exponent(phi, power, exponent):
     """At that optimum every node of the level gains as much from one more unit of mass."""
     held = np.array([1.0, 0.5, 0.3, 0.2])
-    weight = node_weights(held, np.array([0, 1, 1, 1]), phi=phi, power=power, share_exponent=exponent, depth_weight=3.0)
+    tree = np.array([-1, 0, 0, 0]), np.array([0, 1, 1, 1])
+    weight = node_weights(held, *tree, phi=phi, power=power, share_exponent=exponent, depth_weight=3.0)
     assert weight[0] == 1
     mass = 1e6 * held[1:] ** exponent
     slope = weight[1:] * (power * mass ** (power - 1) if phi == "power" else 1 / (1 + mass))
     np.testing.assert_allclose(slope, slope[0], rtol=1e-5)
 
 
+def test_a_branch_of_many_tags_is_sought_more_than_one_of_few():
+    """With one exponent, 0.4, for tags and branches a branch of 8 tags had as much as one of 2 of them is worth: its
+    tags had 0.65 times the mass of the others, though every tag was as frequent."""
+    tags, branch = 10, np.array([0] * 8 + [1] * 2)
+    leaves = np.arange(2000) % tags
+    parent = np.concatenate([[-1, 0, 0], 1 + branch]).astype(np.int32)
+    pool = Pool(np.arange(2001), (3 + leaves).astype(np.int32), np.full(2000, 5.0), np.full(2000, 5.0), parent,
+                np.array([0, 1, 1] + [2] * tags))  # fmt: skip
+    worst = {}
+    for exponent in (0.4, 1.0):
+        chosen = sample(pool, SampleSettings("400", branch_exponent=exponent)).chosen
+        count = np.bincount(leaves[chosen], minlength=tags)
+        worst[exponent] = count.min() / count.max()
+    assert worst[0.4] < 0.9 and worst[1.0] == 1
+
+
 def test_the_default_chooses_alike_at_any_size_of_the_pool():
     """With log(1 + x) a pool of copies ten times as large gave another mix of topics for ten times the budget."""
     pool, _ = topic_pool(instances=400, tilt=1.5)
     pool = replace(pool, quality=np.full(400, 5.0), difficulty=np.full(400, 5.0))
-    larger = pool.take(np.arange(400).repeat(10))
+    # Of 40 instances each is a 40th: what rounding moves then is more than what is asked here.
+    pool, larger = pool.take(np.arange(400).repeat(4)), pool.take(np.arange(400).repeat(40))
     mixes = []
     for phi in ("power", "log1p"):
-        for each, budget in ((pool, "40"), (larger, "400")):
+        for each, budget in ((pool, "160"), (larger, "1600")):
             chosen = sample(each, SampleSettings(budget, phi=phi)).chosen
             mixes.append(np.bincount(pool.parent[each.leaves[each.indptr[chosen]]], minlength=9) / len(chosen))
     small, large, small_log, large_log = mixes
@@ -155,7 +174,8 @@ def test_parts_come_close_to_one_greedy():
         ({"method": "best"}, "--method best: not one of tags, random"), ({"phi": "exp"}, "--phi exp"),
         ({"align_weight": -1.0}, "--align-weight -1.0"), ({"align_weight": float("nan")}, "--align-weight nan"),
         ({"depth_weight": 0.0}, "--depth-weight"), ({"power": 0.0}, "--power 0.0"), ({"power": 1.5}, "--power"),
-        ({"share_exponent": -1.0}, "--share-exponent"), ({"quality_weight": float("inf")}, "--quality-weight"),
+        ({"share_exponent": -1.0}, "--share-exponent"), ({"branch_exponent": -1.0}, "--branch-exponent"),
+        ({"quality_weight": float("inf")}, "--quality-weight"),
         ({"parts": 0}, "--parts"),
     ],
 )  # fmt: skip

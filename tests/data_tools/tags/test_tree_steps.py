@@ -1,9 +1,11 @@
 """Keyphrases, duplicates, canonical tags, the tree and grounding, each against what its definition says."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse
 from raw_pool import TOPICS
 from scipy.sparse import csr_array
 
@@ -14,9 +16,10 @@ from megatron_ksa.data_tools.tags.canonicalise import (
     fold,
     merge_meanings,
     merge_spellings,
+    nearest,
 )
 from megatron_ksa.data_tools.tags.clustering import blocks, refine_by_instances
-from megatron_ksa.data_tools.tags.embed import enough_instances, unit
+from megatron_ksa.data_tools.tags.embed import LatentEmbedder, enough_instances, unit
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tags.ground import GroundSettings
@@ -262,3 +265,42 @@ def test_a_rare_tag_that_is_near_to_no_kept_one_stays(tmp_path):
         assert ("xylophone" in {row["tag"] for row in read_jsonl(tmp_path / "vocabulary.jsonl")}) == stays
     with pytest.raises(UsageError, match="--rare-cosine"):
         CanonicalSettings(rare_cosine=2.0)
+
+
+def test_tags_are_embedded_in_one_array_of_their_vectors():
+    """Six copies of [tags, dimensions] were held at once: 3 KB a tag, most of the memory of a pool with many tags."""
+    tags, dimensions = 20_000, 64
+
+    class Fake(LatentEmbedder):
+        def _vectors(self, texts, total, what):
+            for first in range(0, total, 500):
+                yield unit(np.random.default_rng(first).normal(size=(min(500, total - first), dimensions)))
+
+    carried = csr_array(scipy.sparse.random(tags, 30_000, 1e-4, "csr", np.int8, np.random.default_rng(0)) != 0)
+    embedder = Fake(None, np.zeros((dimensions, 1), np.float32), Engine())
+    tracemalloc.start()
+    vectors = embedder.embed(["tag"] * tags, carried, lambda wanted: [])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert vectors.nbytes < peak < 2.5 * vectors.nbytes
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_nearest_by_blocks_is_nearest(monkeypatch):
+    monkeypatch.setattr(canonicalise, "AMONG_AT_ONCE", 7)
+    monkeypatch.setattr(canonicalise, "ROWS_AT_ONCE", 4)
+    vectors = unit(np.random.default_rng(0).normal(size=(60, 5)))
+    rows, of = np.arange(0, 60, 3), np.arange(1, 60, 2)
+    found, cosine = nearest(vectors, vectors, rows, of)
+    dense = vectors[rows] @ vectors[of].T
+    np.testing.assert_allclose(cosine, dense.max(axis=1), atol=1e-6)
+    np.testing.assert_array_equal(found, dense.argmax(axis=1))
+    assert len(nearest(vectors[:0], vectors)[0]) == 0
+
+
+def test_rows_are_saved_as_numpy_saves_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(canonicalise, "AMONG_AT_ONCE", 7)
+    vectors, rows = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32), np.arange(1, 50, 2)
+    canonicalise._save_rows(tmp_path / "some.npy", vectors, rows)
+    np.save(tmp_path / "all.npy", vectors[rows])
+    assert (tmp_path / "some.npy").read_bytes() == (tmp_path / "all.npy").read_bytes()

@@ -320,3 +320,26 @@ def test_nothing_chosen_and_white_space(work, tmp_path):
     write_jsonl(folder / "selection.jsonl", [])
     with pytest.raises(UsageError, match="nothing is chosen"):
         write(folder)
+
+
+def test_every_budget_has_a_blend_in_one_run(work, tmp_path):
+    """Nested budgets took one write each, and each write replaced the blend of the one before."""
+    shutil.copytree(work, tmp_path / "work")
+    work = tmp_path / "work"
+    sample_step(work, SampleSettings("10,30,60"), show_progress=False)
+    summary = write(work, every_budget=True)
+    assert (summary["instances"], summary["smaller_blends"]) == (60, 2)
+    for budget, count in ((1, 10), (2, 30)):
+        folder = work / "blend" / f"budget-{budget}"
+        assert json.loads((folder / "blend.json").read_text())["instances"] == count
+        many = digests(folder)
+        text = (folder / "blend.txt").read_text()
+        assert all(check_indexed_dataset(prefix) is None for prefix in text.split()[1::2])
+        assert write(work, of_budget=budget)["smaller_blends"] == 0 and not folder.exists()
+        alone = {name: digest for name, digest in digests(work / "blend").items() if name not in PLACED}
+        assert alone == {name: digest for name, digest in many.items() if name not in PLACED}
+        write(work, every_budget=True)
+
+
+# Files that name their own place or settings.
+PLACED = ("blend.txt", "blend.json")
