@@ -10,7 +10,8 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from multiprocessing.managers import SyncManager
 
@@ -34,8 +35,22 @@ def _queue_of_processes() -> queue.Queue:
 def _manager() -> SyncManager:
     # A forked one would keep the rank's connections open when the rank is killed, and its peers would not notice.
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(serve_one_rank)
+    with sigterm_blocked():
+        manager.start(serve_one_rank)
     return manager
+
+
+@contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    """Start helpers in the body: their threads have SIGTERM blocked from the first one on, which may be numpy's.
+
+    A SIGTERM that comes meanwhile is delivered at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _write_saves(*args: object) -> None:
@@ -46,7 +61,10 @@ def _write_saves(*args: object) -> None:
 
 
 def serve_one_rank() -> None:
-    """End this process with the one that started it, or on its SIGTERM; nobody else's SIGTERM counts."""
+    """End this process with the one that started it, or on its SIGTERM; nobody else's SIGTERM counts.
+
+    Without `sigterm_blocked` around its start, a SIGTERM still ends the process through threads that libraries started.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     for ends in (_rank_ended, _rank_asked):
         threading.Thread(target=ends, daemon=True).start()
@@ -73,6 +91,15 @@ def _own_queue(original: Callable, async_save: bool) -> Callable:
     return get_write_results_queue
 
 
+def _start_blocked(original: Callable) -> Callable:
+    @wraps(original)
+    def schedule_async_call(self: object, async_req: object) -> None:
+        with sigterm_blocked():
+            original(self, async_req)
+
+    return schedule_async_call
+
+
 PATCHES = (
     # Takes whether saves are asynchronous, after Megatron's validation.
     Patch(
@@ -88,10 +115,16 @@ PATCHES = (
         why="the process that writes asynchronous saves dies of a SIGTERM to the job, and outlives a killed rank",
         expects="(rank, queue, preload_q, comp_q, log_level=20, cpu_priority=10, io_priority=None)",
     ),
+    Patch(
+        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.schedule_async_call",
+        _start_blocked,
+        why="the first call starts the process that writes, and numpy's threads there would take a SIGTERM",
+        expects="(self, async_req)",
+    ),
 )
 
 
 def patches(async_save: bool) -> tuple[Patch, ...]:
     """The queue and the worker of saves."""
-    results, worker = PATCHES
-    return results.given(async_save), worker
+    results, *worker = PATCHES
+    return results.given(async_save), *worker

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_ksa.upstream.save_processes import serve_one_rank
+from megatron_ksa.upstream.save_processes import serve_one_rank, sigterm_blocked
 
 
 def serve(ready) -> None:
@@ -17,11 +17,15 @@ def serve(ready) -> None:
 
 # Megatron's worker comes from a forkserver.
 @pytest.mark.parametrize("start", ["spawn", "forkserver"])
-def test_only_the_rank_ends_its_helper(start):
+def test_only_the_rank_ends_its_helper(start, monkeypatch):
+    """A helper in which numpy or torch had more threads died of SIGTERMs to all: one thread alone had it blocked."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "2")
     context = multiprocessing.get_context(start)
     ready = context.Event()
     helper = context.Process(target=serve, args=(ready,), daemon=True)
-    helper.start()
+    with sigterm_blocked():
+        helper.start()
     assert ready.wait(120)
     subprocess.run(["kill", "-TERM", str(helper.pid)], check=True)
     helper.join(1)
