@@ -4,9 +4,11 @@ import atexit
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +44,54 @@ def _server() -> subprocess.Popen:
     return server
 
 
+def _ask(request: dict) -> object:
+    server = _server()
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+class Started:
+    """A script that runs in a fork with a session of its own; what `subprocess.Popen` of it would be.
+
+    Args:
+        log: file that gets all its output.
+        environment: of the process, in place of this one's.
+    """
+
+    def __init__(self, script: Path, *arguments: object, log: Path, environment: dict[str, str]) -> None:
+        self.pid = _ask({
+            "script": str(script), "arguments": [str(argument) for argument in arguments], "environment": environment,
+            "folder": str(ROOT), "ranks": 0, "out": str(log), "error": str(log), "session": True,
+        })  # fmt: skip
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return _ask({"ended": self.pid})
+
+    def wait(self, seconds: float = 600) -> int:
+        """The exit code.
+
+        Raises:
+            TimeoutError: it still runs.
+        """
+        end = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"process {self.pid} runs after {seconds} s")
+            time.sleep(0.02)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Nothing where it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
 def run_script(
     script: str | Path, *arguments: object, ranks: int = 0, folder: Path = ROOT, environment: dict | None = None
 ) -> Done:
@@ -56,15 +106,12 @@ def run_script(
     values = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
     if ranks:
         values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    server = _server()
     with tempfile.TemporaryDirectory() as printed:
         out, error = Path(printed) / "out", Path(printed) / "error"
         request = {
             "script": str(ROOT / script), "arguments": [str(argument) for argument in arguments], "environment": values,
             "folder": str(folder), "ranks": ranks, "out": str(out), "error": str(error),
         }  # fmt: skip
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        codes, first = json.loads(server.stdout.readline())
+        codes, first = _ask(request)
         texts = [path.read_text(errors="replace") for path in (out, error)]
     return Done(0 if first is None else codes[first], codes, *texts)

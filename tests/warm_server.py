@@ -6,7 +6,9 @@ A request: {"script": path, "arguments": [...], "environment": {...}, "folder": 
 path, "error": path}. Each rank is a fork with the script as its main module, RANK and LOCAL_RANK in its environment and
 its output appended to `out` and `error`. As under torchrun, the first rank that fails ends all others: SIGTERM, and
 SIGKILL after half a minute. The answer is a list of exit codes by rank (negative: the signal) and the first rank that
-failed, or null. This process never starts a thread, which is what makes its forks sound.
+failed, or null. With "session": true the script runs in one fork, the leader of a session of its own, and the answer,
+which comes at once, is its process id; {"ended": process id} asks for its exit code, null while it runs. This process
+never starts a thread, which is what makes its forks sound.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 GRACE_SECONDS = 30
+# Exit codes of the forks of `start`; `run` may be the one that reaps them.
+_ENDED: dict[int, int] = {}
 
 
 def warm_up() -> None:
@@ -49,6 +53,8 @@ def warm_up() -> None:
 
 def become(request: dict, rank: int) -> None:
     """Run the script as this process's main module, and end the process."""
+    if request.get("session"):
+        os.setsid()
     for target, path, mode in ((0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY | os.O_APPEND),
                                (2, request["error"], os.O_WRONLY | os.O_APPEND)):  # fmt: skip
         opened = os.open(path, mode | os.O_CREAT, 0o644)
@@ -90,7 +96,9 @@ def run(request: dict) -> tuple[list[int], int | None]:
     codes, first, end = {}, None, None
     while len(codes) < len(ranks):
         child, status = os.waitpid(-1, 0 if end is None else os.WNOHANG)
-        if child in ranks:
+        if child > 0 and child not in ranks:
+            _ENDED[child] = os.waitstatus_to_exitcode(status)
+        elif child in ranks:
             codes[ranks[child]] = os.waitstatus_to_exitcode(status)
             if codes[ranks[child]] and first is None:
                 first, end = ranks[child], time.monotonic() + GRACE_SECONDS
@@ -100,6 +108,31 @@ def run(request: dict) -> tuple[list[int], int | None]:
                 _signal(ranks, codes, signal.SIGKILL)
             time.sleep(0.05)
     return [codes[rank] for rank in sorted(codes)], first
+
+
+def start(request: dict) -> int:
+    """The process id of a fork that runs the script."""
+    child = os.fork()
+    if child == 0:
+        become(request, 0)
+    return child
+
+
+def ended(child: int) -> int | None:
+    """The exit code of a fork of `start`, None while it runs."""
+    if child not in _ENDED:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if not found:
+            return None
+        _ENDED[child] = os.waitstatus_to_exitcode(status)
+    return _ENDED[child]
+
+
+def answer(request: dict) -> object:
+    """What a request gets."""
+    if "ended" in request:
+        return ended(request["ended"])
+    return start(request) if request.get("session") else run(request)
 
 
 def _signal(ranks: dict[int, int], ended: dict[int, int], number: int) -> None:
@@ -114,7 +147,7 @@ def main() -> None:
     os.dup2(2, 1)
     warm_up()
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from compare import assert_close
 from single_process import build_model, random_tokens, transformer_config
 
 from megatron_ksa.config.ksa import KSAConfig
-from megatron_ksa.inference.decoder import Decoder
+from megatron_ksa.inference.state import DecodingState
 from megatron_ksa.kernels import dispatch
 from megatron_ksa.kernels.rotation import OP as ROTATION
 from megatron_ksa.model import gpt
@@ -82,9 +82,11 @@ def test_decoding_goes_on_at_its_position(take_kernel):
     model, tokens = build_model(HYBRID, **HARPE).eval(), random_tokens(1, 22)
     with torch.no_grad():
         expected = model(tokens, None)
-    with Decoder(model) as decoder:
-        logits = torch.cat([decoder.step(part) for part in tokens.split([13, 1, 8], dim=1)], dim=1)
-    assert_close("logits", logits, expected)
+    with DecodingState(model, max_batch=1, max_length=22) as state:
+        slot = state.join()
+        for part in tokens[0].split([13, 1, 8]):
+            logits = state.prefill(slot, part)
+            assert_close("logits", logits, expected[0, state.lengths[slot] - 1])
 
 
 def test_reference_can_be_forced():

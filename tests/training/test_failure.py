@@ -42,6 +42,7 @@ def test_rank_that_stands_still_is_named_long_before_the_timeout(tmp_path):
     """Only the rank that waited was ever named."""
     run = TwoRanks(tmp_path, tmp_path / "record.json", "--train-iters 100000 --name-missing-ranks-after 5")
     run.until(2)
+    time.sleep(3)  # for the first sign of life; a rank stopped before it is "never seen"
     run.ranks[1].send_signal(signal.SIGSTOP)
     end, named = time.monotonic() + 120, []
     while not named and time.monotonic() < end:

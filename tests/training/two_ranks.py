@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from trainer import MODEL, TRAINING, steps, write_documents
+from warm import Started
 
 from megatron_ksa.platform.ports import free_port
 
@@ -31,12 +30,8 @@ class TwoRanks:
             ids = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             env = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in ids.items()}}
             self.logs.append(folder / f"rank{rank}.log")
-            with self.logs[-1].open("w") as log:
-                command = [sys.executable, str(ENTRY), str(runs)]
-                # A session for each rank and its helpers, so that a signal can reach all of them.
-                self.ranks.append(
-                    subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-                )
+            # A session for each rank and its helpers, so that a signal can reach all of them.
+            self.ranks.append(Started(ENTRY, runs, log=self.logs[-1], environment=env))
 
     def until(self, iterations: int, seconds: float = 120) -> None:
         """Wait for the record of so many iterations, or the end of the run."""
