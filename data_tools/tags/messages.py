@@ -7,7 +7,7 @@ has no place at all (pictures, a tool call without a name) refuses the record wi
 import json
 from typing import Any
 
-from megatron_ksa.data_tools.readers import BadDocument
+from megatron_ksa.data_tools.documents import BadDocument
 
 ROLES = {
     "system": "system", "developer": "system",

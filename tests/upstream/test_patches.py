@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.platform.process import declared
 from megatron_ksa.upstream.patches import ABSENT, Patch, apply, apply_for_good, signature
-from megatron_ksa.upstream.process import declared
 
 PACKAGE = Path(__file__).parents[2] / "megatron_ksa"
 PATCHES = declared()
@@ -140,7 +140,7 @@ def test_a_removed_target_is_one_line_that_names_the_patch(patch, monkeypatch):
 def test_every_patch_fits_what_is_installed():
     """In a process where none is in place."""
     script = (
-        "from megatron_ksa.upstream.patches import check; from megatron_ksa.upstream.process import declared\n"
+        "from megatron_ksa.upstream.patches import check; from megatron_ksa.platform.process import declared\n"
         "for patch in declared(): check(patch)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
