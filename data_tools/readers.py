@@ -1,8 +1,7 @@
 """Raw documents from JSONL, JSON arrays, Parquet and folders of text, in a fixed order, with where each came from.
 
-A byte order mark at the start of a file or line is no content; the ends of lines of a text file are. A document that
-cannot be read comes with the reason in place of its bytes (`RawDocument.payload` raises it), so that whoever counts can
-go on.
+A byte order mark at the start of a file or line is dropped; a text file keeps its line ends. A document that cannot be
+read comes with the reason in place of its bytes (`RawDocument.payload` raises it): the caller counts it and goes on.
 """
 
 import codecs
@@ -106,7 +105,7 @@ class _ZstdReader(io.RawIOBase):
         new: makes a decompressor of one frame.
     """
 
-    # A kilobyte holds up to 256 blocks of 128 KiB: what a read can take of memory is 32 MiB.
+    # A kilobyte can hold 256 compressed blocks of 128 KiB each, so that one read takes at most 32 MiB of memory.
     STEP = 1024
 
     def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:

@@ -47,8 +47,8 @@ REFUSED = [
 ]
 
 
-# Fields whose flags the trainer refuses with KSA, and that a configuration may hold. Most act only beside a field that is
-# refused. Others choose kernels or an order of operations, and the model is the same; no_rope_freq works.
+# Fields whose flags the trainer refuses with KSA, and that a configuration may hold. Most act only beside a field that
+# is refused. Others choose kernels or an order of operations, and the model is the same; no_rope_freq works.
 UNREFUSED = {
     "attention_backend", "apply_query_key_layer_scaling", "no_rope_freq", "test_mode", "flash_attention_version",
     "hierarchical_context_parallel_sizes", "kitchen_attention_backend", "window_attn_skip_freq", "qk_clip_alpha",
