@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ksa.data_tools.readers import INVALID_UTF8, TOO_LARGE, BadDocument, RawDocument
+from megatron_ksa.data_tools.documents import INVALID_UTF8, TOO_LARGE, BadDocument, RawDocument
 from megatron_ksa.errors import UsageError
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from megatron_ksa.data_tools.documents import INVALID_UTF8, BadDocument, RawDocument, decoded, json_object
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
-from megatron_ksa.data_tools.readers import INVALID_UTF8, BadDocument, RawDocument, decoded, json_object, read_documents
+from megatron_ksa.data_tools.readers import read_documents
 from megatron_ksa.data_tools.released import is_released, open_released, released_documents
 from megatron_ksa.data_tools.skipped import SkipLog
 from megatron_ksa.data_tools.tokenizers import ContentError, Tokenizer, load_tokenizer

@@ -1,8 +1,7 @@
 """Raw documents from JSONL, JSON arrays, Parquet and folders of text, in a fixed order, with where each came from.
 
-A byte order mark at the start of a file or line is no content; the ends of lines of a text file are. A document that
-cannot be read comes with the reason in place of its bytes (`RawDocument.payload` raises it), so that whoever counts can
-go on.
+A byte order mark at the start of a file or line is dropped; a text file keeps its line ends. A document that cannot be
+read comes with the reason in place of its bytes (`RawDocument.payload` raises it): the caller counts it and goes on.
 """
 
 import codecs
@@ -13,10 +12,11 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_ksa.data_tools.documents import TOO_LARGE, RawDocument
+from megatron_ksa.data_tools.parquet import read_rows, read_text_column
 from megatron_ksa.errors import UsageError
 
 # What a file gives when it is read: its bytes, or those that it holds compressed.
@@ -26,88 +26,7 @@ ARRAY_SUFFIXES = (".json", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
 # What a reader holds of one document where its caller sets no limit of its own.
 MAX_DOCUMENT_BYTES = 100_000_000
-TOO_LARGE, INVALID_UTF8, INVALID_JSON = "too large", "invalid UTF-8", "invalid JSON"
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-class BadDocument(Exception):
-    """A document that cannot be read: a reason that can be counted, and what is the matter with this one."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason, self.detail = reason, detail
-
-
-@dataclass(frozen=True)
-class RawDocument:
-    """One document as read: undecoded, so that decoding and its errors belong to the workers.
-
-    Args:
-        origin: `file:line` of a JSONL record, `file:number` of an array's element or a Parquet row, or the path of a
-            text file.
-        content: bytes of the line, cell or whole file, without a byte order mark.
-        is_json: the content is a JSON object with a text field, rather than text.
-        bytes_read: bytes of input that reading this document consumed, for progress.
-        problem: reason and detail where the reader could not read it; the content is empty then.
-    """
-
-    origin: str
-    content: bytes
-    is_json: bool
-    bytes_read: int
-    problem: tuple[str, str] | None = None
-
-    @property
-    def payload(self) -> bytes:
-        """The content.
-
-        Raises:
-            BadDocument: the reader could not read it.
-        """
-        if self.problem is not None:
-            raise BadDocument(*self.problem)
-        return self.content
-
-
-def decoded(payload: bytes) -> str:
-    """The payload as text.
-
-    Raises:
-        BadDocument: invalid UTF-8.
-    """
-    try:
-        return payload.decode("utf-8")
-    except UnicodeDecodeError as error:
-        utf16 = payload.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        hint = "; it starts like UTF-16, convert it to UTF-8" if utf16 else ""
-        raise BadDocument(INVALID_UTF8, f"{error.reason} at byte {error.start}{hint}") from None
-
-
-def json_object(payload: bytes) -> dict:
-    """The JSON object in a document's payload.
-
-    Raises:
-        BadDocument: invalid UTF-8 or JSON, not an object, or a field given twice.
-    """
-    text = decoded(payload)
-    repeated: list[str] = []
-
-    def fields(pairs: list[tuple[str, object]]) -> dict:
-        # Objects end from the inside out, so the last one is the record itself.
-        record = dict(pairs)
-        repeated[:] = [name for name, _ in pairs] if len(record) != len(pairs) else []
-        return record
-
-    try:
-        record = json.loads(text, object_pairs_hook=fields)
-    except (ValueError, RecursionError) as error:
-        raise BadDocument(INVALID_JSON, str(error)) from None
-    if not isinstance(record, dict):
-        raise BadDocument("not an object", f"a JSON {type(record).__name__} where an object is needed")
-    if repeated:
-        twice = next(name for name in record if repeated.count(name) > 1)
-        raise BadDocument("a field twice", f"{twice!r} is given more than once: which one is meant?")
-    return record
 
 
 def is_one_of(path: Path, suffixes: tuple[str, ...]) -> bool:
@@ -186,7 +105,7 @@ class _ZstdReader(io.RawIOBase):
         new: makes a decompressor of one frame.
     """
 
-    # A kilobyte holds up to 256 blocks of 128 KiB: what a read can take of memory is 32 MiB.
+    # A kilobyte can hold 256 compressed blocks of 128 KiB each, so that one read takes at most 32 MiB of memory.
     STEP = 1024
 
     def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:
@@ -352,8 +271,6 @@ def read_documents(
     for path in files:
         try:
             if is_one_of(path, (PARQUET_SUFFIX,)):
-                from megatron_ksa.data_tools.parquet import read_rows, read_text_column
-
                 yield from (
                     read_rows(path, max_bytes)
                     if text_column is None

@@ -76,7 +76,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if record is None:
         return
     rest = [constants.get(name) for name in kernel.arg_names[len(arguments) :]]
-    # Triton's interpreter compiles nothing that could be repeated; a tensor from elsewhere is refused there too.
+    # Triton's interpreter compiles nothing, so that nothing is repeated; the step is recorded all the same, because
+    # recording refuses tensors of no group.
     run = None if compiled is None or not hasattr(compiled, "packed_metadata") else compiled[(*grid, 1, 1)[:3]]
     record(run, [*arguments, *rest], True)
 
@@ -114,7 +115,8 @@ def repeatable(launches: Callable[..., None]) -> Callable[..., None]:
                 step(tensors, addresses)
             return
         steps = []
-        # A tensor given twice may be two tensors in the next call: each place gets an object of its own.
+        # The same tensor may stand in two places of this call, and different ones in the next: `detach` makes an object
+        # for each place, and a step finds its tensors by place.
         tensors = tuple([None if tensor is None else tensor.detach() for tensor in tensors])
 
         def record(repeat: Callable | None, arguments: list, takes_addresses: bool) -> None:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Seconds that a node's other ranks leave to its first rank to print the line that all of them came to.
+# The first rank of a node prints an error that all of its ranks meet. The others wait this many seconds for torchrun to
+# end them, and then print it themselves.
 FIRST_RANK_SECONDS = 10
 
 

@@ -114,7 +114,7 @@ class RankWatch:
         self._rank, self._world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         # A connection for looking; the thread that gives signs has its own.
         self._store: Any = None
-        # One process answers all ranks: with many of them each gives fewer signs.
+        # One process answers all ranks: the more ranks there are, the more seconds lie between a rank's signs.
         self._beat = BEAT_SECONDS * max(1.0, self._world / RANKS_A_BEAT)
         self._end = threading.Event()
 

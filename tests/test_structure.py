@@ -47,16 +47,14 @@ def arrows() -> dict[str, dict[str, str]]:
     return found
 
 
-def test_no_folder_imports_one_that_imports_it():
-    """Five pairs of folders imported each other: a reader could not tell which of two stands below."""
-    graph = arrows()
+def circles(graph: dict[str, dict[str, str]]) -> list[str]:
+    """For each node of a graph (node -> nodes that it points at, each with a reason), a way that leads back to it."""
 
     def path_back(start: str) -> list[str] | None:
-        """Imports that lead from `start` back to it."""
         seen, stack = set(), [(start, [])]
         while stack:
-            folder, why = stack.pop()
-            for target, reason in graph.get(folder, {}).items():
+            node, why = stack.pop()
+            for target, reason in graph.get(node, {}).items():
                 if target == start:
                     return [*why, reason]
                 if target not in seen:
@@ -64,8 +62,35 @@ def test_no_folder_imports_one_that_imports_it():
                     stack.append((target, [*why, reason]))
         return None
 
-    circles = {folder: path for folder in graph if (path := path_back(folder))}
-    assert not circles, "\n".join(f"{folder}: {' -> '.join(path)}" for folder, path in circles.items())
+    return [f"{node}: {' -> '.join(path)}" for node in graph if (path := path_back(node))]
+
+
+def test_no_folder_imports_one_that_imports_it():
+    """Five pairs of folders imported each other: a reader could not tell which of two stands below."""
+    found = circles(arrows())
+    assert not found, "\n".join(found)
+
+
+def test_no_module_imports_one_that_imports_it():
+    """The readers' module imported Parquet's inside a function, which imported the readers' document types."""
+    names = {path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", "."): path for path in modules()}
+    graph = {
+        name: {target: f"{name} imports {target}" for target in imported(path) if target in names and target != name}
+        for name, path in names.items()
+    }
+    found = circles(graph)
+    assert not found, "\n".join(found)
+
+
+def test_the_folder_of_replacements_does_not_import_its_part_for_the_cpu():
+    """upstream/ imported upstream/cpu/, whose modules import it: what puts both in place stands above them."""
+    above = [
+        f"{path.name} imports {name}"
+        for path in (PACKAGE / "upstream").glob("*.py")
+        for name in imported(path)
+        if name.startswith("megatron_ksa.upstream.cpu")
+    ]
+    assert not above, above
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -14,7 +14,8 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
-from megatron_ksa.data_tools.readers import BadDocument, input_files, passed_over, read_documents
+from megatron_ksa.data_tools.documents import BadDocument
+from megatron_ksa.data_tools.readers import input_files, passed_over, read_documents
 from megatron_ksa.data_tools.skipped import SkipLog
 from megatron_ksa.data_tools.tokenizers import load_tokenizer, train_sentencepiece, write_byte_level
 from megatron_ksa.errors import UsageError, usage_errors_exit

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.readers import BadDocument
+from megatron_ksa.data_tools.documents import BadDocument
 from megatron_ksa.data_tools.tags.contamination import LEAST_WORDS, Found, Question, QuestionIndex
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl

@@ -1,8 +1,7 @@
 """Vectors of tags: a sentence-transformers model where one is named, otherwise TF-IDF and SVD over the pool.
 
-A sentence model sees the tag's words. Without one, a tag's words say too little, so a tag is where it is used: the
-mean of its instances' vectors, each the first 128 singular directions of TF-IDF, together with the vector of its own
-words.
+A sentence model sees the tag's words. Without one a tag's words say too little: its vector is then the mean of the
+vectors of instances that have the tag (TF-IDF in its first 128 singular directions) and of the vector of its words.
 """
 
 import json
@@ -30,7 +29,8 @@ SAMPLE = 50_000
 CHARACTERS = 4_000
 TEXTS_PER_TASK = 512
 ROWS_AT_ONCE = 1 << 16
-# A tag is a mean of so many instances: its error is a quarter of one instance's, and means are then clustered.
+# A tag's vector is the mean of the vectors of 16 instances or a few more, where so many have the tag. Its random error
+# is 1 / sqrt(16), a quarter, of one instance's, which does for clustering.
 INSTANCES_PER_TAG = 16
 
 

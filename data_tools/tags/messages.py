@@ -1,13 +1,13 @@
 """Conversations of every schema as messages of one form: `role`, `content` and whatever else a template may look at.
 
-Nothing of a message is dropped: what has a place in this form is moved there, other fields stay as they are, and what
-has no place at all (pictures, a tool call without a name) refuses the record with a reason.
+Every field of a message is kept: those that this form names are moved to their place, others stay as they are. A record
+with content that cannot be kept (pictures, a tool call without a name) is refused with a reason.
 """
 
 import json
 from typing import Any
 
-from megatron_ksa.data_tools.readers import BadDocument
+from megatron_ksa.data_tools.documents import BadDocument
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -146,7 +146,7 @@ def says_something(message: dict) -> bool:
 
 
 def messages_of(value: Any) -> list[dict]:
-    """The messages of a list, or of a text that holds one as JSON. Empty system turns and an empty end are none."""
+    """Messages of a list, or of a text that holds one as JSON, without empty system messages and empty last ones."""
     value = parsed(value)
     if not isinstance(value, list):
         raise BadDocument(NO_FIELDS, f"messages are a {type(value).__name__} where a list is needed")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ksa.data_tools.readers import BadDocument, RawDocument
+from megatron_ksa.data_tools.documents import BadDocument, RawDocument
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import json_line
 from megatron_ksa.data_tools.tags.formats import TABLE_SUFFIXES, read_raw, source_name

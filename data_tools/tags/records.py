@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.readers import BadDocument, RawDocument, decoded, json_object
+from megatron_ksa.data_tools.documents import BadDocument, RawDocument, decoded, json_object
 from megatron_ksa.data_tools.tags.messages import NO_FIELDS, messages_of, without_nulls
 from megatron_ksa.data_tools.tags.schemas import (
     SYSTEMS,

@@ -7,7 +7,7 @@ question and its answer, `text`.
 
 from typing import Any
 
-from megatron_ksa.data_tools.readers import BadDocument
+from megatron_ksa.data_tools.documents import BadDocument
 from megatron_ksa.data_tools.tags.messages import MEDIA, NO_FIELDS, message_of, messages_of, parsed, tools_of
 
 LISTS = ("messages", "conversations", "conversation")

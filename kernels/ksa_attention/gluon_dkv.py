@@ -47,7 +47,7 @@ from megatron_ksa.kernels.ksa_attention.workspace import Workspace, split_stride
 from megatron_ksa.kernels.launch import launch
 
 # Work items of eight heads take turns: the heads' queries share the L2 cache.
-TOGETHER = 8
+HEADS_IN_TURN = 8
 STATISTICS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
 
 
@@ -383,7 +383,7 @@ def launch_dkv(
         *queries(q, d_out, workspace.lse2, workspace.delta), *d_summary,
         workspace.dealt_text if is_text else workspace.dealt_summary, document_stop, dk, dv,
         q.shape[1], summary_queries, num_keys, sizes.query_start, offset, sizes.window,
-        sizes.softmax_scale, sizes.softmax_scale * LOG2E, groups, tiles, batch * groups, TOGETHER, splits,
+        sizes.softmax_scale, sizes.softmax_scale * LOG2E, groups, tiles, batch * groups, HEADS_IN_TURN, splits,
         document_stop.stride(0) if document_stop is not None else 0, *split_strides(dk),
         C=sizes.chunk_size, S=sizes.summary_tokens, GROUP=q.shape[2] // groups, D=dim, BD=block_dim,
         BM=tile.queries, BN=tile.keys, STAGES=tile.stages, IS_TEXT=is_text, HAS_SUMMARIES=summary is not None,

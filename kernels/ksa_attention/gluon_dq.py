@@ -50,7 +50,7 @@ from megatron_ksa.kernels.ksa_attention.workspace import Workspace
 from megatron_ksa.kernels.launch import launch
 
 # Work items of two heads take turns: the heads' keys share the L2 cache.
-TOGETHER = 2
+HEADS_IN_TURN = 2
 
 
 @gluon.jit
@@ -289,7 +289,7 @@ def launch_dq(
         workspace.dealt_dq, document_start, outputs.lse, d_outputs.d_lse, workspace.lse2, workspace.delta, dq,
         *pointers,
         nq, rows.k.shape[1], rows.k_summary.shape[1], sizes.query_start, sizes.key_start, sizes.chunk_start,
-        sizes.window, sizes.softmax_scale, sizes.softmax_scale * LOG2E, heads, tiles, batch * heads, TOGETHER,
+        sizes.window, sizes.softmax_scale, sizes.softmax_scale * LOG2E, heads, tiles, batch * heads, HEADS_IN_TURN,
         document_start.stride(0) if document_start is not None else 0, workspace.delta.stride(1), stride_summary,
         *(stride for t in (dq, q, d_out, rows.k_summary, rows.v_summary) for stride in t.stride()[:3]),
         C=sizes.chunk_size, S=sizes.summary_tokens, GROUP=heads // rows.k.shape[2], D=dim, BD=block_dim,

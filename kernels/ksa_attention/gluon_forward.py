@@ -51,7 +51,7 @@ from megatron_ksa.kernels.ksa_attention.triton_config import Tile, padded_head_d
 from megatron_ksa.kernels.launch import launch
 
 # Work items of two heads take turns: the heads' keys share the L2 cache.
-TOGETHER = 2
+HEADS_IN_TURN = 2
 
 
 @gluon.jit
@@ -247,7 +247,7 @@ def launch_forward(
         dealt, document_start, *outputs,
         *((rows.k_summary, rows.v_summary, *summary) if summary else [None] * 4),
         nq, rows.k.shape[1], rows.k_summary.shape[1], sizes.query_start, sizes.key_start, sizes.chunk_start,
-        sizes.window, sizes.softmax_scale * LOG2E, heads, tiles, batch * heads, TOGETHER,
+        sizes.window, sizes.softmax_scale * LOG2E, heads, tiles, batch * heads, HEADS_IN_TURN,
         document_start.stride(0) if document_start is not None else 0,
         *(stride for t in (outputs.out, q, rows.k_summary, rows.v_summary) for stride in t.stride()[:3]),
         C=sizes.chunk_size, S=sizes.summary_tokens, GROUP=heads // rows.k.shape[2], D=dim, BD=block_dim,

@@ -141,7 +141,8 @@ def launch_forward(
         return
     block_dim = padded_head_dim(dim)
     d_q = descriptor(q, tile.queries, block_dim)
-    # A descriptor of no rows cannot be made: an absent kind of keys borrows the queries' memory and is never read.
+    # A tensor descriptor needs rows: where there are no text keys or no summaries, it is made of the queries' memory,
+    # which the kernel then does not read.
     d_keys = [descriptor(kind if kind.shape[1] else q, tile.keys, block_dim) for kind in keys]
     launch(
         _forward_kernel, (triton.cdiv(nq, tile.queries), batch * heads),

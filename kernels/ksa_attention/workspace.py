@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_ksa.kernels.ksa_attention.triton_config import Tile, Tiles
 
-# dK/dV programs wanted at least: 512 are about four for each multiprocessor of a large GPU. Where the keys give fewer,
-# the queries are divided into parts with a program each: adding up the parts' float32 results costs less than
-# multiprocessors that idle. 256 are enough where work items are dealt out and every query head has keys of its own.
+# The dK/dV kernels want at least 512 programs, about four for each multiprocessor of a large GPU. Where the keys give
+# fewer, the queries are divided into parts, and each part gets a program: adding up the parts' float32 results costs
+# less than idle multiprocessors. 256 programs are enough where work items are dealt out and no query heads share keys.
 PROGRAMS, DEALT_PROGRAMS = 512, 256
 MOST_SPLITS = 16
 

@@ -28,7 +28,9 @@ def _attend_summaries(q: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tens
         q: [Hkv, heads per group, S, D].
         keys, values: of text [Hkv, text rows, D] and of the summaries [S, Hkv, D].
     """
-    key, value = (torch.cat([text, own.transpose(0, 1)], dim=1)[:, None].to(q.dtype) for text, own in (keys, values))
+    key, value = (
+        torch.cat([text, summaries.transpose(0, 1)], dim=1)[:, None].to(q.dtype) for text, summaries in (keys, values)
+    )
     scores = q @ key.transpose(-1, -2) * scale
     later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scores[..., -q.shape[2] :].masked_fill_(later, -math.inf)

@@ -9,7 +9,8 @@ from megatron_ksa.config.options import option
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import SMALL_FILE_BYTES, read_small
 
-# Angles are positions times powers of 1 / base, in float32 and fixed point: beyond these nothing is left of them.
+# Angles are positions times powers of 1 / base, in float32 and in fixed point. Below base 1 they grow from channel to
+# channel; at 1e18 the slowest channel turns by 1e-12 radians in a million positions.
 SMALLEST_BASE, LARGEST_BASE = 1.0, 1e18
 
 # Table 2 of the paper: b_min 1M, b_max 5M, stride 30k, 32 heads; in units of 10^6.

@@ -38,7 +38,8 @@ def ksa_flops(dense: Callable, ksa: KSAConfig) -> Callable:
         total_real_tokens_in_batch: float | None = None,
     ) -> float:
         tokens = total_real_tokens_in_batch or batch_size * args.seq_length
-        # Twice the layers: Megatron's pattern of MoE layers does not take a model of none.
+        # The count for twice the layers less that for the layers is what the layers alone cost. A model of 0 layers
+        # would give the rest directly, but Megatron's pattern of MoE layers does not take it.
         twice = copy.copy(args)
         twice.num_layers = 2 * args.num_layers
         if isinstance(getattr(args, "moe_layer_freq", None), list):

@@ -215,7 +215,7 @@ def layer_activations(shape: ModelShape, layer: KSALayer, layout: TrainingLayout
     stream = size * all_rows * shape.hidden // shards
     if recompute == "full":
         return stream
-    # Full and window layers: text rows alone, and values where the projection left them.
+    # Full and window layers hold text rows alone, and read the values from the projection's output without a copy.
     full = not layer.has_summaries
     rows = text if full else all_rows
     query, kv, heads = size * rows * shape.query // tp, size * rows * shape.kv // tp, shape.heads // tp
@@ -225,7 +225,7 @@ def layer_activations(shape: ModelShape, layer: KSALayer, layout: TrainingLayout
     if not layout.fused_norm:
         total += 2 * row_states
     total += _head_activations(shape, layout, query, kv, rows)
-    # Rotated keys and queries; full layers take the values where the projection left them.
+    # Rotated queries and keys, and in KSA layers a copy of the values.
     total += query + kv + (0 if full else kv)
     if not full or recompute == "selective":
         # The output projection's input; a full layer's is the attention's output itself.

@@ -21,13 +21,14 @@ VOCABULARY = WORDS + NUM_WORDS
 PHRASE = 8
 # A phrase is new with probability NOVELTY / (NOVELTY + phrases so far).
 NOVELTY = 8
-# The word that follows two places after each word, where it follows from it at all.
+# SUCCESSOR[w - WORDS] stands two places after the word w with probability FOLLOWS; else the place's word is random.
 SUCCESSOR = WORDS + np.random.default_rng(0).permutation(NUM_WORDS)
 FOLLOWS = 0.5
 # Needles and questions are this share of a training document, drawn evenly: tests have haystacks of text and of
 # needles.
 INSERTS = (0.1, 0.9)
-# A needle stands u ** NEARNESS of the reach before its question, u even in 0 to 1: half of them within an eighth of it.
+# A needle stands u ** 3 of the reach before its question, u uniform in [0, 1]: half of the needles stand within an
+# eighth of the reach.
 NEARNESS = 3
 
 

@@ -293,7 +293,7 @@ def _released_settings(arch: Architecture) -> dict[str, object]:
     """Summary attention as the released code's configuration spells it."""
     windows: object = arch.ksa.window_chunks
     if LayerKind.LARGE_WINDOW in arch.ksa.layer_pattern:
-        # It has no kind l: a number of chunks that covers every position.
+        # The released code has no layer kind l: its window is written as a number of chunks that covers every position.
         whole = -(-arch.max_positions // arch.ksa.chunk_size)
         windows = [whole if layer.kind == LayerKind.LARGE_WINDOW else layer.window_chunks for layer in arch.layers]
     return {

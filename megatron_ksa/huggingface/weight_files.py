@@ -11,7 +11,7 @@ SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 # Other files that can hold a model's weights, or say where they are.
 OTHERS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.h5",
           "*.msgpack", "*.ckpt")  # fmt: skip
-# An adapter, and what a trainer saves beside a model, are none of its weights.
+# Names of files that hold no weights of the model: adapters, and what a trainer saves beside a model.
 NO_WEIGHTS = ("adapter_", "optimizer", "scheduler", "scaler", "training_args", "rng_state")
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 

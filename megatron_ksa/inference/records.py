@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ksa.config.sampling import SamplingSettings
-from megatron_ksa.data_tools.readers import BadDocument, RawDocument, json_object, read_documents
+from megatron_ksa.data_tools.documents import BadDocument, RawDocument, json_object
+from megatron_ksa.data_tools.readers import read_documents
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file, writing
 from megatron_ksa.inference.generator import Completion, Request

@@ -136,8 +136,9 @@ class KSASelfAttention(RotatedSelfAttention):
     def _summary_projection(self) -> nn.Module:
         """What projects summary rows: their own projection, or the text's where they share it.
 
-        They share it without a projection of their own, and once annealing has ended, a = 0. In training the own
-        projection is computed then too: its gradient, of zeros, is what data parallelism waits for.
+        Summary rows share the text's projection in a model without summary projections, and in evaluation once
+        annealing has ended (a = 0). Training computes the summary projection at a = 0 too: data parallelism waits for
+        its gradient, which is then zero.
         """
         annealed = self.summary_coefficient == 0.0 and not torch.is_grad_enabled()
         return self.linear_qkv if self.linear_qkv_summary is None or annealed else self.linear_qkv_summary

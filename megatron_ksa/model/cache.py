@@ -99,24 +99,25 @@ class LayerCache:
     def _attend_segment(
         self, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, place: Segment, softmax_scale: float | None
     ) -> Tensor:
-        (q, q_own), *rows = (layout.split(part) for part in (query, key, value))
-        new, own = zip(*rows, strict=True)
+        (q, q_summary), *rows = (layout.split(part) for part in (query, key, value))
+        new, summaries = zip(*rows, strict=True)
         start, end = place.start, place.start + q.shape[0]
         chunk, chunks = start // layout.chunk_size, end // layout.chunk_size
         buffers = (self.key[place.slot], self.value[place.slot])
         if self.geometry.summaries:
             # Before text attends, which sees those of this segment's older chunks too.
             at = slice(*(self.geometry.ring + layout.summary_tokens * c for c in (chunk, chunks)))
-            for buffer, part in zip(buffers, own, strict=True):
+            for buffer, part in zip(buffers, summaries, strict=True):
                 buffer[:, at] = part[:, 0].transpose(0, 1)
         oldest = self._oldest(start, end)
         text = [self._extend(buffer, part, oldest, start) for buffer, part in zip(buffers, new, strict=True)]
         out = self._attend_text(q, text, buffers, oldest, start, chunks * layout.summary_tokens, softmax_scale)
-        if not q_own.shape[0]:
+        if not q_summary.shape[0]:
             return out.flatten(2)
         completed = slice(chunk * layout.chunk_size - oldest, chunks * layout.chunk_size - oldest)
         read = ksa_summary_attention(
-            q_own.transpose(0, 1), *(part[:, completed] for part in text), *(part.transpose(0, 1) for part in own),
+            q_summary.transpose(0, 1), *(part[:, completed] for part in text),
+            *(part.transpose(0, 1) for part in summaries),
             KSAGeometry(layout.chunk_size, layout.summary_tokens, 0), softmax_scale=softmax_scale,
         )  # fmt: skip
         return torch.cat([out, read.transpose(0, 1)]).flatten(2)

@@ -20,6 +20,7 @@ OTHER_FLAGS = {
     "fp4": "fp4-format",
     "rope_scaling": "use-rope-scaling",
     "heterogeneous_block_specs": "heterogeneous-layers-config-path",
+    "quant_recipe": "te-precision-config-file",
 }
 # Attribute of a prepared configuration: the rows that the caller gives Megatron's pipeline schedule.
 ROWS_GIVEN = "ksa_decoder_seq_length"
@@ -163,6 +164,7 @@ def check_settings(
         (bool(rope_scaling and bases), name("rope_scaling"), "HARPE's bases take its place; drop it"),
         *_refused_attention(config, name),
         *_refused_machinery(config, name),
+        *_refused_where_set(config, name),
     ]
     for active, setting, way_out in refused:
         if active:
@@ -221,6 +223,27 @@ def _refused_machinery(config: Any, name: Callable[..., str]) -> Refusals:
         ("it captures its own layers, and attention here is this project's; drop the flag"),
     )
     yield graphs not in CUDA_GRAPHS, name("cuda_graph_impl", graphs), f"use {', '.join(CUDA_GRAPHS)}"
+
+
+def _refused_where_set(config: Any, name: Callable[..., str]) -> Refusals:
+    """Switches of Megatron that are off by default; arguments lack those that have no flag."""
+    attention = "it is about attention that Megatron builds, and this is the project's own; drop it"
+    apart = "it takes layers apart in a way that this project's attention does not; drop it"
+    offloading = f"offloading is not checked with this project's attention; use {name('recompute_granularity')}"
+    ways_out = {
+        "batch_invariant_mode": attention,
+        "use_kitchen_attention": attention,
+        "fused_single_qkv_rope": "heads are rotated by this project's kernel; drop it",
+        "mrope_section": "positions are rows of one number; drop it",
+        "quant_recipe": f"its attention and summary projections are not checked in low precision; use {name('bf16')}",
+        "cpu_offloading": offloading,
+        "fine_grained_activation_offloading": offloading,
+        "delay_wgrad_compute": apart,
+        "overlap_dispatch_backward_with_experts_wgrad": apart,
+        "init_model_with_meta_device": "the layer specs are this project's own; drop it",
+    }
+    for field, way_out in ways_out.items():
+        yield bool(getattr(config, field, None)), name(field), way_out
 
 
 def _check_cuda_graphs(config: Any, ksa: KSAConfig, name: Callable[..., str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_ksa.platform.ports import free_port
-from megatron_ksa.upstream.process import prepare_process
+from megatron_ksa.platform.process import prepare_process
 
 # Megatron leaves the interval unset and then divides by it.
 EVAL_INTERVAL = 1000

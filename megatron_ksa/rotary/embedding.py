@@ -42,7 +42,7 @@ class PositionedRotaryEmbedding(nn.Module):
         self.interleaved = interleaved
         self.seq_len_interpolation_factor = seq_len_interpolation_factor
         groups = len(self.bases)
-        # As Megatron forms them, base by base.
+        # Megatron's formula for its one base, for each base, so that equal bases give equal bits.
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
         inv_freq = torch.stack([1.0 / (base**exponents) for base in self.bases])
         exact = torch.tensor(self.bases, dtype=torch.float64, device=device)[:, None] ** -(

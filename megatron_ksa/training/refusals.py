@@ -52,7 +52,7 @@ def megatron_refusals(args: argparse.Namespace, kinds: tuple[type[Exception], ..
         yield
     except Exception as error:
         frame = _megatrons(error.__traceback__)
-        # Some of Megatron's checks raise an Exception of no kind.
+        # Some of Megatron's checks raise Exception itself.
         refusal = isinstance(error, kinds) or type(error) is Exception
         if isinstance(error, UsageError) or frame is None or not refusal:
             raise

@@ -22,7 +22,7 @@ class _WholeFiles(MaybeMultiStorageClient):
 
     def __getattr__(self, name: str):
         found = super().__getattr__(name)
-        # A storage client of its own has objects, which are whole or absent.
+        # Where the storage client has an open of its own, files are objects in a store, which are whole or absent.
         return partial(_open, self._check) if found is open else found
 
 
@@ -42,7 +42,7 @@ def _replace(path: str, check: Callable[[], None]) -> Iterator[IO[str]]:
 
 
 PATCHES = (
-    # Takes what is called before the file gets its name.
+    # `make` also takes a function, which is called before the file gets its name.
     Patch(
         "megatron.training.checkpointing:maybe_msc",
         lambda original, check: _WholeFiles(check),

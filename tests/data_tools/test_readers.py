@@ -15,8 +15,9 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from megatron_ksa.data_tools.documents import BadDocument
 from megatron_ksa.data_tools.preprocess import document_text
-from megatron_ksa.data_tools.readers import BadDocument, input_files, read_documents
+from megatron_ksa.data_tools.readers import input_files, read_documents
 from megatron_ksa.errors import UsageError
 
 ROOT = Path(__file__).parents[2]

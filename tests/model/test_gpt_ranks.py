@@ -15,6 +15,7 @@ from single_process import VOCABULARY, build_model, random_tokens, transformer_c
 
 from megatron_ksa import KSAConfig, KSAGPTModel, activate_cpu_platform, pipeline_rows, prepare_config
 from megatron_ksa.layout.zigzag import ZigZag
+from megatron_ksa.upstream.patches import Patch, apply, signature
 
 pytestmark = pytest.mark.slow
 KSA = KSAConfig(enabled=True, chunk_size=4, summary_tokens=2, window_chunks="1", layer_pattern="kklf")
@@ -34,15 +35,18 @@ def two_ranks():
     torch.manual_seed(0)
     config = transformer_config(context_parallel_size=2, cp_comm_type="p2p")
     model = KSAGPTModel(config, KSA, 64, vocab_size=VOCABULARY, reset_documents=True, pg_collection=groups).eval()
-    gather, gathered = dist.all_gather, Counter()
+    gathered = Counter()
 
-    def counted(parts, own, **kwargs):
-        gathered[own.dtype] += 1
-        return gather(parts, own, **kwargs)
+    def counting(gather):
+        def counted(parts, own, **kwargs):
+            gathered[own.dtype] += 1
+            return gather(parts, own, **kwargs)
 
-    dist.all_gather = counted
+        return counted
+
+    count = Patch("torch.distributed:all_gather", counting, why="calls are counted", expects=signature(dist.all_gather))
     split = ZigZag(dist.get_rank(), 2)
-    with torch.no_grad():
+    with torch.no_grad(), apply([count]):
         logits = model(*(split.take(part, dim=1) for part in inputs()))
     return {"logits": logits, "gathered": gathered[torch.int32]}
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ksa.data_tools import readers
-from megatron_ksa.data_tools.readers import JSONL_SUFFIXES, PARQUET_SUFFIX, RawDocument
+from megatron_ksa.data_tools.documents import RawDocument
+from megatron_ksa.data_tools.readers import JSONL_SUFFIXES, PARQUET_SUFFIX
 from megatron_ksa.data_tools.tags.formats.arrow import ARROW_SUFFIX, arrow_rows, saved_files
 from megatron_ksa.errors import UsageError
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ksa.data_tools.readers import RawDocument
+from megatron_ksa.data_tools.documents import RawDocument
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import LIST_BYTES, read_small
 
