@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from megatron_ksa.data_tools.plain_encoding import (
-    ChatTemplateError, ContentError, NoTokenError, plain_encoding, without_losses,
+    ChatTemplateError,
+    ContentError,
+    NoTokenError,
+    plain_encoding,
+    without_losses,
 )  # fmt: skip
 from megatron_ksa.data_tools.vocabularies import TOKENIZER, token_ids
 from megatron_ksa.errors import UsageError

@@ -9,9 +9,8 @@ from megatron_ksa.errors import UsageError
 
 
 def loading(folder, **settings):
-    return argparse.Namespace(
-        **{"load": str(folder), "pretrained_checkpoint": None, "ckpt_step": None, "ckpt_format": "torch_dist", **settings}
-    )
+    given = {"load": str(folder), "pretrained_checkpoint": None, "ckpt_step": None, "ckpt_format": "torch_dist"}
+    return argparse.Namespace(**given | settings)
 
 
 def test_a_checkpoint_without_its_configuration_is_damaged(tmp_path):

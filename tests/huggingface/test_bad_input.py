@@ -58,6 +58,8 @@ def test_tensors(change, message, source, tmp_path):
     [
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported, only llama, qwen2, qwen3, megatron_ksa"),
         ({"num_hidden_layers": 2, "layer_types": None}, "has the tensor model.layers.2"),
+        # Lists with an entry a layer filled the memory.
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, at most 10,000 are supported"),
         ({"intermediate_size": 64}, r"gate_proj.weight has shape \(48, 32\), its config.json says \(64, 32\)"),
         ({"hidden_size": "32"}, "hidden_size is '32', a positive integer is needed"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),

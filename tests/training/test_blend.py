@@ -111,7 +111,8 @@ def test_good_splits_are_read_alike_by_megatron(split):
 
 
 @pytest.mark.parametrize("split", [
-    "", "-1,1,0", "90,abc5,5", "0,0,0", "1,2,3,4", "1;2", "nan,1,1", "1,,2", "1e999", "1e2,1", "9e-1,1e-1", "\u0669,\u0661",
+    "", "-1,1,0", "90,abc5,5", "0,0,0", "1,2,3,4", "1;2", "nan,1,1", "1,,2", "1e999", "1e2,1", "9e-1,1e-1",
+    "\u0669,\u0661",
 ])  # fmt: skip
 def test_bad_splits_are_refused(split):
     """Megatron takes the digits that it finds: `90,abc5,5` was 90,5,5 and `-1,1,0` was 1,1,0, and `1e2,1` is 1,2,1."""
