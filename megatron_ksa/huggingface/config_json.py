@@ -38,6 +38,7 @@ FIXED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
+    "is_causal": (True,),
     "attention_dropout": (0, None),
     "partial_rotary_factor": (1, None),
     "pretraining_tp": (1, None),

@@ -334,10 +334,7 @@ NEVER = (
     ),  # fmt: skip
     Refused("Megatron 0.19.2 reads it nowhere: use --step-batch-size-schedule", "--rampup-batch-size"),
     Refused("Megatron 0.19.2 reads it nowhere: use --attention-backend flash", "--use-flash-attn"),
-    Refused(
-        "Megatron 0.19.2 fails with it: use --init-method-std",
-        "--init-method-xavier-uniform",
-    ),
+    Refused("Megatron 0.19.2 fails with it: use --init-method-std", "--init-method-xavier-uniform"),
     Refused(
         "Megatron 0.19.2 reads it nowhere: --exit-signal-handler is for the loading processes too",
         "--exit-signal-handler-for-dataloader",

@@ -65,6 +65,8 @@ def test_tensors(change, message, source, tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),
         ({"attention_bias": True}, "attention_bias is True, only False is supported"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
+        # To the transformers library a model in which each token sees the whole sequence.
+        ({"is_causal": False}, "is_causal is False, only True is supported"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}},
             "rope_type of rope_parameters is 'yarn', only default, linear and llama3 are supported",

@@ -44,6 +44,14 @@ RUNS = {
     "exit after 0 minutes": ("--train-iters 2 --exit-duration-in-mins 0", r"--exit-duration-in-mins is 0"),
     "logs of nowhere": ("--train-iters 2 --wandb-project x", r"--wandb-project x needs a folder: give --w"),
     "data of another program": ("--train-iters 2 --dataloader-type external", r"--dataloader-type external is for"),
+    "no file of flags": ("--train-iters 2 --yaml-cfg {folder}/no.yaml", r"No such file or directory: .*/no.yaml"),
+    "hashes every 0": (
+        "--train-iters 2 --check-weight-hash-across-dp-replicas-interval 0", r"replicas-interval is 0: it must be at",
+    ),
+    "rejected nowhere": (
+        "--train-iters 2 --result-rejected-tracker-filename {folder}/no/x", r"filename .*/no/x: .*/no is no folder",
+    ),
+    "phases of iterations": ("--train-iters 2 --phase-transition-iterations 1", r"goes with --train-samples"),
     "xavier": ("--train-iters 2 --init-method-xavier-uniform", r"--init-method-xavier-uniform is not accepted here: "),
     "no time": ("--train-iters 2 --distributed-timeout-minutes 0", r"--distributed-timeout-minutes is 0"),
     "save without interval": ("--train-iters 2 --save {folder}/no", r"--save .*/no needs .*--save-interval is missing"),
