@@ -8,10 +8,9 @@ import pickle
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 
-from megatron_ksa.checkpoint.integrity import way_out
+from megatron_ksa.checkpoint.integrity import is_distributed, way_out
 from megatron_ksa.checkpoint.load import RELEASE, StoredCheckpoint, find_checkpoint, iteration_folder, stored_settings
 from megatron_ksa.errors import UsageError
 from megatron_ksa.upstream.checkpoint_sums import CONFIG, METADATA
@@ -51,7 +50,7 @@ def checkpoint_to_load(args: argparse.Namespace) -> StoredCheckpoint | None:
         path = iteration_folder(Path(folder), step)
     except UsageError as error:
         raise UsageError(f"--ckpt-step {step}: {error}" if step else str(error)) from None
-    if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+    if is_distributed(path):
         return find_checkpoint(Path(folder), step)
     if args.ckpt_format == "torch_dist" and (path / METADATA).is_file():
         # Megatron would take it for a checkpoint of --ckpt-format torch_dcp.

@@ -28,3 +28,13 @@ def test_steps_begin_at_one(step, tmp_path):
     """`--ckpt-step 0` was passed over, and the newest iteration loaded."""
     with pytest.raises(UsageError, match=f"--ckpt-step {step}: iterations are numbered from 1"):
         checkpoint_to_load(loading(tmp_path, ckpt_step=step))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04\xff", b"{}", b"[]"])
+def test_a_damaged_configuration_is_named(content, tmp_path):
+    """It ended in the traceback of whatever Megatron's reader met."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    (tmp_path / "iter_0000002").mkdir()
+    (tmp_path / "iter_0000002" / "metadata.json").write_bytes(content)
+    with pytest.raises(UsageError, match="iter_0000002/metadata.json is damaged .*; no other whole checkpoint is there"):
+        checkpoint_to_load(loading(tmp_path))
