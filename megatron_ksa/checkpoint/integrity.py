@@ -15,8 +15,8 @@ from typing import IO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
 import xxhash
+from megatron.core import dist_checkpointing
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import read_small
