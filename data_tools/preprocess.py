@@ -26,7 +26,7 @@ from megatron_ksa.locks import exclusive
 DOCUMENTS_PER_TASK, BYTES_PER_TASK = 64, 4_000_000
 # Tokenizer libraries take 40 (SentencePiece) to 200 bytes (Hugging Face, bytes as tokens) for each byte of a document.
 MAX_DOCUMENT_BYTES = 10_000_000
-EMPTY, CONTROL = "empty", "a control token"
+EMPTY = "empty"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _tokenise(documents: list[RawDocument], json_key: str) -> list[np.ndarray | 
         except BadDocument as error:
             results.append((error.reason, error.detail))
         except ContentError as error:
-            results.append((CONTROL, str(error)))
+            results.append((error.reason, str(error)))
     return results
 
 

@@ -14,6 +14,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from megatron_ksa.data_tools.plain_encoding import (
+    ChatTemplateError,
+    ContentError,
+    NoTokenError,
+    plain_encoding,
+    without_losses,
+)  # fmt: skip
 from megatron_ksa.data_tools.vocabularies import TOKENIZER, token_ids
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
@@ -29,6 +36,13 @@ _MARKER = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 # SentencePiece and what is derived from it write a space as this character, and so take the character for a space.
 _SPACE_SYMBOL = "\u2581"
 _LONGEST_SENTENCE = 1 << 20
+
+
+def _or_none(encode: Callable[[str], list[int]], text: str) -> list[int] | None:
+    try:
+        return encode(text)
+    except NoTokenError:
+        return None
 
 
 class Tokenizer(Protocol):
@@ -76,14 +90,6 @@ class Tokenizer(Protocol):
         """
 
 
-class ChatTemplateError(Exception):
-    """A chat template refuses some messages; the message tells why."""
-
-
-class ContentError(ChatTemplateError):
-    """A text whose tokens would mean something else than the text; the message tells why."""
-
-
 class _ContentEncoder:
     """Encodes what a person wrote with an encoder that knows no markers.
 
@@ -99,7 +105,8 @@ class _ContentEncoder:
         self._encode, self._control = encode, control
         # None: this tokenizer writes the space symbol as itself.
         self._bytes: list[int | None] | None = None
-        if encode(f"a{_SPACE_SYMBOL}a") == encode("a a"):
+        symbol, space = (_or_none(encode, text) for text in (f"a{_SPACE_SYMBOL}a", "a a"))
+        if symbol is not None and symbol == space:
             self._bytes = [token_id(f"<0x{byte:02X}>") for byte in range(256)]
 
     def __call__(self, text: str) -> list[int]:
@@ -196,6 +203,13 @@ class SentencePieceTokenizer:
         return self._path
 
 
+def _without_dropout(tokenizer: "FastTokenizer") -> "FastTokenizer":
+    """The tokenizer, changed in place: BPE dropout would give other tokens in every run."""
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
 class HuggingFaceTokenizer:
     """A folder with `tokenizer.json`; documents end with the `eos_token` of its `tokenizer_config.json`."""
 
@@ -208,9 +222,10 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the libraries have no kind of their own for files that are broken
             said = " ".join(str(error).split())[:500]
             raise UsageError(f"--tokenizer-model {folder} cannot be loaded: {type(error).__name__}: {said}") from None
+        _without_dropout(self._tokenizer.backend_tokenizer)
         self.vocab_size = len(self._tokenizer)
         _check_ids(folder, max(self._tokenizer.get_vocab().values(), default=-1), self.vocab_size)
-        self.unknown = self._tokenizer.unk_token_id
+        self.unknown: int | None = None
         self.training_flags = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {folder}"
         self._folder = folder
         self.encode_content = self._content_encoder()
@@ -219,27 +234,31 @@ class HuggingFaceTokenizer:
         from tokenizers import Tokenizer as FastTokenizer
 
         whole = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        self._check_class(FastTokenizer.from_file(str(self._folder / TOKENIZER)))
+        self._check_class(_without_dropout(FastTokenizer.from_file(str(self._folder / TOKENIZER))))
         # The class may split texts otherwise than the file: Llama's loses the space that a text starts with.
         description = json.loads((self._folder / TOKENIZER).read_text(encoding="utf-8"))
         whole |= {"normalizer": description.get("normalizer"), "pre_tokenizer": description.get("pre_tokenizer")}
-        whole["truncation"] = whole["padding"] = None
+        whole = without_losses(whole)
         control = dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=True))
         for token in whole["added_tokens"]:
+            # White space beside a token in a text is text.
+            token["lstrip"] = token["rstrip"] = False
             token["special"] = token["special"] or token["id"] in control or bool(_MARKER.fullmatch(token["content"]))
             if token["special"]:
                 control[token["id"]] = token["content"]
         plain = FastTokenizer.from_str(json.dumps(whole))
         plain.encode_special_tokens = True
-        if self.unknown != self._tokenizer.eos_token_id:
-            control.pop(self.unknown, None)
-        return _ContentEncoder(
-            lambda text: plain.encode(text, add_special_tokens=False).ids, plain.token_to_id, control
-        )
+        # What the model writes: `unk_token` of tokenizer_config.json does not change that.
+        model = whole["model"]
+        unknown = model["unk_id"] if "unk_id" in model else plain.token_to_id(model.get("unk_token") or "")
+        if unknown is not None and unknown != self._tokenizer.eos_token_id:
+            self.unknown = unknown
+            control.pop(unknown, None)
+        return _ContentEncoder(lambda text: plain_encoding(plain, text).ids, plain.token_to_id, control)
 
     def _check_class(self, file: "FastTokenizer") -> None:
         """Refuse a class that makes other tokens than the file of the same folder does."""
-        if file.encode(PROBE, add_special_tokens=False).ids != self.encode(PROBE):
+        if _or_none(lambda text: plain_encoding(file, text).ids, PROBE) != _or_none(self.encode, PROBE):
             raise UsageError(
                 f"--tokenizer-model {self._folder}: transformers makes a {type(self._tokenizer).__name__} of it, which "
                 f"gives other tokens than its {TOKENIZER}: give tokenizer_class PreTrainedTokenizerFast in "
@@ -257,8 +276,15 @@ class HuggingFaceTokenizer:
         return self._tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of markup: names of special tokens mean those tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        """Token ids of markup: names of special tokens mean those tokens.
+
+        Raises:
+            NoTokenError: a part of the text has no token.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        except Exception as error:  # the library has no kind of its own
+            raise NoTokenError(error) from None
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids."""

@@ -1,5 +1,6 @@
 """One way to refuse bad input: one line on stderr, exit code 2, nothing written."""
 
+import io
 import os
 import signal
 import sys
@@ -27,6 +28,10 @@ def usage_errors_exit() -> Iterator[None]:
     Wrap the body of every entry point in it. torchrun ends all ranks of a node when one of them ends: a rank that is
     not the node's first waits to be ended so, and prints the line itself where the first rank did not come to it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files and fields need not be UTF-8.
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UsageError as error:

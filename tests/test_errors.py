@@ -1,5 +1,6 @@
 """One line a node for what all its ranks refuse, whichever of them comes to it first."""
 
+import os
 import subprocess
 import sys
 
@@ -27,3 +28,17 @@ def test_ranks_refuse_in_one_line(seconds, tmp_path):
     done = subprocess.run([sys.executable, *launcher, str(script), *seconds], capture_output=True, text=True)
     assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == ["error: no such file"]
     assert "exitcode  : 2" in done.stderr
+
+
+def test_names_that_are_not_utf8_are_printed():
+    """A file name of other bytes in a folder ended a run in UnicodeEncodeError, where it was to be named."""
+    script = (
+        "import sys\nfrom megatron_ksa.errors import *\nwith usage_errors_exit():\n"
+        "    print(sys.argv[1])\n    raise UsageError(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.fsdecode(b"\xfe.md")], capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert (done.stdout, done.stderr) == (b"\\udcfe.md\n", b"error: \\udcfe.md\n")

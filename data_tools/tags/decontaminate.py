@@ -28,6 +28,7 @@ from megatron_ksa.data_tools.tags.tagged import DUPLICATES, kept_lines
 from megatron_ksa.errors import UsageError
 
 CONTAMINATED = "contaminated.jsonl"
+SKIPPED = "evaluation_skipped.jsonl"
 FLAG = "--decontaminate"
 RECORDS_PER_TASK = 256
 TARGET = "target"
@@ -66,41 +67,43 @@ def _files(settings: DecontaminationSettings) -> list[Path]:
     return input_files(list(settings.files), flag=FLAG)
 
 
-def _parsed(files: list[Path]) -> Iterator[tuple[str, dict | None]]:
-    """Source and record of every document; None for one that cannot be read."""
+def _parsed(files: list[Path]) -> Iterator[tuple[str, str, dict | BadDocument]]:
+    """File, place and record of every document; what is wrong in place of a record that cannot be read."""
     for document in read_raw(files, flag=FLAG):
         path = Path(document.origin.rpartition(":")[0] if document.is_json else document.origin)
         table = path.name.lower().endswith(TABLE_SUFFIXES)
         try:
-            yield str(path), parse_record(document, source_name(path), RecordSettings(), from_table=table)
-        except BadDocument:
-            yield str(path), None
+            record = parse_record(document, source_name(path), RecordSettings(), from_table=table)
+            yield str(path), document.origin, record
+        except BadDocument as error:
+            yield str(path), document.origin, error
 
 
-def read_questions(target: Path | None, files: list[Path]) -> tuple[list[Question], dict[str, int]]:
-    """The questions of a target's work folder and of files, and counts of what cannot be compared.
+def read_questions(target: Path | None, files: list[Path]) -> tuple[list[Question], list[dict]]:
+    """The questions of a target's work folder and of files, and what cannot be compared: origin, reason and detail.
 
     Raises:
         UsageError: a file without any record that can be read.
     """
     questions: list[Question] = []
-    counts: Counter[str] = Counter()
-    records = [] if target is None else ((TARGET, record) for record in read_jsonl(target / RECORDS))
-    readable: Counter[str] = Counter()
-    for source, record in (*records, *_parsed(files)):
-        readable[source] += record is not None
-        if record is None:
-            counts["unreadable"] += 1
+    skipped: list[dict] = []
+    kept = [] if target is None else ((TARGET, record["id"], record) for record in read_jsonl(target / RECORDS))
+    readable = Counter({str(path): 0 for path in files})
+    for source, origin, record in (*kept, *_parsed(files)):
+        if isinstance(record, BadDocument):
+            skipped.append({"origin": origin, "reason": "unreadable", "detail": str(record)})
             continue
+        readable[source] += 1
         question = Question.of(record, source)
         if len(question.words) < LEAST_WORDS:
-            counts["too_short"] += 1
+            detail = f"{len(question.words)} words, fewer than {LEAST_WORDS}"
+            skipped.append({"origin": origin, "reason": "too_short", "detail": detail})
         else:
             questions.append(question)
     for source, count in readable.items():
         if not count:
             raise UsageError(f"{FLAG} {source}: no record that can be used; see data_tools/tags/README.md")
-    return questions, dict(counts)
+    return questions, skipped
 
 
 class _Search:
@@ -118,13 +121,15 @@ class _Search:
 def decontaminate(
     folder: Path, settings: DecontaminationSettings, target: Path | None, engine: Engine, total: int | None
 ) -> dict:
-    """Write `contaminated.jsonl`; returns counts.
+    """Write `contaminated.jsonl` and `evaluation_skipped.jsonl`; returns counts.
 
     Args:
         target: the target's work folder, or None.
         total: tagged instances, for progress.
     """
-    questions, counts = read_questions(target if settings.target else None, _files(settings))
+    questions, skipped = read_questions(target if settings.target else None, _files(settings))
+    write_jsonl(folder / SKIPPED, skipped)
+    counts = Counter(each["reason"] for each in skipped)
     if not questions:
         return {"contaminated": write_jsonl(folder / CONTAMINATED, []), "questions": 0, **counts}
     search = _Search(QuestionIndex(questions, settings.overlap, settings.similarity))
@@ -185,5 +190,5 @@ def _check(context: Context, settings: DecontaminationSettings) -> None:
 
 STEP = Step(
     "decontaminate", {"decontamination": DecontaminationSettings}, reads=(RECORDS, TAGS, DUPLICATES),
-    writes=(CONTAMINATED,), run=_run, also_reads=_evaluations, decides=_decides, check=_check,
+    writes=(CONTAMINATED, SKIPPED), run=_run, also_reads=_evaluations, decides=_decides, check=_check,
 )  # fmt: skip

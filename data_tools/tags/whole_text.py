@@ -13,12 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_ksa.data_tools.tokenizers import (
-    ChatTemplateError,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from megatron_ksa.data_tools.plain_encoding import ChatTemplateError, plain_encoding, without_losses
+from megatron_ksa.data_tools.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 # Control tokens get characters of the last private plane, which texts do not have.
 FIRST_ALIAS = 0x100000
@@ -59,12 +55,12 @@ class _HuggingFace:
     def __init__(self, description: dict, *, split_special_tokens: bool = False) -> None:
         from tokenizers import Tokenizer as FastTokenizer
 
-        self._tokenizer = FastTokenizer.from_str(json.dumps(description | {"truncation": None, "padding": None}))
+        self._tokenizer = FastTokenizer.from_str(json.dumps(without_losses(description)))
         self._tokenizer.encode_special_tokens = split_special_tokens
 
     def encode(self, text: str) -> tuple[list[int], list[int], list[int]]:
         """Ids, first characters and ends."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = plain_encoding(self._tokenizer, text)
         offsets = encoding.offsets
         return encoding.ids, [first for first, _ in offsets], [end for _, end in offsets]
 

@@ -35,6 +35,10 @@ def checked_save(save_checkpoint: Callable, args: argparse.Namespace) -> Callabl
 
     @wraps(save_checkpoint)
     def save(iteration: int, *rest, **options) -> None:
+        if args.save is None:
+            # Megatron saves where a result is not finite, whatever the flags say, and failed at the missing path.
+            print(f"iteration {iteration}: the trainer ends here; nothing is kept, --save is not given", flush=True)
+            return
         with _disk_named(args, f"iteration {iteration}"):
             save_checkpoint(iteration, *rest, **options)
 

@@ -16,6 +16,7 @@ from typing import IO
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
+from megatron.core import dist_checkpointing
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import read_small
@@ -29,6 +30,18 @@ from megatron_ksa.upstream.checkpoint_sums import (
     sum_of,
     sum_of_tensor,
 )
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether an iteration's folder holds a distributed checkpoint.
+
+    Raises:
+        UsageError: its metadata.json is damaged.
+    """
+    try:
+        return dist_checkpointing.check_is_distributed_checkpoint(str(folder))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder / CONFIG} is damaged ({type(error).__name__}); {way_out(folder)}") from None
 
 
 def stored_files(folder: Path) -> dict[str, StoredFile]:

@@ -8,11 +8,12 @@ import pickle
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 
+from megatron_ksa.checkpoint.integrity import is_distributed, way_out
 from megatron_ksa.checkpoint.load import RELEASE, StoredCheckpoint, find_checkpoint, iteration_folder, stored_settings
 from megatron_ksa.errors import UsageError
+from megatron_ksa.upstream.checkpoint_sums import CONFIG, METADATA
 
 
 def load_folder(args: argparse.Namespace) -> str | None:
@@ -36,6 +37,8 @@ def checkpoint_to_load(args: argparse.Namespace) -> StoredCheckpoint | None:
     if getattr(args, "enable_msc", False):
         # Not a folder; `--enable-msc` is refused where what a checkpoint holds must be compared.
         return None
+    if args.ckpt_step is not None and args.ckpt_step < 1:
+        raise UsageError(f"--ckpt-step {args.ckpt_step}: iterations are numbered from 1")
     folder = _newer_non_persistent(args) or load_folder(args)
     if not checkpointing.checkpoint_exists(folder):
         if args.ckpt_step:
@@ -47,8 +50,11 @@ def checkpoint_to_load(args: argparse.Namespace) -> StoredCheckpoint | None:
         path = iteration_folder(Path(folder), step)
     except UsageError as error:
         raise UsageError(f"--ckpt-step {step}: {error}" if step else str(error)) from None
-    if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+    if is_distributed(path):
         return find_checkpoint(Path(folder), step)
+    if args.ckpt_format == "torch_dist" and (path / METADATA).is_file():
+        # Megatron would take it for a checkpoint of --ckpt-format torch_dcp.
+        raise UsageError(f"{path / CONFIG} is missing; {way_out(path)}")
     return _legacy(path, folder)
 
 

@@ -38,6 +38,7 @@ FIXED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
+    "is_causal": (True,),
     "attention_dropout": (0, None),
     "partial_rotary_factor": (1, None),
     "pretraining_tp": (1, None),
@@ -48,6 +49,8 @@ FIXED = {
     "summary_chunk_position_ids_type": ("origin",),
     "summary_token_position_ids_type": ("last_chunk_slice_right",),
 }
+# More than any model has; a list with an entry a layer must fit into memory before the tensors tell the number.
+MAX_LAYERS = 10_000
 # Chunks of a window over the whole sequence, longer than any.
 EVERYTHING = 2**30
 # The index of the largest models has some megabytes.
@@ -87,6 +90,8 @@ def read_config(folder: Path, seq_length: int | None = None) -> Architecture:
     for key, known in FIXED.items():
         if config.get(key, known[0]) not in known:
             raise config.refused(key, f"only {known[0]!r} is supported")
+    if config.size("num_hidden_layers") > MAX_LAYERS:
+        raise config.refused("num_hidden_layers", f"at most {MAX_LAYERS:,} are supported")
     kinds = config.get("layer_types", None)
     if kinds is not None and kinds != ["full_attention"] * config.size("num_hidden_layers"):
         raise config.refused("layer_types", "only full_attention in every layer is supported")

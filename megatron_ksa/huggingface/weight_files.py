@@ -33,7 +33,9 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
     weights = [file for file in found if not file.name.startswith(NO_WEIGHTS)]
     shards = _chosen(folder, weights)
     read = {file.name for file in shards}
-    return shards, [file.name for file in weights if file.name not in read and file.name != _index_of(shards, weights)]
+    adapters = [file for file in found if file.name.startswith("adapter_")]
+    others = [file.name for file in (*weights, *adapters) if file.name != _index_of(shards, weights)]
+    return shards, [name for name in others if name not in read]
 
 
 def _chosen(folder: Path, weights: list[Path]) -> list[Path]:
@@ -52,6 +54,8 @@ def _chosen(folder: Path, weights: list[Path]) -> list[Path]:
     if not shards:
         pickled = next((file.name for file in weights), None)
         why = f", only {pickled}: other weights are not read, save them as safetensors" if pickled else ""
+        if any(folder.glob("adapter_model.*")):
+            why = ", only an adapter: merge it into its model first"
         if (folder / "snapshots").is_dir():
             why = ": it is the cache of a model, give a folder in its snapshots/"
         raise UsageError(f"{folder} holds no .safetensors file{why}")

@@ -1,6 +1,8 @@
 """Megatron's command line with this project's flags, and the checks that need both."""
 
 import argparse
+import enum
+import functools
 
 from megatron_ksa.checkpoint.async_save import adapt_async_save, async_save_defaults, check_async_save
 from megatron_ksa.config.checkpoint import CheckpointConfig
@@ -46,6 +48,8 @@ def install_arguments(defaults: dict[str, object]) -> Applied:
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]
+            if action.choices and isinstance(first := next(iter(action.choices)), enum.Enum):
+                action.type = functools.partial(_member, type(first))
         parser.set_defaults(**defaults)
         record_given(parser)
         return parser
@@ -99,6 +103,14 @@ def settings_from_args(args: argparse.Namespace) -> RunSettings:
     elif not args.multi_latent_attention and all(getattr(args, name) is not None for name in REQUIRED):
         check_layout(args)
     return settings
+
+
+def _member(kind: type[enum.Enum], name: str) -> enum.Enum:
+    """The member of a flag's enumeration by its name; Megatron's own look-up ends in a KeyError."""
+    try:
+        return kind[name]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(kind.__members__)}") from None
 
 
 def _loss_config(args: argparse.Namespace) -> LossConfig:

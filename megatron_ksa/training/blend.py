@@ -12,20 +12,22 @@ from megatron_ksa.files import LIST_BYTES, read_small
 
 Blend = tuple[list[str], list[float] | None]
 SPLITS = ("train", "valid", "test")
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+# Megatron reads 1e2 in --split as the two numbers 1 and 2.
+SHARE = re.compile(r"\+?(\d+\.?\d*|\.\d+)", re.ASCII)
 
 
 def check_split(split: str | None) -> None:
     """Check `--split`; Megatron takes whatever digits it finds in the text.
 
     Raises:
-        UsageError: anything else than one to three numbers, none below 0 and one above.
+        UsageError: anything else than one to three plain numbers, none below 0 and one above.
     """
     if split is None:
         return
     parts = [part.strip() for part in split.split(",")]
-    numbers = [float(part) for part in parts if NUMBER.fullmatch(part)]
-    if len(numbers) != len(parts) or len(parts) > len(SPLITS) or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
+    numbers = [float(part) for part in parts if SHARE.fullmatch(part)]
+    if len(numbers) != len(parts) or len(parts) > len(SPLITS) or not 0 < sum(numbers) < math.inf:
         raise UsageError(
             f"--split {split[:60]}: give up to three numbers of 0 or more for training, validation and test, at least "
             f"one above 0, such as 969,30,1"

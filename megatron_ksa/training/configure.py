@@ -41,7 +41,9 @@ def parse_flags() -> argparse.Namespace:
     Raises:
         UsageError: flags that are refused by themselves.
     """
-    args = parse_args()
+    # --yaml-cfg is read here, before it can be refused.
+    with megatron_refusals(argparse.Namespace()):
+        args = parse_args()
     check_flags(args, with_ksa=False)
     check_run(args)
     return args

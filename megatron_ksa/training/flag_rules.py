@@ -82,6 +82,15 @@ def check_run(args: argparse.Namespace) -> None:
     if args.save is not None and (args.save_interval is None or args.save_interval < 1):
         given = "is missing" if args.save_interval is None else f"is {args.save_interval}"
         raise UsageError(f"--save {args.save} needs the number of iterations between saves: --save-interval {given}")
+    if args.wandb_project and args.save is None and not args.wandb_save_dir:
+        raise UsageError(f"--wandb-project {args.wandb_project} needs a folder: give --wandb-save-dir, or --save")
+    rejected = args.result_rejected_tracker_filename
+    if rejected and not Path(rejected).parent.is_dir():
+        raise UsageError(f"--result-rejected-tracker-filename {rejected}: {Path(rejected).parent} is no folder")
+    if args.phase_transition_iterations and args.train_samples is None:
+        raise UsageError("--phase-transition-iterations goes with --train-samples: give that in place of --train-iters")
+    if args.dataloader_type == "external":
+        raise UsageError("--dataloader-type external is for data of another program: use single or cyclic")
     logits = args.logits_load_dir
     if logits is not None and "://" not in logits and not any(Path(logits).glob("*.tar")):
         raise UsageError(f"--logits-load-dir {logits}: no .tar files that --logits-save-dir writes are there")

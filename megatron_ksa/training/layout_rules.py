@@ -12,7 +12,8 @@ SIZES = (
     "context_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
     "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage",
     "train_iters", "train_samples", "eval_interval", "log_interval", "tensorboard_log_interval", "vocab_size",
-    "make_vocab_size_divisible_by", "rotary_base", "moe_router_topk",
+    "make_vocab_size_divisible_by", "rotary_base", "moe_router_topk", "exit_interval", "exit_duration_in_mins",
+    "distributed_timeout_minutes", "check_weight_hash_across_dp_replicas_interval",
 )  # fmt: skip
 # Megatron keeps sizes as 32-bit integers here and there; layers and heads have lists with an entry each.
 LARGEST, LARGEST_COUNT = 2**31 - 1, MAX_ENTRIES

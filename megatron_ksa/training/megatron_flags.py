@@ -56,7 +56,7 @@ WORKS = _flags("""
     --fp32-residual-connection --freeze-all-layers --fsdp-db-use-persist-buf-on-alloc-fail --fsdp-double-buffer
     --fsdp-manual-registration --ft-num-warmup-iters --full-validation --global-batch-size --glu-linear-offset
     --gpu-sniff-test-interval --grad-reduce-in-bf16 --group-query-attention --hidden-dropout --hidden-size
-    --high-priority-stream-groups --hysteresis --inference-rng-tracker --init-method-std --init-method-xavier-uniform
+    --high-priority-stream-groups --hysteresis --inference-rng-tracker --init-method-std
     --initial-loss-scale --iterations-to-skip --kv-channels --lion-beta1 --lion-beta2 --load
     --load-main-params-from-ckpt --local-rank --log-device-memory-used --log-energy --log-interval
     --log-memory-interval --log-memory-to-tensorboard --log-num-zeros-in-grad --log-params-norm --log-progress
@@ -334,6 +334,7 @@ NEVER = (
     ),  # fmt: skip
     Refused("Megatron 0.19.2 reads it nowhere: use --step-batch-size-schedule", "--rampup-batch-size"),
     Refused("Megatron 0.19.2 reads it nowhere: use --attention-backend flash", "--use-flash-attn"),
+    Refused("Megatron 0.19.2 fails with it: use --init-method-std", "--init-method-xavier-uniform"),
     Refused(
         "Megatron 0.19.2 reads it nowhere: --exit-signal-handler is for the loading processes too",
         "--exit-signal-handler-for-dataloader",

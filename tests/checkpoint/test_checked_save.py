@@ -29,3 +29,9 @@ def test_errors_of_the_disk_are_one_line(wrap, tmp_path):
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(ZeroDivisionError):
         checked_save(failing(ZeroDivisionError()), argparse.Namespace(save=str(tmp_path)))(7)
+
+
+def test_without_a_folder_nothing_is_saved(capsys):
+    """Where the loss was not finite Megatron saved, without --save too, and the run ended in a TypeError of a path."""
+    checked_save(failing(ZeroDivisionError()), argparse.Namespace(save=None))(7)
+    assert "iteration 7: the trainer ends here; nothing is kept, --save is not given" in capsys.readouterr().out

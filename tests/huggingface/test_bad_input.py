@@ -58,11 +58,15 @@ def test_tensors(change, message, source, tmp_path):
     [
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported, only llama, qwen2, qwen3, megatron_ksa"),
         ({"num_hidden_layers": 2, "layer_types": None}, "has the tensor model.layers.2"),
+        # Lists with an entry a layer filled the memory.
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, at most 10,000 are supported"),
         ({"intermediate_size": 64}, r"gate_proj.weight has shape \(48, 32\), its config.json says \(64, 32\)"),
         ({"hidden_size": "32"}, "hidden_size is '32', a positive integer is needed"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),
         ({"attention_bias": True}, "attention_bias is True, only False is supported"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
+        # To the transformers library a model in which each token sees the whole sequence.
+        ({"is_causal": False}, "is_causal is False, only True is supported"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}},
             "rope_type of rope_parameters is 'yarn', only default, linear and llama3 are supported",

@@ -59,6 +59,15 @@ def test_pickled_weights_beside_safetensors_are_left_out(folder):
     assert ShardReader(folder).left_out == ["pytorch_model.bin"]
 
 
+def test_an_adapter_is_named(folder):
+    """An adapter was left out without a word, and one alone in its folder was not mentioned."""
+    shutil.copy(folder / SINGLE, folder / "adapter_model.safetensors")
+    assert ShardReader(folder).left_out == ["adapter_model.safetensors"]
+    (folder / SINGLE).unlink()
+    with pytest.raises(UsageError, match="holds no .safetensors file, only an adapter: merge it into its model first"):
+        ShardReader(folder)
+
+
 def test_the_index_of_the_usual_name_wins(folder):
     tensors = split(folder, "model", INDEX)
     split(folder, "fp16", "model.fp16.safetensors.index.json", add=1.0)

@@ -226,3 +226,12 @@ def test_exit_code_is_2_and_help_lists_the_flags():
     assert shown.returncode == 0
     for text in ("\nKSA:", "\nHARPE:", "--ksa-window-chunks", "--harpe-bases", "harpe}"):
         assert text in shown.stdout
+
+
+@pytest.mark.parametrize("flags", ["--exit-signal SIGFOO", "--attention-backend quick"])
+def test_names_that_a_flag_does_not_have_are_refused(monkeypatch, capsys, flags):
+    """They ended in a KeyError of Megatron's enumeration."""
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, flags)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: argument {flags.split()[0]}: '{flags.split()[1]}' is none of " in said

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ksa.errors import UsageError
@@ -101,13 +102,19 @@ def test_a_file_of_other_bytes_is_refused(tmp_path):
         blends_from_args(flags(data_args_path=str(tmp_path / "blend")))
 
 
-@pytest.mark.parametrize("split", [None, "969, 30, 1", "100,0,0", "1", "0.9,.1", "1e2,0,0"])
-def test_good_splits(split):
+@pytest.mark.parametrize("split", ["969, 30, 1", "100,0,0", "1", "0.9,.1", "+5,5.,0"])
+def test_good_splits_are_read_alike_by_megatron(split):
     check_split(split)
+    shares = [float(part) for part in split.split(",")]
+    found = parse_and_normalize_split(split)
+    assert found == pytest.approx([share / sum(shares) for share in [*shares, 0, 0][:3]])
 
 
-@pytest.mark.parametrize("split", ["", "-1,1,0", "90,abc5,5", "0,0,0", "1,2,3,4", "1;2", "nan,1,1", "1,,2", "1e999"])
+@pytest.mark.parametrize("split", [
+    "", "-1,1,0", "90,abc5,5", "0,0,0", "1,2,3,4", "1;2", "nan,1,1", "1,,2", "1e999", "1e2,1", "9e-1,1e-1",
+    "\u0669,\u0661",
+])  # fmt: skip
 def test_bad_splits_are_refused(split):
-    """Megatron takes the digits that it finds: `90,abc5,5` was 90,5,5 and `-1,1,0` was 1,1,0."""
+    """Megatron takes the digits that it finds: `90,abc5,5` was 90,5,5 and `-1,1,0` was 1,1,0, and `1e2,1` is 1,2,1."""
     with pytest.raises(UsageError, match="--split .*: give up to three numbers of 0 or more"):
         check_split(split)

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from test_duplicates import CASES, WORDS, chat, write_records
 
-from megatron_ksa.data_tools.tags.decontaminate import DecontaminationSettings, contaminated_lines, decontaminate
+from megatron_ksa.data_tools.tags.decontaminate import (
+    DecontaminationSettings,
+    contaminated_lines,
+    decontaminate,
+    read_questions,
+)
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tokenizers import write_byte_level
@@ -196,3 +201,18 @@ def test_a_target_keeps_its_copies(tmp_path, call):
     (tmp_path / "target.jsonl").write_text("\n".join([*lines, *lines[:2], lines[0].replace("has", "had")]) + "\n")
     run(call, tmp_path / "work", "--target", tmp_path / "target.jsonl", "--id-field", "none")
     assert (tmp_path / "work" / "target" / "duplicates.jsonl").read_text() == ""
+
+
+def test_evaluations_that_are_not_compared_are_listed(tmp_path, call):
+    """Records that cannot be read, or are too short, were counted only, and an empty file was no mistake."""
+    write_byte_level(tmp_path / "tokenizer")
+    lines = (CASES / "target.jsonl").read_text().splitlines()
+    (tmp_path / "some.jsonl").write_text("\n".join([lines[0], "{bad", '{"text": "two words"}']) + "\n")
+    run(call, tmp_path / "work", "--decontaminate", tmp_path / "some.jsonl")
+    listed = list(read_jsonl(tmp_path / "work" / "evaluation_skipped.jsonl"))
+    assert [(each["origin"].rpartition(":")[2], each["reason"]) for each in listed] == [
+        ("2", "unreadable"), ("3", "too_short"),
+    ]  # fmt: skip
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UsageError, match="--decontaminate .*empty.jsonl: no record that can be used"):
+        read_questions(None, [tmp_path / "empty.jsonl"])
