@@ -140,6 +140,16 @@ def check_ids(prefix: str, vocabulary: int, most: int | None = None) -> None:
         )
 
 
+def check_prefix(prefix: str) -> None:
+    """Check a prefix to write a dataset under.
+
+    Raises:
+        UsageError: a folder, in which the files would have no name but their suffix.
+    """
+    if prefix.endswith("/") or not Path(prefix).name:
+        raise UsageError(f"--output-prefix {prefix} is a folder: add what the files' names begin with, as {prefix}text")
+
+
 def loss_mask_prefix(prefix: str) -> str:
     """Name of the dataset that tells which tokens of `prefix` count in the loss."""
     return f"{prefix}_loss_mask"

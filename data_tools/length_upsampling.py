@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_ksa.data_tools.indexed import (
     IndexedDatasetWriter,
     check_indexed_dataset,
+    check_prefix,
     loss_mask_prefix,
     sequence_lengths,
 )
@@ -100,6 +101,7 @@ def upsample(
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    check_prefix(output_prefix)
     prefixes = [(prefix, output_prefix)]
     check_indexed_dataset(prefix)
     if Path(f"{loss_mask_prefix(prefix)}.idx").is_file():

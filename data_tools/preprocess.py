@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_ksa.data_tools.documents import INVALID_UTF8, BadDocument, RawDocument, decoded, json_object
-from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
+from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_prefix, loss_mask_prefix
 from megatron_ksa.data_tools.readers import read_documents
 from megatron_ksa.data_tools.released import is_released, open_released, released_documents
 from megatron_ksa.data_tools.skipped import SkipLog
@@ -213,6 +213,7 @@ def preprocess(settings: PreprocessSettings) -> PreprocessCounts:
         UsageError: a bad document (file and line named) without `skip_bad_lines`, an output that exists or that another
             run writes, a tokenizer without an end of document where one is needed, no tokens, a full disk.
     """
+    check_prefix(settings.output_prefix)
     tokenizer = load_tokenizer(settings.tokenizer_model)
     if settings.append_eod:
         _ = tokenizer.end_of_document  # refused before anything is written

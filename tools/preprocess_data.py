@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from megatron_ksa.data_tools.readers import input_files, passed_over
 from megatron_ksa.data_tools.released import SUFFIX
-from megatron_ksa.data_tools.tokenizers import load_tokenizer
+from megatron_ksa.data_tools.tokenizers import changed_texts, load_tokenizer
 from megatron_ksa.errors import UsageError, usage_errors_exit
 
 
@@ -72,12 +72,15 @@ def main() -> None:
             max_document_bytes=args.max_document_bytes,
         )
         counts = preprocess(settings)
+        tokenizer = load_tokenizer(args.tokenizer_model)
+        if changed := changed_texts(tokenizer):
+            print(f"note: this tokenizer changes texts: {changed}")
         unknown = f", {counts.unknown_tokens:,} of them unknown to the tokenizer" if counts.unknown_tokens else ""
         listed = f", listed in {counts.listed}" if counts.listed else ""
         print(
             f"{args.output_prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens{unknown}; "
             f"left out: {counts.empty:,} empty, {counts.bad:,} bad{listed}\n"
-            f"train with: --data-path {args.output_prefix} {load_tokenizer(args.tokenizer_model).training_flags}"
+            f"train with: --data-path {args.output_prefix} {tokenizer.training_flags}"
         )
 
 

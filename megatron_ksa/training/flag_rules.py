@@ -1,6 +1,7 @@
 """Flags of Megatron that are refused by name, and rules between flags for which Megatron has assertions alone."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -12,6 +13,12 @@ from megatron_ksa.platform.defaults import importable
 from megatron_ksa.training.blend import check_split
 from megatron_ksa.training.given import given_names
 from megatron_ksa.training.megatron_flags import NEVER, WITHOUT_KSA, Refused
+
+# Megatron takes any number for these, and trains on with what makes no sense.
+NOT_NEGATIVE = (
+    "init_method_std", "lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction",
+    "clip_grad", "weight_decay", "adam_eps",
+)  # fmt: skip
 
 
 def check_flags(args: argparse.Namespace, with_ksa: bool) -> None:
@@ -105,8 +112,10 @@ def check_run(args: argparse.Namespace) -> None:
         raise UsageError(f"--load {args.load} is no folder")
     if not 0 < args.rotary_percent <= 1:
         raise UsageError(f"--rotary-percent {args.rotary_percent:g}: a share above 0, at most 1")
-    if args.init_method_std < 0:
-        raise UsageError(f"--init-method-std {args.init_method_std:g}: at least 0")
+    for name in NOT_NEGATIVE:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} {value:g}: a number of at least 0 is needed")
     _check_machine(args)
 
 

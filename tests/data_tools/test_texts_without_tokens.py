@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from run_tool import run_tool
+from run_tool import refusal, run_tool
 from tokenizer_files import byte_level_tokenizer
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_ksa.data_tools.plain_encoding import ContentError, NoTokenError
 from megatron_ksa.data_tools.tags.whole_text import WholeText
-from megatron_ksa.data_tools.tokenizers import load_tokenizer
+from megatron_ksa.data_tools.tokenizers import changed_texts, load_tokenizer, write_byte_level
 
 VOCABULARY = {"a": 0, "b": 1, "</s>": 2}
 UNIGRAM = [("a", -1.0), ("b", -1.0), ("</s>", -3.0)]
@@ -86,3 +86,26 @@ def test_dropout_of_bpe_is_off(tmp_path):
     tokenizer = load_tokenizer(str(saved(tmp_path / "t", models.BPE(vocab=vocabulary, merges=merges, dropout=0.5))))
     assert tokenizer.encode_content("a" * 40) == tokenizer.encode("a" * 40) == [4] * 10
     assert WholeText(tokenizer).encode("a" * 40).ids.tolist() == [4] * 10
+
+
+def test_a_tokenizer_that_changes_texts_is_said_to(tmp_path):
+    """A normaliser lowered capitals without a word."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "\u2581": 2, "</s>": 3}, merges=[]))
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Lowercase(), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "t")
+    assert changed_texts(load_tokenizer(str(tmp_path / "t"))) == "capitals"
+    (tmp_path / "in.jsonl").write_text('{"text": "AB"}\n')
+    files = ("--input", tmp_path / "in.jsonl", "--tokenizer-model", tmp_path / "t")
+    done = run_tool("preprocess_data.py", *files, "--output-prefix", tmp_path / "o")
+    assert "note: this tokenizer changes texts: capitals" in done.stdout
+    write_byte_level(tmp_path / "bytes")
+    assert changed_texts(load_tokenizer(str(tmp_path / "bytes"))) == ""
+
+
+def test_a_folder_is_no_prefix(tmp_path):
+    """Its files were hidden ones, `.bin` and `.idx`."""
+    write_byte_level(tmp_path / "t")
+    (tmp_path / "in.jsonl").write_text('{"text": "AB"}\n')
+    files = ("--input", tmp_path / "in.jsonl", "--tokenizer-model", tmp_path / "t")
+    done = run_tool("preprocess_data.py", *files, "--output-prefix", f"{tmp_path}/")
+    assert "is a folder: add what the files' names begin with" in refusal(done)

@@ -110,7 +110,7 @@ RUNS = {
     "log every 0": ("--train-iters 2 --log-interval 0", r"--log-interval is 0"),
     "padding to 0": ("--train-iters 2 --make-vocab-size-divisible-by 0", r"--make-vocab-size-divisible-by is 0"),
     "no words": ("--train-iters 2 --vocab-size 0", r"--vocab-size is 0"),
-    "negative deviation": ("--train-iters 2 --init-method-std -1", r"--init-method-std -1: at least 0"),
+    "negative deviation": ("--train-iters 2 --init-method-std -1", r"--init-method-std -1: a number of at least 0"),
     "groups without KSA": (f"{PLAIN} --num-query-groups 3", r"--num-query-groups 3 does not divide --num-att"),
     "ranks without KSA": (f"{PLAIN} --tensor-model-parallel-size 2", r"1 processes do not divide into --tensor-model"),
     "odd channels": (f"{PLAIN} --kv-channels 7", r"--kv-channels 7: channels are rotated in pairs"),
@@ -151,6 +151,8 @@ RUNS = {
     ),
     "no GPU to profile": ("--train-iters 2 --profile", r"--profile marks a range .* add --use-pytorch-profiler"),
     "model of nothing": ("--train-iters 2 --use-checkpoint-args --load {folder}/none", r"--load .*/none has none"),
+    "negative warm-up": ("--train-iters 2 --lr-warmup-iters=-1", r"--lr-warmup-iters -1: a number of at least 0"),
+    "clip at nothing": ("--train-iters 2 --clip-grad nan", r"--clip-grad nan: a number of at least 0 is needed"),
     "no tokenizer": (
         "--train-iters 2 --tokenizer-type SentencePieceTokenizer", r"Tokenizer path must be specified",
     ),
