@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # The first rank of a node prints an error that all of its ranks meet. The others wait this many seconds for torchrun to
 # end them, and then print it themselves.
@@ -31,7 +31,8 @@ def usage_errors_exit() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Names of files and fields need not be UTF-8.
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # it was redirected below Python, and has no place to go back to
+                stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UsageError as error:

@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # tests/compare.py and tests/trainer.py are shared by every folder of tests.
@@ -9,7 +10,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 from docstrings_once import read_docstrings_once  # noqa: E402
-from groups import group  # noqa: E402
+from groups import group, place  # noqa: E402
+
+# The same examples in every run; HYPOTHESIS_PROFILE=default looks for others.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Triton chooses between compiler and interpreter when it is imported; without a GPU kernels are interpreted.
 if not torch.cuda.is_available():
@@ -33,9 +38,9 @@ def pytest_make_parametrize_id(val, argname):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Workers take groups in the order of collection (`--no-loadscope-reorder`): the group of ranks first."""
+    """Workers take groups in the order of collection (`--no-loadscope-reorder`): the longest first."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: group(item.path) != "world")
+        items.sort(key=lambda item: place(item.path))
 
 
 def pytest_collection_finish(session):

@@ -17,8 +17,6 @@ WORLD = frozenset(
     huggingface/test_trainer.py
     model/test_chunked_loss.py
     model/test_gpt_ranks.py
-    slurm/test_job.py
-    slurm/test_torchrun.py
     test_errors.py
     test_missing_ranks.py
     tools/test_plan_cluster.py
@@ -34,8 +32,19 @@ WORLD = frozenset(
     """.split()
 )
 
+# Modules that start Slurm's daemons, which wait most of the time: another worker has room for them.
+SLURM = frozenset({"slurm/test_job.py", "slurm/test_torchrun.py"})
+# What takes longest comes first.
+ORDER = ("world", "slurm")
+
 
 def group(module: Path) -> str:
-    """`world` for a module of WORLD; any other module is a group of its own, so that its fixtures are made once."""
+    """`world` for a module of WORLD, `slurm` for one of SLURM; any other module is a group of its own, so that its fixtures are made once."""
     name = os.path.relpath(module, TESTS)
-    return "world" if name in WORLD else name
+    return "world" if name in WORLD else "slurm" if name in SLURM else name
+
+
+def place(module: Path) -> int:
+    """Where a module's group stands in the order in which workers take groups."""
+    name = group(module)
+    return ORDER.index(name) if name in ORDER else len(ORDER)

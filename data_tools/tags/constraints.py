@@ -5,6 +5,7 @@ lazy evaluation holds. With quotas of sources alone, in instances, the value is 
 partition matroid, Fisher et al. 1978).
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from megatron_ksa.errors import UsageError
 from megatron_ksa.files import LIST_BYTES, read_small
 
 KINDS = ("source", "branch")
+# Characters of a value that a message repeats.
+SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ def parse_bounds(flag: str, text: str) -> list[Bound]:
             amount = -1.0
         if kind not in KINDS or not name or not 0 <= amount < float("inf") or (is_share and amount > 1):
             raise UsageError(
-                f"{flag} {part}: give source:NAME=AMOUNT or branch:NAME=AMOUNT, a number or a share of the budget (5%)"
+                f"{flag} {part[:SHOWN]}: give source:NAME=AMOUNT or branch:NAME=AMOUNT, a number or a share (5%)"
             )
         if any((bound.kind, bound.name) == (kind, name) for bound in found):
-            raise UsageError(f"{flag} {part}: {kind} {name} is given twice")
+            raise UsageError(f"{flag} {part[:SHOWN]}: {kind} {name[:SHOWN]} is given twice")
         found.append(Bound(flag, kind, name, amount, is_share))
     return found
 
@@ -78,8 +81,9 @@ class ConstraintSettings:
     def __post_init__(self) -> None:
         parse_bounds("--quota", self.quota)
         parse_bounds("--floor", self.floor)
-        if self.always is not None and not Path(self.always).is_file():
-            raise UsageError(f"--always {self.always}: no such file")
+        # Path.is_file raises for a name that is too long.
+        if self.always is not None and not os.path.isfile(self.always):
+            raise UsageError(f"--always {self.always[:SHOWN]}: no such file")
 
     @property
     def bounds(self) -> list[Bound]:

@@ -45,6 +45,7 @@ def test_report_takes_its_place_and_nothing_is_measured_twice(measured):
     assert page.count("| 64 | KSA |") == 2 and "==" not in second
 
 
+@pytest.mark.long
 def test_distillation_is_measured_against_the_plain_step(tmp_path):
     """The teacher's pass is a part of its own, and its work counts."""
     out = tmp_path / "results.json"

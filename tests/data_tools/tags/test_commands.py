@@ -68,4 +68,6 @@ def test_mistakes_cost_one_line(tmp_path, call, arguments, message):
     before = sorted(path.name for path in work.iterdir())
     code, _, error = call(arguments[0], "--work", work, *arguments[1:])
     assert code == 2 and message in error
-    assert set(path.name for path in work.iterdir()) - set(before) <= {".digests.json", "manifest.json"}
+    assert set(path.name for path in work.iterdir()) - set(before) <= {
+        ".digests.json", "evaluation_skipped.jsonl", "manifest.json"
+    }  # fmt: skip
