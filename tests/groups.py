@@ -39,7 +39,10 @@ ORDER = ("world", "slurm")
 
 
 def group(module: Path) -> str:
-    """`world` for a module of WORLD, `slurm` for one of SLURM; any other module is a group of its own, so that its fixtures are made once."""
+    """`world` for a module of WORLD, `slurm` for one of SLURM.
+
+    Any other module is a group of its own, so that its fixtures are made once.
+    """
     name = os.path.relpath(module, TESTS)
     return "world" if name in WORLD else "slurm" if name in SLURM else name
 
