@@ -1,5 +1,6 @@
 """Encoding with a `tokenizer.json` in which no part of a text is left out and nothing is left to chance."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,3 +51,22 @@ def plain_encoding(tokenizer: "Tokenizer", text: str) -> "Encoding":
         return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # the library has no kind of its own
         raise NoTokenError(error) from None
+
+
+# What normalisers are known to change.
+_PROBES = {
+    "capitals": "Ab", "newlines": "a\nb", "spaces in a row": "a  b", "spaces at the ends": " a ", "ligatures": "\ufb01",
+    "composed letters": "e\u0301",
+}  # fmt: skip
+
+
+def changed_texts(encode: Callable[[str], Sequence[int]], decode: Callable[[list[int]], str]) -> str:
+    """What does not come back from the tokens of a text, in words: what the tokenizer's normaliser changes or drops."""
+    found = []
+    for name, text in _PROBES.items():
+        try:
+            if decode(list(encode(text))) != text:
+                found.append(name)
+        except ContentError:  # such a document is refused
+            continue
+    return ", ".join(found)

@@ -328,25 +328,6 @@ def load_tokenizer(model: str) -> Tokenizer:
     raise UsageError(f"--tokenizer-model {model}: no such file or folder; tools/train_tokenizer.py makes one")
 
 
-# What normalisers are known to change.
-_PROBES = {
-    "capitals": "Ab", "newlines": "a\nb", "spaces in a row": "a  b", "spaces at the ends": " a ", "ligatures": "\ufb01",
-    "composed letters": "e\u0301",
-}  # fmt: skip
-
-
-def changed_texts(tokenizer: Tokenizer) -> str:
-    """What does not come back from the tokens of a text, in words: what the tokenizer's normaliser changes or drops."""
-    found = []
-    for name, text in _PROBES.items():
-        try:
-            if tokenizer.decode(list(tokenizer.encode_content(text))) != text:
-                found.append(name)
-        except ContentError:  # such a document is refused
-            continue
-    return ", ".join(found)
-
-
 def write_byte_level(folder: Path) -> None:
     """Write a tokenizer whose tokens are the 256 bytes and an end of document, as a Hugging Face folder."""
     from tokenizers import Tokenizer as FastTokenizer

@@ -4,11 +4,10 @@
 pass over `tokenizer.model`, `vocab.json` and `added_tokens.json` beside it.
 """
 
-import json
 from pathlib import Path
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.files import read_small
+from megatron_ksa.files import read_json
 
 TOKENIZER = "tokenizer.json"
 # The largest tokenizer.json that is published has 35 MB.
@@ -26,7 +25,7 @@ def token_ids(folder: Path, flag: str) -> dict[str, int] | None:
     """
     if not (folder / TOKENIZER).is_file():
         return None
-    whole = _read_json(folder / TOKENIZER, flag)
+    whole = read_json(folder / TOKENIZER, flag, MAX_BYTES)
     model, added = whole.get("model"), whole.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
     try:
@@ -40,16 +39,6 @@ def token_ids(folder: Path, flag: str) -> dict[str, int] | None:
         raise UsageError(f"{flag} {folder / TOKENIZER} is no tokenizer: ids are integers")
     _compare(folder, tokens, set(special.values()), flag)
     return tokens
-
-
-def _read_json(path: Path, flag: str) -> dict:
-    try:
-        found = json.loads(read_small(path, flag, MAX_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{flag} {path} cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{flag} {path} holds no JSON object")
-    return found
 
 
 def _compare(folder: Path, tokens: dict[str, int], renamed: set[int], flag: str) -> None:
@@ -71,7 +60,7 @@ def _compare(folder: Path, tokens: dict[str, int], renamed: set[int], flag: str)
 
 
 def _vocabulary(path: Path, flag: str) -> dict[str, int]:
-    return _read_json(path, flag)
+    return read_json(path, flag, MAX_BYTES)
 
 
 def _pieces(path: Path, flag: str) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, errors of the disk in one line, small files read in bounds."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from megatron_ksa.errors import UsageError
 
 # A list of bases, a file of flags: larger ones are a mistake (a dataset, /dev/zero).
 SMALL_FILE_BYTES = 1_000_000
+# The index of the largest models has some megabytes.
+MAX_JSON_BYTES = 100_000_000
 
 # A list of datasets, an index of shards, a work folder's manifest: as many megabytes as there are files, and no more.
 LIST_BYTES = 1 << 28
@@ -160,3 +163,23 @@ def read_small(path: Path, flag: str = "", limit: int = SMALL_FILE_BYTES) -> str
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def read_json(path: Path, flag: str = "", limit: int = MAX_JSON_BYTES) -> dict:
+    """A JSON object from a file.
+
+    Args:
+        flag: what named the file, for errors.
+        limit: bytes, as for `read_small`.
+
+    Raises:
+        UsageError: a file that is missing, larger or broken.
+    """
+    name = f"{flag} {path}".strip()
+    try:
+        content = json.loads(read_small(path, flag, limit))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{name} holds no JSON object")
+    return content

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.files import read_small
-from megatron_ksa.huggingface.config_json import read_json
+from megatron_ksa.files import read_json, read_small
 
 
 def test_endless_files_do_not_fill_the_memory():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,14 @@ def _server() -> subprocess.Popen:
     return server
 
 
+def _script(script: str | Path, arguments: tuple, environment: Mapping[str, str], out: Path, error: Path) -> dict:
+    """What the server is asked to run; `script` is absolute, or below the repository's root."""
+    return {
+        "script": str(ROOT / script), "arguments": [str(argument) for argument in arguments], "folder": str(ROOT),
+        "environment": dict(environment), "ranks": 0, "out": str(out), "error": str(error),
+    }  # fmt: skip
+
+
 def _ask(request: dict) -> object:
     server = _server()
     server.stdin.write(json.dumps(request) + "\n")
@@ -60,10 +69,7 @@ class Started:
     """
 
     def __init__(self, script: Path, *arguments: object, log: Path, environment: dict[str, str]) -> None:
-        self.pid = _ask({
-            "script": str(script), "arguments": [str(argument) for argument in arguments], "environment": environment,
-            "folder": str(ROOT), "ranks": 0, "out": str(log), "error": str(log), "session": True,
-        })  # fmt: skip
+        self.pid = _ask(_script(script, arguments, environment, log, log) | {"session": True})
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
@@ -92,26 +98,18 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
-def run_script(
-    script: str | Path, *arguments: object, ranks: int = 0, folder: Path = ROOT, environment: dict | None = None
-) -> Done:
+def run_script(script: str | Path, *arguments: object, ranks: int = 0) -> Done:
     """Run a Python script in a fork, or in several that are the ranks of one world.
 
     Args:
         script: absolute, or below the repository's root.
         ranks: 0 for one process that no launcher has started.
-        folder: working directory.
-        environment: of the processes, in place of this one's.
     """
-    values = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if ranks:
-        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as printed:
         out, error = Path(printed) / "out", Path(printed) / "error"
-        request = {
-            "script": str(ROOT / script), "arguments": [str(argument) for argument in arguments], "environment": values,
-            "folder": str(folder), "ranks": ranks, "out": str(out), "error": str(error),
-        }  # fmt: skip
-        codes, first = _ask(request)
+        codes, first = _ask(_script(script, arguments, environment, out, error) | {"ranks": ranks})
         texts = [path.read_text(errors="replace") for path in (out, error)]
     return Done(0 if first is None else codes[first], codes, *texts)

@@ -14,9 +14,10 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
+from megatron_ksa.data_tools.plain_encoding import changed_texts
 from megatron_ksa.data_tools.readers import input_files, passed_over
 from megatron_ksa.data_tools.released import SUFFIX
-from megatron_ksa.data_tools.tokenizers import changed_texts, load_tokenizer
+from megatron_ksa.data_tools.tokenizers import load_tokenizer
 from megatron_ksa.errors import UsageError, usage_errors_exit
 
 
@@ -73,7 +74,7 @@ def main() -> None:
         )
         counts = preprocess(settings)
         tokenizer = load_tokenizer(args.tokenizer_model)
-        if changed := changed_texts(tokenizer):
+        if changed := changed_texts(tokenizer.encode_content, tokenizer.decode):
             print(f"note: this tokenizer changes texts: {changed}")
         unknown = f", {counts.unknown_tokens:,} of them unknown to the tokenizer" if counts.unknown_tokens else ""
         listed = f", listed in {counts.listed}" if counts.listed else ""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megatron_ksa.data_tools.vocabularies import token_ids
 from megatron_ksa.errors import UsageError
+from megatron_ksa.files import read_json
 from megatron_ksa.huggingface.architecture import Architecture
-from megatron_ksa.huggingface.config_json import read_json
 
 # What a tokenizer, and generation with it, need.
 FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",

@@ -9,14 +9,13 @@
 | this project's | megatron_ksa | any of these together, HARPE's bases; comes with a modelling file |
 """
 
-import json
 import math
 from pathlib import Path
 
 from megatron_ksa.config.ksa import KSAConfig, LayerKind
 from megatron_ksa.config.patterns import parse_integers
 from megatron_ksa.errors import UsageError
-from megatron_ksa.files import read_small
+from megatron_ksa.files import read_json
 from megatron_ksa.huggingface.architecture import Architecture
 from megatron_ksa.huggingface.fields import REQUIRED, Fields
 from megatron_ksa.huggingface.rotary_json import read_own_rotary, read_rotary, rotary_settings
@@ -53,23 +52,6 @@ FIXED = {
 MAX_LAYERS = 10_000
 # Chunks of a window over the whole sequence, longer than any.
 EVERYTHING = 2**30
-# The index of the largest models has some megabytes.
-MAX_JSON_BYTES = 100_000_000
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
-
-    Raises:
-        UsageError: a file that is missing or broken.
-    """
-    try:
-        content = json.loads(read_small(path, limit=MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no JSON object")
-    return content
 
 
 def read_config(folder: Path, seq_length: int | None = None) -> Architecture:

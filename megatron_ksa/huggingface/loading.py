@@ -6,7 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.huggingface.config_json import OWN_MODEL_TYPE, read_json
+from megatron_ksa.files import read_json
+from megatron_ksa.huggingface.config_json import OWN_MODEL_TYPE
 from megatron_ksa.huggingface.modeling.configuration_megatron_ksa import MegatronKSAConfig
 from megatron_ksa.huggingface.modeling.modeling_megatron_ksa import MegatronKSAForCausalLM
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.huggingface.config_json import read_json
+from megatron_ksa.files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"

@@ -4,7 +4,6 @@ Import this after `platform.prepare_platform`.
 """
 
 import contextlib
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from megatron_ksa.checkpoint.load import TRACKER, StoredCheckpoint, find_checkpoint, load_model
 from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
-from megatron_ksa.files import writing
+from megatron_ksa.files import read_json, writing
 from megatron_ksa.model.gpt import KSAGPTModel
 
 
@@ -43,10 +42,7 @@ def _end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
         found.append(tokenizer.end_of_document)
     path = folder / "generation_config.json"
     if path.is_file():
-        try:
-            given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-        except (OSError, ValueError, AttributeError) as error:
-            raise UsageError(f"{path} cannot be read: {error}") from None
+        given = read_json(path).get("eos_token_id") or []
         found += given if isinstance(given, list) else [given]
     return tuple(dict.fromkeys(found))
 

@@ -34,6 +34,9 @@ from megatron_ksa.upstream import checkpoint_sums, dataset_reads, flops, save_pr
 from megatron_ksa.upstream.patches import Patch
 from megatron_ksa.upstream.trainer import FINALIZE_SAVE, LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAINING_LOG
 
+# Of each dataset: ids of another tokenizer show among so many.
+SAMPLED_TOKENS = 1_000_000
+
 
 def parse_flags() -> argparse.Namespace:
     """The command line, before anything on a disk is looked at.
@@ -83,9 +86,10 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     with megatron_refusals(args, (*REFUSALS, RuntimeError, ImportError)):
         validate_args(args)
         set_global_variables(args)
-    if settings.data.check_token_ids and args.rank == 0:
+    # The tokenizer has told the rows of the embedding; training would end in an index error.
+    if args.rank == 0 and args.padded_vocab_size is not None:
         for prefix in prefixes:
-            check_ids(prefix, args.padded_vocab_size)
+            check_ids(prefix, args.padded_vocab_size, None if settings.data.check_token_ids else SAMPLED_TOKENS)
     adapt_trainer(args, settings)
     return settings
 

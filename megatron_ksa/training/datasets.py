@@ -12,15 +12,11 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetC
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_ksa.config.data import DataConfig
-from megatron_ksa.data_tools.indexed import check_ids
 from megatron_ksa.data_tools.loss_masks import ResponseLossDataset
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import LIST_BYTES, read_small
-from megatron_ksa.training.blend import blends_from_args, dataset_prefixes
+from megatron_ksa.training.blend import blends_from_args
 from megatron_ksa.training.refusals import megatron_refusals
-
-# Of each dataset: ids of another tokenizer show among so many.
-SAMPLED_TOKENS = 1_000_000
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -88,17 +84,6 @@ def dataset_class(args: argparse.Namespace, data: DataConfig) -> type[GPTDataset
     return ResponseLossDataset if data.response_loss_only else GPTDataset
 
 
-def check_first_ids(args: argparse.Namespace) -> None:
-    """Compare what each dataset begins with to the rows of the embedding, which a built tokenizer has told.
-
-    Raises:
-        UsageError: a dataset of another vocabulary; training would end in an index error.
-    """
-    if args.padded_vocab_size is not None:
-        for prefix in dataset_prefixes(args):
-            check_ids(prefix, args.padded_vocab_size, SAMPLED_TOKENS)
-
-
 class DatasetProvider:
     """Builds the train, validation and test datasets on the ranks that read them; called by `pretrain`."""
 
@@ -115,10 +100,8 @@ class DatasetProvider:
         """Datasets with the given numbers of train, validation and test samples.
 
         Raises:
-            UsageError: what Megatron does not accept of the data flags or files, token ids beyond the vocabulary.
+            UsageError: what Megatron does not accept of the data flags or files.
         """
-        if self._reads_data(vp_stage):
-            check_first_ids(self.args)
         with megatron_refusals(self.args):
             builder = BlendedMegatronDatasetBuilder(
                 dataset_class(self.args, self.data),

@@ -9,9 +9,9 @@ from tokenizer_files import byte_level_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_ksa.data_tools.plain_encoding import ContentError, NoTokenError
+from megatron_ksa.data_tools.plain_encoding import ContentError, NoTokenError, changed_texts
 from megatron_ksa.data_tools.tags.whole_text import WholeText
-from megatron_ksa.data_tools.tokenizers import changed_texts, load_tokenizer, write_byte_level
+from megatron_ksa.data_tools.tokenizers import load_tokenizer, write_byte_level
 
 VOCABULARY = {"a": 0, "b": 1, "</s>": 2}
 UNIGRAM = [("a", -1.0), ("b", -1.0), ("</s>", -3.0)]
@@ -93,13 +93,15 @@ def test_a_tokenizer_that_changes_texts_is_said_to(tmp_path):
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "\u2581": 2, "</s>": 3}, merges=[]))
     tokenizer.normalizer, tokenizer.decoder = normalizers.Lowercase(), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "t")
-    assert changed_texts(load_tokenizer(str(tmp_path / "t"))) == "capitals"
+    tokenizer = load_tokenizer(str(tmp_path / "t"))
+    assert changed_texts(tokenizer.encode_content, tokenizer.decode) == "capitals"
     (tmp_path / "in.jsonl").write_text('{"text": "AB"}\n')
     files = ("--input", tmp_path / "in.jsonl", "--tokenizer-model", tmp_path / "t")
     done = run_tool("preprocess_data.py", *files, "--output-prefix", tmp_path / "o")
     assert "note: this tokenizer changes texts: capitals" in done.stdout
     write_byte_level(tmp_path / "bytes")
-    assert changed_texts(load_tokenizer(str(tmp_path / "bytes"))) == ""
+    tokenizer = load_tokenizer(str(tmp_path / "bytes"))
+    assert changed_texts(tokenizer.encode_content, tokenizer.decode) == ""
 
 
 def test_a_folder_is_no_prefix(tmp_path):
