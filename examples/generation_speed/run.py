@@ -18,12 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+from report import GIB, tables  # noqa: E402
+
 from megatron_ksa.config.ksa import KSAConfig  # noqa: E402
 from megatron_ksa.errors import UsageError, usage_errors_exit  # noqa: E402
 from megatron_ksa.files import whole_file  # noqa: E402
 from megatron_ksa.platform import prepare_platform  # noqa: E402
 
-GIB = 2**30
 # Left to activations, graphs and the allocator where as many sequences as fit are wanted.
 RESERVE_GIB = 3.0
 QWEN3_4B = dict(
@@ -189,33 +190,6 @@ def measure(model, setup: Setup, cell: dict, memory_gib: float) -> dict:
         return {"error": str(error).splitlines()[0][:200]}
 
 
-def table(runs: list[dict]) -> str:
-    """Markdown: tokens a second of both models and their ratio, then prompts."""
-    found = {(run["model"], run["kind"], run["length"], run["batch"], run["cuda_graph"]): run for run in runs}
-    lines = ["| tokens | batch | CUDA graph | hybrid, tokens/s | full, tokens/s | ratio |", "|---|---|---|---|---|---|"]
-    for kind, length, batch, graph in dict.fromkeys(key[1:] for key in found):
-        pair = [found.get((model, kind, length, batch, graph), {}) for model in ("hybrid", "full")]
-        if kind != "step" or not all("ms" in each for each in pair):
-            continue
-        rates = [each["tokens_per_second"] for each in pair]
-        counts = "/".join(dict.fromkeys(str(each["sequences"]) for each in pair))
-        lines.append(
-            f"| {length:,} | {counts} | {'yes' if graph else 'no'} | {rates[0]:,.1f} | {rates[1]:,.1f} "
-            f"| {rates[0] / rates[1]:.2f} |"
-        )
-    lines += [
-        "",
-        "| model | prompt tokens | seconds | peak over weights and state, GiB | state, GB |",
-        "|---|---|---|---|---|",
-    ]
-    for run in runs:
-        if run["kind"] == "prompt" and "seconds" in run:
-            peak = "" if run["peak_over_bytes"] is None else f"{run['peak_over_bytes'] / GIB:.2f}"
-            state = f"{run['state_bytes'] / 1e9:.2f}"
-            lines.append(f"| {run['model']} | {run['length']:,} | {run['seconds']:.2f} | {peak} | {state} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure what is missing, and write after each measurement."""
     with usage_errors_exit():
@@ -252,8 +226,8 @@ def main() -> None:
             with whole_file(out) as stream:
                 stream.write(json.dumps({"header": header(device, args.commit), "runs": runs}, indent=1) + "\n")
         with whole_file(args.out / "results.md") as stream:
-            stream.write(table(runs))
-        print(table(runs))
+            stream.write(tables(runs) + "\n")
+        print(tables(runs))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ seeds and arms have reached. What is done is not done again.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
-from report import write_report
+from report import write_beside
 
 from megatron_ksa.evaluation.corpora import write_corpus
 from megatron_ksa.evaluation.runs import Results, Runs, iterations_done
@@ -187,7 +188,6 @@ class Experiment:
         found = {"seed": seed, "arm": arm, "steps": steps, "needles": json.loads(needles.read_text())["results"],
                  "perplexity": json.loads(perplexity.read_text())["results"]}  # fmt: skip
         self.results.add(found)
-        write_report(self.results.path, args.out / "results.md")
         self.runs.tell(f"seed {seed}, {arm}, {steps} iterations: measured")
 
     def arm(self, seed: int, arm: str, rounds: int) -> None:
@@ -234,10 +234,11 @@ def main() -> None:
         work = (args.work or args.out / "work").resolve()
         hidden = ("out", "work", "jobs", "workers", "rounds", "deadline", "commit")
         settings = {key: value for key, value in vars(args).items() if key not in hidden}
-        results = Results(args.out / "results.json", settings, ("seed", "arm", "steps"), args.commit)
+        report = functools.partial(write_beside, args.out / "results.json")
+        results = Results(args.out / "results.json", settings, ("seed", "arm", "steps"), args.commit, report)
         with writing(args.out), writing(work):
             Experiment(args, work, Runs(ROOT, args.jobs), results).run()
-            print(write_report(args.out / "results.json", args.out / "results.md"))
+            print(report())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ done again.
 """
 
 import argparse
+import functools
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -23,7 +24,7 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
-from report import write_report
+from report import write_beside
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.evaluation.corpora import write_corpus
@@ -232,7 +233,6 @@ class Experiment:
                 self.runs.call(log, *words, "--checkpoint", folder, "--output", output)
             found[name] = json.loads(output.read_text(encoding="utf-8"))["results"]
         self.results.add(found)
-        write_report(self.results.path, args.out / "results.md")
         self.runs.tell(f"seed {seed}, {stage.part} {stage.arm} {stage.name}: measured")
 
     def run(self) -> None:
@@ -277,9 +277,10 @@ def main() -> None:
         work = (args.work or args.out / "work").resolve()
         hidden = ("out", "work", "jobs", "deadline", "parts", "code", "commit")
         settings = {key: value for key, value in vars(args).items() if key not in hidden} | {"code": bool(args.code)}
-        results = Results(args.out / "results.json", settings, ("part", "arm", "stage", "seed"), args.commit)
+        report = functools.partial(write_beside, args.out / "results.json")
+        results = Results(args.out / "results.json", settings, ("part", "arm", "stage", "seed"), args.commit, report)
         Experiment(args, work, Runs(ROOT, args.jobs), results).run()
-        print(write_report(args.out / "results.json", args.out / "results.md"))
+        print(report())
 
 
 if __name__ == "__main__":

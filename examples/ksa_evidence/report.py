@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.files import whole_file
 from megatron_ksa.markdown import cell, replace_section, report_command, table
 
 CHART = "needles.png"
@@ -166,18 +167,22 @@ def plot(results: dict, output: Path) -> None:
     plt.close(figure)
 
 
-def write_report(results: Path, output: Path) -> str:
-    """Write tables into the section `results` of `output`, the chart beside `results`, and the overview into docs/.
-
-    Returns:
-        The tables.
-    """
+def write_beside(results: Path) -> str:
+    """Write the tables into results.md and the chart into needles.png, both beside `results`; return the tables."""
     found = json.loads(results.read_text(encoding="utf-8"))
     text = text_of(found)
-    replace_section(output, "results", text)
-    replace_section(OVERVIEW, "ksa_evidence", overview(found))
+    with whole_file(results.with_suffix(".md")) as stream:
+        stream.write(text + "\n")
     plot(found, results.with_name(CHART))
     return text
+
+
+def write_report(results: Path, output: Path) -> None:
+    """Write tables into the section `results` of `output`, the chart beside `results`, and the overview into docs/."""
+    found = json.loads(results.read_text(encoding="utf-8"))
+    replace_section(output, "results", text_of(found))
+    replace_section(OVERVIEW, "ksa_evidence", overview(found))
+    plot(found, results.with_name(CHART))
 
 
 if __name__ == "__main__":

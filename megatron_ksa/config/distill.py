@@ -36,6 +36,10 @@ class DistillConfig:
     normalize: bool = option(
         False, "Divide each row's attention output by its root mean square before student and teacher are compared."
     )
+    offload: bool = option(
+        False, "The teacher's attention outputs wait in pinned host memory until the student's layer is there, with "
+        "activation recompute: text rows * hidden size elements of each KSA layer less on the GPU."
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in WEIGHTS:
@@ -46,6 +50,11 @@ class DistillConfig:
             raise UsageError(f"--ksa-distill-clamp is {self.clamp:g}: it must be above 0")
         if self.enabled and not any(getattr(self, name) for name in WEIGHTS):
             raise UsageError("--ksa-distill with all four weights 0 has nothing to train: give one of them a value")
+        if self.offload and not (self.enabled and self.compares_attention):
+            raise UsageError(
+                "--ksa-distill-offload keeps the teacher's attention outputs on the host, and this run compares none: "
+                "drop it, or give --ksa-distill and a weight of the attention term"
+            )
 
     @property
     def compares_attention(self) -> bool:

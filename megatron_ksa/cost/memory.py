@@ -80,6 +80,7 @@ class TrainingLayout:
         train: `summary` where all but the summary parameters are frozen. The activations are then an upper bound: what
             autograd saves for gradients of weights alone is not saved.
         distills: a teacher's outputs are compared with the student's.
+        teacher_on_host: these outputs wait in host memory (`--ksa-distill-offload`).
     """
 
     text_length: int
@@ -104,6 +105,7 @@ class TrainingLayout:
     fused_gradient: bool = False
     train: str = "all"
     distills: bool = False
+    teacher_on_host: bool = False
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:
@@ -187,10 +189,15 @@ def trained_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) ->
 
 
 def teacher_bytes(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
-    """What a stage keeps of the teacher: its final states, and of each KSA layer the term's gradient or its output."""
+    """What a stage keeps of the teacher: its final states, and of each KSA layer the term's gradient or its output.
+
+    With full recompute and `teacher_on_host` one layer's output and its copy are on the GPU at a time.
+    """
     if not layout.distills:
         return 0
     layers = sum(layer.has_summaries for layer in stage_layers(shape, layout, stage))
+    if layout.teacher_on_host and layout.recompute == "full":
+        layers = min(layers, 2)
     rows = layout.parameter_bytes * layout.rank_text * shape.hidden // layout.row_shards
     return int((layers + 1) * rows * in_flight(layout, stage))
 

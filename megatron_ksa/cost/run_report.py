@@ -35,6 +35,7 @@ def training_layout(args: argparse.Namespace, settings: RunSettings) -> Training
         loss=settings.loss,
         train=settings.train,
         distills=settings.distill.enabled and settings.distill.compares_attention,
+        teacher_on_host=settings.distill.offload,
         fused_norm=on_gpu,
         fused_swiglu=args.bias_swiglu_fusion,
         fused_attention=on_gpu,

@@ -10,7 +10,7 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -82,10 +82,17 @@ class Runs:
 
 
 class Results:
-    """A JSON file: settings, machine, and a list of measurements that are told apart by their keys."""
+    """A JSON file: settings, machine, and a list of measurements that are told apart by their keys.
 
-    def __init__(self, path: Path, settings: dict, keys: Sequence[str], commit: str | None = None) -> None:
-        self.path, self.keys = path, tuple(keys)
+    Args:
+        report: called after each measurement, by one thread at a time.
+    """
+
+    def __init__(
+        self, path: Path, settings: dict, keys: Sequence[str], commit: str | None = None,
+        report: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.path, self.keys, self._report = path, tuple(keys), report
         self._head = {"settings": settings, "machine": machine(commit)}
         self._lock = Lock()
 
@@ -98,6 +105,7 @@ class Results:
             with whole_file(self.path) as stream:
                 json.dump(self._head | {"runs": runs}, stream)
                 stream.write("\n")
+            self._report()
 
 
 def iterations_done(checkpoint: Path) -> int:

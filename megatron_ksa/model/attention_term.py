@@ -5,7 +5,9 @@ the backward pass comes by, as Megatron adds the auxiliary losses of its experts
 pipeline stages have anything to hand on.
 """
 
+import functools
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,9 +41,9 @@ def row_terms(student: Tensor, teacher: Tensor, config: DistillConfig) -> tuple[
 class AttentionTerm:
     """The term of one layer, averaged over the micro-batches since `take`.
 
-    A micro-batch's teacher output is kept until the student's output of the layer has its gradient: at once, or, with
-    activation recompute, when the backward pass computes the layer again. Backward passes come in the order of the
-    forward passes.
+    A micro-batch's teacher output is kept, on the GPU or with `config.offload` in host memory, until it is compared:
+    when the student's layer has run, or, with activation recompute, when the backward pass computes the layer again.
+    Backward passes come in the order of the forward passes.
 
     Attributes:
         config: weights and clamp.
@@ -54,7 +56,7 @@ class AttentionTerm:
     def __init__(self, config: DistillConfig, num_layers: int, row_shards: int = 1) -> None:
         self.config, self.num_layers, self.row_shards = config, num_layers, row_shards
         self.scale: Tensor | float = 1.0
-        self.teacher: deque[Tensor] = deque()
+        self.teacher: deque[Callable[[], Tensor]] = deque()
         # True in the teacher's pass; and whether a backward pass follows the pass that runs.
         self.is_teacher = self.trains = False
         self.sums: Tensor | None = None
@@ -71,11 +73,11 @@ class AttentionTerm:
         if not self.trains:
             return output
         if self.is_teacher:
-            self.teacher.append(output)
+            self.teacher.append(_on_host(output) if self.config.offload else lambda: output)
             return output.clone()  # without gradients Megatron adds the residual in place
         if not torch.is_grad_enabled():
             return output  # to be recomputed
-        return _Compare.apply(output, bias, self.teacher.popleft(), text_rows, self)
+        return _Compare.apply(output, bias, self.teacher.popleft()(), text_rows, self)
 
     def compare(self, student: Tensor, teacher: Tensor, bias: Tensor | None) -> Tensor:
         """Count the layer's terms, and return the gradient of their weighted sum over rows, times hidden.
@@ -117,6 +119,32 @@ class AttentionTerm:
         mean = None if self.sums is None else self.sums.float() / (self.count * self.num_layers)
         self.sums, self.count = None, 0
         return mean
+
+
+def _on_host(output: Tensor) -> Callable[[], Tensor]:
+    """Copy a GPU's tensor to pinned host memory beside what the GPU computes next; what copies it back."""
+    if not output.is_cuda:
+        return lambda: output
+    copies = _copy_stream(output.device)
+    copies.wait_stream(torch.cuda.current_stream(output.device))
+    # PyTorch's allocator of pinned memory takes a block again when the copies that use it have ended.
+    host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+    with torch.cuda.stream(copies):
+        host.copy_(output, non_blocking=True)
+    output.record_stream(copies)
+    copied, device = copies.record_event(), output.device
+
+    def back() -> Tensor:
+        torch.cuda.current_stream(device).wait_event(copied)
+        return host.to(device, non_blocking=True)
+
+    return back
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of the copies to the host, one a GPU."""
+    return torch.cuda.Stream(device)
 
 
 class _Compare(torch.autograd.Function):

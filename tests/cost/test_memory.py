@@ -179,3 +179,7 @@ def test_a_stage_that_trains_summaries_alone():
     teacher = memory.stage_memory(kinds, layout(train="summary", distills=True), 0).activations
     # Three KSA layers and the final states, float32.
     assert teacher - memory.stage_memory(kinds, plan, 0).activations == 4 * 4 * N * 32
+    on_host = [layout(train="summary", recompute="full", teacher_on_host=host, distills=True) for host in (False, True)]
+    on_gpu, rest = (memory.stage_memory(kinds, each, 0).activations for each in on_host)
+    # Of the three layers' outputs one and its copy are left on the GPU.
+    assert on_gpu - rest == 4 * N * 32

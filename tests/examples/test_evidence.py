@@ -2,10 +2,12 @@
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from run_tool import run_tool
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "ksa_evidence"
@@ -46,6 +48,16 @@ def test_arms_from_dense_have_the_same_tokens_at_every_score(experiment):
     assert annealed.flags == ("--ksa-anneal-start", "0", "--ksa-anneal-end", "15") and annealed.steps == 20
 
 
+def test_speed_of_every_arm(tmp_path, experiment, monkeypatch):
+    monkeypatch.setitem(sys.modules, "experiment", experiment)
+    done = run_tool("examples/ksa_evidence/speed.py", "--output", tmp_path / "speed.json", "--lengths", 64,
+                       "--batch-tokens", 128, "--heads", 2, "--vocabulary", 64, "--passes", 1)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "speed.json").read_text())["runs"]
+    assert [run["arm"] for run in runs] == ["full", "3:1 window", "3:1 KSA", "window", "KSA"]
+    assert all(run["tokens_per_second"] == pytest.approx(128 / run["ms"] * 1e3) for run in runs)
+
+
 def test_tables_and_chart(tmp_path):
     report = module(EXAMPLE / "report.py")
 
@@ -79,3 +91,15 @@ def test_needles_at_a_distance(distances, expected, monkeypatch):
     needle = module(ROOT / "examples" / "evaluate" / "needle.py")
     args = argparse.Namespace(distances=distances, depths=3)
     assert needle.depths_at(1000, args) == expected
+
+
+@pytest.mark.parametrize("example", ["ksa_evidence", "harpe_extend"])
+def test_an_experiment_writes_its_report_beside_its_results(example, tmp_path):
+    """Both experiments ended at their first measurement: their results.md had no section to write tables into."""
+    report = module(ROOT / "examples" / example / "report.py")
+    published = sorted((ROOT / "examples" / example).glob("results*.json"))
+    for number, results in enumerate(published):
+        (tmp_path / f"{number}.json").write_bytes(results.read_bytes())
+        text = report.write_beside(tmp_path / f"{number}.json")
+        assert "| arm |" in text and (tmp_path / f"{number}.md").read_text().strip() == text.strip()
+    assert published and list(tmp_path.glob("*.png"))

@@ -3,9 +3,17 @@
 import json
 import sys
 
+import pytest
 from run_tool import ROOT, refusal, run_tool
 
-sys.path.insert(0, str(ROOT / "examples" / "generation_speed"))
+
+@pytest.fixture(autouse=True)
+def its_report(monkeypatch):
+    """Several folders of examples have a report.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "generation_speed"))
+    monkeypatch.delitem(sys.modules, "report", raising=False)
+    yield
+    sys.modules.pop("report", None)
 
 
 def test_every_cell_is_measured_once(tmp_path):

@@ -37,6 +37,8 @@ PLAIN = KSAConfig(enabled=True)
         (f"{KSA} --ksa-distill --ksa-distill-kl-weight -1", "--ksa-distill-kl-weight is -1: use 0 or more"),
         (f"{KSA} --ksa-distill --ksa-distill-ce-weight nan", "--ksa-distill-ce-weight is nan"),
         (f"{KSA} --ksa-distill --ksa-distill-clamp 0", "--ksa-distill-clamp is 0"),
+        (f"{KSA} --ksa-distill-offload", "--ksa-distill-offload keeps .* this run compares none: drop it"),
+        (f"{KSA} --ksa-distill --ksa-distill-offload --ksa-distill-attention-weight 0", "this run compares none"),
         (f"{KSA} --ksa-initial-coefficient 1.5", "--ksa-initial-coefficient is 1.5: it must lie in"),
         (
             f"{KSA} --ksa-distill --ksa-distill-ce-weight 0 --ksa-distill-kl-weight 0 --ksa-distill-attention-weight 0",
