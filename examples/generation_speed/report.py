@@ -39,8 +39,8 @@ def write_report(results: Path, path: Path) -> None:
     record = json.loads(results.read_text(encoding="utf-8"))
     machine = record["header"]
     head = (
-        f"One {machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}; where "
-        "two batches are given, they are what fits beside the weights, hybrid / full:"
+        f"One {machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}; "
+        "where two batches are given, they are what fits beside the weights, hybrid / full:"
     )
     replace_section(path, "generation_speed", f"{head}\n\n{tables(record['runs'])}")
 
