@@ -16,9 +16,14 @@ def _softmax_values(scores: Tensor, values: Tensor) -> Tensor:
 def _attend_text(q: Tensor, key: Tensor, value: Tensor, position: int, geometry: CacheGeometry, scale: float) -> Tensor:
     """One sequence's text query [Hkv, heads per group, D] over its cache [Hkv, rows, D]."""
     rows, hidden = geometry.visible(position)
-    scores = q @ key[:, :rows].to(q.dtype).transpose(1, 2) * scale
-    scores[..., hidden] = -math.inf
-    return _softmax_values(scores, value[:, :rows])
+    key, value = key[:, :rows], value[:, :rows]
+    if geometry.window is not None:
+        # Rows of the ring that nothing was written to may lie among those that are seen.
+        seen = (~hidden).nonzero().flatten().to(key.device)
+        return _softmax_values(q @ key[:, seen].to(q.dtype).transpose(1, 2) * scale, value[:, seen])
+    scores = q @ key.to(q.dtype).transpose(1, 2) * scale
+    scores[..., hidden.to(scores.device)] = -math.inf
+    return _softmax_values(scores, value)
 
 
 def _attend_summaries(q: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], scale: float) -> Tensor:

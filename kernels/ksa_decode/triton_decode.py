@@ -88,9 +88,9 @@ def _launch(step: Step, settings: tuple[CacheGeometry, float, DecodeTile, int]) 
     part, lse2 = (step.out if rows is None else rows for rows in (step.part, step.lse2))
     launch(
         text_kernel, (parts, groups, batch), step.q, *caches, step.out, part, lse2,
-        geometry.ring, geometry.summaries, scale * LOG2E, parts, *q[1:], *cache, *out[1:],
+        geometry.ring, geometry.summaries, geometry.window_chunks, scale * LOG2E, parts, *q[1:], *cache, *out[1:],
         S=geometry.summary_tokens, GROUP=heads // groups, BM=_block(heads // groups), BN=tile.keys, SPLIT=parts > 1,
-        **shared, num_warps=tile.warps, num_stages=tile.stages,
+        ROOM=geometry.window is not None, **shared, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if parts > 1:
         launch(

@@ -54,15 +54,16 @@ def attend_tile(b_acc, b_sum, b_max, b_q, b_k, b_v, mask, scale_log2):
 
 @triton.jit
 def text_kernel(
-    p_q, p_key_cache, p_value_cache, p_slots, p_starts, p_out, p_part, p_lse2, ring, summaries, scale_log2, splits,
-    stride_qb, stride_qh, stride_slot, stride_group, stride_row, stride_ob, stride_oh,
+    p_q, p_key_cache, p_value_cache, p_slots, p_starts, p_out, p_part, p_lse2, ring, summaries, window, scale_log2,
+    splits, stride_qb, stride_qh, stride_slot, stride_group, stride_row, stride_ob, stride_oh,
     C: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SPLIT: tl.constexpr,
+    BN: tl.constexpr, SPLIT: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """The text queries of one K/V head of one sequence over a part of its rows.
 
-    With SPLIT the part's output [B, Hkv, splits, GROUP, D] and log2-sum-exp2 [B, Hkv, splits, GROUP] are float32, for
-    `merge_kernel`; without, the output is final.
+    With ROOM the ring has more rows than a window of `window` chunks needs. With SPLIT the part's output
+    [B, Hkv, splits, GROUP, D] and log2-sum-exp2 [B, Hkv, splits, GROUP] are float32, for `merge_kernel`; without, the
+    output is final.
     """
     i_split = tl.program_id(0)
     i_g = tl.program_id(1).to(tl.int64)
@@ -72,8 +73,10 @@ def text_kernel(
     # What the query sees: `CacheGeometry.visible`.
     row = start % ring
     turned = start >= ring
-    seen = tl.minimum((start // C - (ring // C - 1)) * S, summaries)
+    seen = tl.minimum((start // C - window) * S, summaries)
     keys = tl.where(turned, ring + seen, start + 1)
+    if ROOM:
+        keys = tl.where(turned | (seen > 0), ring + tl.maximum(seen, 0), start + 1)
     hidden_lower = tl.where(turned, row + 1, 0)
     hidden_upper = tl.where(turned, (row // C + 1) * C, 0)
     tiles = tl.cdiv(keys, BN)
@@ -97,7 +100,11 @@ def text_kernel(
     p_value_cache += base
     for tile in range(first, stop):
         o_n = tile * BN + tl.arange(0, BN)
-        m_n = (o_n < keys) & ((o_n < hidden_lower) | (o_n >= hidden_upper))
+        if ROOM:
+            age = tl.where(o_n <= row, row - o_n, row - o_n + ring)
+            m_n = (o_n < keys) & ((o_n >= ring) | ((age <= start % C + window * C) & (age <= start)))
+        else:
+            m_n = (o_n < keys) & ((o_n < hidden_lower) | (o_n >= hidden_upper))
         # [BN, BD]; 32 bits do for a slot's rows of one head.
         o_kv = o_n[:, None] * stride_row + o_d[None, :]
         m_kv = m_n[:, None] if BD == D else m_n[:, None] & m_d

@@ -252,6 +252,31 @@ def test_kernels_give_the_same(kinds, monkeypatch):
     assert len(calls) == sum(kind in "kw" for kind in kinds)
 
 
+@pytest.mark.parametrize("kinds", ["kwlfk", "kkkk"])
+@pytest.mark.parametrize("small", [False, True], ids=["ring with room", "ring that turns"])
+@torch.no_grad()
+def test_decode_kernels_give_the_same(kinds, small, monkeypatch, request):
+    """Each step of one token goes to the decode op: ragged batches, chunks that complete, a piece of several tokens."""
+    if small:
+        request.getfixturevalue("small_segments")
+    model = make_model(kinds, [2, 1, 2, 1, 0][: len(kinds)], 4, 2)
+    ids, mask = padded([random_tokens(n, seed=n) for n in (37, 5, 28)], "left")
+    more = random_tokens(3, 30, seed=9)
+    whole = torch.cat([mask, torch.ones_like(more)], dim=1)
+    expected, calls = model(torch.cat([ids, more], dim=1), attention_mask=whole).logits[:, ids.shape[1] :], []
+    kernel = cache_module.decode_attention
+    monkeypatch.setattr(cache_module, "decode_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    monkeypatch.setattr(modeling, "_takes_kernels", lambda query: True)
+    cache = modeling.KSACache(model.config)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    parts, seen = [], ids.shape[1]
+    for piece in more.split([1] * 9 + [7] + [1] * 14, dim=1):
+        seen += piece.shape[1]
+        parts.append(model(piece, attention_mask=whole[:, :seen], past_key_values=cache).logits)
+    assert (torch.cat(parts, dim=1) - expected).abs().max() < TOLERANCE
+    assert len(calls) == 23 * len(kinds)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

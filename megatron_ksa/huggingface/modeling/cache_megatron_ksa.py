@@ -2,6 +2,11 @@
 
 import torch
 
+try:
+    from megatron_ksa.kernels.ksa_decode import CacheGeometry, decode_attention
+except ImportError:
+    CacheGeometry = decode_attention = None
+
 # Tokens that go at a time into a cache that is not empty.
 SEGMENT = 256
 
@@ -15,14 +20,16 @@ class _LayerCache:
     """
 
     def __init__(self, window, chunk, per_chunk):
-        self.chunk, self.per_chunk = chunk, per_chunk
-        self.most_text = None if window is None else (window + 1) * chunk + SEGMENT
+        self.window, self.chunk, self.per_chunk = window, chunk, per_chunk
+        # Whole chunks, as the package's kernels take them.
+        self.most_text = None if window is None else (window + 1 + -(-SEGMENT // chunk)) * chunk
         self.text_rows = 0
         self.buffers = ()
 
     def _reserve(self, rows, tokens):
         """Have room for `tokens` tokens, of keys like `rows` [batch, n, K/V heads, head_dim]."""
-        text_rows = tokens if self.most_text is None else min(tokens, self.most_text)
+        text_rows = -(-tokens // self.chunk) * self.chunk
+        text_rows = text_rows if self.most_text is None else min(text_rows, self.most_text)
         # One chunk beyond the tokens: padding may complete it.
         summaries = (tokens // self.chunk + 1) * self.per_chunk
         size = text_rows + summaries
@@ -50,6 +57,29 @@ class _LayerCache:
                 buffer[:, :, : self.text_rows] = new.gather(2, _index(kept, new))
             if self.per_chunk and rows.num_summaries:
                 _scatter(buffer, self.text_rows + rows.summary, own.detach().transpose(1, 2).to(buffer.dtype))
+
+    def steps(self, query, rows):
+        """Whether `step` takes a pass: one token a sample that goes on from others, without gradients."""
+        gradients = torch.is_grad_enabled() and query.requires_grad
+        return decode_attention is not None and rows.num_text == 1 and not rows.fresh and not gradients
+
+    def step(self, text, summaries, rows):
+        """Keep a pass's keys and values and attend to the cache, by the kernels of the package that trained the model.
+
+        Args:
+            text, summaries: queries, keys and values, [batch, 1, heads, head_dim] and [batch, 0 or S, heads, head_dim].
+
+        Returns:
+            [batch, rows, heads, head_dim].
+        """
+        self._reserve(text[1], rows.room)
+        key, value = self.buffers
+        query, *new = (torch.cat(pair, dim=1).transpose(0, 1) for pair in zip(text, summaries, strict=True))
+        new = [part.to(key.dtype) for part in new]
+        slots = torch.arange(len(key), device=key.device)
+        geometry = CacheGeometry(self.chunk, self.per_chunk, self.text_rows, key.shape[2] - self.text_rows, self.window)
+        out = decode_attention(query.to(key.dtype), *new, key, value, slots, rows.start.expand(len(key)), geometry)
+        return out.transpose(0, 1).to(query.dtype)
 
     def view(self, length):
         """Keys and values of the first `length` rows, not copied."""

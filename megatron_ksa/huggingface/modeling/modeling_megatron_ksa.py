@@ -176,12 +176,12 @@ class MegatronKSAAttention(nn.Module):
         if own.shape[1]:
             own_q, own_k, own_v = self._project_summaries(own)
             own_q, own_k = _rotate(own_q, turn_own, interleaved), _rotate(own_k, turn_own, interleaved)
+        text, own = (q, k, v), (own_q, own_k, own_v)
+        if cache is not None and _takes_kernels(q) and cache.steps(q, rows):
+            return self.o_proj(cache.step(text, own, rows).flatten(2))
         if cache is not None:
-            cache.write((k, v), (own_k, own_v), rows)
-        if rows.fresh:
-            out = self._whole((q, k, v), (own_q, own_k, own_v), rows)
-        else:
-            out = self._from_cache(q, (own_q, own_k, own_v), rows, cache)
+            cache.write(text[1:], own[1:], rows)
+        out = self._whole(text, own, rows) if rows.fresh else self._from_cache(q, own, rows, cache)
         return self.o_proj(out.flatten(2))
 
     def _whole(self, text, own, rows):

@@ -30,20 +30,23 @@ not_interpreted = [
 ]
 # Chunk size, S, W, length: C, S and W small; a window of the running chunk alone; summaries longer than chunks.
 GEOMETRIES = [(4, 1, 2, 41), (3, 2, 0, 31), (2, 3, 1, 24), (1, 1, 3, 20), (8, 1, 1, 60)]
+# Rings with room for so many chunks more than the window.
+ROOMS = [(*GEOMETRIES[0], 3), (*GEOMETRIES[1], 1), (*GEOMETRIES[2], 20), (*GEOMETRIES[4], 2)]
 
 
-def geometry_of(chunk_size, summary_tokens, window, length):
-    return CacheGeometry(chunk_size, summary_tokens, (window + 1) * chunk_size, length // chunk_size * summary_tokens)
+def geometry_of(chunk_size, summary_tokens, window, length, room=0):
+    ring, summaries = (window + 1 + room) * chunk_size, length // chunk_size * summary_tokens
+    return CacheGeometry(chunk_size, summary_tokens, ring, summaries, window if room else None)
 
 
 def rows(*shape, seed, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("settings", GEOMETRIES)
+@pytest.mark.parametrize("settings", [*GEOMETRIES, *ROOMS])
 def test_token_by_token_equals_the_whole_sequence(settings):
     """Text and summaries, at every position, against KSA of all rows at once in float64."""
-    chunk_size, summary_tokens, window, length = settings
+    chunk_size, summary_tokens, window, length, *_ = settings
     chunks = length // chunk_size
     total = length + chunks * summary_tokens
     q, k, v = (rows(1, total, heads, 8, seed=i) for i, heads in enumerate((4, 2, 2)))
@@ -90,11 +93,13 @@ def compare(case, **options):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("settings", "parts"), zip(GEOMETRIES, (1, 3, 3, 2, 1), strict=True))
+@pytest.mark.parametrize(("settings", "parts"), zip([*GEOMETRIES, *ROOMS], (1, 3, 3, 2, 1, 2, 1, 3, 1), strict=True))
 def test_kernels_equal_the_reference(settings, parts):
     """Ragged lengths, from no token to the longest, in slots of another order; chunks that complete and that do not."""
-    geometry, length = geometry_of(*settings), settings[-1]
-    starts = sorted({0, geometry.ring - 1, geometry.ring, geometry.ring + 1, length - 2, length - 1})
+    geometry, length = geometry_of(*settings), settings[3]
+    window = (geometry.window_chunks + 1) * geometry.chunk_size
+    near = {edge + step for edge in (window, geometry.ring) for step in (-1, 0, 1)}
+    starts = sorted(start for start in {0, *near, length - 2, length - 1} if start < length)
     compare(step_case(geometry, starts), tile=DecodeTile(16, 4, 2, 1), parts=parts)
 
 
