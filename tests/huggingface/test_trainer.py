@@ -11,8 +11,10 @@ from renamed_norms import rename_norms
 from test_logits import assert_near, megatron_logits, transformers_logits
 from warm import run_script
 
-from megatron_ksa.checkpoint.load import RELEASE, find_checkpoint
+from megatron_ksa.checkpoint.load import RELEASE, find_checkpoint, load_model
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
+from megatron_ksa.inference import Generator, Request, SamplingSettings
+from megatron_ksa.platform import trainer_defaults
 
 pytestmark = pytest.mark.slow
 RECORDED = Path(__file__).parents[1] / "training" / "recorded_pretrain.py"
@@ -74,3 +76,19 @@ def test_what_it_saves_is_exported(family, trained, to_huggingface):
     tokens = torch.tensor(PATTERN)[None]
     exported = to_huggingface(saved, trained / family / "again")
     assert_near(transformers_logits(exported, tokens), megatron_logits(saved, tokens))
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_what_it_saves_generates(family, trained, to_huggingface):
+    """What two tensor- or pipeline-parallel ranks saved goes on, in one process, like the exported model."""
+    saved, prompts = trained / family / "saved", [PATTERN[:20].tolist(), PATTERN[7:12].tolist()]
+    model = load_model(find_checkpoint(saved), trainer_defaults(), torch.float32)
+    greedy = SamplingSettings(temperature=0.0, max_new_tokens=12)
+    generator = Generator(model, max_batch=2, max_length=LENGTH)
+    made = [list(done.tokens) for done in generator.generate([Request(prompt, greedy) for prompt in prompts])]
+    exported = to_huggingface(saved, trained / family / "generating")
+    for prompt, tokens in zip(prompts, made, strict=True):
+        for new in tokens:
+            assert transformers_logits(exported, torch.tensor([prompt]))[0, -1].argmax().item() == new
+            prompt.append(new)
+    assert [len(tokens) for tokens in made] == [12, 12]
