@@ -38,6 +38,8 @@ MODEL = [
 ]  # fmt: skip
 # Share of the files that TAGS selects.
 BUDGET = "60%"
+# Of one file in so many a tokenizer of VOCABULARY pieces still learns, and TAGS finds branches.
+FEWEST_FILES = 8
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fresh", action="store_true", help="remove the folder first instead of resuming")
     parser.add_argument("--global-batch-size", type=int, default=8, help="sequences an iteration")
+    parser.add_argument("--one-file-in", type=int, default=1, help="where the text is made, take one file in so many (at most 8)")
     parser.add_argument("--evaluation-sequences", type=int, default=64, help="validation sequences an evaluation")
     return parser.parse_args()
 
@@ -65,10 +68,10 @@ def call(*words: object) -> None:
         raise SystemExit(code if code > 0 else 1)
 
 
-def prepare_data(folder: Path) -> None:
-    """Text, tokenizer, the blend that TAGS selects to train on and the validation set, each unless it is there."""
+def prepare_data(folder: Path, one_file_in: int) -> None:
+    """Text of one file in so many, tokenizer, the blend that TAGS selects to train on and the validation set, each unless it is there."""
     if not (folder / "train.jsonl").exists():
-        write_corpus(folder)
+        write_corpus(folder, one_file_in)
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.exists():
         call(
@@ -147,13 +150,15 @@ def main() -> None:
         args = parse_arguments()
         if args.steps < 1 or args.global_batch_size < 2 or args.global_batch_size % 2:
             raise UsageError("--steps must be at least 1 and --global-batch-size an even number")
+        if not 1 <= args.one_file_in <= FEWEST_FILES:
+            raise UsageError(f"--one-file-in {args.one_file_in}: must be 1 to {FEWEST_FILES}")
         folder = Path(args.output).resolve()
         if args.fresh and folder.exists():
             if not (folder / "data").is_dir():
                 raise UsageError(f"--fresh: {folder} is not a folder of this demo; remove it yourself")
             shutil.rmtree(folder)
         with writing(folder):
-            prepare_data(folder / "data")
+            prepare_data(folder / "data", args.one_file_in)
             done = trained_steps(folder / "checkpoints")
             if done < args.steps:
                 train(folder, args.steps, args.global_batch_size, args.evaluation_sequences)

@@ -2,37 +2,37 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import run_script
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
-FEW = ("--evaluation-sequences", 8)
+DEMO = Path("examples/demo/run.py")
+# A quarter of the text, one sequence a rank.
+SMALL = ("--one-file-in", 4, "--global-batch-size", 2, "--evaluation-sequences", 2)
 
 
 def demo(output: Path, *arguments: object) -> str:
-    command = [sys.executable, str(ROOT / "examples/demo/run.py"), "--output", str(output), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """What the demo prints; its own process is a fork, the commands that it runs are processes as a user starts them."""
+    done = run_script(DEMO, "--output", output, *arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
 def test_demo_trains_resumes_and_does_not_repeat_itself(tmp_path):
-    first = demo(tmp_path, "--steps", 2, *FEW)
+    first = demo(tmp_path, "--steps", 2, *SMALL)
     assert (
         "preprocess_tags.py" in first
         and "preprocess_data.py" in first
         and "successfully saved checkpoint from iteration       2" in first
     )
-    second = demo(tmp_path, "--steps", 3, *FEW)
+    second = demo(tmp_path, "--steps", 3, *SMALL)
     assert "preprocess_tags.py" not in second and "preprocess_data.py" not in second
     selected = json.loads((tmp_path / "data/tags/report/summary.json").read_text())["selection"]
     assert 0.55 < selected["instances"] / selected["pool_instances"] < 0.65
     assert "iteration        3/       3" in second and "iteration        2/       3" not in second
-    third = demo(tmp_path, "--steps", 3, *FEW)
+    third = demo(tmp_path, "--steps", 3, *SMALL)
     assert "pretrain_gpt.py" not in third and "already trained for 3 iterations" in third
     loss, iterations, unigram = re.search(
         r"validation loss ([\d.]+) .* after (\d+) iterations.*: ([\d.]+)", third
@@ -44,7 +44,6 @@ def test_demo_trains_resumes_and_does_not_repeat_itself(tmp_path):
 
 def test_fresh_removes_only_a_folder_of_the_demo(tmp_path):
     (tmp_path / "thesis.txt").write_text("irreplaceable", encoding="utf-8")
-    command = [sys.executable, str(ROOT / "examples/demo/run.py"), "--output", str(tmp_path), "--fresh"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(DEMO, "--output", tmp_path, "--fresh")
     assert done.returncode == 2 and "not a folder of this demo" in done.stderr
     assert (tmp_path / "thesis.txt").exists()

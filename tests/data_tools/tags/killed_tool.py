@@ -11,13 +11,16 @@ refuses to keep what was written, or to write more in the middle of a write.
 """
 
 import errno
+import gc
 import importlib
+import io
 import json
 import os
 import resource
 import runpy
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_tags.py"
@@ -72,13 +75,31 @@ def _call(number: int | None, arguments: list[str], full_at: int | None = None, 
     os._exit(code)
 
 
+def warm_up() -> None:
+    """What steps import when they load a tokenizer, check a blend or draw: here once rather than in every fork."""
+    for module in ("megatron.core.datasets.blended_megatron_dataset_builder", "megatron.core.datasets.helpers"):
+        importlib.import_module(module)
+    from matplotlib import pyplot
+
+    from megatron_ksa.data_tools.tokenizers import load_tokenizer, write_byte_level
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_byte_level(Path(folder) / "tokenizer")
+        load_tokenizer(str(Path(folder) / "tokenizer"))
+    figure, axes = pyplot.subplots()
+    axes.set_title("fonts")
+    figure.savefig(io.BytesIO())
+    pyplot.close(figure)
+    # A fork's collector would visit all of it again, and copy its pages.
+    gc.collect()
+    gc.freeze()
+
+
 def main() -> None:
     """Answer each call with two lines: the process that does it, then JSON: exit code (negative: the signal), and what
     was printed."""
     runpy.run_path(str(TOOL), run_name="imported")
-    # What steps import when they need it: here once rather than in every fork.
-    for module in ("matplotlib.pyplot", "transformers", "megatron.core.datasets.blended_megatron_dataset_builder"):
-        importlib.import_module(module)
+    warm_up()
 
     for line in sys.stdin:
         reader, writer = os.pipe()
