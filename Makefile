@@ -4,8 +4,9 @@
 
 VENV ?= .venv
 STAMP := $(VENV)/.installed
-# Two workers; modules that start ranks stay in one of them (tests/groups.py). WORKERS=0 runs the tests in one process.
-WORKERS ?= 2
+# Three workers for two cores: ranks and Slurm's daemons wait for each other half of the time. Modules that start ranks
+# stay in one of them (tests/groups.py). WORKERS=0 runs the tests in one process.
+WORKERS ?= 3
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 CANDIDATES := $(PYTHON) python3.12 python3.13 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 

@@ -1,29 +1,44 @@
+import gc
 import os
 import sys
 from pathlib import Path
 
-import hypothesis
 import pytest
 
 # tests/compare.py and tests/trainer.py are shared by every folder of tests.
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
 from docstrings_once import read_docstrings_once  # noqa: E402
 from groups import group, place  # noqa: E402
 
-# The same examples in every run; HYPOTHESIS_PROFILE=default looks for others.
-hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
-# Triton chooses between compiler and interpreter when it is imported; without a GPU kernels are interpreted.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+def pytest_configure(config):
+    """What every process that runs tests needs before it imports their modules.
 
-from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform  # noqa: E402
+    The process that deals tests out to workers of pytest-xdist runs none: without torch it is there 4 s earlier.
 
-# Megatron's random-state tracker and recompute ask for CUDA; the trainer activates this platform in the same way.
-activate_cpu_platform()
+    Raises:
+        UsageError: a conftest.py of a folder has imported Megatron, which must find the CPU platform.
+    """
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    if "megatron" in sys.modules:
+        raise pytest.UsageError("a conftest.py imports Megatron before the CPU platform is there: import in fixtures")
+    import hypothesis
+    import torch
+
+    # The same examples in every run; HYPOTHESIS_PROFILE=default looks for others.
+    hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+    # Triton chooses between compiler and interpreter when it is imported; without a GPU kernels are interpreted.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
+
+    # Megatron's random-state tracker and recompute ask for CUDA; the trainer activates this platform in the same way.
+    activate_cpu_platform()
 
 
 def pytest_itemcollected(item):
@@ -53,6 +68,9 @@ def pytest_collection_finish(session):
     grouped = hasattr(session.config, "workerinput") and session.config.getoption("loadgroup")
     if grouped and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("pytest-xdist does not group tests with this pytest: install those of constraints.txt")
+    # What is imported stays: no collection need visit it again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,15 @@ WORLD = frozenset(
 
 # Modules that start Slurm's daemons, which wait most of the time: another worker has room for them.
 SLURM = frozenset({"slurm/test_job.py", "slurm/test_torchrun.py"})
-# What takes longest comes first.
-ORDER = ("world", "slurm")
+# What takes longest comes first: the two groups, then the modules that compute for more than 10 s.
+ORDER = (
+    "world", "slurm", "kernels/benchmarks/test_runner.py", "data_tools/tags/test_kill.py",
+    "kernels/ksa_attention/test_triton.py", "kernels/ksa_attention/test_features.py", "inference/test_state.py",
+    "huggingface/test_modeling.py", "data_tools/test_preprocess.py", "data_tools/tags/test_report_page.py",
+    "examples/test_library.py", "examples/test_throughput.py", "kernels/test_alone.py",
+    "kernels/ksa_attention/test_gluon.py", "training/test_refused_runs.py", "kernels/rotation/test_rotation.py",
+    "kernels/ksa_decode/test_decode_attention.py",
+)  # fmt: skip
 
 
 def group(module: Path) -> str:

@@ -7,10 +7,6 @@ from warm import run_script
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from megatron_ksa.checkpoint.load import find_checkpoint  # noqa: E402
-from megatron_ksa.huggingface.exporter import export_checkpoint  # noqa: E402
-from megatron_ksa.huggingface.importer import import_checkpoint  # noqa: E402
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,6 +18,7 @@ def flags(megatron_flags):
 @pytest.fixture(scope="session")
 def to_megatron():
     """Import `source` into the new folder `output`."""
+    from megatron_ksa.huggingface.importer import import_checkpoint
 
     def convert(source: Path, output: Path, **settings) -> Path:
         output.mkdir(parents=True)
@@ -34,6 +31,8 @@ def to_megatron():
 @pytest.fixture(scope="session")
 def to_huggingface():
     """Export `source` into the new folder `output`."""
+    from megatron_ksa.checkpoint.load import find_checkpoint
+    from megatron_ksa.huggingface.exporter import export_checkpoint
 
     def convert(source: Path, output: Path, **settings) -> Path:
         output.mkdir(parents=True)
