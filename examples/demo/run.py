@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--fresh", action="store_true", help="remove the folder first instead of resuming")
     parser.add_argument("--global-batch-size", type=int, default=8, help="sequences an iteration")
-    parser.add_argument("--one-file-in", type=int, default=1, help="where the text is made, take one file in so many (at most 8)")
+    parser.add_argument("--one-file-in", type=int, default=1, help="of the text, when it is made: one file in so many")
     parser.add_argument("--evaluation-sequences", type=int, default=64, help="validation sequences an evaluation")
     return parser.parse_args()
 
@@ -69,7 +69,7 @@ def call(*words: object) -> None:
 
 
 def prepare_data(folder: Path, one_file_in: int) -> None:
-    """Text of one file in so many, tokenizer, the blend that TAGS selects to train on and the validation set, each unless it is there."""
+    """Text, tokenizer, the blend that TAGS selects to train on and the validation set, each unless it is there."""
     if not (folder / "train.jsonl").exists():
         write_corpus(folder, one_file_in)
     tokenizer = folder / "tokenizer.model"
