@@ -14,7 +14,7 @@ SMALL = ("--one-file-in", 4, "--global-batch-size", 2, "--evaluation-sequences",
 
 
 def demo(output: Path, *arguments: object) -> str:
-    """What the demo prints. Its own process is a fork; the commands that it runs are processes as a user starts them."""
+    """What the demo prints. It runs in a fork; the commands that it calls are processes as a user starts them."""
     done = run_script(DEMO, "--output", output, *arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
