@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8"), re.DOTALL)
+NAMES = [example.split("import ")[-1].split("\n")[0] for example in EXAMPLES]
 OPS = {
     "ksa_attention": ksa_attention.ksa_attention,
     "ksa_text_attention": ksa_attention.ksa_text_attention,
@@ -41,6 +43,33 @@ class Blocked(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Blocked())
 """
+# Runs each of `examples` as a main module in a fork, and prints exit codes and what they print as JSON.
+FORKS = """
+import json, os, sys, tempfile, traceback
+import torch
+
+found = []
+for example in examples:
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                exec(compile(example, "example", "exec"), {"__name__": "__main__"})
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        found.append([code, output.read().decode()])
+print(json.dumps(found))
+"""
 
 
 def run_alone(code):
@@ -53,11 +82,19 @@ def test_the_block_blocks():
     assert "megatron_ksa.model is blocked" in run_alone("import megatron_ksa.model.gpt").stderr
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.split("import ")[-1].split("\n")[0] for example in EXAMPLES])
-def test_examples_of_the_page_run_with_the_base_install_alone(example):
-    done = run_alone(example)
+@pytest.fixture(scope="module")
+def printed():
+    """Exit code and output of each example, in a fork of one process that has imported torch."""
+    done = run_alone(f"examples = {EXAMPLES!r}\n{FORKS}")
     assert done.returncode == 0, done.stderr[-2000:]
-    for name, value in re.findall(r"(largest \w+) (\S+)", done.stdout):
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)), ids=NAMES)
+def test_examples_of_the_page_run_with_the_base_install_alone(number, printed):
+    code, output = printed[number]
+    assert code == 0, output[-2000:]
+    for name, value in re.findall(r"(largest \w+) (\S+)", output):
         assert float(value) < 1e-5, name
 
 

@@ -7,7 +7,7 @@ import socket
 import time
 
 import pytest
-from trainer import launch, steps
+from trainer import launch, selected, steps
 from two_ranks import ITERATIONS, SAVING, TwoRanks, processes_of
 
 pytestmark = pytest.mark.slow
@@ -86,10 +86,17 @@ def test_helpers_of_a_killed_rank_end(tmp_path):
     assert not any(processes_of(rank.pid) for rank in run.ranks)
 
 
+def iterations_of(kills: int) -> int:
+    """Of a run that is killed so often: it saves ten times for one kill."""
+    return ITERATIONS if kills > 1 else ITERATIONS // 2
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = launch([(folder / "record.json", f"{SAVING} --save {folder}/saved")], processes=2)
+    iterations = max(map(iterations_of, selected(request, "kills")))
+    flags = f"{SAVING} --train-iters {iterations} --save {folder}/saved"
+    done = launch([(folder / "record.json", flags)], processes=2)
     assert (folder / "record.json").exists(), done.stderr[-3000:]
     return steps(folder / "record.json")
 
@@ -97,20 +104,20 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
 def test_killed_at_random_and_resumed_ends_with_the_same_numbers(kills, undisturbed, tmp_path):
     """Every iteration of every attempt, those that were trained twice as well; saves are hit as often as steps."""
-    moments = random.Random(0)
-    flags = f"{SAVING} --save {tmp_path}/saved --load {tmp_path}/saved"
+    moments, last = random.Random(0), iterations_of(kills)
+    flags = f"{SAVING} --train-iters {last} --save {tmp_path}/saved --load {tmp_path}/saved"
     attempts = []
     for attempt in range(kills + 1):
         record = tmp_path / f"record{attempt}.json"
         run = TwoRanks(tmp_path, record, flags)
         if attempt < kills:
-            run.until(moments.randint(1, ITERATIONS // (kills + 1)))
+            run.until(moments.randint(1, last // (kills + 1)))
             time.sleep(moments.uniform(0, 0.2))
             run.ranks[moments.randrange(2)].send_signal(signal.SIGKILL)
         codes = run.wait(120)
         assert (codes == [0, 0]) == (attempt == kills), run.logs[0].read_text()[-3000:]
         attempts.append(steps(record) if record.exists() else {})
-    assert max(attempts[-1]) == ITERATIONS
+    assert max(attempts[-1]) == last
     for iterations in attempts:
         for iteration, values in iterations.items():
             assert values == pytest.approx(undisturbed[iteration], rel=1e-7), iteration
