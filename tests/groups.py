@@ -34,24 +34,36 @@ WORLD = frozenset(
 
 # Modules that start Slurm's daemons, which wait most of the time: another worker has room for them.
 SLURM = frozenset({"slurm/test_job.py", "slurm/test_torchrun.py"})
-# What takes longest comes first: the two groups, then the modules that compute for more than 10 s.
+# The other modules whose scripts are forks (tests/warm.py): together, so that Megatron is imported for their forks
+# in one worker and not in each of them.
+FORKS = frozenset(
+    """
+    examples/test_from_dense.py
+    huggingface/test_bad_input.py
+    huggingface/test_folders.py
+    huggingface/test_like.py
+    tools/test_inspect_summaries.py
+    training/test_arguments.py
+    training/test_loss_mask.py
+    training/test_refused_runs.py
+    """.split()
+)
+GROUPS = {"world": WORLD, "slurm": SLURM, "forks": FORKS}
+# What takes longest comes first: the three groups, then the modules that compute for more than 10 s.
 ORDER = (
-    "world", "slurm", "kernels/benchmarks/test_runner.py", "data_tools/tags/test_kill.py",
+    *GROUPS, "kernels/benchmarks/test_runner.py", "data_tools/tags/test_kill.py",
     "kernels/ksa_attention/test_triton.py", "kernels/ksa_attention/test_features.py", "inference/test_state.py",
     "huggingface/test_modeling.py", "data_tools/test_preprocess.py", "data_tools/tags/test_report_page.py",
     "examples/test_library.py", "examples/test_throughput.py", "kernels/test_alone.py",
-    "kernels/ksa_attention/test_gluon.py", "training/test_refused_runs.py", "kernels/rotation/test_rotation.py",
+    "kernels/ksa_attention/test_gluon.py", "kernels/rotation/test_rotation.py",
     "kernels/ksa_decode/test_decode_attention.py",
 )  # fmt: skip
 
 
 def group(module: Path) -> str:
-    """`world` for a module of WORLD, `slurm` for one of SLURM.
-
-    Any other module is a group of its own, so that its fixtures are made once.
-    """
+    """The group of GROUPS that names the module; any other module is its own, so that its fixtures are made once."""
     name = os.path.relpath(module, TESTS)
-    return "world" if name in WORLD else "slurm" if name in SLURM else name
+    return next((group for group, modules in GROUPS.items() if name in modules), name)
 
 
 def place(module: Path) -> int:

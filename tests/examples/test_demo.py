@@ -9,8 +9,8 @@ from warm import run_script
 
 pytestmark = pytest.mark.slow
 DEMO = Path("examples/demo/run.py")
-# A quarter of the text, one sequence a rank.
-SMALL = ("--one-file-in", 4, "--global-batch-size", 2, "--evaluation-sequences", 2)
+# An eighth of the text, one sequence a rank.
+SMALL = ("--one-file-in", 8, "--global-batch-size", 2, "--evaluation-sequences", 2)
 
 
 def demo(output: Path, *arguments: object) -> str:

@@ -11,7 +11,7 @@ from megatron_ksa.cost.cluster_plan import bytes_on_the_wire
 from megatron_ksa.cost.memory import ModelShape, TrainingLayout
 
 pytestmark = pytest.mark.slow
-STEPS = 3
+STEPS = 2
 SIZE = "--hidden-size 128 --ffn-hidden-size 256 --kv-channels 32 --seq-length 256 --max-position-embeddings 256"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 TP, CP = "--tensor-model-parallel-size 2 --sequence-parallel", "--context-parallel-size 2"
