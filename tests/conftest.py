@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from docstrings_once import read_docstrings_once  # noqa: E402
 from groups import group, place  # noqa: E402
+from language_once import patch_language_once  # noqa: E402
 
 
 def pytest_configure(config):
@@ -59,12 +60,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """The tests' modules are imported now, and Megatron's parser with them; pytest-xdist has named the groups.
+    """The tests' modules are imported now, Megatron's parser and Triton with them; pytest-xdist has named the groups.
 
     Raises:
         UsageError: it has not. Then tests are dealt out one by one, and every worker makes every module's fixtures.
     """
     read_docstrings_once()
+    patch_language_once()
     grouped = hasattr(session.config, "workerinput") and session.config.getoption("loadgroup")
     if grouped and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("pytest-xdist does not group tests with this pytest: install those of constraints.txt")
