@@ -18,6 +18,7 @@ FOLDERS = "docs|examples|kernels|data_tools|megatron_ksa|slurm|tests|tools"
 PATH = re.compile(rf"`((?:{FOLDERS})/[\w./-]+)`")
 
 
+@pytest.mark.slow
 def test_the_model_of_the_library_page_trains():
     """In a process of its own, which makes its process groups itself."""
     (code,) = (snippet for snippet in SNIPPETS if "init_process_group" in snippet)

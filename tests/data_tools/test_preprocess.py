@@ -88,6 +88,7 @@ def test_text_survives_and_its_own_end_of_document_stays_text(kind, tokenizers):
     assert len(ids) > 5
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_workers_and_documents_come_back(jsonl, tokenizers, tmp_path):
     for workers in (1, 2):
         done = run_tool(
@@ -152,6 +153,7 @@ def test_bad_line_costs_exit_code_2_and_no_traceback(tokenizers, tmp_path):
     assert "1 documents" in skipped.stdout and "1 bad" in skipped.stdout
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_no_dataset_and_can_be_repeated(tokenizers, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(f"{json.dumps({'text': 'x' * 20000})}\n" * 5000, encoding="utf-8")

@@ -50,6 +50,7 @@ def test_the_loop_has_five_lines_of_ksa():
     assert marks == ["1", "2", "3", "4", "5"]
 
 
+@pytest.mark.slow
 def test_the_kernel_trains_in_a_layer_without_megatron(tmp_path):
     """Loss of a uniform guess: ln 8 = 2.08; at this distance only summaries carry the answer."""
     command = [sys.executable, "-c", WITHOUT, ",".join(EXTRAS), LIBRARY / "plain_layer.py", "--steps", 60]

@@ -124,6 +124,7 @@ def test_a_gpu_keeps_cuda(monkeypatch):
     assert not activate_cpu_platform()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_fresh_process_is_prepared_once():
     """The line about the CPU comes once, and a second call changes nothing."""

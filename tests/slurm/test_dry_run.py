@@ -63,6 +63,7 @@ def test_later_stages_of_1b9(stage, before, monkeypatch, megatron_flags):
     assert args.pretrained_checkpoint == str(ROOT / "runs" / before / "checkpoints")
 
 
+@pytest.mark.slow
 def test_chain_from_dense(tmp_path):
     """One command for each thing to do; training stages are steps of the job."""
     (tmp_path / "hf").mkdir()

@@ -138,6 +138,7 @@ def test_a_removed_target_is_one_line_that_names_the_patch(patch, monkeypatch):
         apply([patch])
 
 
+@pytest.mark.slow
 def test_every_patch_fits_what_is_installed():
     """In a process where none is in place."""
     script = (

@@ -16,6 +16,7 @@ def serve(ready) -> None:
 
 
 # Megatron's worker comes from a forkserver.
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["spawn", "forkserver"])
 def test_only_the_rank_ends_its_helper(start, monkeypatch):
     """A helper in which numpy or torch had more threads died of SIGTERMs to all: one thread alone had it blocked."""

@@ -27,6 +27,7 @@ def test_the_product_is_added_to_what_is_there(device, dtype, total_dtype):
     assert_close("total", total.to(dtype), expected)
 
 
+@pytest.mark.slow
 def test_megatron_finds_the_stand_in_where_apex_is_missing():
     if importlib.util.find_spec(weight_gradients.NAME) is not None:
         pytest.skip("apex's module is installed")

@@ -109,6 +109,7 @@ def ray_engine(monkeypatch):
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_every_engine_writes_the_same_bytes(tmp_path):
     pool = write_pool(tmp_path / "pool.jsonl", count=600)
     alone = files_by(Engine(), tmp_path / "one", pool)

@@ -31,6 +31,7 @@ def record(tmp_path_factory):
     return out, second | {"checks": checks, "results": results}
 
 
+@pytest.mark.slow
 @interpreted
 def test_every_op_is_checked_and_timed(record):
     out, written = record
@@ -50,6 +51,7 @@ def test_every_op_is_checked_and_timed(record):
     assert (out / program.CHART).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @interpreted
 def test_chart_is_drawn_from_a_record_alone(record, tmp_path, monkeypatch):
     out, written = record

@@ -17,6 +17,7 @@ from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
 SHARED_MEMORY = 227 * 1024
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_an_h100_and_launches_repeat():
     """Also: products are in flight together; the compiler made dK and dV wait for each of 48 for want of registers.
 
