@@ -51,7 +51,7 @@ def test_a_file_without_end_is_one_line(name, tmp_path):
 @pytest.mark.parametrize("name", ["metadata.json", ".files_0.json"])
 def test_files_of_a_checkpoint(name, tmp_path, monkeypatch):
     folder = whole_checkpoint(tmp_path)
-    monkeypatch.setattr("megatron_ksa.upstream.checkpoint_sums.RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("megatron_ksa.upstream.checkpoint_records.RECORD_BYTES", 1 << 20)
     endless(folder, name)
     assert f"{name}" in damage(folder) and "more than" in damage(folder)
 

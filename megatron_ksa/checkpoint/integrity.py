@@ -16,14 +16,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import read_small
-from megatron_ksa.upstream.checkpoint_sums import (
-    CONFIG,
-    METADATA,
-    StoredFile,
-    read_records,
-    sum_of,
-    sum_of_part,
-)
+from megatron_ksa.upstream.checkpoint_records import CONFIG, METADATA, StoredFile, read_records, sum_of, sum_of_part
 
 
 def is_distributed(folder: Path) -> bool:

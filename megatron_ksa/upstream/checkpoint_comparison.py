@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.upstream.checkpoint_sums import BLOCK, StoredItem, read_records, sum_of_part
+from megatron_ksa.upstream.checkpoint_records import BLOCK, StoredItem, read_records, sum_of_part
 from megatron_ksa.upstream.patches import Patch
 
 

@@ -7,11 +7,9 @@ takes the place of torch's CRC-32 (2 GB/s), which no load compares. `checkpoint_
 file is read for its sum alone.
 """
 
-import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import IO, Any
@@ -22,124 +20,18 @@ import xxhash
 from torch import Tensor
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.files import read_small, whole_file
-from megatron_ksa.upstream.patches import Patch
-
-PREFIX, COMMON, CONTENT = ".files_", ".files_common.json", "content"
-CONFIG, METADATA = "metadata.json", ".metadata"
-BLOCK = 1 << 18
-# A record has about a hundred bytes for each tensor that a rank writes.
-RECORD_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class StoredItem:
-    """A tensor or an object in a file, as torch.save wrote it.
-
-    Attributes:
-        offset: of its first byte in the file.
-        length: bytes.
-        xxh3: XXH3-128 of these bytes, in hexadecimal.
-        start: where a tensor's elements start, counted from the offset: they follow one another in the order of
-            `shape`. None of an object, and of a tensor that is stored in another order.
-        dtype: of the tensor, as torch prints it ("torch.bfloat16").
-        shape: of the tensor.
-    """
-
-    offset: int
-    length: int
-    xxh3: str
-    start: int | None = None
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-
-    @classmethod
-    def read(cls, row: list) -> "StoredItem":
-        """An item from a record.
-
-        Raises:
-            ValueError: elements that do not lie in the item.
-        """
-        item = cls(*row[:5], shape=tuple(row[5]))
-        if item.start is not None and not 0 <= item.start <= item.length - item.nbytes:
-            raise ValueError(f"{item.nbytes} bytes of elements in an item of {item.length}")
-        return item
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype = getattr(torch, self.dtype.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"no dtype: {self.dtype}")
-        return dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Of the tensor's elements."""
-        return math.prod(self.shape) * self.torch_dtype.itemsize
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file as it was written: bytes, and the sum of its content or of each item in it (none where sums were off)."""
-
-    bytes: int
-    xxh3: str | None = None
-    items: tuple[StoredItem, ...] = ()
-
-
-def write_record(path: Path, files: dict[str, StoredFile]) -> None:
-    """Store what files of a checkpoint are like, in a record beside them; the record has a sum of itself."""
-    rows = {
-        name: {"bytes": file.bytes, "xxh3": file.xxh3, CONTENT: [astuple(item) for item in file.items]}
-        for name, file in files.items()
-    }
-    with whole_file(path) as stream:
-        json.dump({"files": rows, "xxh3": _sum_of_rows(rows)}, stream)
-
-
-def _sum_of_rows(rows: dict) -> str:
-    return xxhash.xxh3_128(json.dumps(rows).encode()).hexdigest()
-
-
-def read_records(folder: Path) -> dict[str, StoredFile]:
-    """What the records of a checkpoint say of its files.
-
-    Raises:
-        UsageError: a record that cannot be read.
-    """
-    files: dict[str, StoredFile] = {}
-    for record in sorted(folder.glob(f"{PREFIX}*.json")):
-        try:
-            read = json.loads(read_small(record, limit=RECORD_BYTES))
-            rows = read.get("files", read)  # those of earlier versions have no sum of themselves
-            if rows is not read and _sum_of_rows(rows) != read["xxh3"]:
-                raise ValueError("its checksum differs")
-            for name, row in rows.items():
-                # Earlier versions have "items" with sums of another kind: of their files sizes alone are compared.
-                items = tuple(StoredItem.read(item) for item in row.get(CONTENT, ()))
-                files[str(name)] = StoredFile(int(row["bytes"]), row["xxh3"], items)
-        except (UsageError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UsageError(f"{record} is damaged ({type(error).__name__}: {error})") from None
-    return files
-
-
-def sum_of(path: Path) -> str:
-    """XXH3-128 of a file's content."""
-    digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
-
-
-def sum_of_part(file: IO[bytes], offset: int, length: int) -> str:
-    """XXH3-128 of a part of a file; of what there is of it."""
-    digest = xxhash.xxh3_128()
-    file.seek(offset)
-    while length and (block := file.read(min(BLOCK, length))):
-        digest.update(block)
-        length -= len(block)
-    return digest.hexdigest()
+from megatron_ksa.upstream.checkpoint_records import (
+    BLOCK,
+    COMMON,
+    CONFIG,
+    METADATA,
+    PREFIX,
+    StoredFile,
+    StoredItem,
+    sum_of,
+    write_record,
+)
+from megatron_ksa.upstream.patches import Patch, apply
 
 
 class _Summed:
@@ -155,8 +47,8 @@ class _Summed:
         """Write all of it."""
         content = memoryview(content)
         if self.elements is not None and content.nbytes == self.elements.nbytes:
-            if np.frombuffer(content, np.uint8).ctypes.data == self.elements.data_ptr():
-                self.start = self.written
+            here = np.frombuffer(content, np.uint8).ctypes.data
+            self.start = self.written if here == self.elements.data_ptr() else self.start
         for at in range(0, len(content), BLOCK):
             block = content[at : at + BLOCK]
             self.digest.update(block)
@@ -302,6 +194,25 @@ def _with_common(original: Callable, contents: bool) -> Callable:
     return save_config
 
 
+@contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Store the record of what torch's own writer, in this process alone, writes to a folder in the body."""
+    _written.clear()
+    with apply([SUMMING_OF_TORCH]), _without_crc():
+        yield
+    files = {
+        name: StoredFile((folder / name).stat().st_size, None, tuple(_written[at] for at in _written if at[0] == name))
+        for name in sorted({name for name, _ in _written})
+    }
+    write_record(folder / f"{PREFIX}0.json", files)
+
+
+SUMMING_OF_TORCH = Patch(
+    "torch.distributed.checkpoint.filesystem:_write_item",
+    _summing,
+    why="sums of a checkpoint's tensors and objects are formed while they are written",
+    expects="(transforms, stream, data, write_item, storage_key, serialization_format)",
+)
 WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 PATCHES = (
     Patch(
@@ -322,12 +233,7 @@ PATCHES = (
         why="sizes and sums of a checkpoint's metadata are stored beside it",
         expects="(config, checkpoint_dir)",
     ),
-    Patch(
-        f"{WRITER}:_write_item",
-        _summing,
-        why="sums of a checkpoint's tensors and objects are formed while they are written",
-        expects="(transforms, stream, data, write_item, storage_key, serialization_format)",
-    ),
+    replace(SUMMING_OF_TORCH, target=f"{WRITER}:_write_item"),
 )
 
 
