@@ -24,6 +24,7 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from megatron_ksa.evaluation.runs import Results, machine
+from megatron_ksa.files import check_writable
 from megatron_ksa.platform.ports import free_port
 
 HERE = Path(__file__).parent
@@ -77,6 +78,12 @@ def measure(options: argparse.Namespace) -> None:
     """Save and load with each number of processes."""
     import xxhash
 
+    for flag, value in (("processes", min(options.processes)), ("rounds", options.rounds)):
+        if value < 1:
+            raise UsageError(f"--{flag} {value}: at least 1")
+    for folder in (options.folder, options.out.parent):
+        if folder is not None:
+            check_writable(folder)
     settings = {"hidden_size": options.hidden_size, "vocab_size": options.vocab_size}
     settings |= {"xxhash": xxhash.VERSION, "cpu": processor(), "load_average": os.getloadavg()[0]}
     results = Results(options.out, settings, ("processes", "what"), options.commit)
