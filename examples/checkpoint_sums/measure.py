@@ -158,7 +158,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=None, help="where the checkpoints lie meanwhile (about 2 GB)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="ranks that save and load")
     parser.add_argument("--rounds", type=int, default=9, help="times that each way is measured, at most")
-    parser.add_argument("--seconds", type=float, default=300, help="after which no round begins (300)")
+    parser.add_argument("--seconds", type=float, default=240, help="after which no round begins (240)")
     parser.add_argument("--hidden-size", type=int, default=2048, help="of the model: 2048 makes 2 GB")
     parser.add_argument("--vocab-size", type=int, default=24000, help="of the model")
     parser.add_argument("--out", type=Path, default=HERE / "results.json", help="results, JSON")

@@ -63,7 +63,7 @@ def restore_tracker(args: argparse.Namespace) -> None:
     if not args.load or getattr(args, "enable_msc", False) or not Path(args.load).is_dir():
         return
     root = Path(args.load)
-    if (root / TRACKER).exists() or not (stored := list(iterations(root))):
+    if (root / TRACKER).is_file() or not (stored := list(iterations(root))):
         return
     whole = next((number for number, path in stored if damage(path, contents=False) is None), None)
     listed = ", ".join(str(number) for number, _ in stored)

@@ -93,7 +93,7 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     adapt_trainer(args, settings)
     if args.rank == 0 and args.save and args.ckpt_format != "torch_dist" and settings.checkpoint.content_sums:
         print(
-            f"--ckpt-format {args.ckpt_format}: no sizes and sums of its files are stored, damage to them can be loaded: "
+            f"--ckpt-format {args.ckpt_format}: no sizes and sums of its files are stored, damage in them is loaded: "
             "--ckpt-format torch_dist stores them",
             flush=True,
         )

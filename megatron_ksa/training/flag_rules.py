@@ -139,7 +139,11 @@ def _check_index(args: argparse.Namespace) -> None:
 
 
 def _check_machine(args: argparse.Namespace) -> None:
-    """Refuse what needs a package or a GPU that is not here."""
+    """Refuse what needs a package or a GPU that is not here, and devices in the place of a tokenizer's files."""
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = getattr(args, name, None)
+        if path and Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+            raise UsageError(f"--{name.replace('_', '-')} {path}: neither a regular file nor a folder")
     if args.transformer_impl == "transformer_engine" and not importable("transformer_engine.pytorch"):
         raise UsageError(
             "--transformer-impl transformer_engine: the package transformer-engine is not installed, or does not load; "

@@ -34,6 +34,13 @@ def test_a_run_goes_on_from_its_newest_whole_iteration(folder, capsys):
     assert "going on from iteration 2" in capsys.readouterr().out
 
 
+def test_a_tracker_that_is_no_file_is_named(folder):
+    """A folder of the tracker's name: training started at iteration 1, beside iterations 1 to 3."""
+    (folder / TRACKER).mkdir()
+    with pytest.raises(UsageError, match=f"{TRACKER}' is no file that can be written"):
+        run_folder.restore_tracker(flags(folder, folder))
+
+
 def test_a_folder_that_is_only_read_is_refused(folder):
     with pytest.raises(UsageError, match=f"has iterations 3, 2, 1 but no {TRACKER}.* is the number 2"):
         run_folder.restore_tracker(flags(folder))
