@@ -67,8 +67,9 @@ def tagged_lines(folder: Path) -> Iterator[TaggedLine]:
                 row = next(tagged, b"")
             offset += len(record)
         if row:
-            name = _id(row, TAGS)
-            raise UsageError(f"{folder / TAGS}: id {name!r} is not in {RECORDS} in this order; run the tag step again")
+            raise UsageError(
+                f"{folder / TAGS}: id {_id(row, TAGS)!r} is not in {RECORDS} in this order; run the tag step again"
+            )
 
 
 def kept_lines(folder: Path) -> Iterator[TaggedLine]:
