@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,8 +93,10 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
         mode: "w" for UTF-8 text or "wb".
 
     Raises:
-        UsageError: the disk is full, or the folder cannot be written to.
+        UsageError: the disk is full, the folder cannot be written to, or there is a folder or a device of this name.
     """
+    if not path.name or (path.exists() and not path.is_file()):
+        raise UsageError(f"{str(path)!r} is no file that can be written or replaced: name another output")
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +111,18 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder where there is none, and notice at the start of long work that nothing can be written to it.
+
+    Raises:
+        UsageError: the folder cannot be made, or a file in it.
+    """
+    with writing(folder / "any file"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
 
 
 @contextmanager

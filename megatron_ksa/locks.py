@@ -34,9 +34,17 @@ from pathlib import Path
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import writing
 
+RUN_LOCK = "run.lock"
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 60.0
 _POLL_SECONDS = 0.5
+# A rank waits for its first rank's lock so long: where there is none, which its file system may not show; where another
+# run holds it, which the first rank watches meanwhile.
+NO_LOCK_SECONDS, OTHERS_LOCK_SECONDS = 20.0, SILENT_SECONDS + 60.0
+_OF_A_START = (
+    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+)  # fmt: skip
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 
 
@@ -53,6 +61,7 @@ class Holder:
         job, restart: Slurm job and how often it was requeued; "" outside Slurm.
         since: UTC, ISO 8601.
         token: unique to this hold.
+        run: the same for all ranks of one start of a distributed program.
     """
 
     what: str
@@ -64,6 +73,7 @@ class Holder:
     restart: str
     since: str
     token: str
+    run: str = ""
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
@@ -92,8 +102,13 @@ def _this_run(what: str) -> Holder:
     return Holder(
         what=what, host=socket.gethostname(), machine=_machine(), pid=os.getpid(), started=_started(os.getpid()) or 0,
         job=os.environ.get("SLURM_JOB_ID", ""), restart=os.environ.get("SLURM_RESTART_COUNT", ""),
-        since=datetime.now(UTC).isoformat(timespec="seconds"), token=uuid.uuid4().hex,
+        since=datetime.now(UTC).isoformat(timespec="seconds"), token=uuid.uuid4().hex, run=_start(),
     )  # fmt: skip
+
+
+def _start() -> str:
+    """What the launcher tells all ranks of one start alike, and no other start."""
+    return " ".join(os.environ.get(name, "") for name in _OF_A_START)
 
 
 def _read(path: Path) -> tuple[Holder, int] | None:
@@ -269,5 +284,26 @@ def exclusive(path: str | Path, what: str) -> Iterator[Lock]:
 @contextmanager
 def exclusive_folder(folder: str | Path, what: str) -> Iterator[Lock]:
     """`exclusive` for a folder that runs share and continue: the lock is FOLDER/run.lock, and the folder is made."""
-    with _held(Path(folder), Path(folder) / "run.lock", what) as held:
+    with _held(Path(folder), Path(folder) / RUN_LOCK, what) as held:
         yield held
+
+
+def wait_for_first_rank(folder: str | Path) -> None:
+    """Wait until the first rank of this start holds `exclusive_folder`: what is read before may be another run's.
+
+    Returns without it where no lock is there for `NO_LOCK_SECONDS`: the folder is on a disk of another machine, or the
+    first rank was refused.
+
+    Raises:
+        UsageError: another run holds it for longer than the first rank watches it.
+    """
+    lock, begin = Path(folder) / RUN_LOCK, time.monotonic()
+    while True:
+        found, waited = _read(lock), time.monotonic() - begin
+        if found is not None and found[0].run == _start():
+            return
+        if found is None and waited > NO_LOCK_SECONDS:
+            return
+        if found is not None and waited > OTHERS_LOCK_SECONDS:
+            raise UsageError(f"{folder} is held by {found[0]}, and the first rank of this run did not take it over")
+        time.sleep(_POLL_SECONDS / 10)

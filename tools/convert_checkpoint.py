@@ -103,8 +103,11 @@ def main() -> None:
         defaults = prepare_platform(["--trust-checkpoint"] * args.trust_checkpoint)
         from megatron_ksa.training.arguments import install_arguments
 
-        install_arguments(defaults)
-        with exclusive(args.output, "tools/convert_checkpoint.py"), whole_folder(args.output) as made:
+        with (
+            install_arguments(defaults),
+            exclusive(args.output, "tools/convert_checkpoint.py"),
+            whole_folder(args.output) as made,
+        ):
             message = (run_import if args.command == "import" else run_export)(args, made)
         print(f"{args.output}: {message}")
 

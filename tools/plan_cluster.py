@@ -112,8 +112,8 @@ def main() -> None:
             options.node_bandwidth * 1e9, options.network_bandwidth * 1e9,
         )  # fmt: skip
         sys.argv = ["plan_cluster.py", *flags]
-        install_arguments(defaults)
-        args = read_model(flags, options)
+        with install_arguments(defaults):
+            args = read_model(flags, options)
         settings = settings_from_args(copy.copy(args))
         shape = model_shape(args, settings)
         base = TrainingLayout(

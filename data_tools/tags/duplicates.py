@@ -26,7 +26,7 @@ from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags import minhash
 from megatron_ksa.data_tools.tags.compared import Compared, Side, asked_and_answered, exact_key
 from megatron_ksa.data_tools.tags.engine import Engine
-from megatron_ksa.data_tools.tags.files import write_jsonl
+from megatron_ksa.data_tools.tags.files import lines_of, write_jsonl
 from megatron_ksa.data_tools.tags.near_pairs import BandFiles, unpacked
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.semantic import semantic_copies
@@ -238,7 +238,7 @@ def read_lines(path: Path, offsets: np.ndarray) -> Iterator[bytes]:
     with open(path, "rb") as stream:
         for offset in offsets.tolist():
             stream.seek(offset)
-            yield stream.readline()
+            yield next(lines_of(stream, path), b"")
 
 
 def _check(

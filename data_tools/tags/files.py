@@ -4,12 +4,15 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
+
+# A document of the largest size that is read (`readers.MAX_DOCUMENT_BYTES`), each character escaped, and its tags.
+MAX_LINE_BYTES = 700_000_000
 
 
 def copy_whole(source: Path, path: Path) -> None:
@@ -40,6 +43,24 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
     return count
 
 
+def lines_of(stream: IO[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of a file that `write_jsonl` wrote, their ends included.
+
+    Lines end with "\\n" only: JSON leaves U+2028 and its like unescaped, which str.splitlines would split at.
+
+    Raises:
+        UsageError: a line of more than `MAX_LINE_BYTES`.
+    """
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise UsageError(
+                f"{path}:{number}: more than {MAX_LINE_BYTES:,} bytes in a line; no step writes such a row"
+            )
+        yield line
+
+
 def read_jsonl(path: Path) -> Iterator[dict]:
     """The rows of a file that `write_jsonl` wrote.
 
@@ -47,17 +68,30 @@ def read_jsonl(path: Path) -> Iterator[dict]:
         UsageError: the file is missing or was changed into something else.
     """
     try:
-        with open(path, encoding="utf-8") as stream:
-            # Lines end with "\n" only: JSON leaves U+2028 and its like unescaped, which str.splitlines would split at.
-            for number, line in enumerate(stream, start=1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise UsageError(f"{path}:{number}: {error}; delete the file and run its step again") from None
+        with open(path, "rb") as stream:
+            for number, line in enumerate(lines_of(stream, path), start=1):
+                yield row_of(line, f"{path}:{number}")
     except FileNotFoundError:
         raise UsageError(
             f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)"
         ) from None
+    except OSError as error:
+        raise UsageError(f"{str(path)[:200]} cannot be read: {error.strerror}") from None
+
+
+def row_of(line: bytes, place: str) -> dict:
+    """The row that a line holds.
+
+    Raises:
+        UsageError: something else, with the place of the line.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place}: {error}; delete the file and run its step again") from None
+    if not isinstance(row, dict):
+        raise UsageError(f"{place}: no JSON object; delete the file and run its step again")
+    return row
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -104,8 +104,8 @@ def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) ->
     if vectors:
         try:
             embeddings = np.load(tree / EMBEDDINGS, mmap_mode="r")
-        except FileNotFoundError:
-            raise UsageError(f"{tree / EMBEDDINGS} does not exist: run the tree step first") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{tree / EMBEDDINGS} cannot be read ({error}): run the tree step first") from None
         return replace(pool, leaf_vectors=embeddings[nodes["tag"][pool.leaf_nodes]])
     return pool
 

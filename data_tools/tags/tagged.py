@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ksa.data_tools.tags.files import read_jsonl
+from megatron_ksa.data_tools.tags.files import lines_of, read_jsonl, row_of
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.records import record_text
 from megatron_ksa.data_tools.tags.tag import TAGS
@@ -39,7 +39,14 @@ def _same_id(record: bytes, tags: bytes) -> bool:
     end = tags.find(_AFTER_ID)
     if end > 0 and record.startswith(_ID) and tags.startswith(_ID):
         return record.startswith(tags[: end + 1])
-    return json.loads(record)["id"] == json.loads(tags)["id"]
+    return _id(record, RECORDS) == _id(tags, TAGS)
+
+
+def _id(line: bytes, name: str) -> object:
+    row = row_of(line, name)
+    if "id" not in row:
+        raise UsageError(f"{name}: a row without id; run the step that writes the file again")
+    return row["id"]
 
 
 def tagged_lines(folder: Path) -> Iterator[TaggedLine]:
@@ -52,15 +59,17 @@ def tagged_lines(folder: Path) -> Iterator[TaggedLine]:
         if not (folder / name).is_file():
             next(read_jsonl(folder / name))  # raises
     with open(folder / RECORDS, "rb") as records, open(folder / TAGS, "rb") as rows:
-        row, offset = rows.readline(), 0
-        for line, record in enumerate(records):
+        tagged = lines_of(rows, folder / TAGS)
+        row, offset = next(tagged, b""), 0
+        for line, record in enumerate(lines_of(records, folder / RECORDS)):
             if row and _same_id(record, row):
                 yield TaggedLine(line, offset, record, row)
-                row = rows.readline()
+                row = next(tagged, b"")
             offset += len(record)
         if row:
-            name = json.loads(row)["id"]
-            raise UsageError(f"{folder / TAGS}: id {name!r} is not in {RECORDS} in this order; run the tag step again")
+            raise UsageError(
+                f"{folder / TAGS}: id {_id(row, TAGS)!r} is not in {RECORDS} in this order; run the tag step again"
+            )
 
 
 def kept_lines(folder: Path) -> Iterator[TaggedLine]:

@@ -1,9 +1,11 @@
 """`pretrain_gpt.py` whose one save, or one load, is done again and again: with sums, with sizes alone, and plainly.
 
-Usage: measured_pretrain.py RECORD.json ROUNDS FLAGS...
+Usage: measured_pretrain.py RECORD.json ROUNDS SECONDS FLAGS...
 
-Each round does every way once, in an order that turns, so that what else the machine does meets all of them. A load is
-measured from the file system's cache and, where the system lets go of it, from the disk.
+Each round does every way once, in an order that turns, so that what else the machine does meets all of them; no round
+begins after so many seconds. A load is measured from the file system's cache, and from the disk: before it the system
+is asked to drop what it holds of the checkpoint's files, and nothing else. Whether it did shows in the bytes that the
+load took from the disk.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -33,20 +35,33 @@ WAYS = ("plain", "sizes", "sums")
 class Measurement:
     """Times of every way, seconds: of the slowest rank; of all ranks' processors together, and in user mode alone."""
 
-    def __init__(self, record: Path, rounds: int) -> None:
+    def __init__(self, record: Path, rounds: int, seconds: float) -> None:
         self.record, self.rounds, self.found = record, rounds, []
+        self.end = time.monotonic() + seconds
+
+    def turns(self) -> Iterator[tuple[int, list[str]]]:
+        """The rounds, as many as there is time for, at least one; the first rank decides."""
+        for turn, ways in _orders(self.rounds):
+            goes_on = [turn == 0 or time.monotonic() < self.end]
+            dist.broadcast_object_list(goes_on)
+            if not goes_on[0]:
+                return
+            yield turn, ways
 
     def add(self, what: str, turn: int, way: str, work: Callable[[], object]) -> object:
         """Do the work on all ranks, and note how long it takes."""
         dist.barrier()
+        read = _bytes_from_disk()
         start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         result = work()
         own, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
         spent: list = [None] * dist.get_world_size()
-        dist.all_gather_object(spent, (own, now.ru_utime - used.ru_utime, now.ru_stime - used.ru_stime))
+        times = (own, now.ru_utime - used.ru_utime, now.ru_stime - used.ru_stime)
+        dist.all_gather_object(spent, (*times, _bytes_from_disk() - read))
         row = {"what": what, "round": turn, "way": way, "seconds": max(each[0] for each in spent)}
         row["user_seconds"] = sum(each[1] for each in spent)
         row["processor_seconds"] = row["user_seconds"] + sum(each[2] for each in spent)
+        row["bytes_from_disk"] = sum(each[3] for each in spent)
         self.found.append(row)
         return result
 
@@ -55,6 +70,15 @@ class Measurement:
         if dist.get_rank() == 0:
             with whole_file(self.record) as stream:
                 json.dump({"bytes": size, "times": self.found}, stream)
+
+
+def _bytes_from_disk() -> int:
+    """What this process has had read from storage so far; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
+            if line.startswith("read_bytes:"):
+                return int(line.split()[1])
+    return 0
 
 
 def _files(folder: Path) -> list[Path]:
@@ -93,7 +117,7 @@ def measured_save(measurement: Measurement, args, save: Callable) -> Callable:
 
         once("plain", -1)  # warms up
         measurement.found.clear()
-        for turn, ways in _orders(measurement.rounds):
+        for turn, ways in measurement.turns():
             for way in ways:
                 once(way, turn)
         once("sums", measurement.rounds)
@@ -125,7 +149,7 @@ def measured_load(measurement: Measurement, args, settings, load: Callable) -> C
         if not (Path(args.load) / "latest_checkpointed_iteration.txt").is_file():
             return load(*rest, **options)
         done = plain(*rest, **options)
-        for turn, ways in _orders(measurement.rounds):
+        for turn, ways in measurement.turns():
             for cold in (False, True):
                 for way in ways:
                     if cold and dist.get_rank() == 0:
@@ -139,7 +163,7 @@ def measured_load(measurement: Measurement, args, settings, load: Callable) -> C
 
 
 def main() -> None:
-    record, rounds, *flags = sys.argv[1:]
+    record, rounds, seconds, *flags = sys.argv[1:]
     # What is read is compared where this program says so.
     sys.argv = [sys.argv[0], *flags, "--no-checkpoint-sums"]
     prepare_platform(sys.argv[1:])
@@ -147,7 +171,7 @@ def main() -> None:
     from megatron_ksa.upstream import checkpoint_sums
     from megatron_ksa.upstream.trainer import LOAD_CHECKPOINT, SAVE_CHECKPOINT
 
-    measurement, of_the_run = Measurement(Path(record), int(rounds)), configure.trainer_patches
+    measurement, of_the_run = Measurement(Path(record), int(rounds), float(seconds)), configure.trainer_patches
     replaced = {patch.target for patch in (LOAD_CHECKPOINT, SAVE_CHECKPOINT, *checkpoint_sums.PATCHES)}
 
     def trainer_patches(args, settings, *rest) -> list:

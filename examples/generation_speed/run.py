@@ -11,6 +11,7 @@ What is in the results already is not measured again.
 import argparse
 import gc
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from report import GIB, tables  # noqa: E402
 
 from megatron_ksa.config.ksa import KSAConfig  # noqa: E402
 from megatron_ksa.errors import UsageError, usage_errors_exit  # noqa: E402
-from megatron_ksa.files import whole_file  # noqa: E402
+from megatron_ksa.evaluation.runs import stored_runs  # noqa: E402
+from megatron_ksa.files import check_writable, whole_file  # noqa: E402
 from megatron_ksa.platform import prepare_platform  # noqa: E402
 
 # Left to activations, graphs and the allocator where as many sequences as fit are wanted.
@@ -196,6 +198,9 @@ def main() -> None:
         args = parse_arguments()
         if min([*args.lengths, *args.batches]) < 0 or 0 in args.lengths:
             raise UsageError("--lengths are at least 1, --batches at least 0")
+        for flag in ("memory_gib", "limit"):
+            if not 0 < getattr(args, flag) < math.inf:
+                raise UsageError(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: a number above 0")
         prepare_platform([])
         import torch
 
@@ -206,10 +211,11 @@ def main() -> None:
         if device == "cpu" and not args.tiny:
             raise UsageError("no CUDA device: run on a GPU, or try --tiny")
         out, begin = args.out / "results.json", time.monotonic()
-        runs = json.loads(out.read_text(encoding="utf-8"))["runs"] if out.exists() else []
+        check_writable(args.out)
+        runs = stored_runs(out)
         model, built = None, None
         for cell in plan(args):
-            if any(all(run[key] == value for key, value in cell.items()) and "error" not in run for run in runs):
+            if any(all(run.get(key) == value for key, value in cell.items()) and "error" not in run for run in runs):
                 continue
             if time.monotonic() - begin > args.limit:
                 print(f"the run's {args.limit:.0f} s were over: start it again for the rest", flush=True)

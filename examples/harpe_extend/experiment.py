@@ -29,7 +29,7 @@ from report import write_beside
 
 from megatron_ksa.evaluation.corpora import write_corpus
 from megatron_ksa.evaluation.runs import Results, Runs, iterations_done
-from megatron_ksa.files import writing
+from megatron_ksa.files import check_writable, writing
 
 HEAD_DIM = 64
 BEFORE, UNIFORM, SEARCHED = "before extension", "uniform HARPE", "searched HARPE"
@@ -230,7 +230,7 @@ def main() -> None:
             if getattr(args, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
         args.out = args.out.resolve()
-        args.out.mkdir(parents=True, exist_ok=True)
+        check_writable(args.out)
         work = (args.work or args.out / "work").resolve()
         hidden = ("out", "work", "jobs", "workers", "rounds", "deadline", "commit")
         settings = {key: value for key, value in vars(args).items() if key not in hidden}

@@ -9,6 +9,7 @@ without saving. Results are written after each; a second call goes on with those
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
-from megatron_ksa.files import whole_file
+from megatron_ksa.evaluation.runs import stored_runs
+from megatron_ksa.files import check_writable, whole_file
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "slurm" / "models" / "ksa_1b9.args"
@@ -168,11 +170,21 @@ def main() -> None:
     """Measure what is missing, write after each run, and report."""
     with usage_errors_exit():
         options = parse_arguments()
-        runs = json.loads(options.out.read_text()) if options.out.exists() and not options.again else []
+        if not 0 < options.limit < math.inf:
+            raise UsageError(f"--limit {options.limit:g}: a number of seconds above 0")
+        for flag, value in (("lengths", min(options.lengths)), ("loss-rows", options.loss_rows)):
+            if value < 1:
+                raise UsageError(f"--{flag} {value}: at least 1")
+        if options.iterations is not None and options.iterations < 1:
+            raise UsageError(f"--iterations {options.iterations}: at least 1")
+        check_writable(options.out.parent)
+        runs = [] if options.again else stored_runs(options.out)
         for length in options.lengths:
             for model in options.models:
                 kind = (model, length, options.cuda_graphs)
-                same = [run for run in runs if (run["model"], run["length"], run.get("cuda_graphs", False)) == kind]
+                same = [
+                    run for run in runs if (run.get("model"), run.get("length"), run.get("cuda_graphs", False)) == kind
+                ]
                 if any("error" not in run for run in same):
                     continue
                 print(f"== {model}, {length} tokens{', CUDA graphs' * options.cuda_graphs}", flush=True)

@@ -10,6 +10,8 @@ from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.kernels.ksa_attention.tile_store import PACKAGE_STORE, merge, read
 
 RECORD, CHART = "kernels.json", "attention_time.png"
+# Characters of a record: ours have some hundred thousand.
+MAX_RECORD = 100_000_000
 
 
 def _heads(text: str) -> tuple[int, int]:
@@ -92,7 +94,8 @@ def _draw(options: argparse.Namespace) -> None:
 def _record(flag: str, path: Path) -> dict:
     """A record of an earlier run."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as stream:
+            record = json.loads(stream.read(MAX_RECORD))
         record["results"], record["header"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{flag} {path}: no record of this program ({error!r})") from None

@@ -6,30 +6,17 @@ damage; it is no signature. A checkpoint without such files, from an older versi
 its own metadata says of sizes.
 """
 
-import io
 import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-import torch
 import torch.distributed.checkpoint as dcp
-import xxhash
 from megatron.core import dist_checkpointing
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import read_small
-from megatron_ksa.upstream import safe_pickle
-from megatron_ksa.upstream.checkpoint_sums import (
-    CONFIG,
-    METADATA,
-    StoredFile,
-    StoredItem,
-    read_records,
-    sum_of,
-    sum_of_tensor,
-)
+from megatron_ksa.upstream.checkpoint_records import CONFIG, METADATA, StoredFile, read_records, sum_of, sum_of_part
 
 
 def is_distributed(folder: Path) -> bool:
@@ -111,21 +98,7 @@ def damage(folder: Path, *, contents: bool = True, items: bool = True, share: tu
 
 def _items_are_whole(path: Path, file: StoredFile) -> bool:
     with open(path, "rb") as stream:
-        return all(_sum_of_item(stream, item) == item.xxh3 for item in file.items)
-
-
-def _sum_of_item(stream: IO[bytes], item: StoredItem) -> str | None:
-    """The sum of a tensor or an object in a file; None of a tensor that cannot be read."""
-    stream.seek(item.offset)
-    content = stream.read(item.length)
-    if not item.is_tensor:
-        return xxhash.xxh3_128(content).hexdigest()
-    try:
-        found = safe_pickle.torch_load(io.BytesIO(content))
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError, AttributeError, IndexError,
-            AssertionError, pickle.UnpicklingError):  # fmt: skip
-        return None
-    return sum_of_tensor(found) if isinstance(found, torch.Tensor) else None
+        return all(sum_of_part(stream, item.offset, item.length) == item.xxh3 for item in file.items)
 
 
 def _wrong_size(path: Path, file: StoredFile) -> str | None:

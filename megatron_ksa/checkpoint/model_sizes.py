@@ -8,11 +8,13 @@ from megatron_ksa.errors import UsageError
 # What the shapes of the tensors follow from, beside the vocabulary (which a built tokenizer tells).
 MODEL = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "normalization", "swiglu", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights",
+    "normalization", "swiglu", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights",
 )  # fmt: skip
+# What changes what the weights compute, but no shape; another value may be meant.
+NOTED = ("position_embedding_type", "rotary_base", "rotary_percent", "norm_epsilon", "squared_relu", "quick_geglu")
 # What an optimizer's state depends on.
 OPTIMIZER = ("optimizer", "sixteen_bit", "use_distributed_optimizer")
-FLAGS = {"sixteen_bit": "--bf16 or --fp16"}
+FLAGS = {"sixteen_bit": "--bf16 or --fp16", "add_bias_linear": "biases of linear layers (--disable-bias-linear)"}
 
 
 def check_model(stored: StoredCheckpoint, args: argparse.Namespace, only_weights: bool) -> None:
@@ -27,6 +29,9 @@ def check_model(stored: StoredCheckpoint, args: argparse.Namespace, only_weights
     saved, given = _values(stored.args), _values(args)
     for name in MODEL:
         _compare(name, saved, given, "give the checkpoint's value, or --use-checkpoint-args")
+    for name in NOTED if args.rank == 0 else ():
+        if None not in (saved.get(name), given.get(name)) and saved[name] != given[name]:
+            print(f"note: {_flag(name)} is {given[name]}, the checkpoint was trained with {saved[name]}", flush=True)
     # A release, such as an import, is weights alone.
     without = only_weights or args.no_load_optim or stored.folder.name == RELEASE
     for name in () if without else OPTIMIZER:
@@ -37,6 +42,8 @@ def _values(args: argparse.Namespace) -> dict[str, object]:
     values = dict(vars(args))
     if not values.get("group_query_attention"):
         values["num_query_groups"] = values.get("num_attention_heads")
+    if values.get("add_bias_linear"):
+        values["add_qkv_bias"] = True  # Megatron's validation sets it, which has not run on the flags
     if "bf16" in values:
         values["sixteen_bit"] = bool(values["bf16"] or values.get("fp16"))
     return values
@@ -45,5 +52,10 @@ def _values(args: argparse.Namespace) -> dict[str, object]:
 def _compare(name: str, saved: dict[str, object], given: dict[str, object], way_out: str) -> None:
     if saved.get(name) is None or given.get(name) is None or saved[name] == given[name]:
         return
-    flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
-    raise UsageError(f"{flag}: the checkpoint was written with {saved[name]}, the flags say {given[name]}: {way_out}")
+    raise UsageError(
+        f"{_flag(name)}: the checkpoint was written with {saved[name]}, the flags say {given[name]}: {way_out}"
+    )
+
+
+def _flag(name: str) -> str:
+    return FLAGS.get(name, f"--{name.replace('_', '-')}")

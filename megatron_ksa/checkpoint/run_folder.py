@@ -12,7 +12,7 @@ from megatron_ksa.checkpoint.integrity import damage, iterations
 from megatron_ksa.checkpoint.load import TRACKER
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file, writing
-from megatron_ksa.locks import exclusive_folder
+from megatron_ksa.locks import exclusive_folder, wait_for_first_rank
 
 TRACKER_SECONDS = 60.0
 
@@ -21,8 +21,8 @@ TRACKER_SECONDS = 60.0
 def only_writer(args: argparse.Namespace) -> Iterator[Callable[[], None]]:
     """Keep a second training from saving into `--save` during the body, and notice a folder that cannot be written.
 
-    The first rank holds the lock for all of them. A folder that is made for it goes again where the body refuses the
-    command line.
+    The first rank holds the lock for all of them. The others wait for it where they read what is in the folder: the run
+    before may be saving still. A folder that is made for the lock goes again where the body refuses the command line.
 
     Yields:
         What raises where another run has taken the lock over.
@@ -30,7 +30,12 @@ def only_writer(args: argparse.Namespace) -> Iterator[Callable[[], None]]:
     Raises:
         UsageError: another run saves there, or the folder cannot be written.
     """
-    if args.save is None or args.rank != 0 or getattr(args, "enable_msc", False):
+    if args.save is None or getattr(args, "enable_msc", False):
+        yield lambda: None
+        return
+    if args.rank != 0:
+        if args.load is not None and Path(args.load).resolve() == Path(args.save).resolve():
+            wait_for_first_rank(args.save)
         yield lambda: None
         return
     missing = [path for path in (Path(args.save), *Path(args.save).parents) if not path.exists()]
@@ -58,7 +63,7 @@ def restore_tracker(args: argparse.Namespace) -> None:
     if not args.load or getattr(args, "enable_msc", False) or not Path(args.load).is_dir():
         return
     root = Path(args.load)
-    if (root / TRACKER).exists() or not (stored := list(iterations(root))):
+    if (root / TRACKER).is_file() or not (stored := list(iterations(root))):
         return
     whole = next((number for number, path in stored if damage(path, contents=False) is None), None)
     listed = ", ".join(str(number) for number, _ in stored)

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_ksa.checkpoint.norm_names import stored_name
 from megatron_ksa.errors import UsageError
+from megatron_ksa.upstream.checkpoint_sums import recorded, store_common
 
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
 
@@ -120,7 +121,7 @@ def save_distributed(
     common: dict[str, object],
     empty_objects: Iterable[tuple[str, int, int]],
 ) -> None:
-    """Write one iteration's folder.
+    """Write one iteration's folder, with the records of its files.
 
     Args:
         folder: must exist; gets the checkpoint's files.
@@ -131,9 +132,10 @@ def save_distributed(
     """
     objects = {ShardedObject(key, None, (count,), (index,)).unique_key: None for key, index, count in empty_objects}
     planner = _SavePlanner(slots, make, {**objects, COMMON_STATE: common})
-    with _alone():
+    with _alone(), recorded(folder):
         dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
     save_config(CheckpointingConfig("torch_dist"), str(folder))
+    store_common(folder, contents=True)
 
 
 class _LoadPlanner(DefaultLoadPlanner):

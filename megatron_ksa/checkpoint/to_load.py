@@ -13,7 +13,7 @@ from megatron.training import checkpointing
 from megatron_ksa.checkpoint.integrity import is_distributed, way_out
 from megatron_ksa.checkpoint.load import RELEASE, StoredCheckpoint, find_checkpoint, iteration_folder, stored_settings
 from megatron_ksa.errors import UsageError
-from megatron_ksa.upstream.checkpoint_sums import CONFIG, METADATA
+from megatron_ksa.upstream.checkpoint_records import CONFIG, METADATA
 
 
 def load_folder(args: argparse.Namespace) -> str | None:

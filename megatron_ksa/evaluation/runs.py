@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.files import whole_file, writing
+from megatron_ksa.files import MAX_JSON_BYTES, read_small, whole_file, writing
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -81,6 +81,22 @@ class Runs:
         print(f"{self.seconds:6.0f} s  {what}", flush=True)
 
 
+def stored_runs(path: Path) -> list[dict]:
+    """The measurements in a file of results; none where there is no file.
+
+    Raises:
+        UsageError: a file of something else.
+    """
+    try:
+        content = json.loads(read_small(path, limit=MAX_JSON_BYTES)) if path.exists() else []
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
+    runs = content.get("runs") if isinstance(content, dict) else content
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise UsageError(f"{path} holds no results of this program: choose another output")
+    return runs
+
+
 class Results:
     """A JSON file: settings, machine, and a list of measurements that are told apart by their keys.
 
@@ -99,7 +115,7 @@ class Results:
     def add(self, found: dict) -> None:
         """Add a measurement, in the place of one with the same keys."""
         with self._lock:
-            known = json.loads(self.path.read_text(encoding="utf-8"))["runs"] if self.path.exists() else []
+            known = stored_runs(self.path)
             same = [found[key] for key in self.keys]
             runs = [run for run in known if [run[key] for key in self.keys] != same] + [found]
             with whole_file(self.path) as stream:

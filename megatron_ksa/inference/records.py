@@ -109,14 +109,19 @@ def _read_running(running: Path, header: dict[str, Any]) -> dict[int, dict[str, 
     whole = running.read_bytes().split(b"\n")[:-1]
     if not whole:
         return {}
-    known, *lines = [json.loads(text) for text in whole]
+    try:
+        known, *lines = [json.loads(text) for text in whole]
+        lines = [found for found in lines if "error" not in found and isinstance(found["index"], int)]
+        known.keys()
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(f"{running} is no output of a run that was cut ({error}): remove it") from None
     if known != header:
         differing = sorted(name for name in known.keys() | header.keys() if known.get(name) != header.get(name))
         raise UsageError(
             f"{running} is of a run with other settings ({', '.join(differing)}): repeat them to go on, or remove it"
         )
     # What could not run is looked at again.
-    return {found["index"]: found for found in lines if "error" not in found}
+    return {found["index"]: found for found in lines}
 
 
 def _write(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -34,21 +34,31 @@ def check_split(split: str | None) -> None:
         )
 
 
+def sources(args: argparse.Namespace) -> dict[str, bool]:
+    """The flags that data can come from, and whether each is given."""
+    return {
+        "--data-path": args.data_path is not None,
+        "--data-args-path": args.data_args_path is not None,
+        "--train-data-path, --valid-data-path and --test-data-path": any(
+            words is not None for words in _per_split(args)
+        ),
+        "--per-split-data-args-path": args.per_split_data_args_path is not None,
+        "--mock-data": bool(args.mock_data),
+    }
+
+
+def _per_split(args: argparse.Namespace) -> list[list[str] | None]:
+    return [args.train_data_path, args.valid_data_path, args.test_data_path]
+
+
 def blends_from_args(args: argparse.Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
     """One blend for all splits, and one for each split, as `GPTDatasetConfig` takes them; None what is not given.
 
     Raises:
         UsageError: a file that is missing or cannot be read, a weight that is no number above 0, or two sources.
     """
-    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
-    sources = {
-        "--mock-data": args.mock_data,
-        "--data-path": args.data_path is not None,
-        "--data-args-path": args.data_args_path is not None,
-        "--train-data-path, --valid-data-path and --test-data-path": any(words is not None for words in per_split),
-        "--per-split-data-args-path": args.per_split_data_args_path is not None,
-    }
-    used = [flag for flag, given in sources.items() if given]
+    per_split = _per_split(args)
+    used = [flag for flag, given in sources(args).items() if given]
     if len(used) > 1:
         raise UsageError(f"the data comes from {' and from '.join(used)}: give one of them")
     if args.data_path is not None:

@@ -91,6 +91,12 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
         for prefix in prefixes:
             check_ids(prefix, args.padded_vocab_size, None if settings.data.check_token_ids else SAMPLED_TOKENS)
     adapt_trainer(args, settings)
+    if args.rank == 0 and args.save and args.ckpt_format != "torch_dist" and settings.checkpoint.content_sums:
+        print(
+            f"--ckpt-format {args.ckpt_format}: no sizes and sums of its files are stored, damage in them is loaded: "
+            "--ckpt-format torch_dist stores them",
+            flush=True,
+        )
     return settings
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from megatron.training.checkpointing import checkpoint_exists
 from megatron_ksa.checkpoint.to_load import load_folder
 from megatron_ksa.errors import UsageError
 from megatron_ksa.platform.defaults import importable
-from megatron_ksa.training.blend import check_split
+from megatron_ksa.training.blend import check_split, sources
 from megatron_ksa.training.given import given_names
 from megatron_ksa.training.megatron_flags import NEVER, WITHOUT_KSA, Refused
 
@@ -19,6 +20,9 @@ NOT_NEGATIVE = (
     "init_method_std", "lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction",
     "clip_grad", "weight_decay", "adam_eps",
 )  # fmt: skip
+
+# Megatron's index of a dataset: where a sample begins (two int32 at least), and its place in the order (uint32).
+INDEX_BYTES = 12
 
 
 def check_flags(args: argparse.Namespace, with_ksa: bool) -> None:
@@ -45,11 +49,13 @@ def _line(args: argparse.Namespace, flag: str, reason: Refused, with_ksa: bool) 
 
 
 def check_start(args: argparse.Namespace) -> None:
-    """Check that what a run is to start from is there; Megatron would start from random weights, after a warning.
+    """Check that data and what a run is to start from are there; Megatron would take random data and weights.
 
     Raises:
         UsageError: naming the flag.
     """
+    if not any(sources(args).values()):
+        raise UsageError(f"no data is given: {', '.join(sources(args))}: give one of them")
     if getattr(args, "enable_msc", False):
         return
     pretrained = args.pretrained_checkpoint
@@ -107,6 +113,7 @@ def check_run(args: argparse.Namespace) -> None:
         )
     if not args.train_iters and not args.train_samples and not args.skip_train:
         raise UsageError("neither --train-iters nor --train-samples says how long to train: give one of them")
+    _check_index(args)
     _check_splits(args)
     if args.load is not None and "://" not in args.load and Path(args.load).exists() and not Path(args.load).is_dir():
         raise UsageError(f"--load {args.load} is no folder")
@@ -119,8 +126,24 @@ def check_run(args: argparse.Namespace) -> None:
     _check_machine(args)
 
 
+def _check_index(args: argparse.Namespace) -> None:
+    """Refuse more samples than this machine's memory holds an index of; Megatron would fill it for hours, then end."""
+    samples = args.train_samples or (args.train_iters or 0) * (args.global_batch_size or args.micro_batch_size or 1)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (needed := samples * INDEX_BYTES) > memory:
+        flag = f"--train-samples {args.train_samples}" if args.train_samples else f"--train-iters {args.train_iters}"
+        raise UsageError(
+            f"{flag[:60]}: the index of {samples:.4g} samples takes {needed / 1e9:.4g} GB, this machine has "
+            f"{memory / 1e9:.4g}: train for less, and go on from the checkpoint with --load"
+        )
+
+
 def _check_machine(args: argparse.Namespace) -> None:
-    """Refuse what needs a package or a GPU that is not here."""
+    """Refuse what needs a package or a GPU that is not here, and devices in the place of a tokenizer's files."""
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = getattr(args, name, None)
+        if path and Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+            raise UsageError(f"--{name.replace('_', '-')} {path}: neither a regular file nor a folder")
     if args.transformer_impl == "transformer_engine" and not importable("transformer_engine.pytorch"):
         raise UsageError(
             "--transformer-impl transformer_engine: the package transformer-engine is not installed, or does not load; "

@@ -1,156 +1,177 @@
-"""What is read of a checkpoint is compared with the sums in its records, tensor by tensor, while it is read."""
+"""What is read of a checkpoint is compared with the sums in its records, tensor by tensor, while it is read.
 
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+torch 2.14's reader reads each tensor into memory that is new, and copies it from there. Tensors that a record describes
+are read here: block by block into the place where they belong, each block summed while it is in the processor's cache.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import xxhash
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.upstream.checkpoint_sums import StoredItem, read_records, sum_of_tensor
+from megatron_ksa.upstream.checkpoint_records import BLOCK, StoredItem, read_records, sum_of_part
 from megatron_ksa.upstream.patches import Patch
 
-# Smaller tensors are summed at once: a thread is not worth its change of hands.
-THREADED_BYTES = 1 << 20
 
-
-@dataclass
 class _Comparison:
-    """Compares what a reader reads with the records of its folder."""
-
-    folder: Path
-    items: dict[tuple[str, int], StoredItem]
-    # Items that were compared once are not again: a resharded load reads a tensor for each of its parts.
-    compared: set[tuple[str, int]] = field(default_factory=set)
-    now: tuple[str, int] | None = None
-    damaged: str | None = None
-    pool: ThreadPoolExecutor | None = None
-    pending: Future | None = None
-
-    def starts(self, name: str, offset: int, file: IO[bytes]) -> None:
-        """An item is about to be read; an object is compared here."""
-        key = (name, offset)
-        self.now = key if key in self.items and key not in self.compared else None
-        if self.now and not (item := self.items[key]).is_tensor:
-            file.seek(item.offset)
-            self.compare(key, xxhash.xxh3_128(file.read(item.length)).hexdigest())
-            self.now = None
-
-    def tensor(self, tensor: Tensor) -> None:
-        """What was read of the item."""
-        key, self.now = self.now, None
-        if key is None:
-            return
-        if tensor.nbytes < THREADED_BYTES:
-            self.compare(key, sum_of_tensor(tensor))
-            return
-        # One tensor at a time: those that wait for their sum stay in memory.
-        self.finish()
-        if self.pool is None:
-            self.pool = ThreadPoolExecutor(1)
-        self.pending = self.pool.submit(lambda: self.compare(key, sum_of_tensor(tensor)))
-
-    def compare(self, key: tuple[str, int], found: str) -> None:
-        """Note the first item that differs."""
-        self.compared.add(key)
-        if found != self.items[key].xxh3:
-            name, offset = key
-            self.damaged = self.damaged or (
-                f"{self.folder / name} is damaged: its content at byte {offset:,} is not what was written (its "
-                f"checksum differs)"
-            )
-
-    def finish(self) -> None:
-        """Wait for the sum that is being formed."""
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
-
-
-_reading = threading.local()
-_BESIDE = "_sums_of_this_checkpoint"
-
-
-@contextmanager
-def _compared(reader: FileSystemReader) -> Iterator[None]:
-    """Compare what the reader reads in the body.
+    """Reads the tensors of a checkpoint, and compares what is read with the records of its folder.
 
     Raises:
-        UsageError: something is not what was written; a record that cannot be read.
+        UsageError: a record that cannot be read.
     """
-    comparison = vars(reader).get(_BESIDE)
-    if comparison is None:
-        folder = Path(reader.path)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         files = read_records(folder)
-        items = {(name, item.offset): item for name, file in files.items() for item in file.items}
-        comparison = vars(reader)[_BESIDE] = _Comparison(folder, items)
-    before, _reading.comparison = getattr(_reading, "comparison", None), comparison
-    try:
-        yield
-        comparison.finish()
-    finally:
-        _reading.comparison = before
-        if comparison.pool is not None:
-            comparison.pool.shutdown()
-            comparison.pool = comparison.pending = None
-    if comparison.damaged:
-        raise UsageError(comparison.damaged)
+        self.items = {(name, item.offset): item for name, file in files.items() for item in file.items}
+        # Items that were compared once are not again: a resharded load reads a tensor for each of its parts.
+        self.compared: set[tuple[str, int]] = set()
+        self.scratch = memoryview(bytearray(BLOCK))
+        self.staged = torch.empty(0, dtype=torch.uint8)
+
+    def read(self, name: str, wanted: list[tuple[StoredItem, ReadItem]], planner: LoadPlanner) -> list[ReadItem]:
+        """Read the tensors that are wanted of a file, in its order.
+
+        Returns:
+            What is left to torch's reader; it is compared.
+
+        Raises:
+            UsageError: an item that is not what was written.
+        """
+        left = []
+        with open(self.folder / name, "rb", buffering=0) as file:
+            for item, request in sorted(wanted, key=lambda each: each[0].offset):
+                if request.type == LoadItemType.BYTE_IO or item.start is None:
+                    if (name, item.offset) not in self.compared:
+                        self._check(name, item, sum_of_part(file, item.offset, item.length))
+                    left.append(request)
+                else:
+                    self._read_tensor(name, file, item, request, planner)
+        return left
+
+    def _read_tensor(
+        self, name: str, file: IO[bytes], item: StoredItem, request: ReadItem, planner: LoadPlanner
+    ) -> None:
+        target = planner.resolve_tensor(request).detach()
+        rows = _rows(item, request, target)
+        if rows is None:
+            staged = self._staged(item)
+            self._read_elements(name, file, item, _bytes(staged), 0)
+            part = narrow_tensor_by_index(staged, request.storage_offsets, request.lengths)
+            if target.size() != part.size():
+                raise AssertionError(
+                    f"req {request.storage_index} mismatch sizes {target.size()} vs {part.size()}"
+                )  # as torch
+            target.copy_(part)
+        else:
+            self._read_elements(name, file, item, _bytes(target), rows)
+        planner.commit_tensor(request, target)
+
+    def _staged(self, item: StoredItem) -> Tensor:
+        """Memory for a whole tensor; the same for all: new memory costs as much as the read."""
+        if self.staged.nbytes < item.nbytes:
+            self.staged = torch.empty(item.nbytes, dtype=torch.uint8)
+        return self.staged[: item.nbytes].view(item.torch_dtype).reshape(item.shape)
+
+    def _read_elements(self, name: str, file: IO[bytes], item: StoredItem, place: memoryview, first: int) -> None:
+        """Read the elements from byte `first` on that fill a place; all of the item, where it is to be compared."""
+        assert item.start is not None
+        before, after = item.start + first, item.length - item.start - first - len(place)
+        if (name, item.offset) in self.compared:
+            file.seek(item.offset + before)
+            return self._fill(name, file, item, place, None)
+        digest = xxhash.xxh3_128()
+        file.seek(item.offset)
+        for length, part in ((before, None), (len(place), place), (after, None)):
+            if part is not None:
+                self._fill(name, file, item, part, digest)
+            else:
+                for at in range(0, length, BLOCK):
+                    self._fill(name, file, item, self.scratch[: min(BLOCK, length - at)], digest)
+        return self._check(name, item, digest.hexdigest())
+
+    def _fill(self, name: str, file: Any, item: StoredItem, place: memoryview, digest: Any) -> None:
+        at = 0
+        while at < len(place):
+            block = place[at : at + BLOCK]
+            count = file.readinto(block)
+            if not count:
+                raise UsageError(f"{self.folder / name} is damaged: it ends within the item at byte {item.offset:,}")
+            if digest is not None:
+                digest.update(block[:count])
+            at += count
+
+    def _check(self, name: str, item: StoredItem, found: str) -> None:
+        if found != item.xxh3:
+            raise UsageError(
+                f"{self.folder / name} is damaged: its content at byte {item.offset:,} is not what was written (its "
+                f"checksum differs)"
+            )
+        self.compared.add((name, item.offset))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _rows(item: StoredItem, request: ReadItem, target: Tensor) -> int | None:
+    """The byte of the elements from which on they fill the target one after another.
+
+    None where they do not: another dtype, another device, parts of rows, sizes that differ.
+    """
+    if type(target) is not Tensor or target.device.type != "cpu" or target.dtype != item.torch_dtype:
+        return None
+    lengths, offsets = tuple(request.lengths), tuple(request.storage_offsets)
+    if not target.is_contiguous() or tuple(target.shape) != lengths or len(lengths) != len(item.shape):
+        return None
+    if lengths[1:] != item.shape[1:] or any(offsets[1:]):
+        return None
+    if not lengths:
+        return 0
+    row = item.nbytes // item.shape[0] if item.shape[0] else 0
+    return offsets[0] * row if 0 <= offsets[0] <= item.shape[0] - lengths[0] else None
+
+
+_BESIDE = "_sums_of_this_checkpoint"
 
 
 def _comparing(original: Callable) -> Callable:
     @wraps(original)
-    def read_data(self: FileSystemReader, plan: Any, planner: Any) -> Any:
-        with _compared(self):
-            return original(self, plan, planner)
+    def read_data(self: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        comparison = vars(self).get(_BESIDE)
+        if comparison is None:
+            comparison = vars(self)[_BESIDE] = _Comparison(Path(self.path))
+        left: list[ReadItem] = []
+        by_file: dict[str, list[tuple[StoredItem, ReadItem]]] = {}
+        for request in plan.items:
+            stored = self.storage_data[request.storage_index]
+            item = comparison.items.get((stored.relative_path, stored.offset))
+            if item is None:
+                left.append(request)
+            else:
+                by_file.setdefault(stored.relative_path, []).append((item, request))
+        for name, wanted in by_file.items():
+            left += comparison.read(name, wanted, planner)
+        comparison.staged = comparison.staged[:0].clone()
+        return original(self, dataclasses.replace(plan, items=left), planner)
 
     return read_data
 
 
-def _noting(original: Callable) -> Callable:
-    @wraps(original)
-    def _slice_file(self: FileSystemReader, file: IO[bytes], sinfo: Any) -> IO[bytes]:
-        if (comparison := getattr(_reading, "comparison", None)) is not None:
-            comparison.starts(sinfo.relative_path, sinfo.offset, file)
-        return original(self, file, sinfo)
-
-    return _slice_file
-
-
-def _summing(original: Callable) -> Callable:
-    @wraps(original)
-    def narrow_tensor_by_index(tensor: Tensor, offsets: Any, sizes: Any) -> Tensor:
-        if (comparison := getattr(_reading, "comparison", None)) is not None:
-            comparison.tensor(tensor)
-        return original(tensor, offsets, sizes)
-
-    return narrow_tensor_by_index
-
-
-READER = "torch.distributed.checkpoint.filesystem"
 PATCHES = (
     Patch(
-        f"{READER}:FileSystemReader.read_data",
+        "torch.distributed.checkpoint.filesystem:FileSystemReader.read_data",
         _comparing,
         why="what a checkpoint holds is compared with what was written",
         expects="(self, plan, planner)",
-    ),
-    Patch(
-        f"{READER}:FileSystemReader._slice_file",
-        _noting,
-        why="the comparison must know which item of a checkpoint is read",
-        expects="(self, file, sinfo)",
-    ),
-    Patch(
-        f"{READER}:narrow_tensor_by_index",
-        _summing,
-        why="a tensor of a checkpoint is compared when it is read and before a part is taken",
-        expects="(tensor, offsets, sizes)",
     ),
 )

@@ -125,7 +125,8 @@ def test_a_flag_given_by_hand_is_kept_or_refused(name, by_hand, stored, kept, mo
 @pytest.mark.parametrize("change", [{"bf16": True}, {"optimizer": "sgd"}, {"use_distributed_optimizer": True}])
 def test_an_optimizer_is_compared_where_its_state_is_loaded(change):
     """A resume with another optimizer or precision blamed the checkpoint's files; a release has weights alone."""
-    plain = {"bf16": False, "fp16": False, "optimizer": "adam", "use_distributed_optimizer": False, "hidden_size": 32}
+    plain = {"bf16": False, "fp16": False, "optimizer": "adam", "use_distributed_optimizer": False, "hidden_size": 32,
+             "rank": 0}  # fmt: skip
     saved = argparse.Namespace(**plain)
     for name, kept in (("release", True), ("iter_0000001", False)):
         stored = StoredCheckpoint(Path("saved", name), 1, saved, None)
@@ -139,3 +140,17 @@ def test_an_optimizer_is_compared_where_its_state_is_loaded(change):
                 check_model(stored, args, only_weights=False)
         with pytest.raises(UsageError, match="--hidden-size: the checkpoint was written with 32, the flags say 64"):
             check_model(stored, argparse.Namespace(**plain | {"hidden_size": 64, "no_load_optim": True}), True)
+
+
+def test_biases_are_compared_as_validation_leaves_them(capsys):
+    """No model with biases resumed: --add-qkv-bias was True in its checkpoint, and not yet among the flags."""
+    saved = argparse.Namespace(add_bias_linear=True, add_qkv_bias=True, norm_epsilon=1e-5)
+    stored = StoredCheckpoint(Path("saved", "release"), 1, saved, None)
+    flags = {"no_load_optim": False, "rank": 0, "add_qkv_bias": False, "norm_epsilon": 1e-5}
+    check_model(stored, argparse.Namespace(**flags, add_bias_linear=True), only_weights=False)
+    assert not capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"biases of linear layers \(--disable-bias-linear\): the checkpoint was"):
+        check_model(stored, argparse.Namespace(**flags, add_bias_linear=False), only_weights=False)
+    flags |= {"norm_epsilon": 1e-3}
+    check_model(stored, argparse.Namespace(**flags, add_bias_linear=True), only_weights=False)
+    assert "note: --norm-epsilon is 0.001, the checkpoint was trained with 1e-05" in capsys.readouterr().out

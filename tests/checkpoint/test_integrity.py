@@ -76,7 +76,7 @@ def test_every_file_is_in_a_record(saved):
         items = sorted(files[name].items, key=lambda item: item.offset)
         ends = [item.offset + item.length for item in items]
         assert [item.offset for item in items] == [0, *ends[:-1]] and ends[-1] == files[name].bytes
-        assert any(item.is_tensor for item in items)
+        assert any(item.start is not None for item in items)
 
 
 def test_checkpoints_without_records_are_checked_by_their_metadata(copy):
@@ -141,4 +141,4 @@ def test_sums_can_be_left_out(tmp_path):
     flags = f"--train-iters 1 --save {tmp_path / 'save'} --save-interval 1 --no-checkpoint-sums"
     assert launch([(tmp_path / "record.json", flags)], 1).returncode == 0
     record = json.loads((tmp_path / "save/iter_0000001/.files_0.json").read_text())
-    assert all(file["xxh3"] is None and not file["items"] and file["bytes"] > 0 for file in record["files"].values())
+    assert all(file["xxh3"] is None and not file["content"] and file["bytes"] > 0 for file in record["files"].values())

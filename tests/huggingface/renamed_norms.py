@@ -7,6 +7,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_ksa.checkpoint.norm_names import other_name
+from megatron_ksa.upstream.checkpoint_sums import store_common
 
 
 def rename_norms(iteration: Path) -> list[str]:
@@ -21,4 +22,5 @@ def rename_norms(iteration: Path) -> list[str]:
     metadata.state_dict_metadata = {names.get(key, key): kind for key, kind in metadata.state_dict_metadata.items()}
     metadata.storage_data = {renamed(index): place for index, place in metadata.storage_data.items()}
     (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
+    store_common(iteration, contents=True)
     return sorted(names.values())

@@ -10,6 +10,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_ksa.errors import UsageError
 from megatron_ksa.training.blend import blends_from_args, check_split, dataset_prefixes
+from megatron_ksa.training.flag_rules import check_start
 
 CASES = Path(__file__).parent / "cases"
 FLAGS = (
@@ -20,6 +21,12 @@ FLAGS = (
 
 def flags(**given) -> argparse.Namespace:
     return argparse.Namespace(**{**dict.fromkeys(FLAGS), "mock_data": False, **given})
+
+
+def test_a_run_without_data_is_refused():
+    """Megatron took mock data: a run trained on noise, or ended in a line without a flag."""
+    with pytest.raises(UsageError, match="no data is given: --data-path, .*--mock-data: give one of them"):
+        check_start(flags(enable_msc=False))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def test_rank_that_hangs_is_noticed_after_the_timeout(tmp_path):
     """A stopped process keeps its connections: only the timeout of one minute tells."""
     run = TwoRanks(tmp_path, tmp_path / "record.json", "--train-iters 100000 --distributed-timeout-minutes 1")
     run.until(2)
+    time.sleep(3)  # for the first sign of life; a rank stopped before it is "never seen"
     run.ranks[1].send_signal(signal.SIGSTOP)
     try:
         assert run.ranks[0].wait(100) == 1

@@ -39,6 +39,10 @@ RUNS = {
         r"--ckpt-step 7: .*/saved has no checkpoint iter_0000007: .*; iterations there: 1, 2$",
     ),
     "step of nothing": ("--train-iters 2 --load {folder}/none --ckpt-step 7", r"--ckpt-step 7: --load .*none holds no"),
+    "centuries": ("--train-iters 99999999999", r"the index of 4e\+11 samples takes 4800 GB, this machine has"),
+    "tokenizer of a device": (
+        "--train-iters 2 --tokenizer-model /dev/zero", r"--tokenizer-model /dev/zero: neither a regular file nor a",
+    ),
     "step 0": (f"--train-iters 2 {RESUME} --ckpt-step 0", r"--ckpt-step 0: iterations are numbered from 1"),
     "exit every 0": ("--train-iters 2 --exit-interval 0", r"--exit-interval is 0: it must be at least 1"),
     "exit after 0 minutes": ("--train-iters 2 --exit-duration-in-mins 0", r"--exit-duration-in-mins is 0"),
