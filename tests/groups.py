@@ -42,6 +42,7 @@ FORKS = frozenset(
     huggingface/test_bad_input.py
     huggingface/test_folders.py
     huggingface/test_like.py
+    tools/test_fuzzed_commands.py
     tools/test_inspect_summaries.py
     training/test_arguments.py
     training/test_loss_mask.py
