@@ -25,6 +25,30 @@ class KSASelfAttentionSubmodules(SelfAttentionSubmodules):
     k_layernorm_summary: LayerNormBuilder | None = None
 
 
+def share_input_norm(linear: nn.Module, source: nn.Module) -> None:
+    """Let a projection that normalises its rows (Transformer Engine's) do so with the parameters of another one.
+
+    They stay parameters of `source` alone: checkpoints, optimizer and data parallelism see them once.
+    """
+    for name in [name for name in linear._parameters if name.startswith("layer_norm_")]:
+        del linear._parameters[name]
+        # The plain attribute is what the module's forward pass finds.
+        linear.__dict__[name] = getattr(source, name)
+
+
+def blend(shared: Tensor, own: Tensor, a: float | Tensor) -> Tensor:
+    """a * own + (1 - a) * shared, rounded once.
+
+    Args:
+        shared, own: the same shape and dtype.
+        a: a number, or float32 [] on their device.
+    """
+    if isinstance(a, Tensor):
+        # torch takes a weight of the rows' dtype only, to which a would be rounded.
+        return torch.lerp(shared.float(), own.float(), a).to(own.dtype)
+    return torch.lerp(shared, own, a)
+
+
 class KSASelfAttention(RotatedSelfAttention):
     """Self-attention over rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432).
 
@@ -58,7 +82,8 @@ class KSASelfAttention(RotatedSelfAttention):
             name=name,
         )
         self.layout = layout
-        self.summary_coefficient = 1.0
+        # A float, or float32 [] on the device where CUDA graphs read it.
+        self.summary_coefficient: float | Tensor = 1.0
         self.linear_qkv_summary = None
         if submodules.linear_qkv_summary is not None:
             self.linear_qkv_summary = submodules.linear_qkv_summary(
@@ -74,6 +99,7 @@ class KSASelfAttention(RotatedSelfAttention):
                 tp_group=self.pg_collection.tp,
                 name=None if name is None else f"{name}.linear_qkv_summary",
             )
+            share_input_norm(self.linear_qkv_summary, self.linear_qkv)
         self.q_layernorm_summary = self._head_norm(submodules.q_layernorm_summary)
         self.k_layernorm_summary = self._head_norm(submodules.k_layernorm_summary)
 
@@ -140,13 +166,16 @@ class KSASelfAttention(RotatedSelfAttention):
         annealing has ended (a = 0). Training computes the summary projection at a = 0 too: data parallelism waits for
         its gradient, which is then zero.
         """
-        annealed = self.summary_coefficient == 0.0 and not torch.is_grad_enabled()
+        a = self.summary_coefficient
+        # A coefficient on the device is not looked at, which would wait for the device.
+        annealed = not isinstance(a, Tensor) and a == 0.0 and not torch.is_grad_enabled()
         return self.linear_qkv if self.linear_qkv_summary is None or annealed else self.linear_qkv_summary
 
     @property
     def _blends(self) -> bool:
         """Whether summary rows mix their own projection with the text's."""
-        return self._summary_projection is not self.linear_qkv and self.summary_coefficient != 1.0
+        a = self.summary_coefficient
+        return self._summary_projection is not self.linear_qkv and (isinstance(a, Tensor) or a != 1.0)
 
     @property
     def _summary_norms(self) -> tuple[nn.Module | None, nn.Module | None]:
@@ -164,9 +193,8 @@ class KSASelfAttention(RotatedSelfAttention):
         heads = self._project(self._summary_projection, *self._summary_norms, summaries)
         if not self._blends:
             return heads
-        a = self.summary_coefficient
         shared = self._project(self.linear_qkv, self.q_layernorm, self.k_layernorm, summaries)
-        return tuple(a * o + (1.0 - a) * s for o, s in zip(heads, shared, strict=True))
+        return tuple(blend(s, o, self.summary_coefficient) for s, o in zip(shared, heads, strict=True))
 
     def _project(self, linear: nn.Module, q_norm: nn.Module | None, k_norm: nn.Module | None, rows: Tensor) -> Heads:
         """Project rows and split them into this rank's heads, as `SelfAttention.get_query_key_value_tensors` does."""

@@ -23,6 +23,7 @@ from megatron_ksa.model.core_attention import KSACoreAttention
 from megatron_ksa.model.distillation import Distillation
 from megatron_ksa.model.layer_specs import ksa_block_spec
 from megatron_ksa.model.layers import SummaryEmbedding
+from megatron_ksa.model.low_precision import check_rows_in_fp8
 from megatron_ksa.model.prepare import FIELDS, check_settings, check_shards, set_required
 from megatron_ksa.model.rotated_attention import RotatedSelfAttention
 from megatron_ksa.rotary.embedding import PositionedRotaryEmbedding
@@ -96,6 +97,8 @@ class KSAGPTModel(GPTModel):
         # Position of the first row given, one or int64 [batch]: more than 0 only in incremental decoding.
         self.position_offset: int | Tensor = 0
         self.distillation: Distillation | None = None
+        # The annealing coefficient that CUDA graphs read, float32 [].
+        self._coefficient: Tensor | None = None
         # int32 [batch, n] during a forward pass, see `_document_start`.
         self._document_start: Tensor | None = None
         if self.pre_process and self.layout.summary_tokens:
@@ -143,10 +146,20 @@ class KSAGPTModel(GPTModel):
         return state if self.asked_of_checkpoint is None else self.asked_of_checkpoint(state)
 
     def set_summary_coefficient(self, a: float) -> None:
-        """Set the weight of the summary projections on summary rows in every layer (annealing)."""
+        """Set the weight of the summary projections on summary rows in every layer (annealing).
+
+        With CUDA graphs and annealing, graphs read it from the device: set it between iterations, not while one is
+        captured.
+        """
+        value: float | Tensor = a
+        if self.config.cuda_graph_impl != "none" and self.ksa.anneal_start is not None:
+            if self._coefficient is None:
+                device = next(self.parameters()).device
+                self._coefficient = torch.empty((), dtype=torch.float32, device=device)
+            value = self._coefficient.fill_(a)
         for module in self.decoder.modules():
             if isinstance(module, KSASelfAttention):
-                module.summary_coefficient = a
+                module.summary_coefficient = value
 
     def forward(
         self,
@@ -195,6 +208,8 @@ class KSAGPTModel(GPTModel):
         length = self.layout.text_rows(rows.shape[0]) * shards * self.split.size
         if shards * self.split.size > 1:
             check_shards(self.config, self.ksa, length)
+        if self.config.fp8:
+            check_rows_in_fp8(self.ksa, length, rows.shape[1], shards * self.split.size, "a length of")
         documents = self._document_start
         if documents is not None and documents.shape != (rows.shape[1], length):
             raise UsageError(

@@ -5,7 +5,9 @@ from functools import partial
 
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.transformer.attention import LinearQkvBuilder
 from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -33,30 +35,37 @@ def _backend(config: TransformerConfig) -> BackendSpecProvider:
     return TESpecProvider()
 
 
-def _norm(config: TransformerConfig) -> LayerNormBuilder:
-    """The norm of layers and heads: it supports sequence parallelism, which Megatron's local one does not."""
-    if not uses_transformer_engine(config):
-        return Norm
-    from megatron.core.extensions.transformer_engine import TENorm
+def _projection(config: TransformerConfig, apart: bool) -> tuple[LinearQkvBuilder, LayerNormBuilder]:
+    """What projects rows to heads, and the norm before it.
 
-    return TENorm
+    Transformer Engine's module normalises too: its kernel writes what the product reads, 8-bit numbers in FP8.
+
+    Args:
+        apart: the norm is a module of its own in any case.
+    """
+    backend = _backend(config)
+    if backend.fuse_layernorm_and_linear() and not apart:
+        return backend.column_parallel_layer_norm_linear(), IdentityOp
+    return backend.column_parallel_linear(), Norm
 
 
 def _layer_spec(
     base: ModuleSpec, config: TransformerConfig, ksa: KSAConfig, layer: KSALayer, layout: RowLayout
 ) -> ModuleSpec:
-    """Megatron's layer `base` with the attention of `layer`."""
-    backend, norm = _backend(config), _norm(config)
-    heads = {"q_layernorm": norm, "k_layernorm": norm} if config.qk_layernorm else {}
-    # The input norm stands apart from the projections, which Transformer Engine would fuse it with; checkpoints have
-    # one name for it whatever the layers are made of.
+    """Megatron's layer `base` with the attention of `layer`.
+
+    The norms of heads are this project's in every kind of layer, because the rotation's kernel computes them.
+    """
+    # Summary rows with a norm of their own may be projected by the text's projection: no fused module has two norms.
+    splits_norm = layer.has_summaries and ksa.independent_layernorm
+    linear_qkv, norm = _projection(config, apart=splits_norm)
+    heads = {"q_layernorm": Norm, "k_layernorm": Norm} if config.qk_layernorm else {}
+    # Checkpoints have one name for the input norm whatever the layers are made of: that of the fused module.
     names = base.submodules.sharded_state_dict_keys_map | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     submodules = dataclasses.replace(base.submodules, input_layernorm=norm, sharded_state_dict_keys_map=names)
     if not uses_transformer_engine(config):
-        submodules.pre_mlp_layernorm = norm
-    attention = dict(
-        linear_qkv=backend.column_parallel_linear(), linear_proj=backend.row_parallel_linear(), **heads
-    )  # fmt: skip
+        submodules.pre_mlp_layernorm = Norm
+    attention = dict(linear_qkv=linear_qkv, linear_proj=_backend(config).row_parallel_linear(), **heads)
     if not layer.has_summaries:
         module, params, core = RotatedSelfAttention, {}, TextCoreAttention
         if layer.kind == LayerKind.WINDOW:
@@ -69,11 +78,11 @@ def _layer_spec(
         )  # fmt: skip
         module, params = KSASelfAttention, {"layout": layout}
         if ksa.independent_projections:
-            attention["linear_qkv_summary"] = backend.column_parallel_linear()
+            attention["linear_qkv_summary"] = linear_qkv
         if ksa.independent_qk_norm and config.qk_layernorm:
-            attention |= {"q_layernorm_summary": norm, "k_layernorm_summary": norm}
+            attention |= {"q_layernorm_summary": Norm, "k_layernorm_summary": Norm}
         attention = KSASelfAttentionSubmodules(core_attention=core, **attention)
-        if ksa.independent_layernorm:
+        if splits_norm:
             submodules.input_layernorm = partial(SplitLayerNorm, norm=norm, layout=layout)
     submodules.self_attention = ModuleSpec(
         module=module, params={"attn_mask_type": AttnMaskType.causal, **params}, submodules=attention
@@ -111,4 +120,4 @@ def ksa_block_spec(
     else:
         first = get_transformer_layer_offset(config, vp_stage=vp_stage)
         layers = layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(config))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

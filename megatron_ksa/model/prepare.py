@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
+from megatron_ksa.model.low_precision import check_rows_in_fp8, refused_in_fp8
 
 POSITION_TYPES = ("rope", "harpe", "none")
 CP_COMM_TYPES = ("p2p", "a2a")
@@ -123,11 +124,22 @@ def set_required(config: TransformerConfig, ksa: KSAConfig) -> TransformerConfig
     return config
 
 
-def check_length(config: Any, ksa: KSAConfig, seq_length: int) -> None:
-    """Refuse patterns and text lengths that do not fit; `config` as in `check_settings`."""
+def row_shards(config: Any) -> int:
+    """Parts that context and sequence parallelism cut a sequence's rows into."""
+    return config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+
+
+def check_length(config: Any, ksa: KSAConfig, seq_length: int, micro_batch: int | None = None) -> None:
+    """Refuse patterns and text lengths that do not fit; `config` as in `check_settings`.
+
+    Args:
+        micro_batch: sequences of a micro-batch, where they are known: FP8 takes some numbers of rows only.
+    """
     if ksa.enabled:
         ksa.layers(config.num_layers, seq_length)
     check_shards(config, ksa, seq_length)
+    if config.fp8 and micro_batch is not None:
+        check_rows_in_fp8(ksa, seq_length, micro_batch, row_shards(config), "--seq-length")
 
 
 def check_shards(config: Any, ksa: KSAConfig, seq_length: int) -> None:
@@ -163,7 +175,8 @@ def check_settings(
     refused = [
         (bool(rope_scaling and bases), name("rope_scaling"), "HARPE's bases take its place; drop it"),
         *_refused_attention(config, name),
-        *_refused_machinery(config, name),
+        *_refused_machinery(config, ksa, name),
+        *refused_in_fp8(config, name),
         *_refused_where_set(config, name),
     ]
     for active, setting, way_out in refused:
@@ -182,7 +195,6 @@ def check_settings(
         )
     if config.context_parallel_size > 1:
         _check_context_parallel(config, feature, name)
-    _check_cuda_graphs(config, ksa, name)
 
 
 Refusals = Iterator[tuple[bool, str, str]]
@@ -205,13 +217,12 @@ def _refused_attention(config: Any, name: Callable[..., str]) -> Refusals:
     yield config.num_moe_experts is None and config.qk_l2_norm, name("qk_l2_norm"), f"use {name('qk_layernorm')}"
 
 
-def _refused_machinery(config: Any, name: Callable[..., str]) -> Refusals:
+def _refused_machinery(config: Any, ksa: KSAConfig, name: Callable[..., str]) -> Refusals:
     """Precision, further heads, schedules and CUDA graphs: as `_refused_attention`."""
     graphs = config.cuda_graph_impl
-    unchecked = f"its attention and summary projections are not checked in {{}}; use {name('bf16')}"
+    unchecked = f"its summary projections are not checked in FP4; use {name('bf16')}"
     yield bool(config.mtp_num_layers), name("mtp_num_layers"), "multi-token prediction is not supported; drop it"
-    yield bool(config.fp8), name("fp8"), unchecked.format("FP8")
-    yield bool(config.fp4), name("fp4"), unchecked.format("FP4")
+    yield bool(config.fp4), name("fp4"), unchecked
     yield (
         config.overlap_moe_expert_parallel_comm,
         name("overlap_moe_expert_parallel_comm"),
@@ -220,7 +231,13 @@ def _refused_machinery(config: Any, name: Callable[..., str]) -> Refusals:
     yield (
         config.external_cuda_graph or graphs == "transformer_engine",
         "CUDA graphs of Transformer Engine",
-        ("it captures its own layers, and attention here is this project's; drop the flag"),
+        "it captures layers with inputs of the text's length, which summary rows exceed; use "
+        f"{name('cuda_graph_impl', 'full_iteration')} or local",
+    )
+    yield (
+        config.tp_comm_overlap and ksa.has_summaries,
+        name("tp_comm_overlap"),
+        "its buffers have the text's rows, which summary rows exceed; drop it",
     )
     yield graphs not in CUDA_GRAPHS, name("cuda_graph_impl", graphs), f"use {', '.join(CUDA_GRAPHS)}"
 
@@ -244,20 +261,6 @@ def _refused_where_set(config: Any, name: Callable[..., str]) -> Refusals:
     }
     for field, way_out in ways_out.items():
         yield bool(getattr(config, field, None)), name(field), way_out
-
-
-def _check_cuda_graphs(config: Any, ksa: KSAConfig, name: Callable[..., str]) -> None:
-    """Refuse what a CUDA graph would freeze, or what was never captured."""
-    if not config.enable_cuda_graph and config.cuda_graph_impl == "none":
-        return
-    graphs = name("enable_cuda_graph") if config.enable_cuda_graph else name("cuda_graph_impl", config.cuda_graph_impl)
-    if ksa.anneal_start is not None:
-        raise UsageError(f"{graphs} would repeat one annealing coefficient: drop it or --ksa-anneal-start")
-    if config.context_parallel_size > 1:
-        raise UsageError(
-            f"{graphs} is not checked with {name('context_parallel_size', config.context_parallel_size)}: use 1, or "
-            f"{name('cuda_graph_impl', 'none')}"
-        )
 
 
 def _check_context_parallel(config: Any, feature: str, name: Callable[..., str]) -> None:

@@ -158,7 +158,7 @@ def _check(args: argparse.Namespace, settings: RunSettings) -> None:
         position_embedding_type=args.position_embedding_type,
         rope_scaling=args.use_rope_scaling,
     )
-    check_length(config, settings.ksa, args.seq_length)
+    check_length(config, settings.ksa, args.seq_length, args.micro_batch_size)
     check_layout(args)
 
 

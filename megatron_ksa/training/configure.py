@@ -22,6 +22,7 @@ from megatron_ksa.data_tools.loss_masks import masked_prefixes
 from megatron_ksa.kernels.dispatch import force_reference
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
 from megatron_ksa.model.prepare import prepare_config
+from megatron_ksa.training.annealing import annealed, is_annealed_in_graphs
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 from megatron_ksa.training.blend import dataset_prefixes
 from megatron_ksa.training.flag_rules import check_flags, check_run, check_start
@@ -32,7 +33,7 @@ from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.training.step_log import StepLog
 from megatron_ksa.upstream import checkpoint_sums, dataset_reads, flops, save_processes, sgd_resume, tracker
 from megatron_ksa.upstream.patches import Patch
-from megatron_ksa.upstream.trainer import FINALIZE_SAVE, LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAINING_LOG
+from megatron_ksa.upstream.trainer import FINALIZE_SAVE, LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAIN_STEP, TRAINING_LOG
 
 # Of each dataset: ids of another tokenizer show among so many.
 SAMPLED_TOKENS = 1_000_000
@@ -140,6 +141,7 @@ def trainer_patches(
     Args:
         still_writes: raises where another run took `--save` over; called before a checkpoint becomes the newest.
     """
+    in_graphs = is_annealed_in_graphs(args, settings.ksa)
     return [
         LOAD_CHECKPOINT.given(lambda load: checked_load(dense_start(load, args, settings), args, settings)),
         SAVE_CHECKPOINT.given(lambda save: checked_save(save, args)),
@@ -151,4 +153,5 @@ def trainer_patches(
         *sgd_resume.PATCHES,
         *flops.patches(settings),
         *([TRAINING_LOG.given(log.extended)] if log.is_needed else []),
+        *([TRAIN_STEP.given(lambda step: annealed(step, args, settings.ksa))] if in_graphs else []),
     ]

@@ -18,15 +18,14 @@ def _flags(words: str) -> frozenset[str]:
 
 # With KSA and HARPE and without.
 WORKS = _flags("""
-    --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
-    --accumulate-allreduce-grads-in-fp32 --activation-func-clamp-value --adam-beta1 --adam-beta2 --adam-eps
-    --add-qkv-bias --adlr-autoresume --adlr-autoresume-interval --allow-ambiguous-pad-tokens --app-tag-run-name
-    --app-tag-run-version --apply-layernorm-1p --apply-wd-to-qk-layernorm --async-ckpt-cpu-priority
-    --async-ckpt-io-priority --async-ckpt-use-cpu-shm --async-save --async-strategy --attention-softmax-in-fp32
-    --auto-detect-ckpt-format --bf16 --calc-ft-timeouts --calculate-per-token-loss --chat-template
-    --check-for-large-grads --check-for-spiky-loss --check-weight-hash-across-dp-replicas-interval
-    --ckpt-assume-constant-structure --ckpt-convert-format --ckpt-convert-save
-    --ckpt-convert-update-legacy-dist-opt-format --ckpt-format --ckpt-fully-parallel-load
+    --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --accumulate-allreduce-grads-in-fp32
+    --activation-func-clamp-value --adam-beta1 --adam-beta2 --adam-eps --add-qkv-bias --adlr-autoresume
+    --adlr-autoresume-interval --allow-ambiguous-pad-tokens --app-tag-run-name --app-tag-run-version
+    --apply-layernorm-1p --apply-wd-to-qk-layernorm --async-ckpt-cpu-priority --async-ckpt-io-priority
+    --async-ckpt-use-cpu-shm --async-save --async-strategy --attention-softmax-in-fp32 --auto-detect-ckpt-format --bf16
+    --calc-ft-timeouts --calculate-per-token-loss --chat-template --check-for-large-grads --check-for-spiky-loss
+    --check-weight-hash-across-dp-replicas-interval --ckpt-assume-constant-structure --ckpt-convert-format
+    --ckpt-convert-save --ckpt-convert-update-legacy-dist-opt-format --ckpt-format --ckpt-fully-parallel-load
     --ckpt-fully-parallel-load-exchange-algo --ckpt-fully-parallel-load-process-group --ckpt-fully-parallel-save
     --ckpt-fully-parallel-save-process-group --ckpt-step --clip-grad --config-logger-dir --cross-entropy-fusion-impl
     --cross-entropy-loss-fusion --cuda-graph-modules --cuda-graph-scope --cuda-graph-warmup-steps --data-args-path
@@ -51,16 +50,16 @@ WORKS = _flags("""
     --fault-injector-fault-types --fault-injector-mtti-seconds --fault-injector-num-ranks
     --fault-injector-offset-seconds --fault-injector-ranks --fault-injector-seed --ffn-hidden-size --fim-data
     --fim-eod-token --fim-fragment-rate --fim-middle-token --fim-no-prefix --fim-pad-token --fim-prefix-token
-    --fim-rate --fim-split-sample --fim-spm-rate --fim-suffix-token --finetune --flight-recorder-dump-path
-    --flight-recorder-include-stack-trace --flight-recorder-trace-buffer-size --fp16 --fp16-lm-cross-entropy
-    --fp32-residual-connection --freeze-all-layers --fsdp-db-use-persist-buf-on-alloc-fail --fsdp-double-buffer
-    --fsdp-manual-registration --ft-num-warmup-iters --full-validation --global-batch-size --glu-linear-offset
-    --gpu-sniff-test-interval --grad-reduce-in-bf16 --group-query-attention --hidden-dropout --hidden-size
-    --high-priority-stream-groups --hysteresis --inference-rng-tracker --init-method-std
-    --initial-loss-scale --iterations-to-skip --kv-channels --lion-beta1 --lion-beta2 --load
-    --load-main-params-from-ckpt --local-rank --log-device-memory-used --log-energy --log-interval
-    --log-memory-interval --log-memory-to-tensorboard --log-num-zeros-in-grad --log-params-norm --log-progress
-    --log-straggler --log-throughput --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard
+    --fim-rate --fim-split-sample --fim-spm-rate --fim-suffix-token --finetune --first-last-layers-bf16
+    --flight-recorder-dump-path --flight-recorder-include-stack-trace --flight-recorder-trace-buffer-size --fp16
+    --fp16-lm-cross-entropy --fp32-residual-connection --fp8-amax-compute-algo --fp8-amax-history-len --fp8-margin
+    --freeze-all-layers --fsdp-db-use-persist-buf-on-alloc-fail --fsdp-double-buffer --fsdp-manual-registration
+    --ft-num-warmup-iters --full-validation --global-batch-size --glu-linear-offset --gpu-sniff-test-interval
+    --grad-reduce-in-bf16 --group-query-attention --hidden-dropout --hidden-size --high-priority-stream-groups
+    --hysteresis --inference-rng-tracker --init-method-std --initial-loss-scale --iterations-to-skip --kv-channels
+    --lion-beta1 --lion-beta2 --load --load-main-params-from-ckpt --local-rank --log-device-memory-used --log-energy
+    --log-interval --log-memory-interval --log-memory-to-tensorboard --log-num-zeros-in-grad --log-params-norm
+    --log-progress --log-straggler --log-throughput --log-timers-to-tensorboard --log-validation-ppl-to-tensorboard
     --log-world-size-to-tensorboard --logging-level --logits-load-decode-threads --logits-load-dir
     --logits-load-ignore-errors --logits-load-kd-loss-alpha --logits-load-msc-prefetch-depth
     --logits-load-prefetch-factor --logits-save-dir --logits-save-dtype --logits-save-top-k --logits-save-top-p
@@ -79,9 +78,9 @@ WORKS = _flags("""
     --moe-layer-recompute --moe-mlp-glu-interleave-size --moe-ncclep-static-shape --moe-ncclep-zero-copy
     --moe-pad-expert-input-to-capacity --moe-paged-stash --moe-paged-stash-buffer-size-factor-cpu
     --moe-paged-stash-buffer-size-factor-cuda --moe-paged-stash-page-size --moe-per-layer-logging --moe-permute-fusion
-    --moe-permute-fusion-into-hybridep --moe-router-bias-update-rate --moe-router-dtype
-    --moe-router-enable-expert-bias --moe-router-force-biased --moe-router-force-load-balancing --moe-router-fusion
-    --moe-router-group-topk --moe-router-load-balancing-type --moe-router-num-groups --moe-router-padding-for-fp8
+    --moe-permute-fusion-into-hybridep --moe-router-bias-update-rate --moe-router-dtype --moe-router-enable-expert-bias
+    --moe-router-force-biased --moe-router-force-load-balancing --moe-router-fusion --moe-router-group-topk
+    --moe-router-load-balancing-type --moe-router-num-groups --moe-router-padding-for-fp8
     --moe-router-padding-for-quantization --moe-router-pre-softmax --moe-router-quantile-balancing-ema
     --moe-router-score-function --moe-router-topk --moe-router-topk-scaling-factor
     --moe-routing-trace-capture-hidden-states --moe-routing-trace-capture-logits --moe-routing-trace-dump-weights
@@ -96,29 +95,28 @@ WORKS = _flags("""
     --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-check-for-nan-in-loss-and-grad --no-ckpt-fully-parallel-save
     --no-ckpt-load-validate-sharding-integrity --no-clone-scatter-output-in-embedding
     --no-create-attention-mask-in-dataloader --no-flight-recorder-dump-on-timeout
-    --no-flight-recorder-extra-dump-on-exec --no-flight-recorder-include-only-active --no-gradient-accumulation-fusion
-    --no-gradient-reduce-div-fusion --no-initialization --no-load-optim --no-load-rng
+    --no-flight-recorder-extra-dump-on-exec --no-flight-recorder-include-only-active --no-fp8-wgrad
+    --no-gradient-accumulation-fusion --no-gradient-reduce-div-fusion --no-initialization --no-load-optim --no-load-rng
     --no-log-loss-scale-to-tensorboard --no-manual-gc-eval --no-masked-softmax-fusion --no-mmap-bin-files
     --no-one-logger --no-overlap-p2p-communication --no-pad-vocab-size --no-persist-layer-norm --no-pin-cpu-grads
     --no-pin-cpu-params --no-rope-fusion --no-save-optim --no-save-rng --no-stream-ckpt-dequant
     --no-strict-fsdp-dtensor-load --no-tokenizer-sentencepiece-ignore-extra-whitespaces --no-tp-comm-bulk-dgrad
-    --no-tp-comm-bulk-wgrad --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-tp-comm-split-ag
-    --no-tp-comm-split-rs --no-use-tokenizer-model-from-checkpoint-args --no-weight-decay-cond-type
-    --non-persistent-ckpt-type --non-persistent-global-ckpt-dir --non-persistent-local-ckpt-algo
-    --non-persistent-local-ckpt-dir --non-persistent-save-interval --norm-epsilon --normalization
-    --null-tokenizer-eod-id --null-tokenizer-pad-id --num-attention-heads --num-dataset-builder-threads
-    --num-distributed-optimizer-instances --num-experts --num-layers --num-layers-per-virtual-pipeline-stage
+    --no-tp-comm-bulk-wgrad --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --no-tp-comm-split-ag --no-tp-comm-split-rs
+    --no-use-tokenizer-model-from-checkpoint-args --no-weight-decay-cond-type --non-persistent-ckpt-type
+    --non-persistent-global-ckpt-dir --non-persistent-local-ckpt-algo --non-persistent-local-ckpt-dir
+    --non-persistent-save-interval --norm-epsilon --normalization --null-tokenizer-eod-id --null-tokenizer-pad-id
+    --num-attention-heads --num-dataset-builder-threads --num-distributed-optimizer-instances --num-experts
+    --num-layers --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage
     --num-virtual-stages-per-pipeline-rank --num-workers --nvtx-ranges --object-storage-cache-path --one-logger-async
-    --one-logger-project --one-logger-run-name --openai-gelu --optimizer --optimizer-cpu-offload
-    --optimizer-cuda-graph --optimizer-offload-fraction --outer-dp-sharding-strategy --overlap-cpu-optimizer-d2h-h2d
-    --overlap-grad-reduce --overlap-p2p-communication-warmup-flush --overlap-param-gather
-    --overlap-param-gather-with-optimizer-step --override-ckpt-iteration --override-opt_param-scheduler
-    --padded-vocab-size --per-dataset-sequences-path --per-split-data-args-path --phase-transition-iterations
-    --pipeline-model-parallel-comm-backend --pipeline-model-parallel-layout --pipeline-model-parallel-size
-    --pretrained-checkpoint --profile --profile-ranks --profile-step-end --profile-step-start
-    --pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra --pytorch-profiler-collect-shapes
-    --qk-layernorm --quick-geglu --recompute-activations --recompute-granularity --recompute-method
-    --recompute-modules --recompute-num-layers --record-memory-history --record-shapes --replication
+    --one-logger-project --one-logger-run-name --openai-gelu --optimizer --optimizer-cpu-offload --optimizer-cuda-graph
+    --optimizer-offload-fraction --outer-dp-sharding-strategy --overlap-cpu-optimizer-d2h-h2d --overlap-grad-reduce
+    --overlap-p2p-communication-warmup-flush --overlap-param-gather --overlap-param-gather-with-optimizer-step
+    --override-ckpt-iteration --override-opt_param-scheduler --padded-vocab-size --per-dataset-sequences-path
+    --per-split-data-args-path --phase-transition-iterations --pipeline-model-parallel-comm-backend
+    --pipeline-model-parallel-layout --pipeline-model-parallel-size --pretrained-checkpoint --profile --profile-ranks
+    --profile-step-end --profile-step-start --pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra
+    --pytorch-profiler-collect-shapes --qk-layernorm --quick-geglu --recompute-activations --recompute-granularity
+    --recompute-method --recompute-modules --recompute-num-layers --record-memory-history --record-shapes --replication
     --replication-factor --replication-jump --rerun-mode --result-rejected-tracker-filename --rope-scaling-factor
     --rotary-base --rotary-interleaved --rotary-percent --rotary-seq-len-interpolation-factor
     --run-workload-inspector-server --save --save-activations-interval --save-dgrads-interval --save-interval
@@ -130,23 +128,24 @@ WORKS = _flags("""
     --tiktoken-pattern --timing-log-level --timing-log-option --tokenizer-hf-no-include-special-tokens
     --tokenizer-hf-no-use-fast --tokenizer-metadata --tokenizer-model --tokenizer-sentencepiece-legacy
     --tokenizer-special-tokens --tokenizer-type --torch-fsdp2-no-reshard-after-forward --tp-comm-bootstrap-backend
-    --tp-comm-overlap --tp-comm-overlap-cfg --tp-comm-overlap-rs-dgrad --train-data-path --train-iters --train-samples
+    --tp-comm-overlap-cfg --tp-comm-overlap-rs-dgrad --train-data-path --train-iters --train-samples
     --train-sync-interval --transformer-impl --trust-remote-code --untie-embeddings-and-output-weights
     --use-checkpoint-args --use-checkpoint-opt_param-scheduler --use-cpu-initialization --use-dist-ckpt
     --use-distributed-optimizer --use-fused-weighted-squared-relu --use-grouped-gemm-for-shared-expert
     --use-mcore-models --use-megatron-fsdp --use-mp-args-from-checkpoint-args --use-mup --use-nccl-ub
     --use-persistent-ckpt-worker --use-precision-aware-optimizer --use-pytorch-profiler --use-ring-exchange-p2p
     --use-sharp --use-torch-fsdp2 --use-torch-optimizer-for-cpu-offload --use-tp-pp-dp-mapping --valid-data-path
-    --validation-set-names --verify-integrity --vocab-file --vocab-size --wandb-entity --wandb-exp-name
-    --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style --wgrad-deferral-limit
+    --validation-set-names --verify-integrity --vocab-file --vocab-size --wandb-entity --wandb-exp-name --wandb-project
+    --wandb-save-dir --weight-decay --weight-decay-incr-style --wgrad-deferral-limit
 """)
 
 # Without KSA and HARPE; with them some values are refused, by `settings_from_args`.
 VALUES_DECIDE = _flags("""
     --attention-dropout --attention-output-gate --context-parallel-size --cp-comm-type --cuda-graph-impl
-    --enable-cuda-graph --external-cuda-graph --flash-decode --max-position-embeddings --multi-latent-attention
-    --num-query-groups --position-embedding-type --qk-l2-norm --reset-attention-mask --reset-position-ids --seq-length
-    --sequence-parallel --tensor-model-parallel-size --use-rope-scaling
+    --enable-cuda-graph --external-cuda-graph --flash-decode --fp8-format --fp8-recipe --max-position-embeddings
+    --multi-latent-attention --num-query-groups --position-embedding-type --qk-l2-norm --reset-attention-mask
+    --reset-position-ids --seq-length --sequence-parallel --tensor-model-parallel-size --tp-comm-overlap
+    --use-rope-scaling
 """)
 
 # Without KSA and HARPE alone: Megatron's own model and trainer.
@@ -196,13 +195,12 @@ WITHOUT_KSA = (
         """,
     ),  # fmt: skip
     Refused(
-        "its attention and summary projections are not checked in FP8 and FP4: use --bf16",
+        "its projections were compared with 16 bits in FP8 of the recipes delayed, tensorwise and blockwise alone: use "
+        "--fp8-format and --fp8-recipe",
         """
-        --first-last-layers-bf16 --fp4-format --fp4-param-gather --fp4-quantizer-factory --fp4-recipe
-        --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format --fp8-interval --fp8-margin
-        --fp8-output-proj --fp8-param-gather --fp8-quantizer-factory --fp8-recipe --keep-fp8-transpose-cache
-        --no-fp8-wgrad --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
-        --reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file
+        --fp4-format --fp4-param-gather --fp4-quantizer-factory --fp4-recipe --fp8-output-proj --fp8-param-gather
+        --fp8-quantizer-factory --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag
+        --te-precision-config-file
         """,
     ),  # fmt: skip
     Refused(
@@ -332,6 +330,7 @@ NEVER = (
         --no-use-layer-wise-param-layout
         """,
     ),  # fmt: skip
+    Refused("Transformer Engine ignores it from 1.8 on: drop it", "--fp8-interval"),
     Refused("Megatron 0.19.2 reads it nowhere: use --step-batch-size-schedule", "--rampup-batch-size"),
     Refused("Megatron 0.19.2 reads it nowhere: use --attention-backend flash", "--use-flash-attn"),
     Refused("Megatron 0.19.2 fails with it: use --init-method-std", "--init-method-xavier-uniform"),

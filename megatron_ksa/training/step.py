@@ -18,6 +18,7 @@ from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.missing_ranks import Progress
 from megatron_ksa.model.chunked_loss import ChunkedLoss
 from megatron_ksa.model.distillation_loss import DistillationLoss
+from megatron_ksa.training.annealing import is_annealed_in_graphs
 from megatron_ksa.training.batch import get_batch
 from megatron_ksa.training.step_log import StepLog
 
@@ -147,7 +148,8 @@ class ForwardStep:
         if ksa.enabled:
             chunk = unwrap_model(model)
             watched = self.log.watch(chunk)
-            if ksa.anneal_start is not None or ksa.initial_coefficient not in (None, 1):
+            changes = ksa.anneal_start is not None or ksa.initial_coefficient not in (None, 1)
+            if changes and not is_annealed_in_graphs(self.args, ksa):
                 chunk.set_summary_coefficient(ksa.summary_coefficient(self.args.curr_iteration))
             if chunk.distillation is not None:
                 chunk.distillation.set_scale(_scale_of_means(chunk))
