@@ -17,7 +17,10 @@ NAMES = {"ksa": "KSA", "full": "full attention"}
 
 def tables(runs: list[dict]) -> str:
     """Markdown of both tables, and a line that says where and how."""
-    done = {(run["length"], run.get("cuda_graphs", False), run["model"]): run for run in runs if "error" not in run}
+    measured = [run for run in runs if "error" not in run]
+    if measured and all("kind" in run for run in measured):
+        return kind_table(measured)
+    done = {(run["length"], run.get("cuda_graphs", False), run["model"]): run for run in measured if "kind" not in run}
     if not done:
         return "Not measured yet."
     summary, parts = [], []
@@ -45,6 +48,22 @@ def tables(runs: list[dict]) -> str:
              "other layers"], parts,
         ),
     ])  # fmt: skip
+
+
+def kind_table(runs: list[dict]) -> str:
+    """Markdown of runs of several kinds of layers and precision, each beside the bf16 run of Transformer Engine."""
+    rows = []
+    for run in runs:
+        same = [other for other in runs if all(other[name] == run[name] for name in ("shape", "model", "length"))]
+        base = next((other for other in same if other["kind"] == "te"), None)
+        ratio = f"{run['tokens_per_second'] / base['tokens_per_second']:.2f}" if base else ""
+        mfu = f"{run['mfu'] * 100:.1f} %" if run["mfu"] else ""
+        rows.append([
+            run["shape"], f"{run['length']:,}", NAMES.get(run["model"], run["model"]), run["kind"],
+            f"{run['tokens_per_second']:,.0f}", ratio, f"{run['peak_gib']:.1f}", mfu,
+        ])  # fmt: skip
+    head = ["model", "text tokens", "attention", "layers", "tokens/s", "/ te", "peak GiB", "MFU"]
+    return f"{_where(runs)}\n\n{table(head, rows)}"
 
 
 def _parts(run: dict) -> list[float]:

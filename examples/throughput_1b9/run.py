@@ -2,12 +2,15 @@
 
     python examples/throughput_1b9/run.py --report docs/results.md
     python examples/throughput_1b9/run.py --models ksa summary distil --lengths 8192 32768 --out distil.json
+    python examples/throughput_1b9/run.py --models ksa --lengths 8192 --kinds local te fp8_delayed fp8_delayed+graph
+    python examples/throughput_1b9/run.py --shape 8b_8layers --models ksa --lengths 8192 --kinds te fp8_tensorwise
 
 Each length and model trains a few iterations through `pretrain_gpt.py` in a process of its own, on generated tokens,
 without saving. Results are written after each; a second call goes on with those that are missing or failed.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -23,7 +26,7 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from megatron_ksa.evaluation.runs import stored_runs
-from megatron_ksa.files import check_writable, whole_file
+from megatron_ksa.files import check_writable, whole_file, writing
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "slurm" / "models" / "ksa_1b9.args"
@@ -47,6 +50,23 @@ GRAPHS = [
     "--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", str(GRAPH_WARM_UP),
     "--no-check-for-nan-in-loss-and-grad",
 ]  # fmt: skip
+TE = ["--transformer-impl", "transformer_engine"]
+# Kinds of layers and precision; with "+graph" the iteration is captured in a CUDA graph.
+LAYERS = {
+    "default": [], "local": ["--transformer-impl", "local"], "te": TE,
+    **{f"fp8_{recipe}": [*TE, "--fp8-format", "hybrid", "--fp8-recipe", recipe]
+       for recipe in ("delayed", "tensorwise", "blockwise")},
+}  # fmt: skip
+KINDS = [kind + graph for graph in ("", "+graph") for kind in LAYERS]
+# Flags of a shape, its layers and its K/V heads; 8b_8layers has layers of an 8B model's size.
+SHAPES = {
+    "1b9": ("", 24, 16),
+    "8b_8layers": (
+        "--num-layers 8 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32 --group-query-attention "
+        "--num-query-groups 8",
+        8, 8,
+    ),
+}  # fmt: skip
 TINY = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --kv-channels 8 "
     "--vocab-size 127 --make-vocab-size-divisible-by 64"
@@ -59,45 +79,54 @@ def read_flags(path: Path) -> list[list[str]]:
     return [line for line in words if line]
 
 
-def training_flags(model: str, length: int, options: argparse.Namespace) -> list[str]:
+def captures(kind: str, options: argparse.Namespace) -> bool:
+    """Whether runs of a kind capture their iterations."""
+    return options.cuda_graphs or kind.endswith("+graph")
+
+
+def training_flags(model: str, length: int, kind: str, options: argparse.Namespace) -> list[str]:
     """The command line of `pretrain_gpt.py` for one run."""
+    shape, layers, groups = SHAPES[options.shape]
     given = read_flags(MODEL)
     kept = [word for flag in given if flag[0] not in REPLACED for word in flag]
     if options.tiny:
         kept = [word for word in kept if word != "--bf16"]
-    heads = TINY[TINY.index("--num-attention-heads") + 1] if options.tiny else "16"
-    windows = "([2]*3+[8])" if options.tiny else "([128]*3+[1024])*6"
+    heads = TINY[TINY.index("--num-attention-heads") + 1] if options.tiny else groups
+    windows = "([2]*3+[8])" if options.tiny else f"([128]*3+[1024])*{layers // 4}"
     # Without Transformer Engine, dense layers get fused attention and rotation from this project's model, which HARPE
     # asks for; equal bases are plain RoPE.
     ksa = ["--ksa", "--ksa-window-chunks", windows, "--position-embedding-type", "rope"]
     full = ["--position-embedding-type", "harpe", "--harpe-bases", ",".join(["10000"] * int(heads))]
     attention = full if model == "full" else [*ksa, *STAGES.get(model, [])]
-    warm_up, measured = iterations(length, options)
+    warm_up, measured = iterations(length, kind, options)
     run = [
-        "--seq-length", length, "--global-batch-size", 1, "--train-iters", warm_up + measured,
+        "--seq-length", length, "--global-batch-size", 1, "--train-iters", warm_up + measured + bool(options.profile),
         "--mock-data", "--split", "100,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", 151935,
         "--lr-decay-style", "constant", "--eval-iters", 0, "--log-interval", 1, "--loss-chunk-rows", options.loss_rows,
     ]  # fmt: skip
     if length >= RECOMPUTE_FROM or options.tiny:
         run += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
-    if options.cuda_graphs:
+    if captures(kind, options):
         run += GRAPHS
-    return [*kept, *attention, *map(str, run), *(TINY if options.tiny else []), *options.extra]
+    run += LAYERS[kind.removesuffix("+graph")]
+    return [*kept, *attention, *shape.split(), *map(str, run), *(TINY if options.tiny else []), *options.extra]
 
 
-def iterations(length: int, options: argparse.Namespace) -> tuple[int, int]:
+def iterations(length: int, kind: str, options: argparse.Namespace) -> tuple[int, int]:
     """Iterations before those that count, and those."""
     warm_up, measured = ITERATIONS.get(length, (1, 2)) if options.iterations is None else (1, options.iterations)
-    return warm_up + GRAPH_WARM_UP * options.cuda_graphs, measured
+    return warm_up + GRAPH_WARM_UP * captures(kind, options), measured
 
 
-def measure(model: str, length: int, options: argparse.Namespace) -> dict:
+def measure(model: str, length: int, kind: str, options: argparse.Namespace) -> dict:
     """Train and return what `timed_pretrain.py` wrote, or what went wrong."""
-    record = options.out.with_suffix(f".{model}-{length}.part")
+    name = f"{options.shape}-{model}-{length}-{kind}"
+    record = options.out.with_suffix(f".{name}.part")
     record.unlink(missing_ok=True)
-    flags = training_flags(model, length, options)
-    warm_up, _ = iterations(length, options)
-    command = [sys.executable, str(HERE / "timed_pretrain.py"), str(record), str(warm_up), *flags]
+    flags = training_flags(model, length, kind, options)
+    warm_up, measured = iterations(length, kind, options)
+    command = [sys.executable, str(HERE / "timed_pretrain.py"), str(record), str(warm_up), str(measured)]
+    command += [str(options.profile / f"{name}.txt") if options.profile else "-", *flags]
     try:
         done = subprocess.run(
             command, timeout=options.limit, stderr=subprocess.PIPE, text=True, check=False,
@@ -106,7 +135,9 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
         failure = None if done.returncode == 0 and record.exists() else _reason(done.stderr)
     except subprocess.TimeoutExpired:
         failure = f"not done after {options.limit:.0f} s"
-    run = {"model": model, "length": length, "cuda_graphs": options.cuda_graphs}
+    run = {"model": model, "length": length, "cuda_graphs": captures(kind, options)}
+    if (options.shape, kind) != ("1b9", "default"):
+        run |= {"shape": options.shape, "kind": kind}
     if failure is not None:
         return {**run, "error": failure}
     result = json.loads(record.read_text())
@@ -123,9 +154,30 @@ def _reason(stderr: str) -> str:
     return (lines or ["it ended without a result"])[-1].strip()[:300]
 
 
+def identity(run: dict) -> tuple:
+    """What two runs of the same measurement have in common."""
+    return (
+        run.get("model"), run.get("length"), run.get("cuda_graphs", False), run.get("shape", "1b9"),
+        run.get("kind", "default"),
+    )  # fmt: skip
+
+
+def compare_kinds(runs: list[dict]) -> list[str]:
+    """Tokens/s of each kind of layers, a line a model; those of the same machine alone are comparable."""
+    found: dict[tuple, list[str]] = {}
+    for run in runs:
+        if "error" not in run and "kind" in run:
+            said = f"{run['kind']} {run['tokens_per_second']:,.0f}" + (f" (MFU {run['mfu']:.3f})" if run["mfu"] else "")
+            found.setdefault((run["shape"], run["model"], run["length"]), []).append(said)
+    return [f"{shape}, {model}, {length:,} tokens: {', '.join(said)}" for (shape, model, length), said in found.items()]
+
+
 def compare_stages(runs: list[dict]) -> list[str]:
     """What a step of distillation costs against a plain step of the KSA model, a line a length."""
-    done = {(run["length"], run["model"]): run for run in runs if "error" not in run and not run["cuda_graphs"]}
+    done = {
+        (run["length"], run["model"]): run
+        for run in runs if "error" not in run and not run["cuda_graphs"] and "kind" not in run
+    }  # fmt: skip
     lines = []
     for length in sorted({length for length, model in done if model == "distil"}):
         distil, ksa, summary = (done.get((length, model)) for model in ("distil", "ksa", "summary"))
@@ -149,6 +201,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="Markdown file whose throughput_1b9 section gets the tables")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="text tokens of a sequence")
     parser.add_argument("--cuda-graphs", action="store_true", help="capture each iteration in a CUDA graph")
+    parser.add_argument(
+        "--kinds", nargs="+", default=["default"], choices=KINDS, metavar="KIND",
+        help=f"layers and precision: {', '.join(LAYERS)}, each also with +graph for CUDA graphs",
+    )  # fmt: skip
+    parser.add_argument("--shape", default="1b9", choices=SHAPES, help="sizes of the model")
+    parser.add_argument("--profile", type=Path, help="folder for tables of the kernels and calls of one more iteration")
     parser.add_argument(
         "--models", nargs="+", default=MODELS, choices=(*MODELS, *STAGES),
         help="which attention; summary and distil train KSA's summary parameters alone, the second with a teacher",
@@ -179,20 +237,22 @@ def main() -> None:
             raise UsageError(f"--iterations {options.iterations}: at least 1")
         check_writable(options.out.parent)
         runs = [] if options.again else stored_runs(options.out)
-        for length in options.lengths:
-            for model in options.models:
-                kind = (model, length, options.cuda_graphs)
-                same = [
-                    run for run in runs if (run.get("model"), run.get("length"), run.get("cuda_graphs", False)) == kind
-                ]
-                if any("error" not in run for run in same):
-                    continue
-                print(f"== {model}, {length} tokens{', CUDA graphs' * options.cuda_graphs}", flush=True)
-                result = measure(model, length, options)
-                print(result.get("error") or f"{result['tokens_per_second']:.0f} tokens/s", flush=True)
-                runs = [run for run in runs if run not in same] + [result]
-                with whole_file(options.out) as stream:
-                    stream.write(json.dumps(runs, indent=1) + "\n")
+        if options.profile:
+            with writing(options.profile):
+                options.profile.mkdir(parents=True, exist_ok=True)
+        for length, model, kind in itertools.product(options.lengths, options.models, options.kinds):
+            wanted = (model, length, captures(kind, options), options.shape, kind)
+            same = [run for run in runs if identity(run) == wanted]
+            if any("error" not in run for run in same):
+                continue
+            print(f"== {model}, {length} tokens, {options.shape}, {kind}{', CUDA graphs' * wanted[2]}", flush=True)
+            result = measure(model, length, kind, options)
+            print(result.get("error") or f"{result['tokens_per_second']:.0f} tokens/s", flush=True)
+            runs = [run for run in runs if run not in same] + [result]
+            with whole_file(options.out) as stream:
+                stream.write(json.dumps(runs, indent=1) + "\n")
+        for line in compare_kinds(runs):
+            print(line)
         for line in compare_stages(runs):
             print(line)
         if options.report:

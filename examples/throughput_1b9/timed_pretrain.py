@@ -1,6 +1,8 @@
 """`pretrain_gpt.py` that measures its iterations: seconds, parts of them, memory, floating-point operations.
 
-Usage: timed_pretrain.py RECORD.json WARM_UP FLAGS...
+Usage: timed_pretrain.py RECORD.json WARM_UP MEASURED PROFILE|- FLAGS...
+
+MEASURED iterations count after WARM_UP; with PROFILE, one more is profiled, whose kernels and calls go to that file.
 
 The parts are read from events on the device's stream around the core attention of each layer, the output layer with the
 loss and the optimizer, so that nothing waits for them inside an iteration; what is recomputed counts as forward.
@@ -12,7 +14,8 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 
@@ -94,6 +97,26 @@ class _Leave(torch.autograd.Function):
         return None, None, gradient
 
 
+@contextmanager
+def profiled(path: Path) -> Iterator[None]:
+    """Write tables of what runs in the body: kernels by their time, calls by the host's time for them, and sums."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+    kernels: dict[str, list[float]] = defaultdict(list)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name].append(event.device_time_total / 1e3)
+    busy, number = sum(map(sum, kernels.values())), sum(map(len, kernels.values()))
+    lines = [f"{seconds * 1e3:.1f} ms with the profiler, {busy:.1f} ms of {number} kernels and copies"]
+    for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:80]:
+        lines.append(f"{sum(times):9.3f} ms {len(times):6} x {sum(times) / len(times) * 1e3:9.1f} us  {name[:150]}")
+    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=60, max_name_column_width=90)
+    path.write_text("\n".join(lines) + f"\n\n{table}\n", encoding="utf-8")
+
+
 def count_flops() -> float:
     """Floating-point operations of an iteration, as the trainer counts them while it runs."""
     from megatron.training import get_args, training
@@ -105,8 +128,8 @@ def count_flops() -> float:
 class Measurement:
     """Wraps the trainer's step, and writes the record after the last iteration."""
 
-    def __init__(self, record: Path, warm_up: int) -> None:
-        self.record, self.warm_up = record, warm_up
+    def __init__(self, record: Path, warm_up: int, measured: int, profile: Path | None) -> None:
+        self.record, self.warm_up, self.measured, self.profile = record, warm_up, measured, profile
         self.parts = Parts()
         self.iterations: list[dict] = []
         self.backends: dict[str, str] = {}
@@ -205,10 +228,14 @@ class Measurement:
                 self.flops = count_flops()
                 for chunk in model:
                     self.watch_attention(chunk)
+            watch = nullcontext()
+            if self.profile is not None and len(self.iterations) == self.warm_up + self.measured:
+                watch = profiled(self.profile)
             torch.cuda.synchronize()
             begin = time.perf_counter()
-            result = train_step(forward_step, data, model, optimizer, *args, **kwargs)
-            torch.cuda.synchronize()
+            with watch:
+                result = train_step(forward_step, data, model, optimizer, *args, **kwargs)
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - begin
             loss = result[0]["lm loss"]
             self.iterations.append({"ms": seconds * 1e3, "loss": float(loss), "parts_ms": self.parts.take()})
@@ -223,7 +250,7 @@ class Measurement:
 
         from megatron_ksa.kernels.benchmarks.measure import header
 
-        args, counted = get_args(), self.iterations[self.warm_up :]
+        args, counted = get_args(), self.iterations[self.warm_up : self.warm_up + self.measured]
         if not all(math.isfinite(iteration["loss"]) for iteration in self.iterations):
             raise ArithmeticError(f"the loss is not finite: {[i['loss'] for i in self.iterations]}")
         ms = statistics.median(iteration["ms"] for iteration in counted)
@@ -249,9 +276,9 @@ class Measurement:
 
 
 def main() -> None:
-    record, warm_up, *flags = sys.argv[1:]
+    record, warm_up, measured, profile, *flags = sys.argv[1:]
     sys.argv = [sys.argv[0], *flags]
-    measurement = Measurement(Path(record), int(warm_up))
+    measurement = Measurement(Path(record), int(warm_up), int(measured), None if profile == "-" else Path(profile))
     prepare_platform(flags)
     from megatron_ksa.upstream.patches import apply
     from megatron_ksa.upstream.trainer import OPTIMIZER_STEP, TRAIN_STEP

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDi
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
+from megatron_ksa.checkpoint.extra_state import read_by_transformer_engine, stored_objects, without_missing
 from megatron_ksa.checkpoint.identity import check_bases, check_identity
 from megatron_ksa.checkpoint.load import StoredCheckpoint
 from megatron_ksa.checkpoint.model_sizes import check_model
@@ -160,17 +161,18 @@ def _keys_of_the_other_kind(models: list[MegatronModule], path: Path, to_ksa: bo
 
 @contextlib.contextmanager
 def _stored_names(models: list[MegatronModule], path: Path, adapt: AdaptKeys | None = None) -> Iterator[None]:
-    """Let models ask for norms by the names that a checkpoint has, after `adapt` has changed their keys."""
-    stored = dist_checkpointing.load_tensors_metadata(str(path))
+    """Let models ask for what a checkpoint has, norms by its names for them, after `adapt` has changed their keys."""
+    stored, objects = dist_checkpointing.load_tensors_metadata(str(path)), stored_objects(str(path))
 
     def asked(state: ShardedStateDict) -> ShardedStateDict:
-        return ask_for_stored_names(state if adapt is None else adapt(state), stored)
+        state = ask_for_stored_names(state if adapt is None else adapt(state), stored)
+        return without_missing(state, objects)
 
     ours = [model for model in models if isinstance(model, KSAGPTModel)]
     for model in ours:
         model.asked_of_checkpoint = asked
     try:
-        with apply([] if ours else [SHARDED_STATE.given(asked)]):
+        with apply([] if ours else [SHARDED_STATE.given(asked)]), read_by_transformer_engine():
             yield
     finally:
         for model in ours:

@@ -149,6 +149,11 @@ def _check(args: argparse.Namespace, settings: RunSettings) -> None:
         raise UsageError(
             "--cuda-graph-impl full_iteration cannot look at the loss: add --no-check-for-nan-in-loss-and-grad"
         )
+    if args.fp8 and args.fp8_recipe == "delayed" and args.ckpt_format == "torch":
+        raise UsageError(
+            "--fp8-recipe delayed does not go with --ckpt-format torch: Transformer Engine keeps its scales as pickles, "
+            "which are looked through in --ckpt-format torch_dist alone: use that one"
+        )
     config = _as_config(args)
     check_settings(
         config,

@@ -1,79 +1,268 @@
-"""The trainer with KSA and HARPE on one GPU: do the kernels and CUDA graphs train to the numbers they should?
+"""The trainer with KSA and HARPE on GPUs: does every kind of layer, precision and CUDA graph train to its numbers?
 
-    python tests/training/gpu_check.py --out gpu.json [--only reference]
+    python tests/training/gpu_check.py --out gpu.json [--only reference te te_fp8_delayed]
 
-The plain PyTorch path must give the losses of the kernels, and each kind of CUDA graph the losses and gradient norms of
-the run without. Exit code 0 where all do, 1 where one does not.
+Each kind trains a tiny model and is compared with another kind, step by step: plain PyTorch with the kernels, CUDA
+graphs with the run without, Transformer Engine's layers with local ones, FP8 with its bf16, a run that was interrupted
+with one that was not. Kinds of two ranks need two GPUs, Transformer Engine's need the package; where something is
+missing, the kind is named as skipped. Exit code 0 where all that ran agree, 1 where one does not.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from trainer import launch, steps
 
+from megatron_ksa.files import whole_file
+from megatron_ksa.platform.defaults import importable
+
 STEPS = 8
+# Kinds without CUDA graphs in one set of processes.
+TOGETHER = 5
+# Of a run that is interrupted: after so many steps.
+HALF = STEPS // 2
 # Heads of 128 channels have the warp-specialised kernels on Hopper; a window ends within the sequence.
 SIZE = (
     "--hidden-size 256 --ffn-hidden-size 512 --kv-channels 128 --seq-length 1024 --max-position-embeddings 1024 "
     "--ksa-window-chunks 16"
 )
 COMMON = f"--train-iters {STEPS} --bf16 --no-check-for-nan-in-loss-and-grad {SIZE}"
-# Flags, what is compared, and the largest relative deviation. Kernels and PyTorch round 16-bit numbers elsewhere.
+LOCAL, TE = "--transformer-impl local", "--transformer-impl transformer_engine"
+GRAPH = "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 3"
+LAYER_GRAPHS = "--cuda-graph-impl local --cuda-graph-warmup-steps 3"
+ANNEAL = "--ksa-anneal-start 1 --ksa-anneal-end 7"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+CP, TP = "--context-parallel-size 2", "--tensor-model-parallel-size 2"
+A2A = f"{CP} --cp-comm-type a2a"
+
+
+def fp8(recipe: str) -> str:
+    return f"{TE} --fp8-format hybrid --fp8-recipe {recipe}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A run and what it is compared with.
+
+    Attributes:
+        flags: of the trainer.
+        like: the kind whose losses it must have; None for a run that others are compared with alone.
+        limit: largest relative deviation. Kernels and PyTorch round 16-bit numbers elsewhere; FP8 rounds to 3 bits.
+        norms: gradient norms are compared too.
+        first: flags of a run that is saved halfway, from where this one goes on.
+        ranks: GPUs.
+    """
+
+    flags: str
+    like: str | None = "kernels"
+    limit: float = 1e-3
+    norms: bool = False
+    first: str | None = None
+    ranks: int = 1
+
+    @property
+    def uses_te(self) -> bool:
+        return TE in self.flags or TE in (self.first or "")
+
+    @property
+    def captures(self) -> bool:
+        return "--cuda-graph-impl" in self.flags
+
+
 KINDS = {
-    "reference": ("--kernels-reference", ("loss",), 1e-3),
-    "full_iteration": ("--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 3", ("loss", "grad_norm"), 1e-3),
-    "local": ("--cuda-graph-impl local --cuda-graph-warmup-steps 3", ("loss", "grad_norm"), 1e-3),
+    "kernels": Kind(LOCAL, like=None),
+    "reference": Kind(f"{LOCAL} --kernels-reference"),
+    "full_iteration": Kind(f"{LOCAL} {GRAPH}", norms=True),
+    "local": Kind(f"{LOCAL} {LAYER_GRAPHS}", norms=True),
+    "anneal": Kind(f"{LOCAL} {ANNEAL}", like=None),
+    "anneal_full_iteration": Kind(f"{LOCAL} {ANNEAL} {GRAPH}", like="anneal", norms=True),
+    "anneal_local": Kind(f"{LOCAL} {ANNEAL} {LAYER_GRAPHS}", like="anneal", norms=True),
+    "distil": Kind(f"{LOCAL} --ksa-distill", like=None),
+    "te": Kind(TE),
+    "te_full_iteration": Kind(f"{TE} {GRAPH}", like="te", norms=True),
+    "te_local": Kind(f"{TE} {LAYER_GRAPHS}", like="te", norms=True),
+    "te_anneal": Kind(f"{TE} {ANNEAL}", like="anneal"),
+    "te_anneal_full_iteration": Kind(f"{TE} {ANNEAL} {GRAPH}", like="te_anneal", norms=True),
+    "te_independent_norms": Kind(
+        f"{TE} --ksa-independent-layernorm --ksa-independent-qk-norm", like="independent_norms"
+    ),
+    "independent_norms": Kind(f"{LOCAL} --ksa-independent-layernorm --ksa-independent-qk-norm", like=None),
+    "te_distil": Kind(f"{TE} --ksa-distill", like="distil"),
+    "te_recompute": Kind(f"{TE} {RECOMPUTE}", like="te", norms=True),
+    **{
+        f"te_fp8_{recipe}": Kind(fp8(recipe), like="te", limit=1e-2)
+        for recipe in ("delayed", "tensorwise", "blockwise")
+    },
+    "te_fp8_ends_bf16": Kind(f"{fp8('tensorwise')} --first-last-layers-bf16", like="te", limit=1e-2),
+    "te_fp8_history": Kind(
+        f"{fp8('delayed')} --fp8-amax-history-len 16 --fp8-amax-compute-algo max", like="te", limit=1e-2
+    ),
+    "te_fp8_recompute": Kind(f"{fp8('delayed')} {RECOMPUTE}", like="te_fp8_delayed", norms=True),
+    "te_fp8_tensorwise_recompute": Kind(f"{fp8('tensorwise')} {RECOMPUTE}", like="te_fp8_tensorwise", norms=True),
+    "te_fp8_anneal": Kind(f"{fp8('delayed')} {ANNEAL}", like="te_anneal", limit=1e-2),
+    "te_fp8_distil": Kind(f"{fp8('delayed')} --ksa-distill", like="te_distil", limit=1e-2),
+    "te_fp8_tensorwise_distil": Kind(f"{fp8('tensorwise')} --ksa-distill", like="te_distil", limit=1e-2),
+    **{
+        f"te_fp8_{recipe}_full_iteration": Kind(f"{fp8(recipe)} {GRAPH}", like=f"te_fp8_{recipe}", norms=True)
+        for recipe in ("delayed", "tensorwise", "blockwise")
+    },
+    "te_fp8_delayed_local": Kind(f"{fp8('delayed')} {LAYER_GRAPHS}", like="te_fp8_delayed", norms=True),
+    "te_fp8_tensorwise_local": Kind(f"{fp8('tensorwise')} {LAYER_GRAPHS}", like="te_fp8_tensorwise", norms=True),
+    "te_resumed": Kind(TE, like="te", first=TE, limit=1e-6, norms=True),
+    "te_to_local": Kind(LOCAL, like="te", first=TE),
+    "local_to_te": Kind(TE, like="kernels", first=LOCAL),
+    **{
+        f"te_fp8_{recipe}_resumed": Kind(
+            fp8(recipe), like=f"te_fp8_{recipe}", first=fp8(recipe), limit=1e-6, norms=True
+        )
+        for recipe in ("delayed", "tensorwise", "blockwise")
+    },
+    "te_to_fp8": Kind(fp8("delayed"), like="te", first=TE, limit=1e-2),
+    "fp8_to_local": Kind(LOCAL, like="te", first=fp8("delayed"), limit=1e-2),
+    "cp2": Kind(f"{LOCAL} {CP}", ranks=2),
+    "cp2_full_iteration": Kind(f"{LOCAL} {CP} {GRAPH}", like="cp2", norms=True, ranks=2),
+    "cp2_local": Kind(f"{LOCAL} {CP} {LAYER_GRAPHS}", like="cp2", norms=True, ranks=2),
+    "cp2_a2a": Kind(f"{LOCAL} {A2A}", ranks=2),
+    "cp2_a2a_full_iteration": Kind(f"{LOCAL} {A2A} {GRAPH}", like="cp2_a2a", norms=True, ranks=2),
+    "tp2": Kind(f"{LOCAL} {TP} --sequence-parallel", ranks=2),
+    "tp2_full_iteration": Kind(f"{LOCAL} {TP} --sequence-parallel {GRAPH}", like="tp2", norms=True, ranks=2),
+    "tp2_local": Kind(f"{LOCAL} {TP} --sequence-parallel {LAYER_GRAPHS}", like="tp2", norms=True, ranks=2),
+    "te_tp2": Kind(f"{TE} {TP} --sequence-parallel", like="tp2", ranks=2),
+    "te_tp2_full_iteration": Kind(f"{TE} {TP} --sequence-parallel {GRAPH}", like="te_tp2", norms=True, ranks=2),
+    "te_cp2": Kind(f"{TE} {CP}", like="cp2", ranks=2),
+    "te_cp2_full_iteration": Kind(f"{TE} {CP} {GRAPH}", like="te_cp2", norms=True, ranks=2),
+    "te_cp2_local": Kind(f"{TE} {CP} {LAYER_GRAPHS}", like="te_cp2", norms=True, ranks=2),
+    "te_fp8_tp2": Kind(f"{fp8('delayed')} {TP} --sequence-parallel", like="te_tp2", limit=1e-2, ranks=2),
+    "te_fp8_cp2": Kind(f"{fp8('delayed')} {CP}", like="te_cp2", limit=1e-2, ranks=2),
+    "te_fp8_cp2_full_iteration": Kind(f"{fp8('delayed')} {CP} {GRAPH}", like="te_fp8_cp2", norms=True, ranks=2),
 }
 
 
-def train(folder: Path, kind: str, flags: str) -> tuple[dict, str | None]:
-    """Loss and gradient norm of each step, and what went wrong."""
-    record = folder / f"{kind}.json"
-    done = launch([(record, f"{COMMON} {flags}")], 1)
-    trained = steps(record) if record.exists() else {}
-    if len(trained) == STEPS:
-        return trained, None
-    print(done.stderr[-3000:], file=sys.stderr)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:") or "Error" in line]
-    return trained, (errors or ["no result"])[0][:400]
+def missing(kind: Kind) -> str | None:
+    """What the machine lacks for a kind."""
+    if kind.uses_te and not importable("transformer_engine.pytorch"):
+        return "Transformer Engine is not installed"
+    gpus = torch.cuda.device_count()
+    return f"{kind.ranks} GPUs are needed, {gpus} is here" if gpus < kind.ranks else None
 
 
-def check(folder: Path, kinds: list[str]) -> dict:
-    """Deviations of each kind from the kernels' run without graphs, or why it failed."""
-    plain, failed = train(folder, "kernels", "")
-    results = {"kernels": {"failed": failed} if failed else {"losses": [step["loss"] for step in plain.values()]}}
-    for kind in kinds if not failed else ():
-        flags, names, limit = KINDS[kind]
-        trained, failed = train(folder, kind, flags)
-        if failed:
-            results[kind] = {"failed": failed}
-            continue
-        deviations = {
-            name: max(abs(trained[i][name] - plain[i][name]) / abs(plain[i][name]) for i in plain)
-            for name in ("loss", "grad_norm")
-        }
-        results[kind] = {"deviations": deviations, "agrees": all(deviations[name] <= limit for name in names)}
-        print(kind, results[kind], flush=True)
-    return results
+def with_compared(names: list[str]) -> list[str]:
+    """The kinds asked for and those that they are compared with."""
+    wanted = list(names)
+    for name in wanted:
+        like = KINDS[name].like
+        if like is not None and like not in wanted:
+            wanted.append(like)
+    return [name for name in KINDS if name in wanted]
+
+
+def groups(names: list[str]) -> list[list[str]]:
+    """Kinds that train one after the other in the same processes; a CUDA graph has processes of its own."""
+    found: list[list[str]] = []
+    for ranks in sorted({kind.ranks for kind in KINDS.values()}):
+        same = [name for name in names if KINDS[name].ranks == ranks]
+        together = [name for name in same if not KINDS[name].captures]
+        found += [together[i : i + TOGETHER] for i in range(0, len(together), TOGETHER)]
+        found += [[name] for name in same if KINDS[name].captures]
+    return found
+
+
+def runs_of(folder: Path, name: str) -> list[tuple[Path, str]]:
+    """The runs of a kind: one, or two where it is interrupted."""
+    kind, record = KINDS[name], folder / f"{name}.json"
+    if kind.first is None:
+        return [(record, f"{COMMON} {kind.flags}")]
+    saved = f"{folder}/{name}"
+    begin = f"{COMMON} {kind.first} --save {saved} --save-interval {HALF}"
+    return [
+        (folder / f"{name}.first.json", begin),
+        (record, f"{COMMON} {kind.flags} --load {saved} --ckpt-step {HALF}"),
+    ]
+
+
+def train(folder: Path, names: list[str]) -> dict[str, dict | str]:
+    """Losses and gradient norms of each kind's steps, or what went wrong; kinds of one group.
+
+    A kind that fails takes the processes with it; those after it get new ones.
+    """
+    folder.mkdir()
+    done: dict[str, dict | str] = {}
+    while names:
+        runs = [run for name in names for run in runs_of(folder, name)]
+        ended = launch(runs, KINDS[names[0]].ranks)
+        for name in names:
+            trained = {}
+            for path, last in ((folder / f"{name}.first.json", HALF), (folder / f"{name}.json", STEPS)):
+                taken = steps(path) if path.exists() else {}
+                trained |= {step: values for step, values in taken.items() if step <= last}
+            if len(trained) < STEPS:
+                print(f"{name}:\n{ended.stderr[-3000:]}", file=sys.stderr)
+                errors = [line for line in ended.stderr.splitlines() if line.startswith("error:") or "Error" in line]
+                done[name] = (errors or ["no result"])[-1][:400]
+                break
+            done[name] = trained
+        names = [name for name in names if name not in done]
+    return done
+
+
+def compare(name: str, trained: dict[str, dict | str]) -> dict:
+    """Deviations of a kind from what it is compared with, or why there are none."""
+    kind, own = KINDS[name], trained[name]
+    if isinstance(own, str):
+        return {"failed": own, "agrees": False}
+    result: dict = {"losses": [step["loss"] for step in own.values()]}
+    if kind.like is None:
+        return result
+    other = trained[kind.like]
+    if isinstance(other, str):
+        return {**result, "failed": f"{kind.like} failed: {other}", "agrees": False}
+    deviations = {
+        value: max(abs(own[i][value] - other[i][value]) / abs(other[i][value]) for i in other)
+        for value in ("loss", "grad_norm")
+    }
+    compared = ("loss", "grad_norm") if kind.norms else ("loss",)
+    agrees = all(deviations[value] <= kind.limit for value in compared)
+    return {**result, "like": kind.like, "deviations": deviations, "limit": kind.limit, "agrees": agrees}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON of the deviations")
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--out", type=Path, help="JSON of the deviations, written as kinds are done")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
+                        help=f"of {', '.join(KINDS)}; those that they are compared with run too")  # fmt: skip
+    parser.add_argument("--at-once", type=int, default=4, help="groups of processes at a time (default: %(default)s)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: these checks need a GPU")
-    with tempfile.TemporaryDirectory() as folder:
-        results = check(Path(folder), args.only)
-    print(json.dumps(results))
-    if args.out:
-        args.out.write_text(json.dumps({"device": torch.cuda.get_device_name(), "results": results}, indent=1) + "\n")
-    sys.exit(not all(results.get(kind, {}).get("agrees") for kind in args.only))
+    asked = with_compared(args.only)
+    results: dict[str, dict] = {name: {"skipped": why} for name in asked if (why := missing(KINDS[name]))}
+    trained: dict[str, dict | str] = {}
+
+    def write() -> None:
+        for name in trained:
+            if name not in results and KINDS[name].like in (None, *trained):
+                results[name] = compare(name, trained)
+                print(name, {k: v for k, v in results[name].items() if k != "losses"}, flush=True)
+        if args.out:
+            with whole_file(args.out) as stream:
+                stream.write(
+                    json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results},
+                               indent=1) + "\n"
+                )  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once) as pool:
+        parts = groups([name for name in asked if name not in results])
+        for done in as_completed(pool.submit(train, Path(folder) / str(i), part) for i, part in enumerate(parts)):
+            trained |= done.result()
+            write()
+    print(json.dumps({name: result.get("agrees", result.get("skipped")) for name, result in results.items()}))
+    sys.exit(not all(result.get("agrees", True) for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ def forget_run() -> None:
     rerun_state_machine.destroy_rerun_state_machine()
     destroy_num_microbatches_calculator()
     destroy_global_vars()
+    if "transformer_engine.pytorch" in sys.modules:
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()
 
 
 def main() -> None:
