@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+import torch
 from torch import nn
 
 from megatron_ksa.model.attention import KSASelfAttention
@@ -28,6 +29,7 @@ def freeze_shared_parameters(model: nn.Module) -> None:
         parameter.requires_grad_(is_summary_parameter(name))
 
 
+@torch.no_grad()
 def copy_shared_parameters(model: nn.Module, only: Collection[str] | None = None) -> None:
     """Set the summary projections and norms of every layer to the shared ones.
 
@@ -42,4 +44,7 @@ def copy_shared_parameters(model: nn.Module, only: Collection[str] | None = None
         for target, source in pairs.items():
             prefix = f"{name}.{target}."
             if getattr(module, target) is not None and (only is None or any(one.startswith(prefix) for one in only)):
-                getattr(module, target).load_state_dict(getattr(module, source).state_dict())
+                # Parameters alone: a norm fused with the projection is the source's, and FP8's scales are each one's own.
+                shared = dict(getattr(module, source).named_parameters())
+                for parameter, own in getattr(module, target).named_parameters():
+                    own.copy_(shared[parameter])
