@@ -3,16 +3,20 @@
 import dataclasses
 
 import pytest
+import torch
+from megatron.core.enums import Fp8Recipe
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from single_process import VOCABULARY, process_groups, transformer_config
 
 from megatron_ksa import KSAConfig, KSAGPTModel, ksa_block_spec, pipeline_rows, prepare_config
 from megatron_ksa.errors import UsageError
+from megatron_ksa.model.low_precision import check_rows_in_fp8
 from megatron_ksa.training.megatron_flags import WITHOUT_KSA
 
 KSA = KSAConfig(enabled=True, layer_pattern="kkkf")
 OFF = KSAConfig()
 BASES = (1e4, 1e5)
+FP8 = {"fp8": "hybrid", "fp8_recipe": "delayed", "transformer_impl": "transformer_engine", "bf16": True}
 REFUSED = [
     ({"attention_dropout": 0.1}, "KSA does not go with attention_dropout=0.1: use attention_dropout=0"),
     ({"attention_output_gate": True}, "KSA does not go with attention_output_gate: "),
@@ -35,14 +39,19 @@ REFUSED = [
     ({"overlap_dispatch_backward_with_experts_wgrad": True}, "experts_wgrad: it takes layers apart"),
     ({"init_model_with_meta_device": True}, "init_model_with_meta_device: the layer specs"),
     ({"mtp_num_layers": 1}, "mtp_num_layers: "),
-    ({"fp8": "hybrid"}, "fp8: .*FP8; use bf16"),
+    ({"fp8": "hybrid"}, "fp8 without transformer_impl=transformer_engine: use transformer_impl=transformer_engine"),
+    ({**FP8, "fp8_recipe": "mxfp8"}, "fp8_recipe=mxfp8: use delayed, tensorwise or blockwise, which were compared"),
+    ({**FP8, "bf16": False}, "fp8 without bf16: use bf16"),
+    ({**FP8, "fp8_param": True}, "weights kept in FP8 .*were not compared with 16 bits; drop it"),
+    ({**FP8, "fp8_dot_product_attention": True}, "fp8_dot_product_attention: attention stays in 16 bits"),
+    ({**FP8, "fp8_multi_head_attention": True}, "fp8_multi_head_attention: attention stays in 16 bits"),
     ({"fp4": "e2m1"}, "fp4: .*FP4; use bf16"),
+    ({"tp_comm_overlap": True}, "tp_comm_overlap: its buffers have the text's rows, which summary rows exceed"),
     ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm: "),
-    ({"cuda_graph_impl": "transformer_engine"}, "CUDA graphs of Transformer Engine"),
+    ({"cuda_graph_impl": "transformer_engine"}, "CUDA graphs of Transformer Engine: .*the text's length"),
     ({"cuda_graph_impl": "other"}, "cuda_graph_impl=other: use none, full_iteration, local"),
     ({"context_parallel_size": 2, "cp_comm_type": "all_gather"}, "cp_comm_type=all_gather: use p2p .*or a2a"),
     ({"context_parallel_size": 2, "hybrid_context_parallel": True}, "hybrid_context_parallel: drop it"),
-    ({"context_parallel_size": 2, "cuda_graph_impl": "local"}, "not checked with context_parallel_size=2"),
     ({"context_parallel_size": 3, "cp_comm_type": ["a2a"] * 4}, "context_parallel_size=3 ranks: use 2, or p2p"),
 ]
 
@@ -57,8 +66,7 @@ UNREFUSED = {
     "cpu_offloading_retain_pinned_cpu_buffers", "fine_grained_offloading_max_inflight_offloads",
     "ep_overlap_early_attn_memory_release", "high_priority_a2a_comm_stream",
     "fused_residual_rmsnorm", "use_grouped_gemm_for_dense_mlp",
-    "use_te_activation_func", "use_transformer_engine_op_fuser", "first_last_layers_bf16",
-    "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16",
+    "use_te_activation_func", "use_transformer_engine_op_fuser",
 }  # fmt: skip
 PARTS_OF_REFUSED = ("dsa_", "linear_", "mtp_", "fp8_", "fp4_")
 
@@ -167,3 +175,41 @@ def test_the_model_sets_what_its_configuration_lacks():
     model = KSAGPTModel(transformer_config(), KSA, 64, vocab_size=VOCABULARY)
     assert model.config.hetereogenous_dist_checkpoint
     assert model.max_sequence_length == 64 and model.rotary.bases == (10000,)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", Fp8Recipe.delayed])
+def test_fp8_and_graphs_are_accepted(recipe):
+    """FP8 was refused as a whole, and CUDA graphs with context parallelism and with annealing."""
+    prepare_config(changed({**FP8, "fp8_recipe": recipe}), KSA, 128)
+    annealed = dataclasses.replace(KSA, anneal_start=5, anneal_end=9)
+    for graphs in ("full_iteration", "local"):
+        prepare_config(changed({"cuda_graph_impl": graphs, "context_parallel_size": 2}), annealed, 128)
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "shards", "nearest"),
+    [
+        (64, 1, 1, "use 128,"), (192, 1, 1, "use 128 or 256"), (64, 2, 1, None), (128, 1, 1, None), (8192, 1, 8, None),
+        (8192 + 64, 1, 1, "use 8192 or 8320"), (128, 1, 2, "use 256,"), (192, 3, 1, "use 128 or 256"),
+    ],
+)  # fmt: skip
+def test_rows_that_fp8_does_not_take_are_refused(length, batch, shards, nearest):
+    """Products over rows that are no multiple of 16 end in an error of cuBLAS that names no flag: 8 rows a chunk."""
+    if nearest is None:
+        check_rows_in_fp8(KSA, length, batch, shards, "--seq-length")
+        return
+    with pytest.raises(UsageError, match=f"16 text rows and 16 summary rows .*--seq-length {length} .*{nearest}"):
+        check_rows_in_fp8(KSA, length, batch, shards, "--seq-length")
+    # Without summaries text rows alone count.
+    check_rows_in_fp8(OFF, length, batch, shards, "--seq-length")
+
+
+def test_a_model_in_fp8_refuses_other_lengths_too():
+    """A library's user, and an evaluation, may give a length that the flags did not say."""
+    process_groups()
+    model = KSAGPTModel(transformer_config(), KSA, 128, vocab_size=VOCABULARY)
+    tokens = torch.zeros(1, 64, dtype=torch.long)
+    model(tokens, torch.arange(64)[None])
+    model.config.fp8 = "hybrid"
+    with pytest.raises(UsageError, match="a length of 64 has others: use 128, or 16 bits"):
+        model(tokens, torch.arange(64)[None])

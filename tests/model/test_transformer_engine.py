@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
@@ -25,7 +26,9 @@ class NormLinear(ColumnParallelLinear):
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size))
 
     def forward(self, rows):
-        normed = torch.nn.functional.rms_norm(rows, rows.shape[-1:], self.layer_norm_weight, self.config.layernorm_epsilon)
+        normed = torch.nn.functional.rms_norm(
+            rows, rows.shape[-1:], self.layer_norm_weight, self.config.layernorm_epsilon
+        )
         return super().forward(normed)
 
 
@@ -71,9 +74,7 @@ def test_fused_layers_are_the_local_ones(fused, settings, a):
     names = renamed(local.state_dict())
     if ksa.independent_layernorm:
         # Two norms before one projection: they stand apart in the layers that have both.
-        names = {
-            name: value for name, value in {**local.state_dict(), **names}.items() if name in other.state_dict()
-        }
+        names = {name: value for name, value in {**local.state_dict(), **names}.items() if name in other.state_dict()}
     other.load_state_dict(names)
     for model in (local, other):
         model.set_summary_coefficient(a)

@@ -22,6 +22,7 @@ MODEL = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
     "--seq-length 64 --max-position-embeddings 128 --micro-batch-size 1"
 ).split()
+FP8 = "--ksa --position-embedding-type rope --bf16 --transformer-impl transformer_engine --fp8-format hybrid"
 
 
 def parse(monkeypatch, flags, processes=12):
@@ -55,18 +56,16 @@ def parse(monkeypatch, flags, processes=12):
         ),
         ("--position-embedding-type harpe --context-parallel-size 2 --seq-length 66", "--seq-length 66.*use 64 or 68"),
         ("--ksa --position-embedding-type rope --async-save --ckpt-format torch", "use --ckpt-format torch_dist"),
-        ("--ksa --position-embedding-type rope --fp8-format hybrid", "does not go with --fp8-format: .*use --bf16"),
+        (
+            "--ksa --position-embedding-type rope --bf16 --fp8-format hybrid --transformer-impl local",
+            "--fp8-format without --transformer-impl transformer_engine: use --transformer-impl transformer_engine",
+        ),
+        (f"{FP8} --fp8-recipe mxfp8", "--fp8-recipe mxfp8: use delayed, tensorwise or blockwise"),
+        (FP8, "takes multiples of 16 text rows and 16 summary rows .*--seq-length 64 has others: use 128, or 16 bits"),
+        (f"{FP8} --seq-length 128 --ckpt-format torch", "--fp8-recipe delayed does not go with --ckpt-format torch"),
+        ("--ksa --position-embedding-type rope --tp-comm-overlap", "--tp-comm-overlap: its buffers have the text's"),
         ("--ksa --position-embedding-type rope --fp4-format e2m1", "does not go with --fp4-format: .*use --bf16"),
-        (
-            "--position-embedding-type harpe --cuda-graph-impl local --context-parallel-size 2",
-            "local is not checked with --context-parallel-size 2",
-        ),
         ("--position-embedding-type harpe --cuda-graph-impl full_iteration", "add --no-check-for-nan-in-loss-and-grad"),
-        (
-            "--ksa --ksa-anneal-start 5 --ksa-anneal-end 9 --position-embedding-type rope "
-            "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad",
-            "would repeat one annealing coefficient",
-        ),
         ("--position-embedding-type harpe --external-cuda-graph", "CUDA graphs of Transformer Engine: it captures"),
         ("--ksa --position-embedding-type rope --loss-chunk-rows -3", "--loss-chunk-rows is -3"),
         ("--loss-chunk-rows 64 --defer-embedding-wgrad-compute", "does not go with --defer-embedding-wgrad-compute"),

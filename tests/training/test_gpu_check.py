@@ -1,0 +1,50 @@
+"""The GPU checks' kinds, as far as a machine without a GPU can tell."""
+
+import sys
+
+import gpu_check
+import pytest
+from megatron.training import arguments as megatron_arguments
+from trainer import MODEL, TRAINING
+
+from megatron_ksa.errors import UsageError
+from megatron_ksa.platform import trainer_defaults
+from megatron_ksa.training.arguments import install_arguments, settings_from_args
+
+
+@pytest.mark.parametrize("name", gpu_check.KINDS)
+def test_every_kind_has_flags_that_are_accepted(name, monkeypatch):
+    """A kind that the flags' checks refuse would be found on a GPU only."""
+    kind = gpu_check.KINDS[name]
+    assert kind.like is None or gpu_check.KINDS[kind.like].ranks <= kind.ranks
+    monkeypatch.setenv("WORLD_SIZE", str(kind.ranks))
+    for flags in (kind.flags, kind.first):
+        if flags is None:
+            continue
+        words = [*MODEL, *TRAINING, "--mock-data", *gpu_check.COMMON.split(), *flags.split()]
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words])
+        with install_arguments(trainer_defaults()):
+            args = megatron_arguments.parse_args()
+        settings_from_args(args)
+        with pytest.raises(UsageError, match="16 bits"):
+            args.seq_length, args.fp8, args.transformer_impl = 1024 + 64, "hybrid", "transformer_engine"
+            settings_from_args(args)
+
+
+def test_groups_hold_every_kind_once_and_what_it_is_compared_with():
+    names = gpu_check.with_compared(["te_fp8_delayed_full_iteration", "cp2_full_iteration"])
+    assert set(names) == {"kernels", "te", "te_fp8_delayed", "te_fp8_delayed_full_iteration", "cp2",
+                          "cp2_full_iteration"}  # fmt: skip
+    groups = gpu_check.groups(names)
+    assert sorted(name for group in groups for name in group) == sorted(names)
+    assert ["te_fp8_delayed_full_iteration"] in groups and ["kernels", "te", "te_fp8_delayed"] in groups
+
+
+def test_a_kind_agrees_where_its_deviation_is_within_the_limit():
+    run = {step: {"loss": 6.0, "grad_norm": 1.0} for step in range(1, 9)}
+    far = {step: {"loss": 6.0 * 1.02, "grad_norm": 1.0} for step in range(1, 9)}
+    assert gpu_check.compare("te", {"te": run, "kernels": run})["agrees"]
+    assert not gpu_check.compare("te_fp8_delayed", {"te_fp8_delayed": far, "te": run})["agrees"]
+    failed = gpu_check.compare("te", {"te": run, "kernels": "error: no GPU"})
+    assert not failed["agrees"] and "no GPU" in failed["failed"]
+    assert not gpu_check.compare("te", {"te": "error: no GPU", "kernels": run})["agrees"]
