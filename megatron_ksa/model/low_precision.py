@@ -39,7 +39,8 @@ def refused_in_fp8(config: Any, name: Callable[..., str]) -> Iterator[tuple[bool
         f"use {', '.join(RECIPES[:-1])} or {RECIPES[-1]}, which were compared with 16 bits"
     )  # fmt: skip
     yield not config.bf16, f"{name('fp8')} without {name('bf16')}", f"use {name('bf16')}"
-    yield bool(getattr(config, "fp8_param", False)), "weights kept in FP8 (fp8_param)", "they were not compared with 16 bits; drop it"
+    kept = bool(getattr(config, "fp8_param", False))
+    yield kept, "weights kept in FP8 (fp8_param)", "they were not compared with 16 bits; drop it"
     for field in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
         yield bool(getattr(config, field, False)), name(field), attention
 

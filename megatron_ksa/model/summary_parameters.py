@@ -44,7 +44,7 @@ def copy_shared_parameters(model: nn.Module, only: Collection[str] | None = None
         for target, source in pairs.items():
             prefix = f"{name}.{target}."
             if getattr(module, target) is not None and (only is None or any(one.startswith(prefix) for one in only)):
-                # Parameters alone: a norm fused with the projection is the source's, and FP8's scales are each one's own.
+                # Parameters alone: a norm fused with the projection is the source's, and FP8's scales stay apart.
                 shared = dict(getattr(module, source).named_parameters())
                 for parameter, own in getattr(module, target).named_parameters():
                     own.copy_(shared[parameter])

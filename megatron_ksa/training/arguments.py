@@ -151,8 +151,8 @@ def _check(args: argparse.Namespace, settings: RunSettings) -> None:
         )
     if args.fp8 and args.fp8_recipe == "delayed" and args.ckpt_format == "torch":
         raise UsageError(
-            "--fp8-recipe delayed does not go with --ckpt-format torch: Transformer Engine keeps its scales as pickles, "
-            "which are looked through in --ckpt-format torch_dist alone: use that one"
+            "--fp8-recipe delayed does not go with --ckpt-format torch: its scales are pickles, which are looked "
+            "through in --ckpt-format torch_dist alone: use that one"
         )
     config = _as_config(args)
     check_settings(
