@@ -79,6 +79,10 @@ def train(folder: Path, flags: list[str], steps: int, tiny: bool) -> dict[int, f
         print(done.stderr[-3000:], file=sys.stderr)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error:") or "Error" in line]
         return (errors or [f"exit code {done.returncode}"])[-1][:400]
+    first = min(losses)
+    if first + 1 in losses:
+        # Megatron logs the first step of a run without starting its sum again: the second line is the mean of both.
+        losses[first + 1] = round(2 * losses[first + 1] - losses[first], 6)
     return losses
 
 
