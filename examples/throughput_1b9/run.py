@@ -50,13 +50,14 @@ GRAPHS = [
     "--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", str(GRAPH_WARM_UP),
     "--no-check-for-nan-in-loss-and-grad",
 ]  # fmt: skip
-TE = ["--transformer-impl", "transformer_engine"]
+TE, FUSER = ["--transformer-impl", "transformer_engine"], ["--use-transformer-engine-op-fuser"]
 # Kinds of layers and precision; with "+graph" the iteration is captured in a CUDA graph.
 LAYERS = {
     "default": [], "local": ["--transformer-impl", "local"], "te": TE,
     **{f"fp8_{recipe}": [*TE, "--fp8-format", "hybrid", "--fp8-recipe", recipe]
        for recipe in ("delayed", "tensorwise", "blockwise")},
 }  # fmt: skip
+LAYERS |= {f"{kind}_fuser": [*LAYERS[kind], *FUSER] for kind in ("te", "fp8_tensorwise", "fp8_blockwise")}
 KINDS = [kind + graph for graph in ("", "+graph") for kind in LAYERS]
 # Flags of a shape, its layers and its K/V heads; 8b_8layers has layers of an 8B model's size.
 SHAPES = {

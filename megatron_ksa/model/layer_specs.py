@@ -4,7 +4,7 @@ import dataclasses
 from functools import partial
 
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs, get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import LinearQkvBuilder
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -65,6 +65,8 @@ def _layer_spec(
     submodules = dataclasses.replace(base.submodules, input_layernorm=norm, sharded_state_dict_keys_map=names)
     if not uses_transformer_engine(config):
         submodules.pre_mlp_layernorm = Norm
+    elif config.use_transformer_engine_op_fuser:
+        submodules.mlp = get_mlp_module_spec_for_backend(_backend(config), use_te_op_fuser=True)
     attention = dict(linear_qkv=linear_qkv, linear_proj=_backend(config).row_parallel_linear(), **heads)
     if not layer.has_summaries:
         module, params, core = RotatedSelfAttention, {}, TextCoreAttention

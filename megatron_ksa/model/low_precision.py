@@ -41,6 +41,11 @@ def refused_in_fp8(config: Any, name: Callable[..., str]) -> Iterator[tuple[bool
     yield not config.bf16, f"{name('fp8')} without {name('bf16')}", f"use {name('bf16')}"
     kept = bool(getattr(config, "fp8_param", False))
     yield kept, "weights kept in FP8 (fp8_param)", "they were not compared with 16 bits; drop it"
+    yield (
+        bool(config.use_transformer_engine_op_fuser and recipe == "delayed"),
+        f"{name('use_transformer_engine_op_fuser')} in FP8 of {name('fp8_recipe', 'delayed')}",
+        f"checkpoints would lack the fused MLP's scales; use {name('fp8_recipe', 'tensorwise')} or blockwise",
+    )
     for field in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
         yield bool(getattr(config, field, False)), name(field), attention
 

@@ -239,6 +239,10 @@ def _refused_machinery(config: Any, ksa: KSAConfig, name: Callable[..., str]) ->
         name("tp_comm_overlap"),
         "its buffers have the text's rows, which summary rows exceed; drop it",
     )
+    fuser, te = config.use_transformer_engine_op_fuser, name("transformer_impl", "transformer_engine")
+    fuses = name("use_transformer_engine_op_fuser")
+    yield fuser and config.transformer_impl != "transformer_engine", f"{fuses} without {te}", f"use {te}"
+    yield bool(fuser and config.num_moe_experts), f"{fuses} and experts", "it fuses dense MLPs; drop it"
     yield graphs not in CUDA_GRAPHS, name("cuda_graph_impl", graphs), f"use {', '.join(CUDA_GRAPHS)}"
 
 

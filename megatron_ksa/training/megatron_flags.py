@@ -146,6 +146,7 @@ VALUES_DECIDE = _flags("""
     --multi-latent-attention --num-query-groups --position-embedding-type --qk-l2-norm --reset-attention-mask
     --reset-position-ids --seq-length --sequence-parallel --tensor-model-parallel-size --tp-comm-overlap
     --use-rope-scaling
+    --use-transformer-engine-op-fuser
 """)
 
 # Without KSA and HARPE alone: Megatron's own model and trainer.
@@ -191,7 +192,6 @@ WITHOUT_KSA = (
         """
         --fused-residual-rmsnorm --heterogeneous-layers-config-encoded-json --heterogeneous-layers-config-path
         --init-model-with-meta-device --spec --use-grouped-gemm-for-dense-mlp --use-te-activation-func
-        --use-transformer-engine-op-fuser
         """,
     ),  # fmt: skip
     Refused(

@@ -45,6 +45,12 @@ REFUSED = [
     ({**FP8, "fp8_param": True}, "weights kept in FP8 .*were not compared with 16 bits; drop it"),
     ({**FP8, "fp8_dot_product_attention": True}, "fp8_dot_product_attention: attention stays in 16 bits"),
     ({**FP8, "fp8_multi_head_attention": True}, "fp8_multi_head_attention: attention stays in 16 bits"),
+    ({**FP8, "use_transformer_engine_op_fuser": True}, "in FP8 of fp8_recipe=delayed: .*fp8_recipe=tensorwise"),
+    ({"use_transformer_engine_op_fuser": True}, "op_fuser without transformer_impl=transformer_engine: use"),
+    (
+        {"transformer_impl": "transformer_engine", "num_moe_experts": 2, "use_transformer_engine_op_fuser": True},
+        "use_transformer_engine_op_fuser and experts: it fuses dense MLPs",
+    ),
     ({"fp4": "e2m1"}, "fp4: .*FP4; use bf16"),
     ({"tp_comm_overlap": True}, "tp_comm_overlap: its buffers have the text's rows, which summary rows exceed"),
     ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm: "),
@@ -66,7 +72,7 @@ UNREFUSED = {
     "cpu_offloading_retain_pinned_cpu_buffers", "fine_grained_offloading_max_inflight_offloads",
     "ep_overlap_early_attn_memory_release", "high_priority_a2a_comm_stream",
     "fused_residual_rmsnorm", "use_grouped_gemm_for_dense_mlp",
-    "use_te_activation_func", "use_transformer_engine_op_fuser",
+    "use_te_activation_func",
 }  # fmt: skip
 PARTS_OF_REFUSED = ("dsa_", "linear_", "mtp_", "fp8_", "fp4_")
 

@@ -38,6 +38,7 @@ GRAPH = "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 3"
 LAYER_GRAPHS = "--cuda-graph-impl local --cuda-graph-warmup-steps 3"
 ANNEAL = "--ksa-anneal-start 1 --ksa-anneal-end 7"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+FUSER = "--use-transformer-engine-op-fuser"
 CP, TP = "--context-parallel-size 2", "--tensor-model-parallel-size 2"
 A2A = f"{CP} --cp-comm-type a2a"
 
@@ -94,6 +95,17 @@ KINDS = {
     ),
     "independent_norms": Kind(f"{LOCAL} --ksa-independent-layernorm --ksa-independent-qk-norm", like=None),
     "te_distil": Kind(f"{TE} --ksa-distill", like="distil"),
+    "te_fuser": Kind(f"{TE} {FUSER}", like="te"),
+    "te_fuser_full_iteration": Kind(f"{TE} {FUSER} {GRAPH}", like="te_fuser", norms=True),
+    "te_fp8_fuser": Kind(f"{fp8('tensorwise')} {FUSER}", like="te", limit=1e-2),
+    "te_fp8_fuser_resumed": Kind(
+        f"{fp8('tensorwise')} {FUSER}",
+        like="te_fp8_fuser",
+        first=f"{fp8('tensorwise')} {FUSER}",
+        limit=1e-6,
+        norms=True,
+    ),
+    "te_fp8_blockwise_fuser": Kind(f"{fp8('blockwise')} {FUSER}", like="te", limit=1e-2),
     "te_recompute": Kind(f"{TE} {RECOMPUTE}", like="te", norms=True),
     **{
         f"te_fp8_{recipe}": Kind(fp8(recipe), like="te", limit=1e-2)
