@@ -55,7 +55,7 @@ def kind_table(runs: list[dict]) -> str:
     rows = []
     for run in runs:
         same = [other for other in runs if all(other[name] == run[name] for name in ("shape", "model", "length"))]
-        base = next((other for other in same if other["kind"] == "te"), None)
+        base = next((other for other in same if other["kind"] == "te" + "+graph" * run["cuda_graphs"]), None)
         ratio = f"{run['tokens_per_second'] / base['tokens_per_second']:.2f}" if base else ""
         mfu = f"{run['mfu'] * 100:.1f} %" if run["mfu"] else ""
         rows.append([

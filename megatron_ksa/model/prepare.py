@@ -15,6 +15,9 @@ POSITION_TYPES = ("rope", "harpe", "none")
 CP_COMM_TYPES = ("p2p", "a2a")
 # Those that train to the same numbers as without (tests/training/gpu_check.py).
 CUDA_GRAPHS = ("none", "full_iteration", "local")
+# Some settings are refused until tests/training/gpu_check.py, which lifts this, has seen them train right on a GPU.
+REFUSES_UNCHECKED = True
+NOT_COMPARED = "it was not compared with 16 bits yet; use bf16 without FP8"
 # Fields whose flag is not the field's name with hyphens.
 OTHER_FLAGS = {
     "fp8": "fp8-format",
@@ -92,6 +95,8 @@ def prepare_config(
             length whose shards would cut a chunk.
     """
     check_settings(config, ksa, FIELDS, bases=bases)
+    if distils:
+        check_distillation(config, FIELDS.name)
     check_length(config, ksa, seq_length)
     rows = pipeline_rows(ksa, seq_length, distils=distils)
     if decoder_seq_length not in (None, rows):
@@ -177,6 +182,8 @@ def check_settings(
         *_refused_attention(config, name),
         *_refused_machinery(config, ksa, name),
         *refused_in_fp8(config, name),
+        *_refused_by_the_fuser(config, name),
+        *(_refused_until_run(config, ksa, name) if REFUSES_UNCHECKED else ()),
         *_refused_where_set(config, name),
     ]
     for active, setting, way_out in refused:
@@ -239,11 +246,43 @@ def _refused_machinery(config: Any, ksa: KSAConfig, name: Callable[..., str]) ->
         name("tp_comm_overlap"),
         "its buffers have the text's rows, which summary rows exceed; drop it",
     )
-    fuser, te = config.use_transformer_engine_op_fuser, name("transformer_impl", "transformer_engine")
-    fuses = name("use_transformer_engine_op_fuser")
+    yield graphs not in CUDA_GRAPHS, name("cuda_graph_impl", graphs), f"use {', '.join(CUDA_GRAPHS)}"
+
+
+def _refused_by_the_fuser(config: Any, name: Callable[..., str]) -> Refusals:
+    """What Transformer Engine's fused MLP does not go with: as `_refused_attention`."""
+    fuses, te = name("use_transformer_engine_op_fuser"), name("transformer_impl", "transformer_engine")
+    fuser = config.use_transformer_engine_op_fuser
     yield fuser and config.transformer_impl != "transformer_engine", f"{fuses} without {te}", f"use {te}"
     yield bool(fuser and config.num_moe_experts), f"{fuses} and experts", "it fuses dense MLPs; drop it"
-    yield graphs not in CUDA_GRAPHS, name("cuda_graph_impl", graphs), f"use {', '.join(CUDA_GRAPHS)}"
+
+
+def _refused_until_run(config: Any, ksa: KSAConfig, name: Callable[..., str]) -> Refusals:
+    """What no GPU has been seen to train right: as `_refused_attention`."""
+    graphs, fp8 = name("cuda_graph_impl", config.cuda_graph_impl), name("fp8")
+    captures = config.enable_cuda_graph or config.cuda_graph_impl != "none"
+    if config.enable_cuda_graph:
+        graphs = name("enable_cuda_graph")
+    yield (
+        bool(captures and config.context_parallel_size > 1),
+        f"{graphs} and {name('context_parallel_size', config.context_parallel_size)}",
+        f"its exchange was not captured on several GPUs yet; use {name('cuda_graph_impl', 'none')}",
+    )
+    layers = config.enable_cuda_graph or config.cuda_graph_impl == "local"
+    yield (
+        bool(config.fp8 and layers),
+        f"{graphs} and {fp8}",
+        (f"FP8 was captured in whole iterations alone; use {name('cuda_graph_impl', 'full_iteration')}"),
+    )
+    yield bool(config.fp8 and ksa.anneal_start is not None), f"annealing in FP8 ({fp8})", NOT_COMPARED
+    fuser = name("use_transformer_engine_op_fuser")
+    yield config.use_transformer_engine_op_fuser, fuser, "its MLP was not compared with the plain one yet; drop it"
+
+
+def check_distillation(config: Any, name: Callable[..., str]) -> None:
+    """Refuse distillation where no GPU has been seen to do it right; `config` as in `check_settings`."""
+    if config.fp8 and REFUSES_UNCHECKED:
+        raise UsageError(f"distillation does not go with {name('fp8')}: {NOT_COMPARED}")
 
 
 def _refused_where_set(config: Any, name: Callable[..., str]) -> Refusals:

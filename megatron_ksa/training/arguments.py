@@ -17,7 +17,7 @@ from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.config.stage import StageConfig
 from megatron_ksa.config.watch import WatchConfig
 from megatron_ksa.errors import UsageError
-from megatron_ksa.model.prepare import FLAGS, check_length, check_settings, pipeline_rows
+from megatron_ksa.model.prepare import FLAGS, check_distillation, check_length, check_settings, pipeline_rows
 from megatron_ksa.training.given import given_flags, record_given
 from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_sizes
 from megatron_ksa.training.stages import check_stage
@@ -163,6 +163,8 @@ def _check(args: argparse.Namespace, settings: RunSettings) -> None:
         position_embedding_type=args.position_embedding_type,
         rope_scaling=args.use_rope_scaling,
     )
+    if settings.distill.enabled:
+        check_distillation(config, FLAGS.name)
     check_length(config, settings.ksa, args.seq_length, args.micro_batch_size)
     check_layout(args)
 

@@ -15,6 +15,7 @@ from megatron_ksa.checkpoint.checked_save import checked_finalize, checked_save
 from megatron_ksa.checkpoint.dense import check_checkpoint, dense_start
 from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
+from megatron_ksa.checkpoint.to_load import checkpoint_to_load
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_ids, check_indexed_dataset
@@ -27,6 +28,7 @@ from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 from megatron_ksa.training.blend import dataset_prefixes
 from megatron_ksa.training.flag_rules import check_flags, check_run, check_start
 from megatron_ksa.training.given import forget_given, given_flags
+from megatron_ksa.training.layer_choice import choose_layers
 from megatron_ksa.training.model_hooks import model_hooks
 from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
 from megatron_ksa.training.stages import resolve_start
@@ -76,6 +78,8 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     difference = check_checkpoint(args, settings)
     if difference and args.rank == 0:
         print(difference, flush=True)
+    if not settings.is_megatron and (chosen := choose_layers(args, checkpoint_to_load(args))) and args.rank == 0:
+        print(chosen, flush=True)
     settings = resolve_start(args, settings)
     prefixes = dataset_prefixes(args)
     for prefix in prefixes:

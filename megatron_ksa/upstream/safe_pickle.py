@@ -130,11 +130,16 @@ def check_extra_state(state: object) -> None:
     """Read the extra state of a layer as Transformer Engine will, but with classes looked up here.
 
     Args:
-        state: a uint8 tensor or bytes with a pickle, or an `io.BytesIO` with what torch.save wrote; others hold none.
+        state: a uint8 tensor or bytes with a pickle, or an `io.BytesIO` with what torch.save wrote; a list of these, as
+            Megatron stores them; others hold none.
 
     Raises:
         UnsafePickle: it names something that such a state is not made of.
     """
+    if isinstance(state, list | tuple):
+        for part in state:
+            check_extra_state(part)
+        return
     if isinstance(state, io.BytesIO):
         torch_load(io.BytesIO(state.getvalue()))
         return

@@ -93,12 +93,16 @@ def extra_state(value: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("payload", ATTACKS.values(), ids=ATTACKS)
 def test_extra_state_is_a_pickle_within_a_tensor(payload, tmp_path, monkeypatch):
-    """Transformer Engine's layers unpickle it with pickle.loads, whatever it names."""
+    """Transformer Engine's layers unpickle it with pickle.loads, whatever it names.
+
+    Megatron stores a list of one state, whose state was not looked at.
+    """
     monkeypatch.chdir(tmp_path)
     saved = io.BytesIO()
     torch.save([payload], saved)
     within = Payload(torch.storage._load_from_bytes, saved.getvalue())
-    for state in (extra_state(payload), extra_state({"scale": within}), saved):
+    states = [extra_state(payload), extra_state({"scale": within}), saved]
+    for state in (*states, *([None, state] for state in states)):
         with pytest.raises(safe_pickle.UnsafePickle, match="an object of "):
             safe_pickle.check_extra_state(state)
     assert not (tmp_path / "owned").exists()
@@ -107,14 +111,14 @@ def test_extra_state_is_a_pickle_within_a_tensor(payload, tmp_path, monkeypatch)
 def test_extra_state_of_fp8_is_read():
     state = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(2, 3), "extra_fp8_variables": {"a": 1}}
     safe_pickle.check_extra_state(extra_state(state))
-    for empty in (torch.empty(0, dtype=torch.uint8), None, b""):
+    for empty in (torch.empty(0, dtype=torch.uint8), None, b"", [None], [torch.empty(0, dtype=torch.uint8)]):
         safe_pickle.check_extra_state(empty)
 
 
 def test_a_checkpoint_with_such_a_state_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, held = "layer._extra_state", io.BytesIO()
-    torch.save(extra_state(ATTACKS["os.system"]), held)
+    torch.save([extra_state(ATTACKS["os.system"])], held)
     held.seek(0)
     item = SimpleNamespace(dest_index=SimpleNamespace(fqn=name), storage_index=None)
     planner = DefaultLoadPlanner()

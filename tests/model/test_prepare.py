@@ -10,10 +10,12 @@ from single_process import VOCABULARY, process_groups, transformer_config
 
 from megatron_ksa import KSAConfig, KSAGPTModel, ksa_block_spec, pipeline_rows, prepare_config
 from megatron_ksa.errors import UsageError
+from megatron_ksa.model import prepare
 from megatron_ksa.model.low_precision import check_rows_in_fp8
 from megatron_ksa.training.megatron_flags import WITHOUT_KSA
 
 KSA = KSAConfig(enabled=True, layer_pattern="kkkf")
+ANNEALED = dataclasses.replace(KSA, anneal_start=5, anneal_end=9)
 OFF = KSAConfig()
 BASES = (1e4, 1e5)
 FP8 = {"fp8": "hybrid", "fp8_recipe": "delayed", "transformer_impl": "transformer_engine", "bf16": True}
@@ -46,6 +48,15 @@ REFUSED = [
     ({**FP8, "fp8_dot_product_attention": True}, "fp8_dot_product_attention: attention stays in 16 bits"),
     ({**FP8, "fp8_multi_head_attention": True}, "fp8_multi_head_attention: attention stays in 16 bits"),
     ({**FP8, "use_transformer_engine_op_fuser": True}, "in FP8 of fp8_recipe=delayed: .*fp8_recipe=tensorwise"),
+    ({**FP8, "cuda_graph_impl": "local"}, "cuda_graph_impl=local and fp8: .*use cuda_graph_impl=full_iteration"),
+    (
+        {"transformer_impl": "transformer_engine", "use_transformer_engine_op_fuser": True},
+        "use_transformer_engine_op_fuser: its MLP was not compared with the plain one yet",
+    ),
+    (
+        {"context_parallel_size": 2, "cuda_graph_impl": "local"},
+        "cuda_graph_impl=local and context_parallel_size=2: its exchange was not captured on several GPUs yet",
+    ),
     ({"use_transformer_engine_op_fuser": True}, "op_fuser without transformer_impl=transformer_engine: use"),
     (
         {"transformer_impl": "transformer_engine", "num_moe_experts": 2, "use_transformer_engine_op_fuser": True},
@@ -184,12 +195,22 @@ def test_the_model_sets_what_its_configuration_lacks():
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", Fp8Recipe.delayed])
-def test_fp8_and_graphs_are_accepted(recipe):
-    """FP8 was refused as a whole, and CUDA graphs with context parallelism and with annealing."""
-    prepare_config(changed({**FP8, "fp8_recipe": recipe}), KSA, 128)
-    annealed = dataclasses.replace(KSA, anneal_start=5, anneal_end=9)
+def test_fp8_and_graphs_of_annealed_models_are_accepted(recipe):
+    """FP8 was refused as a whole, and CUDA graphs with annealing."""
+    prepare_config(changed({**FP8, "fp8_recipe": recipe, "cuda_graph_impl": "full_iteration"}), KSA, 128)
     for graphs in ("full_iteration", "local"):
-        prepare_config(changed({"cuda_graph_impl": graphs, "context_parallel_size": 2}), annealed, 128)
+        prepare_config(changed({"cuda_graph_impl": graphs}), ANNEALED, 128)
+
+
+def test_what_no_gpu_has_run_is_refused_until_the_checks_lift_it(monkeypatch):
+    graphs = {"cuda_graph_impl": "full_iteration", "context_parallel_size": 2}
+    refused = [(FP8, ANNEALED, {}), (FP8, KSA, {"distils": True}), (graphs, KSA, {})]
+    for fields, ksa, options in refused:
+        with pytest.raises(UsageError, match="yet; use "):
+            prepare_config(changed(fields), ksa, 128, **options)
+    monkeypatch.setattr(prepare, "REFUSES_UNCHECKED", False)
+    for fields, ksa, options in refused:
+        prepare_config(changed(fields), ksa, 128, **options)
 
 
 @pytest.mark.parametrize(

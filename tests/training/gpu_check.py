@@ -36,7 +36,9 @@ COMMON = f"--train-iters {STEPS} --bf16 --no-check-for-nan-in-loss-and-grad {SIZ
 LOCAL, TE = "--transformer-impl local", "--transformer-impl transformer_engine"
 GRAPH = "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 3"
 LAYER_GRAPHS = "--cuda-graph-impl local --cuda-graph-warmup-steps 3"
-ANNEAL = "--ksa-anneal-start 1 --ksa-anneal-end 7"
+# At a = 1 a run without graphs does not blend, and rounds elsewhere than a graph, which always does.
+FROM_1 = "--ksa-anneal-start 1 --ksa-anneal-end 7"
+ANNEAL = f"{FROM_1} --ksa-initial-coefficient 0.9"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 FUSER = "--use-transformer-engine-op-fuser"
 CP, TP = "--context-parallel-size 2", "--tensor-model-parallel-size 2"
@@ -84,6 +86,8 @@ KINDS = {
     "anneal": Kind(f"{LOCAL} {ANNEAL}", like=None),
     "anneal_full_iteration": Kind(f"{LOCAL} {ANNEAL} {GRAPH}", like="anneal", norms=True),
     "anneal_local": Kind(f"{LOCAL} {ANNEAL} {LAYER_GRAPHS}", like="anneal", norms=True),
+    "anneal_from_1": Kind(f"{LOCAL} {FROM_1}", like=None),
+    "anneal_from_1_full_iteration": Kind(f"{LOCAL} {FROM_1} {GRAPH}", like="anneal_from_1"),
     "distil": Kind(f"{LOCAL} --ksa-distill", like=None),
     "te": Kind(TE),
     "te_full_iteration": Kind(f"{TE} {GRAPH}", like="te", norms=True),

@@ -70,7 +70,9 @@ def test_a_blend_is_rounded_once():
     """Both products were rounded to 16 bits before their sum."""
     shared, own = (torch.randn(1000, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (0, 1))
     exact = (0.3 * own.double() + 0.7 * shared.double()).bfloat16()
-    for a in (0.3, torch.tensor(0.3)):
-        assert (blend(shared, own, a) == exact).float().mean() > 0.99
+    assert (blend(shared, own, 0.3) == exact).float().mean() > 0.99
+    for a in (1.0, 0.9, 0.5, 0.3, 0.1, 0.0):
+        # To the bit: a graph trains to the numbers of a run without.
+        assert torch.equal(blend(shared, own, a), blend(shared, own, torch.tensor(a)))
     assert torch.equal(blend(shared, own, torch.tensor(1.0)), own)
     assert torch.equal(blend(shared, own, torch.tensor(0.0)), shared)

@@ -60,6 +60,15 @@ def parse(monkeypatch, flags, processes=12):
             "--ksa --position-embedding-type rope --bf16 --fp8-format hybrid --transformer-impl local",
             "--fp8-format without --transformer-impl transformer_engine: use --transformer-impl transformer_engine",
         ),
+        (
+            f"{FP8} --seq-length 128 --ksa-anneal-start 5 --ksa-anneal-end 9",
+            "annealing in FP8 .--fp8-format.: it was not",
+        ),
+        (f"{FP8} --seq-length 128 --ksa-distill", "distillation does not go with --fp8-format: it was not compared"),
+        (
+            "--position-embedding-type harpe --cuda-graph-impl local --context-parallel-size 2",
+            "--cuda-graph-impl local and --context-parallel-size 2: its exchange was not captured",
+        ),
         (f"{FP8} --fp8-recipe mxfp8", "--fp8-recipe mxfp8: use delayed, tensorwise or blockwise"),
         (FP8, "takes multiples of 16 text rows and 16 summary rows .*--seq-length 64 has others: use 128, or 16 bits"),
         (f"{FP8} --seq-length 128 --ckpt-format torch", "--fp8-recipe delayed does not go with --ckpt-format torch"),

@@ -7,6 +7,7 @@ import pytest
 from megatron.training import arguments as megatron_arguments
 from trainer import MODEL, TRAINING
 
+from megatron_ksa.model import prepare
 from megatron_ksa.platform import trainer_defaults
 from megatron_ksa.training.arguments import install_arguments, settings_from_args
 
@@ -17,6 +18,7 @@ def test_every_kind_has_flags_that_are_accepted(name, monkeypatch):
     kind = gpu_check.KINDS[name]
     assert kind.like is None or gpu_check.KINDS[kind.like].ranks <= kind.ranks
     monkeypatch.setenv("WORLD_SIZE", str(kind.ranks))
+    monkeypatch.setattr(prepare, "REFUSES_UNCHECKED", False)
     for flags in (kind.flags, kind.first):
         if flags is None:
             continue
