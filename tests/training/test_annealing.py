@@ -1,14 +1,18 @@
 """Annealing beside CUDA graphs: the coefficient is a tensor that graphs read, set between iterations."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
 from single_process import build_model, random_tokens
 
 from megatron_ksa import KSAConfig
+from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.model.attention import KSASelfAttention, blend
 from megatron_ksa.training.annealing import annealed, is_annealed_in_graphs
+from megatron_ksa.training.configure import trainer_patches
+from megatron_ksa.upstream.trainer import TRAIN_STEP
 
 ANNEALED = KSAConfig(enabled=True, layer_pattern="kklf", window_chunks="2", anneal_start=2, anneal_end=6)
 
@@ -76,3 +80,15 @@ def test_a_blend_is_rounded_once():
         assert torch.equal(blend(shared, own, a), blend(shared, own, torch.tensor(a)))
     assert torch.equal(blend(shared, own, torch.tensor(1.0)), own)
     assert torch.equal(blend(shared, own, torch.tensor(0.0)), shared)
+
+
+@pytest.mark.parametrize(("graphs", "ksa", "patched"), [
+    ("full_iteration", ANNEALED, True), ("none", ANNEALED, False),
+    ("full_iteration", KSAConfig(enabled=True, layer_pattern="kklf"), False),
+])  # fmt: skip
+def test_the_trainer_sets_the_coefficient_between_iterations(graphs, ksa, patched):
+    """A forward step, which set it, does not come by where an iteration is a graph's."""
+    args = argparse.Namespace(cuda_graph_impl=graphs, curr_iteration=3, async_save=False, padded_vocab_size=64)
+    settings = RunSettings(ksa, None)
+    patches = trainer_patches(args, settings, SimpleNamespace(is_needed=False))
+    assert any(patch.target == TRAIN_STEP.target for patch in patches) == patched
