@@ -23,7 +23,7 @@ from megatron_ksa.files import whole_file
 from megatron_ksa.platform.defaults import importable
 
 STEPS = 8
-# Kinds without CUDA graphs in one set of processes.
+# Kinds in one set of processes.
 TOGETHER = 5
 # Of a run that is interrupted: after so many steps.
 HALF = STEPS // 2
@@ -72,10 +72,6 @@ class Kind:
     @property
     def uses_te(self) -> bool:
         return TE in self.flags or TE in (self.first or "")
-
-    @property
-    def captures(self) -> bool:
-        return "--cuda-graph-impl" in self.flags
 
 
 KINDS = {
@@ -179,14 +175,17 @@ def with_compared(names: list[str]) -> list[str]:
 
 
 def groups(names: list[str]) -> list[list[str]]:
-    """Kinds that train one after the other in the same processes; a CUDA graph has processes of its own."""
-    found: list[list[str]] = []
-    for ranks in sorted({kind.ranks for kind in KINDS.values()}):
-        same = [name for name in names if KINDS[name].ranks == ranks]
-        together = [name for name in same if not KINDS[name].captures]
-        found += [together[i : i + TOGETHER] for i in range(0, len(together), TOGETHER)]
-        found += [[name] for name in same if KINDS[name].captures]
-    return found
+    """Kinds that train one after the other in the same processes; a graph a layer has processes of its own.
+
+    Graphs of iterations need a state of random numbers that the first run of a process sets up.
+    """
+    found: dict[tuple, list[str]] = {}
+    for name in names:
+        kind = KINDS[name]
+        alone = name if LAYER_GRAPHS in kind.flags else None
+        graphs = kind.uses_te if GRAPH in kind.flags else None
+        found.setdefault((kind.ranks, alone, graphs), []).append(name)
+    return [same[i : i + TOGETHER] for same in found.values() for i in range(0, len(same), TOGETHER)]
 
 
 def runs_of(folder: Path, name: str) -> list[tuple[Path, str]]:
@@ -205,7 +204,7 @@ def runs_of(folder: Path, name: str) -> list[tuple[Path, str]]:
 def train(folder: Path, names: list[str]) -> dict[str, dict | str]:
     """Losses and gradient norms of each kind's steps, or what went wrong; kinds of one group.
 
-    A kind that fails takes the processes with it; those after it get new ones.
+    A kind that fails takes the processes with it; those after it get new ones, and so does one that was not the first.
     """
     folder.mkdir()
     done: dict[str, dict | str] = {}
@@ -217,6 +216,8 @@ def train(folder: Path, names: list[str]) -> dict[str, dict | str]:
             for path, last in ((folder / f"{name}.first.json", HALF), (folder / f"{name}.json", STEPS)):
                 taken = steps(path) if path.exists() else {}
                 trained |= {step: values for step, values in taken.items() if step <= last}
+            if len(trained) < STEPS and name != names[0]:
+                break
             if len(trained) < STEPS:
                 print(f"{name}:\n{ended.stderr[-3000:]}", file=sys.stderr)
                 errors = [line for line in ended.stderr.splitlines() if line.startswith("error:") or "Error" in line]

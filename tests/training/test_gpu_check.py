@@ -1,6 +1,8 @@
 """The GPU checks' kinds, as far as a machine without a GPU can tell."""
 
+import json
 import sys
+from types import SimpleNamespace
 
 import gpu_check
 import pytest
@@ -36,6 +38,9 @@ def test_groups_hold_every_kind_once_and_what_it_is_compared_with():
     groups = gpu_check.groups(names)
     assert sorted(name for group in groups for name in group) == sorted(names)
     assert ["te_fp8_delayed_full_iteration"] in groups and ["kernels", "te", "te_fp8_delayed"] in groups
+    # Graphs of iterations share processes with their like alone, graphs of layers with none.
+    apart = gpu_check.groups(["kernels", "full_iteration", "local", "anneal_full_iteration", "te_full_iteration"])
+    assert apart == [["kernels"], ["full_iteration", "anneal_full_iteration"], ["local"], ["te_full_iteration"]]
 
 
 def test_a_kind_agrees_where_its_deviation_is_within_the_limit():
@@ -46,3 +51,22 @@ def test_a_kind_agrees_where_its_deviation_is_within_the_limit():
     failed = gpu_check.compare("te", {"te": run, "kernels": "error: no GPU"})
     assert not failed["agrees"] and "no GPU" in failed["failed"]
     assert not gpu_check.compare("te", {"te": "error: no GPU", "kernels": run})["agrees"]
+
+
+def test_a_kind_that_fails_behind_others_gets_processes_of_its_own(monkeypatch, tmp_path):
+    """What a run leaves in its process may be what fails the next one; a kind that fails first has failed."""
+    launched = []
+
+    def launch(runs, ranks):
+        launched.append([record.stem for record, _ in runs])
+        for number, (record, _) in enumerate(runs):
+            if record.stem == "reference" or (record.stem == "anneal" and number):
+                break
+            record.write_text(json.dumps({step: {"loss": 1.0, "grad_norm": 1.0} for step in range(1, 9)}))
+        return SimpleNamespace(stderr="error: it failed")
+
+    monkeypatch.setattr(gpu_check, "launch", launch)
+    done = gpu_check.train(tmp_path / "0", ["kernels", "anneal", "reference", "distil"])
+    assert launched == [["kernels", "anneal", "reference", "distil"], ["anneal", "reference", "distil"],
+                        ["reference", "distil"], ["distil"]]  # fmt: skip
+    assert done["reference"] == "error: it failed" and all(len(done[name]) == 8 for name in ("kernels", "anneal"))
