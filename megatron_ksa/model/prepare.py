@@ -275,6 +275,7 @@ def _refused_until_run(config: Any, ksa: KSAConfig, name: Callable[..., str]) ->
         (f"FP8 was captured in whole iterations alone; use {name('cuda_graph_impl', 'full_iteration')}"),
     )
     yield bool(config.fp8 and ksa.anneal_start is not None), f"annealing in FP8 ({fp8})", NOT_COMPARED
+    yield bool(config.fp8 and config.num_moe_experts), f"{fp8} and experts", NOT_COMPARED
     fuser = name("use_transformer_engine_op_fuser")
     yield config.use_transformer_engine_op_fuser, fuser, "its MLP was not compared with the plain one yet; drop it"
 

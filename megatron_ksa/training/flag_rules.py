@@ -149,5 +149,12 @@ def _check_machine(args: argparse.Namespace) -> None:
             "--transformer-impl transformer_engine: the package transformer-engine is not installed, or does not load; "
             "install it (pip install '.[te]'), or use --transformer-impl local"
         )
+    if args.fp8 and torch.cuda.is_available():
+        needed = (9, 0) if args.fp8_recipe == "blockwise" else (8, 9)
+        if (found := torch.cuda.get_device_capability()) < needed:
+            raise UsageError(
+                f"--fp8-format with --fp8-recipe {args.fp8_recipe} needs a GPU of compute capability {needed[0]}."
+                f"{needed[1]}, this one has {found[0]}.{found[1]}: drop --fp8-format"
+            )
     if args.profile and not args.use_pytorch_profiler and not torch.cuda.is_available():
         raise UsageError("--profile marks a range for CUDA's profiler, and there is no GPU: add --use-pytorch-profiler")

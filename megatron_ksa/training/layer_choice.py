@@ -22,8 +22,8 @@ def fastest(in_graphs: bool) -> str:
     return max(MEASURED[in_graphs], key=lambda kind: MEASURED[in_graphs][kind])
 
 
-def needs_transformer_engine(args: argparse.Namespace) -> str | None:
-    """The flag that Transformer Engine's layers alone have, if one is given."""
+def asks_for_transformer_engine(args: argparse.Namespace) -> str | None:
+    """The flag given that Transformer Engine's layers alone have, or were not compared in."""
     needed = {
         "--fp8-format": args.fp8, "--tp-comm-overlap": args.tp_comm_overlap,
         "--use-transformer-engine-op-fuser": args.use_transformer_engine_op_fuser,
@@ -44,8 +44,8 @@ def choose_layers(args: argparse.Namespace, stored: StoredCheckpoint | None) -> 
     """
     if args.transformer_impl != TE or "transformer_impl" in given_flags(args):
         return None
-    if flag := needs_transformer_engine(args):
-        return f"layers: Transformer Engine's, which {flag} needs"
+    if flag := asks_for_transformer_engine(args):
+        return f"layers: Transformer Engine's, because of {flag}"
     kept = None if stored is None or only_weights(args) else getattr(stored.args, "transformer_impl", None)
     if kept in NAMES:
         args.transformer_impl = kept

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from megatron.training import arguments as megatron_arguments
 from warm import run_script
 
@@ -14,7 +15,7 @@ from megatron_ksa.errors import UsageError
 from megatron_ksa.platform import trainer_defaults
 from megatron_ksa.training.arguments import adapt_trainer, install_arguments, settings_from_args
 from megatron_ksa.training.blend import dataset_prefixes
-from megatron_ksa.training.flag_rules import check_flags
+from megatron_ksa.training.flag_rules import _check_machine, check_flags
 from megatron_ksa.training.given import forget_given, given_flags
 
 ROOT = Path(__file__).parents[2]
@@ -243,3 +244,21 @@ def test_names_that_a_flag_does_not_have_are_refused(monkeypatch, capsys, flags)
         parse(monkeypatch, flags)
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"error: argument {flags.split()[0]}: '{flags.split()[1]}' is none of " in said
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "needed"),
+    [("delayed", (8, 0), "8.9"), ("blockwise", (8, 9), "9.0"), ("delayed", (8, 9), None)],
+)
+def test_fp8_on_a_gpu_that_has_none_is_refused(recipe, capability, needed, monkeypatch):
+    """Transformer Engine refused it in the first step, in a traceback."""
+    args = parse(monkeypatch, f"{FP8} --fp8-recipe {recipe} --transformer-impl local")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    if needed is None:
+        _check_machine(args)
+        return
+    with pytest.raises(
+        UsageError, match=f"capability {needed}, this one has {capability[0]}.{capability[1]}: drop --fp8"
+    ):
+        _check_machine(args)
