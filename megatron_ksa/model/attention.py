@@ -25,15 +25,27 @@ class KSASelfAttentionSubmodules(SelfAttentionSubmodules):
     k_layernorm_summary: LayerNormBuilder | None = None
 
 
-def share_input_norm(linear: nn.Module, source: nn.Module) -> None:
-    """Let a projection that normalises its rows (Transformer Engine's) do so with the parameters of another one.
+class SharedNorm:
+    """Lets a projection that normalises its rows (Transformer Engine's) do so with the parameters of another one.
 
     They stay parameters of `source` alone: checkpoints, optimizer and data parallelism see them once.
+
+    Args:
+        linear: the projection whose own parameters `layer_norm_*` are given up; one without such is left as it is.
+        source: the projection that has them.
     """
-    for name in [name for name in linear._parameters if name.startswith("layer_norm_")]:
-        del linear._parameters[name]
-        # The plain attribute is what the module's forward pass finds.
-        linear.__dict__[name] = getattr(source, name)
+
+    def __init__(self, linear: nn.Module, source: nn.Module) -> None:
+        self.names = [name for name in linear._parameters if name.startswith("layer_norm_")]
+        for name in self.names:
+            del linear._parameters[name]
+        self.give(linear, source)
+
+    def give(self, linear: nn.Module, source: nn.Module) -> None:
+        """Before a forward pass: sharded data parallelism puts other parameters in the place of the source's."""
+        for name in self.names:
+            # A plain attribute is what the module's forward pass finds.
+            linear.__dict__[name] = getattr(source, name)
 
 
 def blend(shared: Tensor, own: Tensor, a: float | Tensor) -> Tensor:
@@ -99,7 +111,7 @@ class KSASelfAttention(RotatedSelfAttention):
                 tp_group=self.pg_collection.tp,
                 name=None if name is None else f"{name}.linear_qkv_summary",
             )
-            share_input_norm(self.linear_qkv_summary, self.linear_qkv)
+            self.shared_norm = SharedNorm(self.linear_qkv_summary, self.linear_qkv)
         self.q_layernorm_summary = self._head_norm(submodules.q_layernorm_summary)
         self.k_layernorm_summary = self._head_norm(submodules.k_layernorm_summary)
 
@@ -112,6 +124,8 @@ class KSASelfAttention(RotatedSelfAttention):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Megatron's: attention output [rows of the shard, batch, hidden], and the bias to be added to it."""
+        if self.linear_qkv_summary is not None:
+            self.shared_norm.give(self.linear_qkv_summary, self.linear_qkv)
         output, bias = super().forward(hidden_states, *args, **kwargs)
         if self.term is not None:
             output = self.term(output, bias, self.layout.text_rows(output.shape[0]))

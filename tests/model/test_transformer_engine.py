@@ -96,6 +96,10 @@ def test_a_shared_norm_is_one_parameter(fused):
     assert not any("summary.layer_norm" in name for name in names)
     assert not any("summary.layer_norm" in name for name in model.state_dict())
     assert not is_summary_parameter("decoder.layers.0.self_attention.linear_qkv.layer_norm_weight")
+    # Sharded data parallelism replaces parameters.
+    attention.linear_qkv.layer_norm_weight = torch.nn.Parameter(torch.full((32,), 2.0))
+    model(random_tokens(1, 64), torch.arange(64)[None])
+    assert attention.linear_qkv_summary.layer_norm_weight is attention.linear_qkv.layer_norm_weight
     # A moved model still has one.
     moved = model.to(torch.float64).decoder.layers[0].self_attention
     assert moved.linear_qkv_summary.layer_norm_weight.dtype == torch.float64
