@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 try:
-    from megatron_ksa.errors import usage_errors_exit
+    from megatron_ksa.errors import UsageError, usage_errors_exit
 except ModuleNotFoundError as error:
     print(
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 import numpy as np
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
-from megatron_ksa.files import whole_file
+from megatron_ksa.files import check_writable, whole_file
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("megatron_ksa", "kernels", "data_tools", "docs", "examples", "tests", "tools")
@@ -105,7 +105,7 @@ def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """Train every kind, and write the losses after each."""
+    """Read the command line and compare."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -115,7 +115,22 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=3, help="kinds on the GPU at a time")
     parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")
     options = parser.parse_args()
-    with usage_errors_exit(), tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(options.at_once) as pool:
+    with usage_errors_exit():
+        # The learning rate warms up in 20 steps; runs go on from half of them.
+        for flag, value, least in (
+            ("steps", options.steps, 4 if options.tiny else 40),
+            ("at-once", options.at_once, 1),
+        ):
+            if value < least:
+                raise UsageError(f"--{flag} {value}: at least {least}")
+        check_writable(options.out.parent)
+        failed = compare(options)
+    sys.exit(failed)
+
+
+def compare(options: argparse.Namespace) -> bool:
+    """Train every kind, and write the losses after each; whether one of them failed."""
+    with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(options.at_once) as pool:
         folder, runs = Path(made), []
         tokens = write_text(folder / "text")
         import torch
@@ -126,7 +141,7 @@ def main() -> None:
             record = {"device": device, "torch": torch.__version__, "tokens": tokens, "steps": options.steps}
             with whole_file(options.out) as stream:
                 stream.write(json.dumps({**record, "runs": runs}, indent=1) + "\n")
-    sys.exit(any("error" in run for run in runs))
+    return any("error" in run for run in runs)
 
 
 if __name__ == "__main__":
