@@ -107,7 +107,9 @@ def profiled(path: Path) -> Iterator[None]:
         seconds = time.perf_counter() - began
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        # Ranges on the device's timeline, such as an optimizer's step, hold kernels that are counted by themselves.
+        range_of_kernels = getattr(event, "is_user_annotation", False) or event.name.startswith("Optimizer.step#")
+        if event.device_type == torch.autograd.DeviceType.CUDA and not range_of_kernels:
             kernels[event.name].append(event.device_time_total / 1e3)
     busy, number = sum(map(sum, kernels.values())), sum(map(len, kernels.values()))
     lines = [f"{seconds * 1e3:.1f} ms with the profiler, {busy:.1f} ms of {number} kernels and copies"]

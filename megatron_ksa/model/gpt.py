@@ -97,8 +97,8 @@ class KSAGPTModel(GPTModel):
         # Position of the first row given, one or int64 [batch]: more than 0 only in incremental decoding.
         self.position_offset: int | Tensor = 0
         self.distillation: Distillation | None = None
-        # The annealing coefficient that CUDA graphs read, float32 [].
-        self._coefficient: Tensor | None = None
+        # The annealing coefficient that CUDA graphs read, float32 [], once it was set.
+        self.graphs_coefficient: Tensor | None = None
         # int32 [batch, n] during a forward pass, see `_document_start`.
         self._document_start: Tensor | None = None
         if self.pre_process and self.layout.summary_tokens:
@@ -153,10 +153,10 @@ class KSAGPTModel(GPTModel):
         """
         value: float | Tensor = a
         if self.config.cuda_graph_impl != "none" and self.ksa.anneal_start is not None:
-            if self._coefficient is None:
+            if self.graphs_coefficient is None:
                 device = next(self.parameters()).device
-                self._coefficient = torch.empty((), dtype=torch.float32, device=device)
-            value = self._coefficient.fill_(a)
+                self.graphs_coefficient = torch.empty((), dtype=torch.float32, device=device)
+            value = self.graphs_coefficient.fill_(a)
         for module in self.decoder.modules():
             if isinstance(module, KSASelfAttention):
                 module.summary_coefficient = value

@@ -149,7 +149,9 @@ class ForwardStep:
             chunk = unwrap_model(model)
             watched = self.log.watch(chunk)
             changes = ksa.anneal_start is not None or ksa.initial_coefficient not in (None, 1)
-            if changes and not is_annealed_in_graphs(self.args, ksa):
+            # Graphs read what is written between iterations; a run that only evaluates has none.
+            written = is_annealed_in_graphs(self.args, ksa) and chunk.graphs_coefficient is not None
+            if changes and not written:
                 chunk.set_summary_coefficient(ksa.summary_coefficient(self.args.curr_iteration))
             if chunk.distillation is not None:
                 chunk.distillation.set_scale(_scale_of_means(chunk))
