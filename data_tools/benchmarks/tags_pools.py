@@ -11,6 +11,11 @@
   True tags: the categories and up to three entries that it refers to.
 - fortunes: short texts (`apt-get download fortunes`). Label and only true tag: the file.
 - debian: descriptions of packages of Debian's lists, one a source. Label: the section. True tags: debtags.
+- sections: descriptions of packages without debtags. Label and only true tag: the section.
+- webster: entries of a dictionary (`apt-get download dict-gcide`). Label: the first of its fields, such as Botany. True
+  tags: its fields.
+- sayings: short texts in eight languages (`apt-get download fortunes-bg fortunes-br ...`). Label and only true tag: the
+  language with the file.
 - mixed: tasks of the kinds of reasoning-b with another seed, verbs, and descriptions without debtags, whose only tag is
   the section.
 
@@ -37,7 +42,10 @@ from megatron_ksa.data_tools.tags.files import write_jsonl
 from megatron_ksa.errors import UsageError, usage_errors_exit
 
 REASONING = ("reasoning-a", "reasoning-b", "reasoning-c")
-POOLS = (*REASONING, "wordnet", "verbs", "debian", "foldoc", "fortunes", "mixed")
+POOLS = (
+    *REASONING, "wordnet", "verbs", "debian", "sections", "foldoc", "fortunes", "mixed", "webster", "sayings",
+)  # fmt: skip
+LANGUAGES = ("bg", "br", "cs", "de", "es", "it", "pl", "ru")
 INSTANCES = 12_000
 SECONDS_A_KIND = 20
 WORDNET_LEVEL = 5
@@ -160,6 +168,28 @@ def fortunes(folder: Path) -> Iterator[dict]:
                 yield {"text": text.strip(), "label": path.name, "tags": [path.name.replace("-", " ")]}
 
 
+def webster(path: Path) -> Iterator[dict]:
+    """Entries that name a field; the text is without the names and the marks of sources."""
+    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as stream:
+        blocks = re.split(r"\n\n(?=\S)", stream.read())
+    for block in blocks:
+        fields = re.findall(r"\(([A-Z][A-Za-z\"\\]{2,12}\.)\)", block)
+        text = re.sub(r"\[[^\]]*\]|\([A-Z][A-Za-z\"\\]{2,12}\.\)|[{}]", "", block)
+        if fields and len(text.split()) > 5:
+            yield {"text": re.sub(r"\s+", " ", text).strip(), "label": fields[0], "tags": list(dict.fromkeys(fields))}
+
+
+def sayings(work: Path) -> Iterator[dict]:
+    """Texts of more than 5 words of several languages, by file."""
+    for language in LANGUAGES:
+        folder = unpacked(f"fortunes-{language}", work) / "games" / "fortunes"
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.suffix):
+            label = f"{language} {path.name}"
+            for text in re.split(r"^%$", path.read_text(encoding="utf-8", errors="replace"), flags=re.M):
+                if len(text.split()) > 5:
+                    yield {"text": text.strip(), "label": label, "tags": [label]}
+
+
 def packages(work: Path) -> list[dict]:
     """Debian's packages: source, section, debtags and English description, one for each description."""
     lists, cache = work / "lists", work / "cache"
@@ -214,6 +244,12 @@ def rows_of(pool: str, work: Path) -> list[dict]:
         return list(fortunes(unpacked("fortunes", work) / "games" / "fortunes"))
     if pool == "debian":
         return list(debian(work, tagged=True))
+    if pool == "sections":
+        return list(debian(work, tagged=False))
+    if pool == "webster":
+        return list(webster(unpacked("dict-gcide", work) / "dictd" / "gcide.dict.dz"))
+    if pool == "sayings":
+        return list(sayings(work))
     wordnet = unpacked("wordnet-base", work) / "wordnet"
     if pool == "wordnet":
         return list(nouns(wordnet))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -119,5 +121,5 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UsageError(
             f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path}: {error}; delete it and run its step again") from None

@@ -108,6 +108,20 @@ class Manifest:
         self._save()
         return True
 
+    def changed_by_others(self, inputs: dict[str, Path]) -> dict[str, str]:
+        """Of what a step reads, the files that are not as a step of their folder wrote them, each with that step.
+
+        Args:
+            inputs: as `run` takes them; those with a colon in their names, from elsewhere, do not count.
+        """
+        found: dict[str, str] = {}
+        for path in (path for name, path in inputs.items() if ":" not in name):
+            steps = self.steps if path.parent == self.folder else Manifest(path.parent).steps
+            for step, done in steps.items():
+                if path.name in done["outputs"] and done["outputs"][path.name] != self.digest(path):
+                    found[str(path)] = step
+        return found
+
     def _save(self) -> None:
         write_json(self._digests_path, {"version": VERSION, "files": self._digests})
         write_json(self.path, {"version": VERSION, "steps": self.steps})

@@ -108,13 +108,30 @@ class Pipeline:
             if not step.wanted(*arguments):
                 continue
             inputs = {name: self.context.folder / name for name in step.reads} | step.also_reads(*arguments)
-            with _disk_errors(step, self.context.folder):
+            with _disk_errors(step, self.context.folder), self._damage_told(step, inputs):
                 done = self.manifest.run(
                     step.name, step.decides(*arguments), inputs, list(step.writes),
                     partial(self._do, step, arguments), again=step.again(*arguments),
                 )  # fmt: skip
             counts = self.manifest.steps[step.name]["counts"]
             self.tell(f"{step.name}: {'' if done else 'stands; '}{_sentence(counts)}")
+
+    @contextmanager
+    def _damage_told(self, step: Step, inputs: dict[str, Path]) -> Iterator[None]:
+        """What a step makes of a file that was cut or edited by hand is one line, whatever it is."""
+        try:
+            yield
+        except (UsageError, OSError, sqlite3.Error):
+            raise
+        except Exception as error:
+            changed = self.manifest.changed_by_others(inputs)
+            if not changed:
+                raise
+            path, writer = next(iter(changed.items()))
+            raise UsageError(
+                f"{step.name}: {path} is not as the {writer} step wrote it, and cannot be used "
+                f"({type(error).__name__}: {str(error)[:200]}); delete it and run that step again"
+            ) from error
 
     def end(self) -> None:
         """Take back the mark of a run that is under way."""

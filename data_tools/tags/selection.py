@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_ksa.data_tools.tags.branches import branch_of
-from megatron_ksa.data_tools.tags.budget import Budget, counts_tokens, parse_budget
+from megatron_ksa.data_tools.tags.budget import Budget, counts_tokens, parse_budget, parse_forms
 from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
 from megatron_ksa.data_tools.tags.chat_template import EncodingSettings, encode_records, has_response
 from megatron_ksa.data_tools.tags.constraints import ConstraintSettings, Limit, Rules
@@ -244,8 +244,16 @@ def _decides(
     return asdict(settings) | bounds | (encoding.decides() if _counted(settings, encoding) else {})
 
 
+def _check(
+    context: Context, settings: SampleSettings, constraints: ConstraintSettings, encoding: EncodingSettings
+) -> None:
+    budgets = parse_forms(settings.budget)
+    if encoding.tokenizer_model is None and any(asked.unit == "tokens" for asked in budgets):
+        raise UsageError(f"--budget {settings.budget}: tokens can be counted only with --tokenizer-model")
+
+
 STEP = Step(
     "sample", {"sampling": SampleSettings, "constraints": ConstraintSettings, "encoding": EncodingSettings},
     reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS, CONTAMINATED), writes=(SELECTION, SUMMARY),
-    run=_run, also_reads=_other_files, decides=_decides,
+    run=_run, also_reads=_other_files, decides=_decides, check=_check,
 )  # fmt: skip

@@ -1,8 +1,24 @@
 """`preprocess_tags.py sample`, `write` and `report`: alone, again, and refused in one line."""
 
+import shutil
+
 import pytest
 from raw_pool import write_pool
 from work_folder import make_work_folder
+
+from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline
+from megatron_ksa.data_tools.tags.step import Context
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory):
+    """A work folder after `sample`."""
+    folder = tmp_path_factory.mktemp("worked")
+    pool = write_pool(folder / "pool.jsonl", count=40)
+    steps = [step for name in ("tag", "tree", "sample") for step in COMMANDS[name].steps]
+    settings = {config: config() for step in steps for config in step.settings.values()}
+    Pipeline(Context(folder / "work", inputs=(pool,)), settings, lambda line: None).run(steps)
+    return folder / "work"
 
 
 def test_commands_run_once_and_stand_until_something_changes(tmp_path, call):
@@ -58,6 +74,9 @@ def test_a_run_without_a_target_forgets_that_of_an_earlier_one(tmp_path, call):
     [
         (("sample", "--budget", "61"), "error: --budget 61: the pool has 60 instances"),
         (("sample", "--budget", "1kt"), "error: --budget 1kt: tokens can be counted only with --tokenizer-model"),
+        (("sample", "--budget", "5%,"), "error: --budget : not one of an integer (instances)"),
+        (("sample", "--budget", "5%,1%"), "error: --budget 5%,1%: several budgets rise"),
+        (("sample", "--budget", "5%,1kt", "--tokenizer-model", "x"), "error: --budget 5%,1kt: several budgets rise"),
         (("sample", "--align-weight", "-1"), "error: --align-weight -1.0"),
         (("write",), "error: --tokenizer-model is needed"),
         (("report",), "selection.jsonl does not exist: run the step that writes it first"),
@@ -71,3 +90,51 @@ def test_mistakes_cost_one_line(tmp_path, call, arguments, message):
     assert set(path.name for path in work.iterdir()) - set(before) <= {
         ".digests.json", "evaluation_skipped.jsonl", "manifest.json"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("nan", "not one of an integer"), ("0%", "choose at least one"), ("50%,5%", "several budgets rise"),
+        ("2kt", "tokens can be counted only with --tokenizer-model"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_no_pool_can_meet_is_told_before_anything_runs(tmp_path, call, budget, message):
+    """It was told after every record had been tagged, which an LLM takes hours and money for."""
+    (tmp_path / "pool.jsonl").write_text('{"text": "a text"}\n')
+    flags = ("--work", tmp_path / "work", "--input", tmp_path / "pool.jsonl", "--budget", budget)
+    if budget == "2kt":
+        code, _, error = call("sample", "--work", tmp_path / "work", "--budget", budget)
+    else:
+        code, _, error = call(*flags, "--tokenizer-model", tmp_path / "tokenizer")
+    assert code == 2 and error.startswith("error: --budget ") and message in error
+    assert not (tmp_path / "work" / "records.jsonl").exists()
+
+
+def cut(content: bytes) -> bytes:
+    """The first half."""
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "change"),
+    [
+        ("tree", "records.jsonl", lambda content: b"\xff\x00{{{\n" * 3), ("tree", "tags.jsonl", cut),
+        ("tree", "tags.jsonl", lambda content: b""), ("tree", "tags.jsonl", lambda content: b"5\n5\n"),
+        ("tree", "tags.jsonl", lambda content: content.replace(b'"quality"', b'"score"')),
+        ("sample", "grounding.npz", cut), ("sample", "tree.npz", lambda content: b"PK\x03\x04" + content[200:]),
+        ("sample", "embeddings.npy", cut), ("sample", "tree.npz", lambda content: b""),
+        ("report", "rejected.jsonl", lambda content: b"\xff\xfe\n"), ("report", "selection.json", lambda content: b"[]"),
+        ("report", "vocabulary.jsonl", cut),
+    ],
+)  # fmt: skip
+def test_a_file_that_was_cut_or_edited_by_hand_is_one_line(tmp_path, call, worked, command, name, change):
+    """Such files ended in tracebacks of the JSON, NumPy or zip reader, which named no file."""
+    work = tmp_path / "work"
+    shutil.copytree(worked, work)
+    (work / name).write_bytes(change((work / name).read_bytes()))
+    code, _, error = call(command, "--work", work)
+    if code == 0:  # the step does not read what is wrong
+        assert name in ("embeddings.npy", "selection.json", "vocabulary.jsonl")
+    else:
+        assert code == 2 and error.startswith("error: ") and name in error, error

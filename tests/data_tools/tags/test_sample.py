@@ -41,7 +41,7 @@ def test_budget_forms(text, amount, in_tokens):
     [
         ("many", "an integer"), ("-5", "an integer"), ("", "an integer"), ("nan", "an integer"), ("0", "at least one"),
         ("0%", "at least one"), ("201", "has 200 instances"), ("120%", "at most 1"), ("1.5", "at most 1"),
-        ("3kt", "has 2,000 tokens"), ("9t", "shortest instance has 10"), ("0t", "shortest"),
+        ("3kt", "has 2,000 tokens"), ("9t", "shortest instance has 10"), ("0t", "at least one"),
     ],
 )  # fmt: skip
 def test_budget_that_cannot_be_met(text, message):
