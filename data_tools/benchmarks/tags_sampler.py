@@ -19,7 +19,14 @@ from megatron_ksa.data_tools.tags.baselines import LABEL_POWER as POWER
 from megatron_ksa.data_tools.tags.baselines import label_graph, label_information
 from megatron_ksa.data_tools.tags.files import write_json
 from megatron_ksa.data_tools.tags.greedy import greedy
-from megatron_ksa.data_tools.tags.objective import EPSILON, Coverage, node_weights, strengths, tree_information
+from megatron_ksa.data_tools.tags.objective import (
+    EPSILON,
+    Coverage,
+    default_share_exponent,
+    node_weights,
+    strengths,
+    tree_information,
+)  # fmt: skip
 from megatron_ksa.data_tools.tags.pool import Pool
 
 TAGS_PER_INSTANCE = 5
@@ -56,7 +63,8 @@ def synthetic_pool(instances: int, tags: int, seed: int = 0) -> Pool:
 
 def tree_of(pool: Pool) -> Coverage:
     """Tree information with the sampler's defaults."""
-    weight = node_weights(pool.held, pool.parent, pool.depth)
+    exponent = default_share_exponent(pool.indptr)
+    weight = node_weights(pool.held, pool.parent, pool.depth, share_exponent=exponent)
     return tree_information(pool.shares, strengths(pool.quality, pool.difficulty), pool.parent, weight)
 
 

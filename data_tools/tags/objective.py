@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 EPSILON = 1e-6
-POWER, SHARE_EXPONENT, BRANCH_EXPONENT = 0.4, 0.4, 1.0
+POWER, SHARE_EXPONENT, BRANCH_EXPONENT = 0.4, 0.7, 0.6
 PHI = ("power", "log1p")
 ROWS_AT_ONCE = 1 << 16
 
@@ -170,6 +170,19 @@ def tree_information(
         power: exponent of the power.
     """
     return Coverage(ground(shares, strength, parent), weight, np.full(len(parent), float(PHI.index(phi))), power)
+
+
+def default_share_exponent(indptr: np.ndarray) -> float:
+    """The exponent of tags where none is given: 0.7 * (1 - mean of 1/|T_i|).
+
+    An instance's only tag is what it is about: then every tag is sought alike. Of several tags most are beside the
+    point, and rare ones more often, so that rare tags are sought less.
+
+    Args:
+        indptr: int64 [instances + 1], bounds of each instance's tags.
+    """
+    counts = np.diff(indptr)
+    return SHARE_EXPONENT * float(1 - (1 / counts[counts > 0]).mean()) if (counts > 0).any() else 0.0
 
 
 def node_weights(

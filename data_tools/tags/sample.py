@@ -17,6 +17,7 @@ from megatron_ksa.data_tools.tags.objective import (
     POWER,
     SHARE_EXPONENT,
     Coverage,
+    default_share_exponent,
     node_weights,
     strengths,
     tree_information,
@@ -37,7 +38,8 @@ class SampleSettings:
         method: one of `METHODS`.
         align_weight: lambda, nats of divergence against the whole information; used where there is a target.
         phi: one of `objective.PHI`.
-        power, share_exponent, branch_exponent, depth_weight: as `objective.node_weights` takes them.
+        power, share_exponent, branch_exponent, depth_weight: as `objective.node_weights` takes them; a share exponent
+            of None is `objective.default_share_exponent`.
         quality_weight, difficulty_weight: exponents of the scores in s_i.
         parts: greedy in this many random parts, then over the union; 1 is greedy over the whole pool.
         label_similarity: cosine from which labels are joined, for the label graph.
@@ -64,9 +66,9 @@ class SampleSettings:
         choices=PHI, flag="--phi",
     )  # fmt: skip
     power: float = option(POWER, "Exponent of a node's mass, above 0: the lower, the more even.", flag="--power")
-    share_exponent: float = option(
-        SHARE_EXPONENT, "What is sought of a tag is its share of the pool to this exponent: 0 as much of each, 1 as in "
-        "the pool.", flag="--share-exponent",
+    share_exponent: float | None = option(
+        None, "What is sought of a tag is its share of the pool to this exponent: 0 as much of each, 1 as in the pool. "
+        f"By default {SHARE_EXPONENT} * (1 - mean of 1/tags of an instance).", flag="--share-exponent",
     )  # fmt: skip
     branch_exponent: float = option(
         BRANCH_EXPONENT, "The same for the branches above the tags.", flag="--branch-exponent"
@@ -88,7 +90,7 @@ class SampleSettings:
                 raise UsageError(f"{flag} {value}: not one of {', '.join(choices)}")
         for name in ("align_weight", "share_exponent", "branch_exponent", "quality_weight", "difficulty_weight"):
             value = getattr(self, name)
-            if not (np.isfinite(value) and value >= 0):
+            if value is not None and not (np.isfinite(value) and value >= 0):
                 raise UsageError(f"--{name.replace('_', '-')} {value}: a finite number, at least 0")
         if not (np.isfinite(self.depth_weight) and self.depth_weight > 0):
             raise UsageError(f"--depth-weight {self.depth_weight}: a finite number above 0")
@@ -133,9 +135,11 @@ class _Problem:
             pool.quality, pool.difficulty,
             quality_weight=settings.quality_weight, difficulty_weight=settings.difficulty_weight,
         )  # fmt: skip
+        given = settings.share_exponent
+        self.share_exponent = default_share_exponent(pool.indptr) if given is None else given
         self.weight = node_weights(
             pool.held, pool.parent, pool.depth, phi=settings.phi, power=settings.power,
-            share_exponent=settings.share_exponent, branch_exponent=settings.branch_exponent,
+            share_exponent=self.share_exponent, branch_exponent=settings.branch_exponent,
             depth_weight=settings.depth_weight,
         )  # fmt: skip
         # What the selection's leaf distribution counts: instances, or tokens where they are what the budget counts.
@@ -247,6 +251,7 @@ def sample(
         "pool_instances": pool.instances,
         "instances": len(chosen),
         "information": problem.value(chosen),
+        "share_exponent": problem.share_exponent,
         "gains_computed": selection.evaluations,
     }
     if pool.tokens is not None:
