@@ -26,6 +26,8 @@ from megatron_ksa.data_tools.tags.partition import random_parts, two_round_greed
 from megatron_ksa.data_tools.tags.pool import Pool
 from megatron_ksa.errors import UsageError
 
+# Powers of ten between the weights of the first and the last level.
+LARGEST_LEVELS = 100
 METHODS = ("tags", "random", "top-quality", "cluster-balanced", "label-graph")
 
 
@@ -98,6 +100,10 @@ class SampleSettings:
             raise UsageError(f"--power {self.power}: above 0, at most 1")
         if self.parts < 1:
             raise UsageError(f"--parts {self.parts}: at least 1")
+        if not -1 <= self.label_similarity <= 1:
+            raise UsageError(f"--label-similarity {self.label_similarity}: from -1 to 1")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed}: at least 0")
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,17 @@ class _Problem:
             raise UsageError(
                 f"--budget {settings.budget}: instance {int(self.cost.argmin())} of the pool has no tokens"
             )
-        self.strength = strengths(
-            pool.quality, pool.difficulty,
-            quality_weight=settings.quality_weight, difficulty_weight=settings.difficulty_weight,
-        )  # fmt: skip
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.strength = strengths(
+                pool.quality, pool.difficulty,
+                quality_weight=settings.quality_weight, difficulty_weight=settings.difficulty_weight,
+            )  # fmt: skip
+        if not np.isfinite(self.strength).all():
+            weights = f"--quality-weight {settings.quality_weight:g}, --difficulty-weight {settings.difficulty_weight:g}"
+            raise UsageError(f"{weights}: scores to such exponents are too large to count with; choose smaller ones")
+        most = float(pool.depth.max(initial=0)) * abs(np.log10(settings.depth_weight))
+        if most > LARGEST_LEVELS:
+            raise UsageError(f"--depth-weight {settings.depth_weight:g}: levels would differ by 10^{most:.0f}")
         given = settings.share_exponent
         self.share_exponent = default_share_exponent(pool.indptr) if given is None else given
         self.weight = node_weights(
@@ -214,6 +227,10 @@ class _Problem:
         chosen = baselines.spend(order, self.budget.amount, self.cost, self.rules)
         return Selection(chosen, np.full(len(chosen), np.nan), 0)
 
+    def short(self, chosen: np.ndarray) -> int:
+        """Instances of the budget that quotas left no room for; 0 for a budget in tokens, which need not come out."""
+        return 0 if self.budget.in_tokens else self.budget.amount - len(chosen)
+
     def share(self) -> float:
         """The budget as a share of the pool's instances or tokens."""
         return self.budget.amount / (self.pool.instances if self.cost is None else self.cost.sum())
@@ -250,6 +267,7 @@ def sample(
         "settings": asdict(settings),
         "pool_instances": pool.instances,
         "instances": len(chosen),
+        **({"short_of_budget": short} if (short := problem.short(chosen)) else {}),
         "information": problem.value(chosen),
         "share_exponent": problem.share_exponent,
         "gains_computed": selection.evaluations,

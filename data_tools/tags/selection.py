@@ -220,7 +220,7 @@ def _run(
         run=context.engine.map,
     ).summary  # fmt: skip
     names = (
-        "pool_instances", "instances", "pool_tokens", "tokens", "refused_by_template", "without_response",
+        "pool_instances", "instances", "short_of_budget", "pool_tokens", "tokens", "refused_by_template", "without_response",
         "contaminated",
     )  # fmt: skip
     return {name: summary[name] for name in names if name in summary}

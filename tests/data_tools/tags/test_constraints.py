@@ -42,6 +42,13 @@ def test_quotas_and_floors_by_source(work, method):
     assert bound[0] == 4 < free[0] and bound[1] == 25 > free[1]
 
 
+def test_a_budget_that_quotas_leave_no_room_for_is_told(work):
+    """Three instances of forty were chosen, and nothing said that quotas were the cause."""
+    constraints = ConstraintSettings(quota=",".join(f"source:{name}=1" for name in np.unique(SOURCE)))
+    found = sample_step(work, SampleSettings("40"), constraints, show_progress=False)
+    assert found.summary["short_of_budget"] == 40 - len(np.unique(SOURCE)) == 40 - len(found.chosen)
+
+
 def test_quotas_by_branch(work):
     pool = load_pool(work, vectors=True)
     names = np.asarray(pool.names)[branch_of(pool, np.flatnonzero(pool.depth == 1))]

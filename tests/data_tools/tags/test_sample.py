@@ -191,7 +191,7 @@ def test_parts_come_close_to_one_greedy():
         ({"depth_weight": 0.0}, "--depth-weight"), ({"power": 0.0}, "--power 0.0"), ({"power": 1.5}, "--power"),
         ({"share_exponent": -1.0}, "--share-exponent"), ({"branch_exponent": -1.0}, "--branch-exponent"),
         ({"quality_weight": float("inf")}, "--quality-weight"),
-        ({"parts": 0}, "--parts"),
+        ({"parts": 0}, "--parts"), ({"seed": -1}, "--seed -1"), ({"label_similarity": float("nan")}, "--label-similarity"),
     ],
 )  # fmt: skip
 def test_bad_settings(changes, message):
@@ -201,6 +201,12 @@ def test_bad_settings(changes, message):
 
 def test_bad_pools_and_targets():
     pool, target = topic_pool(instances=20)
+    for changes, message in (
+        ({"quality_weight": 1000.0}, "--quality-weight 1000"), ({"difficulty_weight": 1e6}, "--difficulty-weight 1e"),
+        ({"depth_weight": 1e200}, "--depth-weight 1e"), ({"depth_weight": 1e-200}, "--depth-weight 1e-200"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            sample(pool, SampleSettings("5", **changes))
     with pytest.raises(UsageError, match="none of its tags is on the tree"):
         sample(pool, SampleSettings("5"), 0 * target)
     with pytest.raises(UsageError, match="no instances"):
