@@ -3,11 +3,12 @@
     python -m megatron_ksa.data_tools.benchmarks.tags_objective --work DIR --out results.json [--readme FILE]
 
 Pools are those of `tags_pools`. The defaults were chosen on the pools of `TUNED`; those of `JUDGED` were looked at
-after that, as under earlier defaults, and `KEPT_BACK` once, at the end. 5 % of each pool are chosen with its true tags and with the offline
-tagger's. A selection is judged by the labels that it has, by the exponential of the entropy of its labels, and by the
-mean of its scores; numbers are means over draws of the scores, of which the first is the pool's own. So that methods
-are compared at equal quality, the exponent of the score (`--quality-weight`) of each variant of the tree is searched
-for the mean score of MIG's selection, and numbers are taken on the line between the two selections next to it.
+after that, as under earlier defaults, and `KEPT_BACK` once, at the end. 5 % of each pool are chosen with its true tags
+and with the offline tagger's. A selection is judged by the labels that it has, by the exponential of the entropy of its
+labels, and by the mean of its scores; numbers are means over draws of the scores, of which the first is the pool's own.
+So that methods are compared at equal quality, the exponent of the score (`--quality-weight`) of each variant of the
+tree is searched for the mean score of MIG's selection, and numbers are taken on the line between the two selections
+next to it.
 """
 
 import argparse

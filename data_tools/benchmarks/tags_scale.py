@@ -4,8 +4,8 @@
 
 The pool is synthetic: conversations of 60 words of a topic, topics as frequent as rank^-0.8, with five tags of 100,000,
 a score, and every tenth one a near-copy of an earlier one. 5 % are chosen, and written by a tokenizer of bytes with the
-loss on responses. Each step, from reading to the report, runs in a process of its own, so that its peak of memory is its
-own; memory is the resident set of that process, and of the largest of its workers. The load average tells whether
+loss on responses. Each step, from reading to the report, runs in a process of its own, so that its peak of memory is
+its own; memory is the resident set of that process, and of the largest of its workers. The load average tells whether
 seconds are those of an idle machine.
 """
 

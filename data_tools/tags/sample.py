@@ -143,8 +143,8 @@ class _Problem:
                 quality_weight=settings.quality_weight, difficulty_weight=settings.difficulty_weight,
             )  # fmt: skip
         if not np.isfinite(self.strength).all():
-            weights = f"--quality-weight {settings.quality_weight:g}, --difficulty-weight {settings.difficulty_weight:g}"
-            raise UsageError(f"{weights}: scores to such exponents are too large to count with; choose smaller ones")
+            weights = f"{settings.quality_weight:g} and --difficulty-weight {settings.difficulty_weight:g}"
+            raise UsageError(f"--quality-weight {weights}: scores to such exponents are too large to count with")
         most = float(pool.depth.max(initial=0)) * abs(np.log10(settings.depth_weight))
         if most > LARGEST_LEVELS:
             raise UsageError(f"--depth-weight {settings.depth_weight:g}: levels would differ by 10^{most:.0f}")

@@ -220,8 +220,8 @@ def _run(
         run=context.engine.map,
     ).summary  # fmt: skip
     names = (
-        "pool_instances", "instances", "short_of_budget", "pool_tokens", "tokens", "refused_by_template", "without_response",
-        "contaminated",
+        "pool_instances", "instances", "short_of_budget", "pool_tokens", "tokens", "refused_by_template",
+        "without_response", "contaminated",
     )  # fmt: skip
     return {name: summary[name] for name in names if name in summary}
 

@@ -124,7 +124,8 @@ def cut(content: bytes) -> bytes:
         ("tree", "tags.jsonl", lambda content: content.replace(b'"quality"', b'"score"')),
         ("sample", "grounding.npz", cut), ("sample", "tree.npz", lambda content: b"PK\x03\x04" + content[200:]),
         ("sample", "embeddings.npy", cut), ("sample", "tree.npz", lambda content: b""),
-        ("report", "rejected.jsonl", lambda content: b"\xff\xfe\n"), ("report", "selection.json", lambda content: b"[]"),
+        ("report", "rejected.jsonl", lambda content: b"\xff\xfe\n"),
+        ("report", "selection.json", lambda content: b"[]"),
         ("report", "vocabulary.jsonl", cut),
     ],
 )  # fmt: skip

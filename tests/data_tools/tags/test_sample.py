@@ -148,8 +148,8 @@ def test_a_branch_of_many_tags_is_sought_more_than_one_of_few():
 
 
 def test_tags_are_sought_alike_where_each_is_the_only_one_of_its_instances():
-    """With 0.4 for tags of every pool, labels that are the only tags were covered less evenly than by MIG: 44.6 effective
-    labels of 51 against 47.7 (sections, `tags_objective`). Of many tags the rare ones are sought less."""
+    """With 0.4 for tags of every pool, labels that are the only tags were covered less evenly than by MIG: 44.6
+    effective labels of 51 against 47.7 (sections, `tags_objective`). Of many tags the rare ones are sought less."""
     assert default_share_exponent(np.arange(6)) == default_share_exponent(np.array([0])) == 0
     assert default_share_exponent(np.array([0, 2, 2, 6])) == pytest.approx(0.7 * (1 - (1 / 2 + 1 / 4) / 2))
     counts = np.array([400, 200, 100, 50, 50])
@@ -191,7 +191,8 @@ def test_parts_come_close_to_one_greedy():
         ({"depth_weight": 0.0}, "--depth-weight"), ({"power": 0.0}, "--power 0.0"), ({"power": 1.5}, "--power"),
         ({"share_exponent": -1.0}, "--share-exponent"), ({"branch_exponent": -1.0}, "--branch-exponent"),
         ({"quality_weight": float("inf")}, "--quality-weight"),
-        ({"parts": 0}, "--parts"), ({"seed": -1}, "--seed -1"), ({"label_similarity": float("nan")}, "--label-similarity"),
+        ({"parts": 0}, "--parts"), ({"seed": -1}, "--seed -1"),
+        ({"label_similarity": float("nan")}, "--label-similarity"),
     ],
 )  # fmt: skip
 def test_bad_settings(changes, message):
