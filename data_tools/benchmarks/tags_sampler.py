@@ -158,7 +158,6 @@ def main() -> None:
         "cpus": len(os.sched_getaffinity(0)),
         "large": large(*args.large),
         "dense": dense(instances, tags, choose, args.steps),
-        "load_average": round(os.getloadavg()[1], 1),
     }
     write_json(args.out, result)
     print(args.out.read_text(encoding="utf-8"))
