@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .cache_megatron_ksa import SEGMENT, KSACache
@@ -35,6 +36,9 @@ except ImportError:
     KSAGeometry = ksa_attention = None
 
 logger = logging.get_logger(__name__)
+
+# By this list Trainer knows that label smoothing shifts the labels, and `pipeline` that the model writes text.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MegatronKSAConfig.model_type] = "MegatronKSAForCausalLM"
 # Text queries that attend at a time in plain PyTorch: bounds the mask of a long prompt.
 QUERY_BLOCK = 1024
 
@@ -324,12 +328,17 @@ class MegatronKSAModel(MegatronKSAPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if embeds.dim() != 3 or not embeds.numel():
+            raise ValueError(
+                f"tokens of shape {tuple(embeds.shape[:-1])}: [batch, columns] needed, at least one of each"
+            )
         batch, columns, _ = embeds.shape
         cache = self._cache(past_key_values, use_cache)
-        align = alignment(attention_mask, columns, 0 if cache is None else cache.columns)
+        align = alignment(attention_mask, batch, columns, 0 if cache is None else cache.columns)
         counts = [columns] * batch if align is None else align.counts
         if position_ids is not None:
             position_ids = position_ids.to(embeds.device)
+        self._check_shape(position_ids, batch, columns)
         if align is not None:
             embeds = align.pack(embeds)
             position_ids = position_ids if position_ids is None else align.pack(position_ids.expand(batch, -1))
@@ -358,7 +367,7 @@ class MegatronKSAModel(MegatronKSAPreTrainedModel):
         if given is not None:
             if not isinstance(given, KSACache):
                 raise ValueError(f"past_key_values is a {type(given).__name__}: this model takes a KSACache or None")
-            if given.tokens and self.training:
+            if given.tokens and self.training and torch.is_grad_enabled():
                 raise ValueError("no gradients flow through a cache: train without past_key_values")
             return given
         if use_cache is None:
@@ -369,11 +378,15 @@ class MegatronKSAModel(MegatronKSAPreTrainedModel):
         return KSACache(self.config) if use_cache else None
 
     @staticmethod
+    def _check_shape(positions, batch, columns):
+        if positions is not None and tuple(positions.shape) not in ((batch, columns), (1, columns)):
+            shape = tuple(positions.shape)
+            raise ValueError(f"position_ids of shape {shape}: [{batch}, {columns}] or [1, {columns}] needed")
+
+    @staticmethod
     def _check_positions(positions, counts, columns):
         if positions is None or columns == 1:
             return
-        if positions.shape[-1] != columns:
-            raise ValueError(f"position_ids of shape {tuple(positions.shape)}: {columns} columns needed")
         token = (
             torch.arange(1, columns, device=positions.device) < torch.tensor(counts, device=positions.device)[:, None]
         )
@@ -438,6 +451,33 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Room for `new_num_tokens` text tokens; the summary tokens stay the last rows of the embedding.
+
+        The vocabulary of the configuration counts both.
+        """
+        summaries = self.config.summary_rows
+        text = self.config.vocab_size - summaries
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
+        given = text if new_num_tokens is None else new_num_tokens
+        size = given if pad_to_multiple_of is None else -(-given // pad_to_multiple_of) * pad_to_multiple_of
+        kept = [part.weight[text:].detach().clone() for part in (self.get_input_embeddings(), self.lm_head)]
+        for rows in (text, size, size + summaries):
+            super().resize_token_embeddings(rows, mean_resizing=mean_resizing and rows == size)
+        with torch.no_grad():
+            for part, own in zip((self.get_input_embeddings(), self.lm_head), kept, strict=True):
+                part.weight[size:] = own
+        if size != text and self.config.truncate_predict_nums is not None:
+            self.config.truncate_predict_nums = size
+        return self.get_input_embeddings()
+
+    def compute_transition_scores(self, sequences, scores, *args, **kwargs):
+        """As the library's, which takes scores of the whole vocabulary: summary tokens are never written."""
+        missing = self.config.vocab_size - scores[0].shape[-1]
+        padded = tuple(F.pad(part, (0, missing), value=-math.inf) for part in scores)
+        return super().compute_transition_scores(sequences, padded, *args, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
@@ -460,15 +500,24 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
 
         `generate` counts positions on after the last column, which is padding where a prompt is padded on the right.
         """
+        held, new = 0 if past_key_values is None else past_key_values.columns, kwargs.get("next_sequence_length")
+        if new is not None and new <= 0:
+            raise ValueError(
+                f"past_key_values holds {held} columns, the inputs have {held + new}: give generate all of them, with new "
+                "ones at the end"
+            )
         inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration, **kwargs,
         )  # fmt: skip
+        # `generate` hands on what found its stop strings.
+        for name in ("tokenizer", "assistant_tokenizer"):
+            inputs.pop(name, None)
         positions, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
         if is_first_iteration and positions is not None:
-            columns, earlier = positions.shape[-1], 0 if past_key_values is None else past_key_values.columns
+            columns = positions.shape[-1]
             if mask is None:
-                mask = torch.ones(1, earlier + columns, dtype=torch.long, device=positions.device)
+                mask = torch.ones(1, held + columns, dtype=torch.long, device=positions.device)
             counted = mask.long().cumsum(1) - 1
             if ((counted[:, -columns:] != positions) & mask[:, -columns:].bool()).any():
                 raise ValueError("generate takes positions from attention_mask: leave position_ids out")
@@ -507,6 +556,8 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
         """
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions: attention weights are never formed, leave it out")
+        if labels is not None and logits_to_keep:
+            raise ValueError("labels need the logits of all tokens: leave logits_to_keep out")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         out = self.model(
@@ -514,7 +565,7 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
         )
         hidden, columns, align = out.last_hidden_state, out.last_hidden_state.shape[1], None
         if attention_mask is not None and (logits_to_keep or labels is not None):
-            align = alignment(attention_mask, columns, attention_mask.shape[1] - columns)
+            align = alignment(attention_mask, len(hidden), columns, attention_mask.shape[1] - columns)
         if logits_to_keep:
             kept = min(logits_to_keep, columns)
             hidden = hidden[:, -kept:] if align is None else align.last(hidden, kept)
@@ -528,6 +579,8 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
 
 def _loss(logits, labels, align, num_items_in_batch):
     """Cross-entropy of the next token."""
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels of shape {tuple(labels.shape)}: {tuple(logits.shape[:2])} needed, a label a token")
     labels = labels[:, 1:].to(logits.device)
     if align is not None:
         labels = labels.masked_fill(~align.mask[:, :-1].to(labels.device), -100)

@@ -145,7 +145,7 @@ def _like(index, rows):
     return index.to(rows.device).view(*index.shape, *[1] * (rows.dim() - 2))
 
 
-def alignment(attention_mask, columns, earlier):
+def alignment(attention_mask, batch, columns, earlier):
     """The `Alignment` of the newest `columns` columns, or None where nothing is padding.
 
     Raises:
@@ -154,7 +154,8 @@ def alignment(attention_mask, columns, earlier):
     if attention_mask is None:
         return None
     shape = tuple(attention_mask.shape)
-    if len(shape) != 2 or shape[1] not in (columns, earlier + columns):
-        raise ValueError(f"attention_mask of shape {shape}: [batch, {columns}] or [batch, {earlier + columns}] needed")
+    if shape not in ((batch, columns), (batch, earlier + columns)):
+        also = f" or [{batch}, {earlier + columns}]" if earlier else ""
+        raise ValueError(f"attention_mask of shape {shape}: [{batch}, {columns}]{also} needed")
     mask = attention_mask[:, -columns:].bool()
     return None if mask.all() else Alignment(mask)
