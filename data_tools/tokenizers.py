@@ -381,3 +381,27 @@ def train_sentencepiece(texts: Iterable[str], output_prefix: Path, vocab_size: i
     # The trainer itself does not notice a full disk, and leaves a model that is cut.
     with whole_file(output_prefix.with_name(f"{output_prefix.name}.model"), "wb") as stream:
         stream.write(made.getvalue())
+
+
+def tokens_of(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
+    """`encode` of a text that a user gives, for programs that end where it cannot be encoded.
+
+    Args:
+        what: names the text in the error.
+
+    Raises:
+        UsageError: half of a surrogate pair, which JSON can escape and a command line's bytes become; a part of the
+            text has no token.
+    """
+    try:
+        text.encode("utf-8")
+        return tokenizer.encode(text)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is no UTF-8 text: {error.reason} at character {error.start}") from None
+    except NoTokenError as error:
+        raise UsageError(f"{what}: {error}") from None
+
+
+def known_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Text of ids that a model wrote; embeddings are often padded beyond the tokenizer, which has no text for those."""
+    return tokenizer.decode([each for each in ids if each < tokenizer.vocab_size])

@@ -115,9 +115,10 @@ def make_generator(args: argparse.Namespace, loaded, requests: list):
 
 def write_text(args: argparse.Namespace, loaded, sampling) -> None:
     """Go on with --prompt on stdout."""
+    from megatron_ksa.data_tools.tokenizers import tokens_of
     from megatron_ksa.inference import Request
 
-    request = Request(loaded.tokenizer.encode(args.prompt), sampling)
+    request = Request(tokens_of(loaded.tokenizer, args.prompt, "the prompt"), sampling)
     check_prompt(request, args, loaded)
     generator = make_generator(args, loaded, [request])
     begin = time.perf_counter()
@@ -137,11 +138,12 @@ def make_request(record, args: argparse.Namespace, loaded):
     Raises:
         UsageError: it cannot run.
     """
+    from megatron_ksa.data_tools.tokenizers import tokens_of
     from megatron_ksa.inference import Request
 
     if record.problem is not None:
         raise UsageError(record.problem)
-    request = Request(loaded.tokenizer.encode(record.prompt), record.sampling)
+    request = Request(tokens_of(loaded.tokenizer, record.prompt, "the prompt"), record.sampling)
     check_prompt(request, args, loaded)
     return request
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 try:
-    from megatron_ksa.data_tools.tokenizers import load_tokenizer
+    from megatron_ksa.data_tools.tokenizers import load_tokenizer, tokens_of
 except ModuleNotFoundError as error:
     print(
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
@@ -59,7 +59,7 @@ def main() -> None:
             raise UsageError(f"--load {args.load}: the model has no summaries")
         layers = ksa.layers(stored.args.num_layers, stored.args.seq_length)
         windows = sorted({layer.window_chunks for layer in layers if layer.kind == "k"})
-        ids = tokenizer.encode(text)[: args.max_tokens]
+        ids = tokens_of(tokenizer, text, f"--text {args.text}")[: args.max_tokens]
         ids = ids[: len(ids) // ksa.chunk_size * ksa.chunk_size]
         if len(ids) <= (min(windows, default=0) + 1) * ksa.chunk_size:
             raise UsageError(

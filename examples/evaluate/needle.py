@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
 try:
-    from megatron_ksa.data_tools.tokenizers import load_tokenizer
+    from megatron_ksa.data_tools.tokenizers import known_text, load_tokenizer, tokens_of
 except ModuleNotFoundError as error:
     print(
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
@@ -62,7 +63,8 @@ def make_language(args: argparse.Namespace, vocab_size: int):
     from megatron_ksa.evaluation.text_language import TextLanguage
 
     tokenizer = load_tokenizer(args.tokenizer_model)
-    return TextLanguage(tokenizer.encode, tokenizer.decode, read_text(args.haystack, "--haystack"))
+    encode = functools.partial(tokens_of, tokenizer, what="a prompt")
+    return TextLanguage(encode, functools.partial(known_text, tokenizer), read_text(args.haystack, "--haystack"))
 
 
 def load_model(args: argparse.Namespace):
@@ -84,6 +86,8 @@ def main() -> None:
         for flag in ("depths", "cases", "tokens_per_batch"):
             if getattr(args, flag) < 1:
                 raise UsageError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
+        if args.seed < 0:
+            raise UsageError(f"--seed {args.seed}: 0 or more")
         name, vocab_size, model = load_model(args)
         from megatron_ksa.evaluation.needle import FORMS, evaluate, plot_heat_map
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 try:
-    from megatron_ksa.data_tools.tokenizers import load_tokenizer
+    from megatron_ksa.data_tools.tokenizers import load_tokenizer, tokens_of
 except ModuleNotFoundError as error:
     print(
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
@@ -42,7 +42,7 @@ def read_documents(args: argparse.Namespace) -> list[np.ndarray]:
     if args.tokenizer_model is None:
         raise UsageError("--text needs --tokenizer-model")
     tokenizer = load_tokenizer(args.tokenizer_model)
-    documents = [np.array(tokenizer.encode(read_text(path, "--text"))) for path in args.text]
+    documents = [np.array(tokens_of(tokenizer, read_text(path, "--text"), f"--text {path}")) for path in args.text]
     return [np.concatenate(documents)] if args.concatenate else documents
 
 

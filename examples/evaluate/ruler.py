@@ -6,13 +6,15 @@ Results are kept task by task: the same command goes on where it was stopped.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
 
 try:
-    from megatron_ksa.data_tools.tokenizers import load_tokenizer
+    from megatron_ksa.data_tools.tokenizers import known_text, load_tokenizer, tokens_of
 except ModuleNotFoundError as error:
     print(
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import read_small, whole_file
+from megatron_ksa.locks import exclusive
 
 MAX_RESULT_BYTES = 1_000_000_000
 
@@ -96,11 +99,13 @@ def largest_token(plan: list[tuple[str, int]], language, seed: int, questions) -
 
 def main() -> None:
     """Run; bad input costs one line and exit code 2."""
-    with usage_errors_exit():
+    with usage_errors_exit(), contextlib.ExitStack() as stack:
         args = parse_arguments()
         for flag in ("cases", "tokens_per_batch"):
             if getattr(args, flag) < 1:
                 raise UsageError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
+        if args.seed < 0:
+            raise UsageError(f"--seed {args.seed}: 0 or more")
         prepare(args)
         from megatron_ksa.evaluation.questions import read_questions
         from megatron_ksa.evaluation.ruler import evaluate, plot, score_table
@@ -110,7 +115,10 @@ def main() -> None:
         if args.tokenizer_model is None and not (args.checkpoint / "tokenizer.json").is_file():
             raise UsageError(f"--tokenizer-model is needed: {args.checkpoint} has no tokenizer.json")
         tokenizer = load_tokenizer(args.tokenizer_model or str(args.checkpoint))
-        language = TextLanguage(tokenizer.encode, tokenizer.decode, read_text(args.haystack, "--haystack"))
+        encode = functools.partial(tokens_of, tokenizer, what="a prompt")
+        language = TextLanguage(
+            encode, functools.partial(known_text, tokenizer), read_text(args.haystack, "--haystack")
+        )
         questions = read_questions(args.questions) if args.questions else None
         others = {str(path): read_results(path, "--compare")[1] for path in args.compare}
         plan = [(task, length) for length in args.lengths for task in tasks]
@@ -122,7 +130,8 @@ def main() -> None:
             )
         settings = {"checkpoint": model.name, "tokenizer": args.tokenizer_model,
                     "haystack": str(args.haystack), "questions": args.questions and str(args.questions),
-                    "cases": args.cases, "seed": args.seed}  # fmt: skip
+                    "cases": args.cases, "seed": args.seed, "dtype": args.dtype}  # fmt: skip
+        stack.enter_context(exclusive(args.output, "examples/evaluate/ruler.py"))
         stored, cells = read_results(args.output, "--output") if args.output.exists() else (settings, [])
         if stored != settings:
             different = next((key for key in settings if stored.get(key) != settings[key]), "")

@@ -31,11 +31,22 @@ def _scalar_type(annotation: Any) -> type:
     return annotation
 
 
+class _Words(argparse.Action):
+    """Words of a flag that may be given again: those of the later flag follow."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        """Add the words; they replace the default, which is no list."""
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*earlier, *values] if isinstance(earlier, list) else values)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, config: type, prefix: str, title: str) -> None:
     """Add one argument group with a flag `--<prefix>-<field>` for every field of the dataclass `config`.
 
-    A field of type bool becomes `--flag` and `--no-flag`, one of type `tuple[str, ...]` takes several words. The
-    class docstring's first line describes the group.
+    A field of type bool becomes `--flag` and `--no-flag`, one of type `tuple[str, ...]` takes several words,
+    and may be given again. The class docstring's first line describes the group.
     """
     group = parser.add_argument_group(title, (config.__doc__ or "").strip().splitlines()[0])
     annotations = get_type_hints(config)
@@ -49,7 +60,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, config: type, prefix: 
             )
         elif get_origin(kind) is tuple:
             group.add_argument(
-                flag(field, prefix), nargs="+", type=get_args(kind)[0], default=field.default, help=help_text
+                flag(field, prefix),
+                nargs="+",
+                action=_Words,
+                type=get_args(kind)[0],
+                default=field.default,
+                help=help_text,
             )
         else:
             choices = field.metadata.get("choices")

@@ -1,6 +1,6 @@
 """How the next token of a text is chosen, and where the text ends."""
 
-import math
+import sys
 from dataclasses import dataclass
 
 from megatron_ksa.config.options import option
@@ -32,7 +32,8 @@ class SamplingSettings:
 
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            # No float64: infinite, no number, or an integer of hundreds of digits.
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
                 refuse(name, "a number is needed")
         for name in ("top_k", "seed", "max_new_tokens"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):

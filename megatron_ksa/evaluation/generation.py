@@ -57,12 +57,16 @@ class HuggingFaceGreedy:
     """A `Generate` of a `transformers` model, padded on the left.
 
     Args:
-        model: in eval mode.
+        model: in eval mode; its own generation settings are removed.
         stops: tokens that end a text.
     """
 
     def __init__(self, model: "PreTrainedModel", stops: Sequence[int] = ()) -> None:
+        from transformers import GenerationConfig
+
         self.model, self.stops = model, frozenset(stops)
+        # `generate` takes from there what a call leaves open: penalties, and tokens that are never written.
+        model.generation_config = GenerationConfig()
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Tokens], new_tokens: int) -> list[Tokens]:

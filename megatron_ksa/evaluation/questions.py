@@ -42,6 +42,10 @@ def _question(record: object, name: str) -> Question:
     for key, texts in fields.items():
         if not texts:
             raise UsageError(f"{name}: {key} is {record.get(key)!r:.60}, a text or a list of texts is needed")
+        try:
+            "".join(texts).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{name}: {key} is no UTF-8 text: {error.reason}") from None
     return Question(fields["question"][0], fields["context"], fields["answers"])
 
 
@@ -55,7 +59,8 @@ def read_questions(path: Path, flag: str = "--questions") -> Questions:
         UsageError: a file that cannot be read, is no such list, is empty, or has a record that lacks something.
     """
     content, name = read_small(path, flag, MAX_BYTES), f"{flag} {path}"
-    lines = [(number, line) for number, line in enumerate(content.splitlines(), start=1) if line.strip()]
+    # Not splitlines: a text may hold U+2028 and other characters that end lines elsewhere.
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
     place, found = "", []
     try:
         if path.suffix == ".jsonl":

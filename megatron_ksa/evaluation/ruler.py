@@ -10,7 +10,7 @@ import numpy as np
 from megatron_ksa.errors import UsageError
 from megatron_ksa.evaluation.generation import Generate, in_batches
 from megatron_ksa.evaluation.questions import Questions
-from megatron_ksa.evaluation.ruler_tasks import TASKS, Sample, question_answering
+from megatron_ksa.evaluation.ruler_tasks import TASKS, Sample, TooShortError, question_answering
 from megatron_ksa.evaluation.text_language import TextLanguage
 from megatron_ksa.files import whole_file
 from megatron_ksa.markdown import table
@@ -49,7 +49,7 @@ def _questions(
             break
         try:
             samples.append(question_answering(language, questions, questions.questions[index], length, random))
-        except UsageError:
+        except TooShortError:
             skipped += 1
     if not samples:
         raise UsageError(f"--questions: each has documents of more than {length} tokens: give longer --lengths")

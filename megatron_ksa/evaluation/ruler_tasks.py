@@ -62,8 +62,12 @@ def _distinct(count: int, size: int, alphabet: str, random: np.random.Generator)
     return list(words)
 
 
-def _too_short(task: str, length: int, missing: int) -> UsageError:
-    return UsageError(f"{length} tokens are too few for {task}: {length + missing} are needed at least")
+class TooShortError(UsageError):
+    """A length that does not hold a task's least prompt."""
+
+
+def _too_short(task: str, length: int, missing: int) -> TooShortError:
+    return TooShortError(f"{length} tokens are too few for {task}: {length + missing} are needed at least")
 
 
 def _chain(

@@ -196,7 +196,14 @@ class Generator:
         return self.state.decode([run.slot for run in running], tokens)
 
     def _take(self, runs: list[_Running], logits: Tensor) -> list[str | None]:
-        """Choose a token for each sequence; why each of them ends, or None."""
+        """Choose a token for each sequence; why each of them ends, or None.
+
+        Raises:
+            UsageError: logits that are no numbers, which would choose tokens all the same.
+        """
+        if not logits.isfinite().all():
+            bad = ", ".join(str(run.index) for run, row in zip(runs, logits.isfinite().all(-1), strict=True) if not row)
+            raise UsageError(f"the model's logits are not finite (prompt {bad}): try --dtype bfloat16 or float32")
         chosen = choose(
             logits[:, : self.vocabulary], [run.request.sampling for run in runs], [run.stream for run in runs]
         )

@@ -1,6 +1,7 @@
 """Whether a decoding state fits the device, before anything is allocated."""
 
 from collections.abc import Callable
+from decimal import Decimal
 
 import torch
 
@@ -42,7 +43,7 @@ def check_room(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if bytes_of(middle) * max_batch <= free else (low, middle - 1)
     raise UsageError(
-        f"{max_batch} sequences of {max_length} tokens need {needed / GIB:.1f} GiB of keys and values, "
+        f"{max_batch} sequences of {max_length} tokens need {Decimal(needed) / GIB:.1f} GiB of keys and values, "
         f"{free / GIB:.1f} GiB are free: with this batch at most {low} tokens fit (--max-length), with this length "
         f"{free // sequence_bytes} sequences (--batch)"
     )

@@ -48,8 +48,8 @@ def _parse(index: int, document: RawDocument, prompt: str, defaults: SamplingSet
         problem = f"no field {prompt!r}" if text is None else f"{prompt!r} is a {type(text).__name__}, no text"
         return Record(index, origin, fields, problem=problem)
     given = {name: fields[name] for name in SAMPLING & fields.keys()}
-    if isinstance(given.get("stop"), list):
-        given["stop"] = tuple(given["stop"])
+    if isinstance(stop := given.get("stop"), str | list):
+        given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     try:
         return Record(index, origin, fields, text, dataclasses.replace(defaults, **given))
     except UsageError as error:
@@ -87,6 +87,16 @@ def error_line(record: Record, problem: str) -> dict[str, Any]:
     return {"index": record.index, "input": record.fields, "origin": record.origin, "error": problem}
 
 
+def _json_line(value: dict[str, Any]) -> str:
+    """An object's line, in UTF-8 where that can say it: half of a surrogate pair stays escaped, as it was given."""
+    found = json.dumps(value, ensure_ascii=False)
+    try:
+        found.encode("utf-8")
+    except UnicodeEncodeError:
+        found = json.dumps(value)
+    return found + "\n"
+
+
 class Texts:
     """The output while it grows: `OUTPUT.running`, a header and then a line a record in the order in which they end.
 
@@ -100,13 +110,16 @@ class Texts:
     def add(self, found: dict[str, Any]) -> None:
         """Write a record's line; it outlasts the process."""
         self.done[found["index"]] = found
-        self._stream.write(json.dumps(found, ensure_ascii=False) + "\n")
+        self._stream.write(_json_line(found))
         self._stream.flush()
 
 
 def _read_running(running: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Lines of an earlier run; one that was cut is left out."""
-    whole = running.read_bytes().split(b"\n")[:-1]
+    try:
+        whole = running.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UsageError(f"{running} cannot be read: {error.strerror}") from None
     if not whole:
         return {}
     try:
@@ -127,7 +140,7 @@ def _read_running(running: Path, header: dict[str, Any]) -> dict[int, dict[str, 
 def _write(path: Path, lines: list[dict[str, Any]]) -> None:
     with whole_file(path) as stream:
         for each in lines:
-            stream.write(json.dumps(each, ensure_ascii=False) + "\n")
+            stream.write(_json_line(each))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """How the next token is chosen from logits: each sequence by its own settings and its own random numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,16 +31,19 @@ def _inverse(probabilities: Tensor, uniform: Tensor) -> Tensor:
 def _draw(logits: Tensor, settings: Sequence[SamplingSettings], uniform: Tensor) -> Tensor:
     """Tokens int64 [rows] drawn from logits [rows, words]; the settings filter in every row or in none."""
 
-    def column(name: str) -> Tensor:
-        return torch.tensor([getattr(each, name) for each in settings], device=logits.device)[:, None]
+    # float64 as the settings are: 1e-50 is no zero, and 2 beside 0.7 is what it is alone.
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor([float(value) for value in values], dtype=torch.float64, device=logits.device)[:, None]
 
-    probabilities = (logits.double() / column("temperature").double()).softmax(-1)
+    below = logits.double() - logits.double().amax(-1, keepdim=True)
+    probabilities = (below / column(each.temperature for each in settings)).softmax(-1)
     if not settings[0].filters:
         return _inverse(probabilities, uniform)
     probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    top_k, rank = column("top_k"), torch.arange(logits.shape[1], device=logits.device)
+    words = logits.shape[1]
+    top_k = column(min(each.top_k or words, words) for each in settings)
     before = probabilities.cumsum(-1) - probabilities
-    kept = ((top_k == 0) | (rank < top_k)) & (before < column("top_p").double())
+    kept = (torch.arange(words, device=logits.device) < top_k) & (before < column(each.top_p for each in settings))
     return tokens.gather(1, _inverse(probabilities * kept, uniform)[:, None])[:, 0]
 
 

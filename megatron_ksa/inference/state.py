@@ -73,7 +73,8 @@ class DecodingState:
         for name, value in (("max_batch", max_batch), ("max_length", max_length), ("segment", segment)):
             if value < 1:
                 raise UsageError(f"{name} {value}: at least 1")
-        self.model, self.max_batch, self.max_length, self.segment = model, max_batch, max_length, segment
+        self.model, self.max_batch, self.max_length = model, max_batch, max_length
+        self.segment = min(segment, max_length)
         self.device = device_of(model)
         self._layout = model.layout
         self._cores = core_attentions(model)
@@ -83,6 +84,7 @@ class DecodingState:
         check_room(one, max_batch, max_length, self.device, lambda length: sequence_bytes(model, length))
         self.caches = [self._new_cache(core) for core in self._cores]
         self.lengths = [0] * max_batch
+        self._joined: set[int] = set()
         # The same on the device, where a captured step reads and advances them.
         self.device_lengths = torch.zeros(max_batch, dtype=torch.int64, device=self.device)
         self._free = list(range(max_batch))[::-1]
@@ -135,13 +137,14 @@ class DecodingState:
         if not self._free:
             raise UsageError(f"all {self.max_batch} slots are taken: let a sequence leave, or raise max_batch")
         slot = self._free.pop()
+        self._joined.add(slot)
         self.set_length(slot, 0)
         return slot
 
     def leave(self, slot: int) -> None:
         """Free a slot; its rows are overwritten by the next sequence."""
-        if slot in self._free:
-            raise UsageError(f"slot {slot} is free already")
+        self._check_slot(slot)
+        self._joined.remove(slot)
         # A step over all slots reads nothing of a slot without tokens.
         self.set_length(slot, 0)
         self._free.append(slot)
@@ -150,6 +153,29 @@ class DecodingState:
         """Say that a slot has so many tokens; rows that were not computed are what the memory holds (measurements)."""
         self.lengths[slot] = length
         self.device_lengths[slot] = length
+
+    def _check_slot(self, slot: int) -> None:
+        if slot not in self._joined:
+            raise UsageError(f"slot {slot} has no sequence: `join` gives one of the {self.max_batch} slots")
+
+    def _check_step(self, slots: Sequence[int], tokens: Tensor) -> None:
+        """Refuse a step whose rows would go to other sequences, or to none.
+
+        Raises:
+            UsageError: outside the context; slots without a sequence, or twice; no tokens, or ids beyond the
+                vocabulary.
+        """
+        if any(core.cache is not cache for core, cache in zip(self._cores, self.caches, strict=True)):
+            raise UsageError("a DecodingState works in its context: `with state:`")
+        for slot in slots:
+            self._check_slot(slot)
+        if len(set(slots)) < len(slots):
+            raise UsageError(f"slots {list(slots)}: each one once, a step goes on by one token")
+        if not tokens.numel():
+            raise UsageError("no tokens: a prompt or a step has at least one")
+        if not tokens.is_cuda and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.model.vocab_size:
+            raise UsageError(f"ids from {int(tokens.min())} to {int(tokens.max())}: the model has "
+                             f"{self.model.vocab_size} words")  # fmt: skip
 
     def _check_length(self, slot: int, new: int) -> None:
         if self.lengths[slot] + new > self.max_length:
@@ -182,8 +208,7 @@ class DecodingState:
             float32 [vocabulary], or None.
         """
         tokens = torch.as_tensor(tokens, dtype=torch.int64)
-        if not tokens.numel():
-            raise UsageError("no tokens: a prompt has at least one")
+        self._check_step([slot], tokens)
         self._check_length(slot, tokens.numel())
         for part in tokens.split(self.segment):
             start = self.lengths[slot]
@@ -218,12 +243,18 @@ class DecodingState:
         """Go on with each of these sequences by one token.
 
         Args:
-            slots: all different.
-            tokens: int64 [batch].
+            slots: of sequences that have joined, all different.
+            tokens: int64 [batch]; ids on a GPU are not looked at, which would wait for it.
 
         Returns:
             float32 [batch, vocabulary].
+
+        Raises:
+            UsageError: slots or tokens that do not fit (see `_check_step`), or a sequence that is full.
         """
+        if tokens.shape != (len(slots),):
+            raise UsageError(f"tokens of shape {tuple(tokens.shape)} for {len(slots)} slots: one each")
+        self._check_step(slots, tokens)
         for slot in slots:
             self._check_length(slot, 1)
         with_summaries, index = self.completes_a_chunk(slots), torch.tensor(slots, device=self.device)

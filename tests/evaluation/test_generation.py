@@ -76,7 +76,8 @@ def test_hugging_face_greedy(prompts, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     model = load_for_generation(tmp_path)
     prompts = [[token % 128 for token in prompt] for prompt in prompts]
-    model.generation_config.eos_token_id = None
+    # The folder's own settings were taken on: a penalty of repetitions, as in Qwen 2.5's, gave other texts than greedy.
+    model.generation_config.update(eos_token_id=None, repetition_penalty=3.0, no_repeat_ngram_size=1)
     made = HuggingFaceGreedy(model)(prompts, 11)
     for prompt, row in zip(prompts, made, strict=True):
         tokens = list(prompt)

@@ -183,3 +183,32 @@ def test_average_table_and_chart(tmp_path):
     plot({"one": cells, "other": cells[:2]}, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert np.isclose(averages(cells[:2])[4096], 0.75)
+
+
+def test_questions_with_unicode_line_ends(tmp_path):
+    """JSON leaves U+2028 and U+0085 as they are: a line of a .jsonl file was cut there, and refused as no JSON."""
+    path = tmp_path / "questions.jsonl"
+    record = {**RECORDS[0], "context": "One.\u2028Two.\x85Three.\x0bFour."}
+    path.write_text(f"{json.dumps(record, ensure_ascii=False)}\r\n" * 2, newline="")
+    assert [question.text for question in read_questions(path).questions] == [record["question"]] * 2
+
+
+def test_half_of_a_surrogate_pair(tmp_path):
+    """It has no UTF-8: the tokenizer's traceback came when the question's turn had come."""
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps([RECORDS[0], {**RECORDS[1], "context": "half \ud800"}]))
+    with pytest.raises(UsageError, match="record 2: context is no UTF-8 text"):
+        read_questions(path)
+
+
+def test_a_question_that_cannot_be_encoded_is_not_too_long(questions):
+    """Any reason to refuse a question was counted as one of documents that are too long."""
+
+    def encode(text):
+        if "Keeper3." in text:
+            raise UsageError("a prompt: a part of the text has no token")
+        return list(text.encode("ascii"))
+
+    language = TextLanguage(encode, LANGUAGE.decode, ESSAY)
+    with pytest.raises(UsageError, match="has no token"):
+        build("qa", language, 12000, 30, 0, questions)

@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
-from megatron_ksa.data_tools.tokenizers import write_byte_level
+from megatron_ksa.data_tools.tokenizers import known_text, write_byte_level
 from megatron_ksa.evaluation.needle import FORMS
 from megatron_ksa.evaluation.token_language import VOCABULARY
 from megatron_ksa.huggingface.importer import import_checkpoint
@@ -119,6 +119,7 @@ def test_ruler(folder, tmp_path, monkeypatch, capsys):
         ("--tasks vt qa", "--tasks qa needs --questions"),
         ("--tasks niah_9", "--tasks niah_9: one of niah_single_1"),
         ("--cases 0", "--cases 0: at least 1"),
+        ("--seed -1", "--seed -1: 0 or more"),
         ("--lengths 100", "100 tokens are too few"),
         ("--questions nowhere", "--questions nowhere cannot be read: No such file"),
         ("--haystack {folder}/questions.json", "the haystack text has"),
@@ -169,3 +170,15 @@ def test_bad_input(tool, flags, message, folder, tmp_path, monkeypatch, capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stopped.value.code == 2 and len(errors) == 1 and message in errors[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_text_of_padded_embeddings():
+    """A model that wrote an id beyond its SentencePiece tokenizer ended the evaluation with an IndexError."""
+
+    class Strict:
+        vocab_size = 128
+
+        def decode(self, ids):
+            return bytes(ids).decode("ascii")
+
+    assert known_text(Strict(), [72, 300, 105, 128]) == "Hi"

@@ -8,7 +8,7 @@ from single_process import build_model, random_tokens
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.evaluation.needle import Case, score_cases
-from megatron_ksa.inference import Generator, Request, SamplingSettings
+from megatron_ksa.inference import DecodingState, Generator, Request, SamplingSettings
 from megatron_ksa.inference.sampling import RandomStream, choose
 from megatron_ksa.inference.text import GrowingText
 
@@ -178,3 +178,40 @@ def test_the_start_of_a_stop_string_is_kept_back():
         text.add(byte)
         given.append(text.news())
     assert "".join(given) == "an ENEND of " == text.text and text.stopped
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [{"temperature": 5e-324}, {"temperature": 1e-46}, {"temperature": 1.0, "top_p": 1e-300},
+     {"temperature": 1.0, "top_p": 1e-46}, {"temperature": 1.0, "top_k": 2**70}, {"temperature": 10**30}],
+    ids=str,
+)  # fmt: skip
+def test_extreme_settings(extreme):
+    """Settings went through float32, in which 1e-46 is 0, and through int64: words below 0, and tracebacks."""
+    settings = SamplingSettings(**extreme)
+    logits = torch.tensor([[0.1, 2.0, -1.0, 1.5], [30.0, 2.0, -1.0, 31.0]])
+    tokens = choose(logits, [settings] * 2, [RandomStream(seed) for seed in (1, 2)])
+    assert ((tokens >= 0) & (tokens < 4)).all()
+    if settings.temperature < 0.1 or settings.top_p < 0.1:
+        assert tokens.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("values", [{"temperature": 10**400}, {"top_p": -(10**400)}, {"temperature": float("inf")}])
+def test_numbers_beyond_floats(values):
+    """An integer of 400 digits in a record ended the whole run with an OverflowError."""
+    with pytest.raises(UsageError, match="a number is needed"):
+        SamplingSettings(**values)
+
+
+def test_logits_that_are_no_numbers(model, monkeypatch):
+    """A float16 model that overflows wrote the first word of its vocabulary on and on, and said nothing."""
+    decode = DecodingState.decode
+
+    def overflowing(state, slots, tokens):
+        logits = decode(state, slots, tokens)
+        logits[0, 3] = float("nan")
+        return logits
+
+    monkeypatch.setattr(DecodingState, "decode", overflowing)
+    with pytest.raises(UsageError, match=r"logits are not finite \(prompt 0\): try --dtype bfloat16"):
+        Generator(model, 2, 32).generate([Request(prompt) for prompt in prompts(2)])

@@ -231,7 +231,7 @@ def test_refused(monkeypatch):
         with pytest.raises(UsageError, match="9 tokens in a state for 8"):
             state.decode([slot], torch.tensor([1]))
         state.leave(slot)
-        with pytest.raises(UsageError, match="slot 0 is free"):
+        with pytest.raises(UsageError, match="slot 0 has no sequence"):
             state.leave(slot)
     with pytest.raises(UsageError, match="max_length 0: at least 1"):
         DecodingState(model, 1, 0)
@@ -239,3 +239,34 @@ def test_refused(monkeypatch):
     fits = max(length for length in range(100) if 4 * sequence_bytes(model, length) <= 3 * sequence_bytes(model, 100))
     with pytest.raises(UsageError, match=f"at most {fits} tokens fit .*with this length 3 sequences"):
         DecodingState(model, 4, 100)
+
+
+def test_slots_and_tokens_that_do_not_fit():
+    """Slot -1 could leave and was given out again: two sequences wrote into the last slot. A slot that nobody has, or
+    twice in a step, one token for two slots, and a state outside of its context gave logits all the same."""
+    model = build_model(KSA).eval()
+    state, token = DecodingState(model, 2, 8, segment=10**30), torch.tensor([1])
+    with pytest.raises(UsageError, match="works in its context"), state:
+        slot = state.join()
+        state.__exit__(None, None, None)
+        state.prefill(slot, [1])
+    state = DecodingState(model, 2, 8)
+    with state:
+        slot = state.join()
+        state.prefill(slot, [1, 2])
+        for call, message in (
+            (lambda: state.leave(-1), "slot -1 has no sequence"),
+            (lambda: state.leave(2), "slot 2 has no sequence"),
+            (lambda: state.prefill(1 - slot, [1]), f"slot {1 - slot} has no sequence"),
+            (lambda: state.decode([1 - slot], token), f"slot {1 - slot} has no sequence"),
+            (lambda: state.decode([slot, slot], torch.tensor([1, 2])), "each one once"),
+            (lambda: state.decode([slot], torch.tensor([1, 2])), r"tokens of shape \(2,\) for 1 slots"),
+            (lambda: state.decode([], token[:0]), "no tokens"),
+            (lambda: state.decode([slot], token + 10**6), "ids from 1000001 to 1000001: the model has"),
+            (lambda: state.prefill(slot, [-1]), "ids from -1 to -1"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                call()
+        assert state.lengths[slot] == 2
+    with pytest.raises(UsageError, match="GiB of keys and values"):
+        DecodingState(model, 1, 10**400)

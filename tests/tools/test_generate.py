@@ -132,6 +132,8 @@ def test_a_run_that_was_cut_goes_on(folder, tmp_path):
         (("--prompt", "x" * LENGTH), f"the prompt has {LENGTH} tokens: the model was trained on sequences of {LENGTH}"),
         (("--prompt", "x" * 9, "--max-length", "9"), "the prompt has 9 tokens: with its text it has at most 9"),
         (("--prompt", "a", "--max-length", str(10**12)), "GiB are free"),
+        (("--prompt", "a", "--max-length", "9" * 400), "GiB are free"),
+        (("--prompt", "caf\udce9"), "the prompt is no UTF-8 text: surrogates not allowed at character 3"),
         (("--prompt", "a", "--temperature", "hot"), "argument --temperature: invalid float value: 'hot'"),
         (("--prompt", "a", "--temperature", "-1"), "--temperature -1.0"),
         (("--prompt", "a", "--sampling", "beam"), "unrecognized arguments: --sampling beam"),
@@ -156,3 +158,43 @@ def test_a_stop_string_that_never_comes_is_counted(folder, tmp_path):
     source.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     done = generate(folder, "--input", source, "--output", output, "--max-new-tokens", 3, "--stop", "never comes")
     assert done.returncode == 0 and "no stop string came in 2 texts" in done.stderr
+
+
+def test_odd_records_do_not_stop_the_others(folder, tmp_path):
+    """Half of a surrogate pair in a prompt, and numbers that no float holds, ended the run with a traceback. In another
+    field half of a pair has no UTF-8: it goes to the output as it came, escaped. A stop string need be no list."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"prompt": "a\\ud800"}\n'
+        '{"prompt": "ab", "id": "\\udfff", "note": "é"}\n'
+        '{"prompt": "ab", "temperature": 1' + "0" * 400 + "}\n"
+        '{"prompt": "ab", "temperature": 1e-310}\n'
+        '{"prompt": "ab", "temperature": 1, "top_p": 1e-46}\n'
+        '{"prompt": "ab", "temperature": 1, "top_k": 1180591620717411303424}\n'
+        '{"prompt": "ab", "stop": "never comes"}\n'
+    )
+    done = generate(folder, "--input", source, "--output", output, "--max-new-tokens", 3, "--segment", 10**30)
+    assert "2 of 7 records could not run" in refusal(done)
+    found = lines(output)
+    reasons = {each["index"]: each["error"] for each in found if "error" in each}
+    assert reasons.keys() == {0, 2} and "no UTF-8 text" in reasons[0] and "a number is needed" in reasons[2]
+    assert found[1]["input"] == {"prompt": "ab", "id": "\udfff", "note": "é"}
+    # As good as greedy.
+    assert found[3]["text"] == found[4]["text"] == found[1]["text"] == found[6]["text"]
+    assert all(each["new_tokens"] in (1, 2, 3) for each in found if "error" not in each)
+
+
+def test_a_flag_of_words_given_twice(folder):
+    """`--stop A --stop B` forgot A without a word."""
+    free = generate(folder, "--prompt", "def main", "--max-new-tokens", 12).stdout[:-1]
+    first, last = free[2:4], free[6:8]
+    done = generate(folder, "--prompt", "def main", "--max-new-tokens", 12, "--stop", first, "--stop", last)
+    assert done.stdout == free[: min(free.index(first), free.index(last))] + "\n" and "ended by stop" in done.stderr
+
+
+def test_an_unreadable_run_under_way(folder, tmp_path):
+    """A folder of the name of the running output ended in a traceback."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "ab"}\n')
+    (tmp_path / "out.jsonl.running").mkdir()
+    done = generate(folder, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "out.jsonl.running cannot be read: Is a directory" in refusal(done)

@@ -503,8 +503,8 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
         held, new = 0 if past_key_values is None else past_key_values.columns, kwargs.get("next_sequence_length")
         if new is not None and new <= 0:
             raise ValueError(
-                f"past_key_values holds {held} columns, the inputs have {held + new}: give generate all of them, with new "
-                "ones at the end"
+                f"past_key_values holds {held} columns, the inputs have {held + new}: give generate all of them, with "
+                "new ones at the end"
             )
         inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
