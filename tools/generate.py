@@ -12,6 +12,7 @@ Killed and started again with the same flags, the program goes on.
 
 import argparse
 import hashlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -113,6 +114,16 @@ def make_generator(args: argparse.Namespace, loaded, requests: list):
     )  # fmt: skip
 
 
+def write_out(text: str) -> None:
+    """Write text to stdout at once; a reader that has left, such as `head`, ends the program without a traceback."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
 def write_text(args: argparse.Namespace, loaded, sampling) -> None:
     """Go on with --prompt on stdout."""
     from megatron_ksa.data_tools.tokenizers import tokens_of
@@ -122,9 +133,9 @@ def write_text(args: argparse.Namespace, loaded, sampling) -> None:
     check_prompt(request, args, loaded)
     generator = make_generator(args, loaded, [request])
     begin = time.perf_counter()
-    (found,) = generator.as_completed([request], lambda index, text: print(text, end="", flush=True))
+    (found,) = generator.as_completed([request], lambda index, text: write_out(text))
     seconds = time.perf_counter() - begin
-    print(flush=True)
+    write_out("\n")
     print(
         f"{len(request.prompt)} prompt tokens, {len(found.tokens)} new ones in {seconds:.1f} s "
         f"({len(found.tokens) / seconds:.1f} a second), ended by {found.finish}",

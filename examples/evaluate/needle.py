@@ -91,7 +91,7 @@ def main() -> None:
         name, vocab_size, model = load_model(args)
         from megatron_ksa.evaluation.needle import FORMS, evaluate, plot_heat_map
 
-        forms = list(FORMS) if args.forms == ["all"] else args.forms
+        forms = list(FORMS) if args.forms == ["all"] else list(dict.fromkeys(args.forms))
         for form in forms:
             if form not in FORMS:
                 raise UsageError(f"--forms {form}: one of {', '.join(FORMS)}, or all")

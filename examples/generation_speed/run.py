@@ -24,7 +24,7 @@ from report import GIB, tables  # noqa: E402
 from megatron_ksa.config.ksa import KSAConfig  # noqa: E402
 from megatron_ksa.errors import UsageError, usage_errors_exit  # noqa: E402
 from megatron_ksa.evaluation.runs import stored_runs  # noqa: E402
-from megatron_ksa.files import check_writable, whole_file  # noqa: E402
+from megatron_ksa.files import check_writable, read_json, whole_file  # noqa: E402
 from megatron_ksa.platform import prepare_platform  # noqa: E402
 
 # Left to activations, graphs and the allocator where as many sequences as fit are wanted.
@@ -166,6 +166,26 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def earlier_runs(path: Path, now: dict) -> list[dict]:
+    """What an earlier call measured, to be gone on with.
+
+    Args:
+        now: the header of this call.
+
+    Raises:
+        UsageError: no results of this program, or of another model, GPU or code, whose times would stand beside these.
+    """
+    runs = stored_runs(path)
+    then = read_json(path).get("header") if path.exists() else None
+    if not isinstance(then, dict):
+        then = {}
+    names = [name for name in ("model", "gpu", "torch", "triton", "commit") if then.get(name, now[name]) != now[name]]
+    if names:
+        told = ", ".join(f"{name} {then[name]}, now {now[name]}" for name in names)
+        raise UsageError(f"{path} was measured otherwise ({told}): choose another --out")
+    return runs
+
+
 def plan(args: argparse.Namespace) -> list[dict]:
     """Measurements in order, by their keys: graphs on everywhere, and off at batch 1."""
     cells = [
@@ -212,7 +232,8 @@ def main() -> None:
             raise UsageError("no CUDA device: run on a GPU, or try --tiny")
         out, begin = args.out / "results.json", time.monotonic()
         check_writable(args.out)
-        runs = stored_runs(out)
+        head = header(device, args.commit) | {"model": "tiny" if args.tiny else "Qwen3-4B"}
+        runs = earlier_runs(out, head)
         model, built = None, None
         for cell in plan(args):
             if any(all(run.get(key) == value for key, value in cell.items()) and "error" not in run for run in runs):
@@ -230,7 +251,7 @@ def main() -> None:
             if device == "cuda":
                 torch.cuda.empty_cache()
             with whole_file(out) as stream:
-                stream.write(json.dumps({"header": header(device, args.commit), "runs": runs}, indent=1) + "\n")
+                stream.write(json.dumps({"header": head, "runs": runs}, indent=1) + "\n")
         with whole_file(args.out / "results.md") as stream:
             stream.write(tables(runs) + "\n")
         print(tables(runs))

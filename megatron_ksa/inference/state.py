@@ -57,7 +57,8 @@ class DecodingState:
         lengths: tokens of the sequence in each slot.
 
     Raises:
-        UsageError: a model that is in use by another state, sizes below 1, or more bytes than the device has free.
+        UsageError: a model in training mode or in use by another state, sizes below 1, or more bytes than the device
+            has free.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class DecodingState:
         for name, value in (("max_batch", max_batch), ("max_length", max_length), ("segment", segment)):
             if value < 1:
                 raise UsageError(f"{name} {value}: at least 1")
+        if model.training:
+            raise UsageError("the model is in training mode, in which dropout changes the logits: call model.eval()")
         self.model, self.max_batch, self.max_length = model, max_batch, max_length
         self.segment = min(segment, max_length)
         self.device = device_of(model)
@@ -208,6 +211,8 @@ class DecodingState:
             float32 [vocabulary], or None.
         """
         tokens = torch.as_tensor(tokens, dtype=torch.int64)
+        if tokens.dim() != 1:
+            raise UsageError(f"tokens of shape {tuple(tokens.shape)}: those of one sequence, [tokens], are needed")
         self._check_step([slot], tokens)
         self._check_length(slot, tokens.numel())
         for part in tokens.split(self.segment):

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import sys
 from importlib.metadata import version
 
 import torch
@@ -45,7 +46,8 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False, checkpoint_sums
     installed = version("megatron-core")
     if installed != WRITTEN_FOR and used and os.environ.get("RANK", "0") == "0":
         names = ", ".join(patch.target.partition(":")[2] for patch in used)
-        print(f"megatron-core {installed}, not {WRITTEN_FOR}: replaced, with fitting signatures: {names}", flush=True)
+        said = f"megatron-core {installed}, not {WRITTEN_FOR}: replaced, with fitting signatures: {names}"
+        print(said, file=sys.stderr, flush=True)
 
 
 def declared() -> list[Patch]:

@@ -36,3 +36,19 @@ def test_every_cell_is_measured_once(tmp_path):
 
 def test_bad_input(tmp_path):
     assert "--lengths" in refusal(run_tool("examples/generation_speed/run.py", "--out", tmp_path, "--lengths", -1))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"runs": [', "cannot be read as JSON"),
+        ('{"header": {"model": "Qwen3-4B"}, "runs": []}', "model Qwen3-4B, now tiny"),
+        ('{"header": {"commit": "0000000"}, "runs": []}', "commit 0000000, now 1111111"),
+    ],
+)
+def test_results_of_another_run(content, message, tmp_path):
+    """A small model's cells counted as the large one's, and an older commit's times stood under the newer one's name."""
+    (tmp_path / "results.json").write_text(content)
+    done = run_tool("examples/generation_speed/run.py", "--out", tmp_path, "--tiny", "--commit", "1111111")
+    assert message in refusal(done)
+    assert (tmp_path / "results.json").read_text() == content

@@ -264,9 +264,12 @@ def test_slots_and_tokens_that_do_not_fit():
             (lambda: state.decode([], token[:0]), "no tokens"),
             (lambda: state.decode([slot], token + 10**6), "ids from 1000001 to 1000001: the model has"),
             (lambda: state.prefill(slot, [-1]), "ids from -1 to -1"),
+            (lambda: state.prefill(slot, torch.ones(1, 3)), r"tokens of shape \(1, 3\)"),
         ):
             with pytest.raises(UsageError, match=message):
                 call()
         assert state.lengths[slot] == 2
     with pytest.raises(UsageError, match="GiB of keys and values"):
         DecodingState(model, 1, 10**400)
+    with pytest.raises(UsageError, match=r"call model.eval\(\)"):
+        DecodingState(model.train(), 1, 8)

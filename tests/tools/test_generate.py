@@ -1,10 +1,13 @@
 """tools/generate.py on a tiny model: a prompt as it grows, JSONL with bad records, resume, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from run_tool import refusal, run_tool
+from run_tool import ROOT, refusal, run_tool
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_ksa.data_tools.tokenizers import load_tokenizer, write_byte_level
@@ -198,3 +201,35 @@ def test_an_unreadable_run_under_way(folder, tmp_path):
     (tmp_path / "out.jsonl.running").mkdir()
     done = generate(folder, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     assert "out.jsonl.running cannot be read: Is a directory" in refusal(done)
+
+
+@pytest.mark.slow
+def test_stdout_has_the_text_alone(folder):
+    """`generate.py --prompt ... > text.txt` on a machine without a GPU had a line about the CPU before the text."""
+    words = ("--load", folder / "hf", "--prompt", "def main", "--max-new-tokens", "12")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tools" / "generate.py", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = generate(folder, "--prompt", "def main", "--max-new-tokens", 12).stdout
+    assert done.stdout.decode() == expected
+
+
+def test_a_reader_that_leaves():
+    """`generate.py --prompt ... | head -c 3` ended in a traceback."""
+    script = (
+        "import runpy, sys\n"
+        f"write_out = runpy.run_path({str(ROOT / 'tools' / 'generate.py')!r})['write_out']\n"
+        "write_out('ready\\n'); sys.stdin.readline()\n"
+        "while True: write_out('text')\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout.readline() == "ready\n"
+    child.stdout.close()
+    child.stdin.write("go\n")
+    child.stdin.close()
+    said = child.stderr.read()
+    assert child.wait() == 1 and "Traceback" not in said and "BrokenPipe" not in said, said

@@ -42,7 +42,9 @@ def activate_cpu_platform() -> bool:
     _MODE.__enter__()
     if os.environ.get("RANK", "0") == "0":
         threads = torch.get_num_threads()
-        print(f"no CUDA device found: training on the CPU with gloo, {threads} thread(s) a process", flush=True)
+        # Not on stdout, where a program may write its results.
+        said = f"no CUDA device found: training on the CPU with gloo, {threads} thread(s) a process"
+        print(said, file=sys.stderr, flush=True)
     return True
 
 
