@@ -47,7 +47,7 @@ def test_bad_input(tmp_path):
     ],
 )
 def test_results_of_another_run(content, message, tmp_path):
-    """A small model's cells counted as the large one's, and an older commit's times stood under the newer one's name."""
+    """A small model's cells counted as the large one's; an older commit's times stood under the newer one's name."""
     (tmp_path / "results.json").write_text(content)
     done = run_tool("examples/generation_speed/run.py", "--out", tmp_path, "--tiny", "--commit", "1111111")
     assert message in refusal(done)
