@@ -12,6 +12,7 @@ Killed and started again with the same flags, the program goes on.
 
 import argparse
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -206,6 +207,9 @@ def main() -> None:
         args = parser().parse_args()
         check(args)
         sampling = config_from_args(SamplingSettings, args, "")
+        # Before Megatron, which would write log lines to stdout, where the text goes.
+        logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+        logging.getLogger("megatron_ksa").setLevel(logging.INFO)
         defaults = prepare_platform(["--trust-checkpoint"] * args.trust_checkpoint)
         from megatron_ksa.inference.loading import load
         from megatron_ksa.inference.records import read_records

@@ -3,9 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models import randomise
 from test_callers import save_byte_tokenizer
 from test_exported_batches import HYBRID, TOLERANCE, make_model, padded, random_tokens
+from test_logits import assert_near, megatron_logits
+from test_modeling import MODELS, TOKENS
 from transformers import AutoTokenizer
+
+from megatron_ksa.huggingface.config_json import write_config
+from megatron_ksa.huggingface.modeling.configuration_megatron_ksa import MegatronKSAConfig
+from megatron_ksa.huggingface.modeling.modeling_megatron_ksa import MegatronKSAForCausalLM
 
 SUMMARIES, TEXT = HYBRID["summaries"], 60
 
@@ -41,6 +48,22 @@ def test_resized_to_a_multiple(hybrid):
     hybrid.resize_token_embeddings(61, pad_to_multiple_of=16, mean_resizing=False)
     found = hybrid(ids).logits
     assert found.shape[2] == 64 and (found[..., :TEXT] - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["every kind of layer", "ksa, everything independent"])
+def test_a_resized_model_is_imported(name, to_megatron, tmp_path):
+    """Its configuration named the place where its summary tokens were before, and the import refused it."""
+    config = write_config(MODELS[name], "float32")
+    config.pop("auto_map")
+    model = MegatronKSAForCausalLM(MegatronKSAConfig(**config)).eval()
+    randomise(model, 1)
+    model.tie_weights()
+    model.resize_token_embeddings(66, mean_resizing=False)
+    model.save_pretrained(tmp_path / "resized")
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    found = megatron_logits(to_megatron(tmp_path / "resized", tmp_path / "megatron"), TOKENS)
+    assert_near(expected, found[..., :66])
 
 
 @pytest.mark.parametrize("beams", [1, 3])

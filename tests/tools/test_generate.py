@@ -205,7 +205,7 @@ def test_an_unreadable_run_under_way(folder, tmp_path):
 
 @pytest.mark.slow
 def test_stdout_has_the_text_alone(folder):
-    """`generate.py --prompt ... > text.txt` on a machine without a GPU had a line about the CPU before the text."""
+    """`generate.py --prompt ... > text.txt` had log lines before the text, and one about the CPU without a GPU."""
     words = ("--load", folder / "hf", "--prompt", "def main", "--max-new-tokens", "12")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "tools" / "generate.py", *words]

@@ -468,8 +468,11 @@ class MegatronKSAForCausalLM(MegatronKSAPreTrainedModel, GenerationMixin):
         with torch.no_grad():
             for part, own in zip((self.get_input_embeddings(), self.lm_head), kept, strict=True):
                 part.weight[size:] = own
-        if size != text and self.config.truncate_predict_nums is not None:
-            self.config.truncate_predict_nums = size
+        if size != text:
+            # The second one is for programs that read the configuration.
+            for name in ("truncate_predict_nums", "summary_token_begin"):
+                if getattr(self.config, name, None) is not None:
+                    setattr(self.config, name, size)
         return self.get_input_embeddings()
 
     def compute_transition_scores(self, sequences, scores, *args, **kwargs):
