@@ -133,8 +133,7 @@ def main() -> None:
                     "cases": args.cases, "seed": args.seed, "dtype": args.dtype}  # fmt: skip
         stack.enter_context(exclusive(args.output, "examples/evaluate/ruler.py"))
         stored, cells = read_results(args.output, "--output") if args.output.exists() else (settings, [])
-        if stored != settings:
-            different = next((key for key in settings if stored.get(key) != settings[key]), "")
+        if different := next((key for key in settings if stored.get(key) != settings[key]), ""):
             raise UsageError(
                 f"--output {args.output} has results with {different} {stored.get(different)!r}, now it is "
                 f"{settings.get(different)!r}: choose another file or remove it"
