@@ -117,7 +117,7 @@ def cut(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "change"),
+    ("subcommand", "name", "change"),
     [
         ("tree", "records.jsonl", lambda content: b"\xff\x00{{{\n" * 3), ("tree", "tags.jsonl", cut),
         ("tree", "tags.jsonl", lambda content: b""), ("tree", "tags.jsonl", lambda content: b"5\n5\n"),
@@ -129,12 +129,12 @@ def cut(content: bytes) -> bytes:
         ("report", "vocabulary.jsonl", cut),
     ],
 )  # fmt: skip
-def test_a_file_that_was_cut_or_edited_by_hand_is_one_line(tmp_path, call, worked, command, name, change):
+def test_a_file_that_was_cut_or_edited_by_hand_is_one_line(tmp_path, call, worked, subcommand, name, change):
     """Such files ended in tracebacks of the JSON, NumPy or zip reader, which named no file."""
     work = tmp_path / "work"
     shutil.copytree(worked, work)
     (work / name).write_bytes(change((work / name).read_bytes()))
-    code, _, error = call(command, "--work", work)
+    code, _, error = call(subcommand, "--work", work)
     if code == 0:  # the step does not read what is wrong
         assert name in ("embeddings.npy", "selection.json", "vocabulary.jsonl")
     else:
