@@ -27,6 +27,7 @@ WORLD = frozenset(
     training/test_kills.py
     training/test_nccl.py
     training/test_parallel.py
+    training/test_recompute_fit.py
     training/test_stages.py
     training/test_wire.py
     """.split()

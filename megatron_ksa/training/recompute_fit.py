@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_ksa.config.recompute import CHEAP
+from megatron_ksa.config.recompute import CHEAP, EVERY
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.recompute_fit import GIB, Choice, least
 from megatron_ksa.cost.run_report import model_shape, training_layout
@@ -133,4 +133,6 @@ def _way_out(args: argparse.Namespace, fit: Fit | None) -> str:
     missing = max(torch.cuda.max_memory_allocated() - predicted, 0) / GIB
     more = math.ceil(2 * (margin + MORE + missing)) / 2
     said = f"{predicted / GIB:.2f} GiB were predicted with {fit.choice.recompute} recomputed"
+    if fit.choice.recompute.whole == EVERY:
+        return f"{said}: use more GPUs, or a shorter --seq-length"
     return f"{said}: set --recompute-to-fit {more:g}"
