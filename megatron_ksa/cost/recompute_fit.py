@@ -70,6 +70,7 @@ def layer_seconds(shape: ModelShape, layer: KSALayer, layout: TrainingLayout, ra
     text, tp, size = layout.rank_text, layout.tensor_parallel, layout.parameter_bytes
     ksa = shape.ksa
     rows = ksa.rows.total_rows(text) if layer.has_summaries else text
+    pairs: float
     if layer.kind == LayerKind.FULL:
         pairs = layout.text_length * (layout.text_length + 1) // 2
     else:

@@ -155,10 +155,11 @@ def can_recompute(layer: TransformerLayer) -> tuple[str, ...]:
     """Which of `CHEAP` a layer's kind allows.
 
     Rotated heads need a norm in the rotation's kernel, which is what keeps the projection; the activation must be one
-    that `activate` computes; norms must be modules of their own.
+    that `activate` computes, before a projection of Megatron's own; norms must be modules of their own.
     """
     mlp, config = layer.mlp, layer.config
-    plain = type(mlp) is MLP and config.activation_func_clamp_value is None and not config.use_te_activation_func
+    # Whether Transformer Engine's projection saves its input as it is was not looked at.
+    plain = type(mlp) is MLP and config.activation_func_clamp_value is None and config.transformer_impl == "local"
     norms = layer.input_layernorm, layer.pre_mlp_layernorm
     fits = {
         "norms": all(next(norm.parameters(), None) is not None for norm in norms),
