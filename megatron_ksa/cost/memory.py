@@ -3,8 +3,9 @@
 Counted are parameters, gradient buffers and optimizer state, and what the fullest moment of an iteration has beside
 these: the tensors that autograd has saved until then, and the largest temporaries of that moment. It is one of three:
 the loss, the backward pass of a layer, the optimizer's step. Not counted: communication buffers of NCCL, the
-allocator's fragments and the CUDA context, which are 1 to 4 GB on a GPU. Experts (MoE) and multi-token prediction are
-not described here.
+allocator's fragments and the CUDA context, which are 1 to 4 GB on a GPU; what summary rows save beside that while their
+projections are blended with the text's. FP8 is counted as 16 bits. Experts (MoE) and multi-token prediction are not
+described here.
 """
 
 import dataclasses

@@ -86,6 +86,9 @@ def choose(
     Raises:
         UsageError: a stage fits in no way.
     """
+    if settings.ksa.enabled and settings.ksa.blends:
+        # Heads that are blended are normalised before the rotation, which then keeps nothing to rotate again.
+        cheap = tuple(name for name in cheap if name != "heads")
     shape, layout = model_shape(args, settings), training_layout(args, settings)
     budget = gpu_bytes - settings.fit.margin * GIB
     return [least(shape, layout, stage, budget, cheap=cheap) for stage in range(layout.pipeline_parallel)]

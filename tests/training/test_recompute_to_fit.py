@@ -10,6 +10,7 @@ from test_arguments import parse
 from trainer import launch
 
 from megatron_ksa.config.fit import FitConfig
+from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.recompute import CHEAP, FULL, NONE, Recompute
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.memory import MemoryReport
@@ -17,6 +18,7 @@ from megatron_ksa.cost.recompute_fit import GIB, Choice
 from megatron_ksa.errors import UsageError
 from megatron_ksa.failure import describe as describe_failure
 from megatron_ksa.training.arguments import settings_from_args
+from megatron_ksa.training.flag_rules import _check_machine
 from megatron_ksa.training.recompute_fit import Fit, describe, out_of_memory_told
 
 KSA = "--ksa --position-embedding-type rope --recompute-to-fit"
@@ -50,6 +52,14 @@ def test_what_it_does_not_go_with_is_one_line(monkeypatch, flags, message):
 def test_the_flag_with_and_without_a_number(monkeypatch):
     margins = [settings_from_args(parse(monkeypatch, flags)).fit.margin for flags in (KSA, f"{KSA} 2.5", KSA[:-19])]
     assert margins == [4.0, 2.5, None]
+
+
+def test_norms_by_megatrons_flag_need_transformer_engine(monkeypatch):
+    """The first step ended in a NameError: Megatron asks for an FP8 state that was not imported."""
+    flags = "--ksa --position-embedding-type rope --recompute-granularity selective --recompute-modules"
+    with pytest.raises(UsageError, match="^--recompute-modules layernorm .*use --recompute-to-fit"):
+        _check_machine(parse(monkeypatch, f"{flags} mlp layernorm"))
+    _check_machine(parse(monkeypatch, f"{flags} mlp"))
 
 
 def choice(recompute: Recompute, gib: float, seconds: float = 0.0) -> Choice:
@@ -95,10 +105,22 @@ def test_out_of_memory_ends_with_what_to_set(monkeypatch):
     assert "use more GPUs" in failed(args, fit)
 
 
+@pytest.mark.parametrize(
+    ("ksa", "blends"),
+    [
+        ({}, False), ({"anneal_start": 1, "anneal_end": 9}, True), ({"initial_coefficient": 0.5}, True),
+        ({"initial_coefficient": 1.0}, False), ({"initial_coefficient": 0.0, "layer_pattern": "f"}, False),
+        ({"initial_coefficient": 0.0, "independent_projections": False}, False),
+    ],
+)  # fmt: skip
+def test_blended_heads_are_not_rotated_again(ksa, blends):
+    """The rotation keeps the projection only where it normalises it, and a blend comes after the norms."""
+    assert KSAConfig(enabled=True, **ksa).blends == blends
+
+
 @pytest.mark.slow
 def test_each_stage_recomputes_what_fits_and_the_losses_stay(tmp_path):
     """Two stages with room for one of them: the other recomputes, and training goes the same way."""
-    from megatron_ksa.config.ksa import KSAConfig
     from megatron_ksa.cost.memory import stage_memory
     from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 
