@@ -158,8 +158,8 @@ def _check_machine(args: argparse.Namespace) -> None:
             )
     if "layernorm" in (args.recompute_modules or ()) and not importable("transformer_engine.pytorch"):
         raise UsageError(
-            "--recompute-modules layernorm asks Transformer Engine for its FP8 state in Megatron 0.19.2, and the package "
-            "is not installed: use --recompute-to-fit, which recomputes norms without it, or leave layernorm out"
+            "--recompute-modules layernorm asks Transformer Engine for its FP8 state in Megatron 0.19.2, and the "
+            "package is not installed: use --recompute-to-fit, which recomputes norms without it, or leave it out"
         )
     if getattr(args, "recompute_to_fit", None) is not None and not torch.cuda.is_available():
         raise UsageError(
