@@ -29,6 +29,7 @@ def main() -> None:
         from megatron_ksa.training.arguments import install_arguments
         from megatron_ksa.training.configure import configure, parse_flags, read_settings, trainer_patches
         from megatron_ksa.training.datasets import DatasetProvider
+        from megatron_ksa.training.recompute_fit import Fit, out_of_memory_told
         from megatron_ksa.training.refusals import set_up_refusals
         from megatron_ksa.training.step import ForwardStep
         from megatron_ksa.upstream.patches import apply
@@ -39,9 +40,11 @@ def main() -> None:
                 settings = read_settings(args)
                 step = ForwardStep(args, settings, watch.progress)
                 patches = trainer_patches(args, settings, step.log, still_writes)
+                fit = None if settings.fit.margin is None else Fit(args, settings)
                 with watch.running(settings.watch.seconds), apply(patches), set_up_refusals(args, step):
                     data = DatasetProvider(args, settings.data)
-                    pretrain(configure(args, settings), data, ModelType.encoder_or_decoder, step)
+                    with out_of_memory_told(args, fit):
+                        pretrain(configure(args, settings, fit), data, ModelType.encoder_or_decoder, step)
 
 
 if __name__ == "__main__":

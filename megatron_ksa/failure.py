@@ -56,5 +56,5 @@ def describe(error: BaseException) -> str:
     ours = [frame for frame in frames if COLLECTIVES not in frame.filename]
     if in_torch and ours:
         call += f", called by {ours[-1].name} ({os.path.basename(ours[-1].filename)}:{ours[-1].lineno})"
-    message = (str(error).strip().splitlines() or [""])[0]
+    message = "; ".join([(str(error).strip().splitlines() or [""])[0], *getattr(error, "__notes__", [])])
     return f"rank {rank} of {world} on host {socket.gethostname()} failed{call}: {type(error).__name__}: {message}"

@@ -27,6 +27,7 @@ WORLD = frozenset(
     training/test_kills.py
     training/test_nccl.py
     training/test_parallel.py
+    training/test_recompute_to_fit.py
     training/test_stages.py
     training/test_wire.py
     """.split()
@@ -39,6 +40,7 @@ SLURM = frozenset({"slurm/test_job.py", "slurm/test_torchrun.py"})
 FORKS = frozenset(
     """
     examples/test_from_dense.py
+    examples/test_memory_1b9.py
     huggingface/test_bad_input.py
     huggingface/test_folders.py
     huggingface/test_like.py

@@ -2,7 +2,8 @@
 
     python tools/plan_cluster.py --model slurm/models/ksa_70b.args --gpus 512 --write slurm/layouts/ksa_70b.args
 
-Memory counts parameters, gradients, optimizer state, activations and logits, and leaves a tenth of the GPU free.
+Memory counts parameters, gradients, optimizer state and the fullest moment of an iteration, and leaves a tenth of the
+GPU free. Each pipeline stage recomputes the least that fits, as `--recompute-to-fit` does in a run.
 """
 
 import argparse
@@ -80,14 +81,14 @@ def table(plans: list, show: int, title: str) -> str:
     """Layouts with their memory, bytes and seconds, fastest first."""
     lines = [
         f"{title}: {len(plans)} layouts fit",
-        "  tp  cp  pp   dp  recompute  GB/GPU  sent GB: tensor  context pipeline     data   s/step",
+        "  tp  cp  pp   dp  GB/GPU  sent GB: tensor  context pipeline     data   s/step  recomputed",
     ]
     for each in plans[:show]:
         lay, sent = each.layout, [number / 1e9 for number in each.sent.values()]
         lines.append(
             f"{lay.tensor_parallel:4}{lay.context_parallel:4}{lay.pipeline_parallel:4}{lay.data_parallel:5}"
-            f"  {lay.recompute:>9}{each.memory.total / 1e9:8.1f}         {sent[0]:8.2f} {sent[1]:8.3f} {sent[2]:8.2f}"
-            f" {sent[3]:8.2f} {each.seconds:8.2f}"
+            f"{each.memory.total / 1e9:8.1f}         {sent[0]:8.2f} {sent[1]:8.3f} {sent[2]:8.2f}"
+            f" {sent[3]:8.2f} {each.seconds:8.2f}  {each.slowest.recompute}"
         )
     return "\n".join(lines)
 
@@ -103,8 +104,8 @@ def main() -> None:
 
         from megatron_ksa.cost import cluster_plan
         from megatron_ksa.cost.flops import ksa_flops
-        from megatron_ksa.cost.memory import TrainingLayout
         from megatron_ksa.cost.run_report import model_shape
+        from megatron_ksa.cost.shapes import TrainingLayout
         from megatron_ksa.training.arguments import install_arguments, settings_from_args
 
         cluster = cluster_plan.Cluster(
@@ -117,8 +118,9 @@ def main() -> None:
         settings = settings_from_args(copy.copy(args))
         shape = model_shape(args, settings)
         base = TrainingLayout(
-            args.seq_length, micro_batch=args.micro_batch_size, parameter_bytes=2 if args.bf16 or args.fp16 else 4
-        )
+            args.seq_length, micro_batch=args.micro_batch_size, parameter_bytes=2 if args.bf16 or args.fp16 else 4,
+            fused_rotation=True, fused_gradient=True,
+        )  # fmt: skip
         dense = training.num_floating_point_operations
         models = [
             ("full attention", dataclasses.replace(shape, ksa=dataclasses.replace(shape.ksa, enabled=False)), dense)
@@ -143,7 +145,7 @@ def main() -> None:
             if not options.write.parent.is_dir():
                 raise UsageError(f"--write {options.write}: no such folder; use a folder that exists")
             with whole_file(options.write) as stream:
-                stream.write("\n".join([heading, *cluster_plan.layout_flags(best.layout), ""]))
+                stream.write("\n".join([heading, *cluster_plan.layout_flags(best, cluster), ""]))
             print(f"\nflags of the fastest layout: {options.write}")
 
 

@@ -136,6 +136,12 @@ class KSAConfig:
             for layer in self.layers(num_layers, seq_length)
         )
 
+    @property
+    def blends(self) -> bool:
+        """Whether summary rows mix their own projections with the text's at some time of a run."""
+        mixes = self.anneal_start is not None or self.initial_coefficient not in (None, 1)
+        return self.has_summaries and self.independent_projections and mixes
+
     def summary_coefficient(self, iteration: int) -> float:
         """Weight a of the summary projections on summary rows.
 

@@ -9,9 +9,17 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None) -> Any:
-    """A dataclass field with the help text, choices and, where it is not the prefix and name, the flag that sets it."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] | None = None, flag: str | None = None, alone: Any = None
+) -> Any:  # fmt: skip
+    """A dataclass field with the help text, choices and, where it is not the prefix and name, the flag that sets it.
+
+    Args:
+        alone: the value of a flag that is given without one; None where it needs a value.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "flag": flag, "alone": alone}
+    )  # fmt: skip
 
 
 def flag(field: dataclasses.Field, prefix: str) -> str:
@@ -69,7 +77,11 @@ def add_config_arguments(parser: argparse.ArgumentParser, config: type, prefix: 
             )
         else:
             choices = field.metadata.get("choices")
-            group.add_argument(flag(field, prefix), type=kind, default=field.default, choices=choices, help=help_text)
+            alone = field.metadata.get("alone")
+            optional = {} if alone is None else {"nargs": "?", "const": alone}
+            group.add_argument(
+                flag(field, prefix), type=kind, default=field.default, choices=choices, help=help_text, **optional
+            )
 
 
 def config_from_args[Config: DataclassInstance](config: type[Config], args: argparse.Namespace, prefix: str) -> Config:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from megatron_ksa.config.checkpoint import CheckpointConfig
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.distill import DistillConfig
+from megatron_ksa.config.fit import FitConfig
 from megatron_ksa.config.kernels import KernelConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
@@ -27,6 +28,7 @@ class RunSettings:
         stage: what the run trains and logs.
         checkpoint: what is trusted of checkpoints and how their files are checked.
         watch: how ranks watch each other.
+        fit: recompute that is chosen by the memory model.
     """
 
     ksa: KSAConfig
@@ -39,6 +41,7 @@ class RunSettings:
     stage: StageConfig = field(default_factory=StageConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
 
     @property
     def train(self) -> str:

@@ -56,7 +56,8 @@ def _far_text(exchange: Exchange, k: Tensor, v: Tensor, received: Tensor) -> lis
     for halo in map(plan.halo, plan.split.segments()):
         # The last interval that begins at or before the halo holds all of it.
         start, rows = max(((s, r) for s, r in needed if s <= halo.start), key=lambda n: n[0], default=(0, received))
-        halos.append(rows[halo.start - start : halo.stop - start] if halo else received[:0])
+        # No rows, but a part of the graph; a slice would keep all of `received` for the backward pass.
+        halos.append(rows[halo.start - start : halo.stop - start] if halo else received[:0].clone())
     return halos
 
 

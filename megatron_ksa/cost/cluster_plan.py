@@ -3,15 +3,19 @@
 Assumptions of the time: every operation runs at one share of the peak rate; nothing is overlapped, so that all
 communication adds to it; tensor parallelism stays within a node and comes first in the order of ranks, then context,
 data and pipeline parallelism (Megatron's order), and a group that fits in a node uses the node's bandwidth; the bubble
-of a pipeline is (stages - 1) / micro-batches of its work (1F1B, arXiv 2104.04473); full recompute repeats the forward
-pass, a third more work.
+of a pipeline is (stages - 1) / micro-batches of its work (1F1B, arXiv 2104.04473); each stage recomputes the least that
+fits (`recompute_fit.least`), and the stage that recomputes most sets the pace.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_ksa.cost.memory import MemoryReport, ModelShape, TrainingLayout, fullest_stage, stage_layers
+from megatron_ksa.config.ksa import KSALayer
+from megatron_ksa.config.recompute import FULL, Recompute
+from megatron_ksa.cost.memory import MemoryReport, fullest_stage, stage_chunks, stage_parameters
+from megatron_ksa.cost.recompute_fit import GIB, Choice, least
+from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 from megatron_ksa.cost.traffic import HeadShape, bytes_sent
 from megatron_ksa.errors import UsageError
 
@@ -62,12 +66,28 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout: memory of the fullest GPU, bytes that the busiest rank sends in a step by kind, seconds of a step."""
+    """One layout.
+
+    Attributes:
+        choices: what each pipeline stage recomputes, and its memory.
+        sent: bytes that the busiest rank sends in a step, by kind.
+        seconds: of a step.
+    """
 
     layout: TrainingLayout
-    memory: MemoryReport
+    choices: list[Choice]
     sent: dict[str, int]
     seconds: float
+
+    @property
+    def memory(self) -> MemoryReport:
+        """Of the fullest GPU."""
+        return max((choice.memory for choice in self.choices), key=lambda memory: memory.total)
+
+    @property
+    def slowest(self) -> Choice:
+        """That of the stage that recomputes most."""
+        return max(self.choices, key=lambda choice: choice.slowdown)
 
 
 def layouts(shape: ModelShape, base: TrainingLayout, global_batch: int, cluster: Cluster) -> Iterator[TrainingLayout]:
@@ -83,36 +103,47 @@ def layouts(shape: ModelShape, base: TrainingLayout, global_batch: int, cluster:
                 dp = cluster.gpus // (tp * cp * pp)
                 if shape.num_layers % pp or global_batch % (base.micro_batch * dp):
                     continue
-                for recompute in ("none", "full"):
-                    yield dataclasses.replace(
-                        base, tensor_parallel=tp, sequence_parallel=tp > 1, context_parallel=cp, pipeline_parallel=pp,
-                        data_parallel=dp, num_micro_batches=global_batch // (base.micro_batch * dp),
-                        recompute=recompute,
-                    )  # fmt: skip
+                yield dataclasses.replace(
+                    base, tensor_parallel=tp, sequence_parallel=tp > 1, context_parallel=cp, pipeline_parallel=pp,
+                    data_parallel=dp, num_micro_batches=global_batch // (base.micro_batch * dp),
+                )  # fmt: skip
 
 
-def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, int]:
+def bytes_on_the_wire(
+    shape: ModelShape, layout: TrainingLayout, recomputes: Sequence[Recompute] | None = None
+) -> dict[str, int]:
     """Bytes that the busiest rank sends in one step, by kind of parallelism.
 
     Tensor: with sequence parallelism, two all-gathers and two reduce-scatters of the rows a layer and pass, and one
     more all-gather in each of the two backward passes of a gathered input; the embedding scatters its rows and gathers
     their gradients, the output layer gathers twice and scatters once. Context: `traffic.bytes_sent` of p2p. Both:
-    forward, backward, and forward again with full recompute. Pipeline: the rows at the borders of a stage. Data:
-    gradients reduce-scattered and parameters gathered once. Left out is what does not grow with rows times hidden size
-    or with parameters, about 1 % in small models (tests/training/test_wire.py).
+    forward, backward, and forward again in layers that are recomputed whole. Pipeline: the rows at the borders of a
+    stage. Data: gradients reduce-scattered and parameters gathered once. Left out is what does not grow with rows times
+    hidden size or with parameters, about 1 % in small models (tests/training/test_wire.py).
+
+    Args:
+        recomputes: of each pipeline stage; the layout's where it is None.
     """
     tp, cp, pp = layout.tensor_parallel, layout.context_parallel, layout.pipeline_parallel
-    stages = [stage_layers(shape, layout, stage) for stage in range(pp)]
-    ksa, forwards = shape.ksa, 2 if layout.recompute == "full" else 1
+    ksa, recomputes = shape.ksa, recomputes or [layout.recompute] * pp
+    # Of each stage: a layer, and how often it has a forward pass.
+    stages = [
+        [
+            (layer, 1 + (number < recompute.whole))
+            for chunk in stage_chunks(shape, layout, stage)
+            for number, (_, layer) in enumerate(chunk)
+        ]
+        for stage, recompute in enumerate(recomputes)
+    ]
     summaries = ksa.rows.summary_rows(layout.rank_text)
     heads = HeadShape(shape.heads // tp, shape.kv_heads // tp, shape.head_dim, layout.parameter_bytes)
 
-    def tensor(layer) -> int:
+    def tensor(layer: KSALayer, forwards: int) -> int:
         rows = layout.rank_text + summaries * layer.has_summaries
         gathered = layout.parameter_bytes * rows * shape.hidden * (tp - 1) // tp
         return gathered * (4 * forwards + 4 + 2)
 
-    def context(layer) -> int:
+    def context(layer: KSALayer, forwards: int) -> int:
         if cp == 1:
             return 0
         passes = {"forwards": forwards, "backwards": 1}
@@ -121,10 +152,10 @@ def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, in
     text = layout.parameter_bytes * layout.rank_text * shape.hidden * (tp - 1) // tp
     ends = [text * ((2 if stage == 0 else 0) + (3 if stage == pp - 1 else 0)) for stage in range(pp)]
     border = layout.parameter_bytes * (layout.rank_text + summaries) * shape.hidden // layout.row_shards
-    number = fullest_stage(shape, layout)[1].num_parameters
+    number = max(stage_parameters(shape, layout, stage) for stage in range(pp))
     shards = layout.data_parallel * cp
     batches = layout.num_micro_batches
-    cost = {layer: (tensor(layer), context(layer)) for stage in stages for layer in set(stage)}
+    cost = {layer: (tensor(*layer), context(*layer)) for stage in stages for layer in set(stage)}
     return {
         "tensor": batches
         * max(end + sum(cost[layer][0] for layer in stage) for end, stage in zip(ends, stages, strict=True)),
@@ -134,10 +165,17 @@ def bytes_on_the_wire(shape: ModelShape, layout: TrainingLayout) -> dict[str, in
     }
 
 
-def seconds_of_step(layout: TrainingLayout, sent: dict[str, int], flops: float, cluster: Cluster) -> float:
-    """Time of a step; `flops` are the model's of the whole batch, forward and backward."""
+def seconds_of_step(
+    layout: TrainingLayout, sent: dict[str, int], flops: float, cluster: Cluster, slowdown: float
+) -> float:
+    """Time of a step.
+
+    Args:
+        flops: the model's of the whole batch, forward and backward.
+        slowdown: share by which recompute prolongs them.
+    """
     tp, cp, dp = layout.tensor_parallel, layout.context_parallel, layout.data_parallel
-    work = flops * (4 / 3 if layout.recompute == "full" else 1)
+    work = flops * (1 + slowdown)
     span = {"tensor": tp, "context": tp * cp, "data": tp * cp * dp, "pipeline": cluster.gpus}
     wire = {kind: number / cluster.bandwidth(span[kind]) for kind, number in sent.items()}
     busy = work / (cluster.gpus * cluster.flops * cluster.efficiency) + wire["tensor"] + wire["context"]
@@ -151,28 +189,31 @@ def plan(shape: ModelShape, base: TrainingLayout, global_batch: int, flops: floa
     Raises:
         UsageError: none does.
     """
-    limit, least, plans = cluster.memory * (1 - RESERVED), None, []
+    limit, smallest, plans = cluster.memory * (1 - RESERVED), None, []
     for layout in layouts(shape, base, global_batch, cluster):
-        memory = fullest_stage(shape, layout)[1]
-        least = min(least or memory.total, memory.total)
-        if memory.total <= limit:
-            sent = bytes_on_the_wire(shape, layout)
-            plans.append(Plan(layout, memory, sent, seconds_of_step(layout, sent, flops, cluster)))
-    if least is None:
+        full = fullest_stage(shape, dataclasses.replace(layout, recompute=FULL))[1].total
+        smallest = min(smallest or full, full)
+        if full <= limit:
+            choices = [least(shape, layout, stage, limit, thorough=False) for stage in range(layout.pipeline_parallel)]
+            sent = bytes_on_the_wire(shape, layout, [choice.recompute for choice in choices])
+            slowdown = max(choice.slowdown for choice in choices)
+            plans.append(Plan(layout, choices, sent, seconds_of_step(layout, sent, flops, cluster, slowdown)))
+    if smallest is None:
         raise UsageError(
             f"no layout divides {cluster.gpus} GPUs with a batch of {global_batch} sequences: use a multiple of the "
             f"number of data-parallel replicas, such as --global-batch-size {cluster.gpus}"
         )
     if not plans:
         raise UsageError(
-            f"no layout fits: the smallest needs {least / 1e9:.3g} GB a GPU, {limit / 1e9:.3g} GB are free: use more "
-            f"GPUs, or --memory {least / (1 - RESERVED) / 1e9:.3g}"
+            f"no layout fits: the smallest needs {smallest / 1e9:.3g} GB a GPU, {limit / 1e9:.3g} GB are free: use "
+            f"more GPUs, or --memory {smallest / (1 - RESERVED) / 1e9:.3g}"
         )
     return sorted(plans, key=lambda each: each.seconds)
 
 
-def layout_flags(layout: TrainingLayout) -> list[str]:
-    """Launch flags of a layout, one a line of an argument file."""
+def layout_flags(plan: Plan, cluster: Cluster) -> list[str]:
+    """Launch flags of a layout, one a line of an argument file; the run makes the choice of recompute again."""
+    layout = plan.layout
     flags = [
         f"--tensor-model-parallel-size {layout.tensor_parallel}",
         f"--context-parallel-size {layout.context_parallel}",
@@ -181,8 +222,8 @@ def layout_flags(layout: TrainingLayout) -> list[str]:
     ]
     if layout.sequence_parallel:
         flags.append("--sequence-parallel")
-    if layout.recompute == "full":
-        flags += ["--recompute-granularity full", "--recompute-method uniform", "--recompute-num-layers 1"]
+    if any(choice.seconds for choice in plan.choices):
+        flags.append(f"--recompute-to-fit {cluster.memory * RESERVED / GIB:.1f}")
     return flags
 
 

@@ -1,142 +1,52 @@
 """What a KSA model takes of a GPU's memory, from its shape and the parallel layout; pure functions, no Megatron.
 
-Counted are parameters, gradient buffers, optimizer state, the tensors that autograd saves and the logits. Not counted:
-communication buffers, the allocator's fragments and the CUDA context, which are a few GB on a GPU. Experts (MoE) and
-multi-token prediction are not described here.
+Counted are parameters, gradient buffers and optimizer state, and what the fullest moment of an iteration has beside
+these: the tensors that autograd has saved until then, and the largest temporaries of that moment. It is one of three:
+the loss, the backward pass of a layer, the optimizer's step. Not counted: communication buffers of NCCL, the
+allocator's fragments and the CUDA context, which are 1 to 4 GB on a GPU; what summary rows save beside that while their
+projections are blended with the text's. FP8 is counted as 16 bits. Experts (MoE) and multi-token prediction are not
+described here.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import accumulate
 
-from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
-from megatron_ksa.config.loss import LossConfig
-
-RECOMPUTE = ("none", "selective", "full")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a model.
-
-    Attributes:
-        ksa: KSA settings; with `ksa.enabled` off every layer is full attention.
-        vocabulary: padded words.
-        gated: the MLP has a gate (SwiGLU).
-        tied: the output layer's weight is the embedding's.
-        norm_vectors: parameter vectors of a norm, 1 for RMSNorm and 2 for LayerNorm.
-        angles_per_head: rotary angles differ between heads (HARPE).
-    """
-
-    ksa: KSAConfig
-    num_layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    gated: bool = True
-    tied: bool = False
-    qk_norm: bool = False
-    bias: bool = False
-    qkv_bias: bool = False
-    norm_vectors: int = 1
-    angles_per_head: bool = False
-
-    @property
-    def query(self) -> int:
-        """Width of the queries of all heads."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv(self) -> int:
-        """Width of the keys of all heads; the values' too."""
-        return self.kv_heads * self.head_dim
-
-    def layers(self, text_length: int) -> tuple[KSALayer, ...]:
-        """Kind and window of every layer."""
-        if self.ksa.enabled:
-            return self.ksa.layers(self.num_layers, text_length)
-        return (KSALayer(LayerKind.FULL, 0),) * self.num_layers
-
-
-@dataclass(frozen=True)
-class TrainingLayout:
-    """How a model is trained: parallel sizes, batch, precision, recompute.
-
-    Attributes:
-        text_length: n, text tokens in a sequence.
-        micro_batch: sequences in a micro-batch; `num_micro_batches` of them in a step of one data-parallel rank.
-        virtual_stages: model chunks of a pipeline rank (interleaved schedule), 1 without.
-        parameter_bytes: 2 for bfloat16 and float16, 4 for float32.
-        gradient_bytes: of an element of the gradient buffers, 4 unless gradients are reduced in 16 bits.
-        recompute: none, selective (core attention) or full (every layer).
-        recompute_layers: layers of a recomputed unit (`--recompute-num-layers` of the uniform method).
-        fused_norm: the norm saves its input only, as torch's does on a GPU; otherwise also its normalised rows.
-        fused_swiglu: the gated activation saves its input only (`--bias-swiglu-fusion`).
-        fused_attention: KSA attention runs in its kernels; in plain PyTorch summary queries gather their keys.
-        fused_rotation: Q/K norm and rotation run in one kernel that saves the projected heads only.
-        fused_gradient: the output layer's gradient goes straight to the buffer (gradient accumulation fusion).
-        train: `summary` where all but the summary parameters are frozen. The activations are then an upper bound: what
-            autograd saves for gradients of weights alone is not saved.
-        distills: a teacher's outputs are compared with the student's.
-        teacher_on_host: these outputs wait in host memory (`--ksa-distill-offload`).
-    """
-
-    text_length: int
-    micro_batch: int = 1
-    num_micro_batches: int = 1
-    tensor_parallel: int = 1
-    context_parallel: int = 1
-    pipeline_parallel: int = 1
-    data_parallel: int = 1
-    virtual_stages: int = 1
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = True
-    parameter_bytes: int = 2
-    gradient_bytes: int = 4
-    recompute: str = "none"
-    recompute_layers: int = 1
-    loss: LossConfig = LossConfig()
-    fused_norm: bool = True
-    fused_swiglu: bool = True
-    fused_attention: bool = True
-    fused_rotation: bool = False
-    fused_gradient: bool = False
-    train: str = "all"
-    distills: bool = False
-    teacher_on_host: bool = False
-
-    def __post_init__(self) -> None:
-        if self.recompute not in RECOMPUTE:
-            raise ValueError(f"recompute is {self.recompute!r}: use one of {', '.join(RECOMPUTE)}")
-
-    @property
-    def rank_text(self) -> int:
-        """Text tokens of a micro-batch on one rank, before sequence parallelism divides them."""
-        return self.text_length * self.micro_batch // self.context_parallel
-
-    @property
-    def row_shards(self) -> int:
-        """Ranks among which rows outside attention and MLP are divided."""
-        return self.tensor_parallel if self.sequence_parallel else 1
+from megatron_ksa.config.ksa import KSALayer
+from megatron_ksa.config.recompute import NONE, Recompute
+from megatron_ksa.cost.layer_memory import LayerMemory, layer_memory
+from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes on one GPU of a pipeline stage, and the parameters there (a number)."""
+    """Bytes on one GPU of a pipeline stage.
+
+    Attributes:
+        num_parameters: parameters there (a number).
+        parameters, gradients, optimizer: what is there all the time.
+        activations: what autograd has saved when the first backward pass begins.
+        working: what the fullest moment has beyond that.
+        moment: the fullest moment: `loss`, `backward` or `optimizer`.
+    """
 
     num_parameters: int
     parameters: int
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    working: int
+    moment: str
+
+    @property
+    def state(self) -> int:
+        """Parameters, gradients and optimizer state."""
+        return self.parameters + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+        """All at the fullest moment."""
+        return self.state + self.activations + self.working
 
 
 def layer_parameters(shape: ModelShape, layer: KSALayer, tensor_parallel: int = 1) -> int:
@@ -153,13 +63,18 @@ def layer_parameters(shape: ModelShape, layer: KSALayer, tensor_parallel: int = 
     return divided // tensor_parallel + whole
 
 
-def stage_layers(shape: ModelShape, layout: TrainingLayout, stage: int) -> list[KSALayer]:
-    """The layers of a pipeline stage where Megatron divides them evenly, all its model chunks together."""
-    layers = shape.layers(layout.text_length)
+def stage_chunks(shape: ModelShape, layout: TrainingLayout, stage: int) -> list[list[tuple[int, KSALayer]]]:
+    """Number in the model and kind of the layers of a pipeline stage's model chunks, where Megatron divides evenly."""
+    layers = list(enumerate(shape.layers(layout.text_length)))
     stages = layout.pipeline_parallel
     each = len(layers) // (stages * layout.virtual_stages)
     begins = (each * (stages * chunk + stage) for chunk in range(layout.virtual_stages))
-    return [layer for begin in begins for layer in layers[begin : begin + each]]
+    return [layers[begin : begin + each] for begin in begins]
+
+
+def stage_layers(shape: ModelShape, layout: TrainingLayout, stage: int) -> list[KSALayer]:
+    """The layers of a pipeline stage, all its model chunks together."""
+    return [layer for chunk in stage_chunks(shape, layout, stage) for _, layer in chunk]
 
 
 def stage_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
@@ -189,17 +104,22 @@ def trained_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) ->
 
 
 def teacher_bytes(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
-    """What a stage keeps of the teacher: its final states, and of each KSA layer the term's gradient or its output.
+    """What a stage keeps of a micro-batch's teacher.
 
-    With full recompute and `teacher_on_host` one layer's output and its copy are on the GPU at a time.
+    Its rows in the decoder's input, and of each KSA layer its attention output or the gradient of the comparison; with
+    `teacher_on_host` of those layers that are not recomputed whole.
     """
     if not layout.distills:
         return 0
-    layers = sum(layer.has_summaries for layer in stage_layers(shape, layout, stage))
-    if layout.teacher_on_host and layout.recompute == "full":
-        layers = min(layers, 2)
-    rows = layout.parameter_bytes * layout.rank_text * shape.hidden // layout.row_shards
-    return int((layers + 1) * rows * in_flight(layout, stage))
+    begin = layout.recompute.whole if layout.teacher_on_host else 0
+    chunks = stage_chunks(shape, layout, stage) if layout.compares_attention else []
+    layers = sum(layer.has_summaries for chunk in chunks for _, layer in chunk[begin:])
+    return (layers + 1) * _text_states(shape, layout)
+
+
+def _text_states(shape: ModelShape, layout: TrainingLayout) -> int:
+    """Bytes of the hidden states of a rank's text."""
+    return layout.parameter_bytes * layout.rank_text * shape.hidden // layout.row_shards
 
 
 def optimizer_bytes(num_parameters: int, layout: TrainingLayout) -> int:
@@ -207,59 +127,6 @@ def optimizer_bytes(num_parameters: int, layout: TrainingLayout) -> int:
     each = 8 if layout.parameter_bytes == 4 else 12
     shards = layout.data_parallel * layout.context_parallel if layout.distributed_optimizer else 1
     return each * -(-num_parameters // shards)
-
-
-def layer_activations(shape: ModelShape, layer: KSALayer, layout: TrainingLayout, recompute: str | None = None) -> int:
-    """Bytes that autograd saves in the forward pass of one layer for one micro-batch.
-
-    Args:
-        recompute: instead of the layout's.
-    """
-    recompute = recompute or layout.recompute
-    size, tp, shards = layout.parameter_bytes, layout.tensor_parallel, layout.row_shards
-    text = layout.rank_text
-    all_rows = shape.ksa.rows.total_rows(text)
-    stream = size * all_rows * shape.hidden // shards
-    if recompute == "full":
-        return stream
-    # Full and window layers hold text rows alone, and read the values from the projection's output without a copy.
-    full = not layer.has_summaries
-    rows = text if full else all_rows
-    query, kv, heads = size * rows * shape.query // tp, size * rows * shape.kv // tp, shape.heads // tp
-    row_states = size * rows * shape.hidden // shards
-    # Inputs of the two norms and of the projections behind them.
-    total = stream + 3 * row_states + 2 * 4 * rows // shards
-    if not layout.fused_norm:
-        total += 2 * row_states
-    total += _head_activations(shape, layout, query, kv, rows)
-    # Rotated queries and keys, and in KSA layers a copy of the values.
-    total += query + kv + (0 if full else kv)
-    if not full or recompute == "selective":
-        # The output projection's input; a full layer's is the attention's output itself.
-        total += query
-    if recompute != "selective":
-        total += size * text * shape.query // tp + 4 * text * heads
-        if not full and not layout.fused_attention:
-            total += 2 * query
-    if full and not shape.qk_norm:
-        # The projection, which holds the values.
-        total += query + 2 * kv
-    ffn = size * rows * shape.ffn // tp
-    return total + ffn * ((3 if layout.fused_swiglu else 5) if shape.gated else 2)
-
-
-def _head_activations(shape: ModelShape, layout: TrainingLayout, query: int, kv: int, rows: int) -> int:
-    """What Q/K norm and rotation save; query and kv are the bytes of the rows of queries and of keys."""
-    size, tp = layout.parameter_bytes, layout.tensor_parallel
-    if layout.fused_rotation:
-        return query + 2 * kv
-    # Cosines and sines, for queries and for keys; the same for every sample.
-    angles = (2 * (query + kv) if shape.angles_per_head else 4 * size * rows * shape.head_dim) // layout.micro_batch
-    if not shape.qk_norm:
-        return angles
-    # The projection, whose keys are normalised in place of their storage, and the queries' copy.
-    norm = 2 * query + 2 * kv + 4 * rows * (shape.heads + shape.kv_heads) // tp
-    return angles + norm + (0 if layout.fused_norm else query + kv)
 
 
 def in_flight(layout: TrainingLayout, stage: int) -> float:
@@ -273,67 +140,142 @@ def in_flight(layout: TrainingLayout, stage: int) -> float:
     return warm_up / chunks
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """Layers that are computed again together, or one layer that is not.
+
+    Attributes:
+        kept: bytes after the forward pass.
+        fullest: bytes at the fullest moment of the backward pass.
+    """
+
+    kept: int
+    fullest: int
+
+
+def _units(layers: list[LayerMemory], recompute: Recompute) -> list[_Unit]:
+    """The units of a model chunk, in order; the result of a recomputed unit exists a second time."""
+    whole, units = min(recompute.whole, len(layers)), []
+    for begin in range(0, whole, recompute.unit):
+        unit = layers[begin : min(begin + recompute.unit, whole)]
+        before = accumulate((layer.whole for layer in unit), initial=0)
+        fullest = max(done + layer.fullest(NONE) for done, layer in zip(before, unit, strict=False))
+        units.append(_Unit(unit[0].stream, fullest + unit[-1].stream))
+    inner = dataclasses.replace(recompute, whole=0, unit=1)
+    return units + [_Unit(layer.kept(inner), layer.fullest(inner)) for layer in layers[whole:]]
+
+
+def _stage_units(shape: ModelShape, layout: TrainingLayout, stage: int) -> list[list[_Unit]]:
+    plain = dataclasses.replace(layout, recompute=NONE)
+    return [
+        _units([layer_memory(shape, layer, plain, layout.comm(number)) for number, layer in chunk], layout.recompute)
+        for chunk in stage_chunks(shape, layout, stage)
+    ]
+
+
 def saved_activations(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
     """Bytes of tensors that a stage has saved before its first backward pass, without the logits."""
-    layers = stage_layers(shape, layout, stage)
-    each = [layer_activations(shape, layer, layout) for layer in layers]
-    text, size = layout.rank_text, layout.parameter_bytes
+    text = layout.rank_text
     rows = shape.ksa.rows.total_rows(text)
-    total = sum(each)
-    if layout.recompute == "full":
-        # Each unit keeps its input; float32 angles of queries and keys are an input of all.
-        total = sum(each[:: layout.recompute_layers])
+    total = sum(unit.kept for chunk in _stage_units(shape, layout, stage) for unit in chunk)
+    if layout.recompute.whole and not layout.fused_rotation:
+        # Float32 angles of queries and keys are an input of every recomputed unit.
         angles = (shape.heads + shape.kv_heads) // layout.tensor_parallel if shape.angles_per_head else 2
         total += 4 * rows * shape.head_dim * angles // layout.micro_batch
     if stage == 0:
         total += 8 * text
-    total = int(total * in_flight(layout, stage))
-    if stage == layout.pipeline_parallel - 1:
-        # The final norm's input and output, over all rows; the labels.
-        states = size * rows * shape.hidden // layout.row_shards
-        total += states * (2 if layout.fused_norm else 3) + 4 * rows // layout.row_shards + 8 * text
-    return total
+    total = int((total + teacher_bytes(shape, layout, stage)) * in_flight(layout, stage))
+    return total + _end_activations(shape, layout, stage)
 
 
-def stage_activations(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
-    """Bytes of saved tensors of a stage at its fullest, without the logits.
+def _end_activations(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
+    """Of `saved_activations`, what one micro-batch saves behind the layers.
 
-    With full recompute one unit of layers is whole again while its backward pass runs.
+    The final norm's input and output, over all rows; the labels; of every token two numbers of a loss in chunks, or the
+    teacher's final states.
     """
-    total = saved_activations(shape, layout, stage)
-    if layout.recompute == "full":
-        layers, unit = stage_layers(shape, layout, stage), layout.recompute_layers
-        whole = [layer_activations(shape, layer, layout, "none") for layer in layers]
-        total += max(sum(whole[begin : begin + unit]) for begin in range(0, len(whole), unit))
-    return total
+    if stage < layout.pipeline_parallel - 1:
+        return 0
+    text, shards = layout.rank_text, layout.row_shards
+    rows = shape.ksa.rows.total_rows(text)
+    states = layout.parameter_bytes * rows * shape.hidden // shards
+    total = states * (2 if layout.fused_norm else 3) + 4 * rows * shape.norm_vectors // shards + 8 * text
+    if layout.distills:
+        return total + _text_states(shape, layout)
+    return total if _whole_logits(shape, layout) else total + 8 * text
 
 
-def logits_bytes(shape: ModelShape, layout: TrainingLayout) -> int:
-    """Logits of the tokens that are computed at a time, at the fullest moment, and a chunked loss's gradient sums.
+def _whole_logits(shape: ModelShape, layout: TrainingLayout) -> bool:
+    """Whether the logits of all tokens exist at once."""
+    tokens = layout.rank_text
+    return layout.loss.rows_at_a_time(tokens, shape.vocabulary // layout.tensor_parallel) == tokens
 
-    At once, that is the softmax in float32 and its gradient in the parameters' precision; in chunks the logits in
-    that precision as well.
+
+def loss_working(shape: ModelShape, layout: TrainingLayout) -> int:
+    """What output layer and loss add to the saved activations.
+
+    Tokens at once: the softmax in float32 and its gradient in the parameters' precision. In chunks: the logits of two
+    chunks, since the last one's exist until the next one's are there; the gradient of the hidden states; labels and
+    statistics of every token; and, unless it is added to its buffer, the weight's gradient, summed in float32. At the
+    end one chunk's logits stand beside a gradient of the weight in the parameters' precision, which Megatron's
+    protocol asks for where the buffer has it already. Distillation has two heads' logits, of frozen weights, and at the
+    end multiplies the hidden states' gradient by a float32 number for each token.
     """
     words, tokens, size = shape.vocabulary // layout.tensor_parallel, layout.rank_text, layout.parameter_bytes
-    rows = layout.loss.rows_at_a_time(tokens, words)
-    low = 0 if size == 4 else size
-    if rows == tokens:
-        return tokens * words * (4 + low)
-    # Losses' maxima and sums; the weight's gradient in float32 and a chunk's product.
-    gradient = 0 if layout.fused_gradient else words * shape.hidden * (4 + low)
-    return rows * words * (4 + 2 * low) + 8 * tokens + gradient
+    states = _text_states(shape, layout)
+    if layout.distills:
+        rows = layout.loss.rows_at_a_time(tokens, 2 * words)
+        logits = rows * words * size * (2 if rows == tokens else 4)
+        return states + max(logits + 16 * tokens, states + 4 * states // size)
+    if _whole_logits(shape, layout):
+        return tokens * words * (4 + (0 if size == 4 else size))
+    chunk, weight = layout.loss.rows_at_a_time(tokens, words) * words * size, words * shape.hidden
+    states += 16 * tokens
+    trained = layout.train == "all"
+    summed = 4 * weight if trained and not layout.fused_gradient else 0
+    return states + summed + max(2 * chunk, chunk + size * weight * trained)
+
+
+def backward_working(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
+    """What the fullest moment in the layers' backward pass has beyond the saved activations; it may be below 0.
+
+    A unit's own backward pass comes when those behind it in its chunk are done. The embedding's gradient comes last.
+    """
+    most = -(2**62)
+    for chunk in _stage_units(shape, layout, stage):
+        kept = sum(unit.kept for unit in chunk)
+        before = 0
+        for unit in chunk:
+            most = max(most, before + unit.fullest - kept)
+            before += unit.kept
+        if stage == 0 and layout.train == "all":
+            most = max(most, layout.parameter_bytes * shape.vocabulary * shape.hidden // layout.tensor_parallel - kept)
+    gathered = layout.parameter_bytes * layout.rank_text * shape.hidden if layout.row_shards > 1 else 0
+    if layout.distills and layout.teacher_on_host and layout.recompute.whole:
+        # One layer's output comes back.
+        gathered += _text_states(shape, layout)
+    # The loss and the final norm are done.
+    return most + gathered - _end_activations(shape, layout, stage)
 
 
 def stage_memory(shape: ModelShape, layout: TrainingLayout, stage: int) -> MemoryReport:
     """Memory of one GPU of a pipeline stage."""
     number, trained = stage_parameters(shape, layout, stage), trained_parameters(shape, layout, stage)
+    saved = saved_activations(shape, layout, stage)
+    moments = {"backward": backward_working(shape, layout, stage)}
+    if stage == layout.pipeline_parallel - 1:
+        moments["loss"] = loss_working(shape, layout)
+    # The optimizer takes gradients of 16 bits in float32; what autograd had saved is gone.
+    moments["optimizer"] = (optimizer_bytes(trained, layout) // 3 if layout.gradient_bytes == 2 else 0) - saved
+    moment, working = max(moments.items(), key=lambda item: item[1])
     return MemoryReport(
         num_parameters=number,
         parameters=layout.parameter_bytes * number,
         gradients=layout.gradient_bytes * trained,
         optimizer=optimizer_bytes(trained, layout),
-        activations=stage_activations(shape, layout, stage) + teacher_bytes(shape, layout, stage),
-        logits=logits_bytes(shape, layout) if stage == layout.pipeline_parallel - 1 else 0,
+        activations=saved,
+        working=working,
+        moment=moment,
     )
 
 
@@ -347,18 +289,21 @@ def report(shape: ModelShape, layout: TrainingLayout) -> str:
     """One line: GB on a GPU of the fullest pipeline stage, by what they hold."""
     stage, memory = fullest_stage(shape, layout)
     where = f" of pipeline stage {stage}" if layout.pipeline_parallel > 1 else ""
-    words, tokens = shape.vocabulary // layout.tensor_parallel, layout.rank_text
-    rows = layout.loss.rows_at_a_time(tokens, words)
-    chunk = "" if rows == tokens else f" in chunks of {rows} tokens"
     parts = (
         (memory.parameters, "parameters"),
         (memory.gradients, "gradients"),
         (memory.optimizer, "optimizer state"),
-        (memory.activations, f"activations with {layout.recompute} recompute"),
-        (memory.logits, f"logits{chunk}"),
+        (memory.activations, f"activations, {layout.recompute} recomputed"),
+        (memory.working, f"more in the {memory.moment}{_chunks(shape, layout) if memory.moment == 'loss' else ''}"),
     )
     listed = ", ".join(f"{size / 1e9:,.3f} {name}" for size, name in parts)
     return (
         f"theoretical memory of a GPU{where}, {memory.num_parameters / 1e9:,.4f} billion parameters: "
         f"{memory.total / 1e9:,.3f} GB = {listed}"
     )
+
+
+def _chunks(shape: ModelShape, layout: TrainingLayout) -> str:
+    words, tokens = shape.vocabulary // layout.tensor_parallel, layout.rank_text
+    rows = layout.loss.rows_at_a_time(tokens, words)
+    return "" if rows == tokens else f" in chunks of {rows} tokens"

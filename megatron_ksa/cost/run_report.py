@@ -4,9 +4,10 @@ import argparse
 
 import torch
 
+from megatron_ksa.config.recompute import Recompute
 from megatron_ksa.config.settings import RunSettings
-from megatron_ksa.cost.memory import ModelShape, TrainingLayout
 from megatron_ksa.cost.memory import report as memory_report
+from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 from megatron_ksa.cost.traffic import HeadShape
 from megatron_ksa.cost.traffic import report as traffic_report
 
@@ -17,6 +18,8 @@ def training_layout(args: argparse.Namespace, settings: RunSettings) -> Training
         return None
     sixteen_bits = args.bf16 or args.fp16
     on_gpu = torch.cuda.is_available()
+    kernels = on_gpu and not settings.kernels.reference
+    comm = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
     return TrainingLayout(
         text_length=args.seq_length,
         micro_batch=args.micro_batch_size,
@@ -30,16 +33,20 @@ def training_layout(args: argparse.Namespace, settings: RunSettings) -> Training
         distributed_optimizer=args.use_distributed_optimizer,
         parameter_bytes=2 if sixteen_bits else 4,
         gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not sixteen_bits else 2,
-        recompute=args.recompute_granularity or "none",
-        recompute_layers=args.recompute_num_layers or 1,
+        recompute=Recompute.from_args(args),
+        context_comm=tuple(kind or "p2p" for kind in comm),
         loss=settings.loss,
         train=settings.train,
-        distills=settings.distill.enabled and settings.distill.compares_attention,
+        distills=settings.distill.enabled,
+        compares_attention=settings.distill.compares_attention,
         teacher_on_host=settings.distill.offload,
-        fused_norm=on_gpu,
+        # torch's LayerNorm is one kernel on a CPU too.
+        fused_norm=on_gpu or args.normalization == "LayerNorm",
         fused_swiglu=args.bias_swiglu_fusion,
-        fused_attention=on_gpu,
+        fused_attention=kernels,
+        fused_rotation=kernels,
         fused_gradient=args.gradient_accumulation_fusion,
+        resets_documents=args.reset_position_ids,
     )
 
 
@@ -86,6 +93,7 @@ def run_report(args: argparse.Namespace, settings: RunSettings) -> str:
         sizes = shape.num_layers, args.seq_length, args.context_parallel_size
         parts.append(traffic_report(settings.ksa, *sizes, comm, heads))
     layout = training_layout(args, settings)
-    if layout is not None:
+    # What is recomputed to fit is chosen, and said, when the GPUs of all ranks are known.
+    if layout is not None and settings.fit.margin is None:
         parts.append(memory_report(shape, layout))
     return "\n".join(parts)

@@ -1,5 +1,8 @@
 """Megatron's self-attention whose query and key heads are normalised and rotated by this project's kernel."""
 
+from collections.abc import Callable
+from functools import partial
+
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
@@ -19,6 +22,8 @@ class RotatedSelfAttention(SelfAttention):
 
     _rotary: tuple[PositionedRotaryEmbedding] | None = None
     _positions: Tensor | None = None
+    # Where rotated heads are computed again in place of being saved: a weak reference to `SavedAgain.offer`.
+    offer: Callable[[], Callable] | None = None
 
     def set_rotary(self, rotary: PositionedRotaryEmbedding) -> None:
         """Rotate by these frequencies; they stay the model's, of which this is no submodule."""
@@ -52,11 +57,15 @@ class RotatedSelfAttention(SelfAttention):
         queries = mixed[0].shape[-1] // self.hidden_size_per_attention_head - 2
         pairs = [None if pair is None or pair[0] is None else pair for pair in norms]
         weights = [None if pair is None else tuple(norm(None) for norm in pair) for pair in pairs]
-        return rotate_heads(
-            mixed, queries, weights, self._positions, self._rotary[0].frequencies(self._positions.device),
-            eps=config.layernorm_epsilon, zero_centered=config.layernorm_zero_centered_gamma,
-            interleaved=config.rotary_interleaved,
+        rotate = partial(
+            rotate_heads, queries=queries, weights=weights, positions=self._positions,
+            frequencies=self._rotary[0].frequencies(self._positions.device), eps=config.layernorm_epsilon,
+            zero_centered=config.layernorm_zero_centered_gamma, interleaved=config.rotary_interleaved,
         )  # fmt: skip
+        heads = rotate(mixed)
+        if self.offer is not None and all(pairs):
+            self.offer()(heads, partial(rotate, [part.detach() for part in mixed]))
+        return heads
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args, **kwargs):
         """Megatron's; heads come normalised and rotated where `forward` was given positions."""

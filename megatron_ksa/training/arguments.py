@@ -8,6 +8,7 @@ from megatron_ksa.checkpoint.async_save import adapt_async_save, async_save_defa
 from megatron_ksa.config.checkpoint import CheckpointConfig
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.distill import DistillConfig
+from megatron_ksa.config.fit import FitConfig
 from megatron_ksa.config.harpe import HarpeConfig
 from megatron_ksa.config.kernels import KernelConfig
 from megatron_ksa.config.ksa import KSAConfig
@@ -18,6 +19,7 @@ from megatron_ksa.config.stage import StageConfig
 from megatron_ksa.config.watch import WatchConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.model.prepare import FLAGS, check_distillation, check_length, check_settings, pipeline_rows
+from megatron_ksa.training.fit_rules import check_fit
 from megatron_ksa.training.given import given_flags, record_given
 from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_sizes
 from megatron_ksa.training.stages import check_stage
@@ -45,6 +47,7 @@ def install_arguments(defaults: dict[str, object]) -> Applied:
         add_config_arguments(parser, LossConfig, "loss", "loss")
         add_config_arguments(parser, CheckpointConfig, "checkpoint", "checkpoint files")
         add_config_arguments(parser, WatchConfig, "watch", "watch over ranks")
+        add_config_arguments(parser, FitConfig, "recompute", "recompute to fit")
         for action in parser._actions:
             if action.dest == "position_embedding_type":
                 action.choices = [*action.choices, "harpe"]
@@ -96,8 +99,10 @@ def settings_from_args(args: argparse.Namespace) -> RunSettings:
         config_from_args(StageConfig, args, "ksa"),
         config_from_args(CheckpointConfig, args, "checkpoint"),
         config_from_args(WatchConfig, args, "watch"),
+        config_from_args(FitConfig, args, "recompute"),
     )
     check_stage(args, settings)
+    check_fit(args, settings)
     if not settings.is_megatron:
         _check(args, settings)
     elif not args.multi_latent_attention and all(getattr(args, name) is not None for name in REQUIRED):

@@ -30,6 +30,7 @@ from megatron_ksa.training.flag_rules import check_flags, check_run, check_start
 from megatron_ksa.training.given import forget_given, given_flags
 from megatron_ksa.training.layer_choice import choose_layers
 from megatron_ksa.training.model_hooks import model_hooks
+from megatron_ksa.training.recompute_fit import Fit
 from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
 from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.training.step_log import StepLog
@@ -109,8 +110,11 @@ def _quietly() -> contextlib.redirect_stdout:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def configure(args: argparse.Namespace, settings: RunSettings) -> PretrainConfigContainer:
+def configure(args: argparse.Namespace, settings: RunSettings, fit: Fit | None = None) -> PretrainConfigContainer:
     """Megatron's configuration with this project's model; Megatron's own model where KSA and HARPE are off.
+
+    Args:
+        fit: chooses the model's recompute, with `--recompute-to-fit`.
 
     Raises:
         UsageError: settings that Megatron's configuration does not accept.
@@ -133,7 +137,7 @@ def configure(args: argparse.Namespace, settings: RunSettings) -> PretrainConfig
             )
             if args.rank == 0:
                 print(run_report(args, settings), flush=True)
-        model.pre_wrap_hooks.extend(model_hooks(args))
+        model.pre_wrap_hooks.extend([*model_hooks(args), *([] if fit is None else [fit])])
         return pretrain_cfg_container_from_args(args, model)
 
 

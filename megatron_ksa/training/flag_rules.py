@@ -156,5 +156,15 @@ def _check_machine(args: argparse.Namespace) -> None:
                 f"--fp8-format with --fp8-recipe {args.fp8_recipe} needs a GPU of compute capability {needed[0]}."
                 f"{needed[1]}, this one has {found[0]}.{found[1]}: drop --fp8-format"
             )
+    if "layernorm" in (args.recompute_modules or ()) and not importable("transformer_engine.pytorch"):
+        raise UsageError(
+            "--recompute-modules layernorm asks Transformer Engine for its FP8 state in Megatron 0.19.2, and the "
+            "package is not installed: use --recompute-to-fit, which recomputes norms without it, or leave it out"
+        )
+    if getattr(args, "recompute_to_fit", None) is not None and not torch.cuda.is_available():
+        raise UsageError(
+            "--recompute-to-fit fills a GPU's memory, and no GPU is here: drop it; tools/plan_cluster.py --memory "
+            "chooses for a GPU that is elsewhere"
+        )
     if args.profile and not args.use_pytorch_profiler and not torch.cuda.is_available():
         raise UsageError("--profile marks a range for CUDA's profiler, and there is no GPU: add --use-pytorch-profiler")

@@ -15,6 +15,7 @@ from megatron.training import arguments as megatron_arguments
 from megatron_ksa.config.checkpoint import CheckpointConfig
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.distill import DistillConfig
+from megatron_ksa.config.fit import FitConfig
 from megatron_ksa.config.harpe import HarpeConfig
 from megatron_ksa.config.kernels import KernelConfig
 from megatron_ksa.config.ksa import KSAConfig
@@ -37,6 +38,7 @@ BASE = (
 CONFIGS = {
     KSAConfig: "ksa", StageConfig: "ksa", DistillConfig: "ksa-distill", HarpeConfig: "harpe", DataConfig: "data",
     KernelConfig: "kernels", LossConfig: "loss", CheckpointConfig: "checkpoint", WatchConfig: "watch",
+    FitConfig: "recompute",
 }  # fmt: skip
 # Flags of Megatron that this project's checks calculate with.
 SIZES = (

@@ -14,20 +14,22 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
+from megatron_ksa.config.recompute import EVERY, FULL, NONE, Recompute
 from megatron_ksa.cost import memory
-from megatron_ksa.cost.memory import ModelShape, TrainingLayout
+from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 from megatron_ksa.model.builder import KSAGPTModelBuilder, KSAGPTModelConfig
 from megatron_ksa.model.chunked_loss import ChunkedLoss
+from megatron_ksa.model.recompute import set_recompute
 from megatron_ksa.model.summary_parameters import freeze_shared_parameters
 from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
 HYBRID = KSAConfig(enabled=True, chunk_size=8, window_chunks="1", layer_pattern="kklf")
 N, WORDS = 128, 96
-RECOMPUTE = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective"},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
-}
+# What is computed again cheaply takes the hooks that count here: test_gpu_memory.py counts what lives.
+RECOMPUTES = [
+    NONE, Recompute(modules=("core_attn",)), Recompute(modules=("mlp",)), Recompute(1), Recompute(3),
+    Recompute(1, modules=("mlp",)), FULL, Recompute(EVERY, 2),
+]  # fmt: skip
 
 
 def shape(ksa: KSAConfig = HYBRID, **changes) -> ModelShape:
@@ -62,7 +64,7 @@ def test_parameters_are_those_of_the_model(ksa, config, model, changes):
     assert memory.stage_parameters(shape(ksa, **changes), layout(), 0) == counted
 
 
-def saved_bytes(model: torch.nn.Module, micro_batch: int) -> int:
+def saved_bytes(model: torch.nn.Module, micro_batch: int, length: int = N) -> int:
     """Bytes of the storages that autograd saves in a forward pass, parameters aside."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
@@ -72,27 +74,75 @@ def saved_bytes(model: torch.nn.Module, micro_batch: int) -> int:
             saved[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no other takes its place
         return tensor
 
-    tokens, loss = random_tokens(micro_batch, N), ChunkedLoss(LossConfig(8))
+    tokens, loss = random_tokens(micro_batch, length), ChunkedLoss(LossConfig(8))
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens, torch.arange(N).expand(micro_batch, N), labels=tokens, output_processor=loss)
+        model(tokens, torch.arange(length).expand(micro_batch, length), labels=tokens, output_processor=loss)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("bases", [None, (1e4, 1e5)])
-@pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("pattern", ["kklf", "wkwf", "w"])
-def test_activations_are_the_saved_tensors(recompute, bases, qk_norm, pattern):
+# Settings of the KSA layers and the model's configuration, and what they change in its shape and layout.
+KINDS = {
+    "every kind": (HYBRID, {}, {}, {}),
+    "windows": (dataclasses.replace(HYBRID, layer_pattern="wkwf"), {}, {}, {}),
+    "full attention": (KSAConfig(), {}, {}, {}),
+    "two summaries": (dataclasses.replace(HYBRID, summary_tokens=2), {}, {}, {}),
+    "no head norm": (HYBRID, {"qk_layernorm": False}, {"qk_norm": False}, {}),
+    "no groups": (HYBRID, {"num_query_groups": 4}, {"kv_heads": 4}, {}),
+    "no gate": (
+        HYBRID, {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu}, {"gated": False}, {}
+    ),
+    "fused SwiGLU": (HYBRID, {"bias_activation_fusion": True}, {}, {"fused_swiglu": True}),
+    "layer norm": (HYBRID, {"normalization": "LayerNorm"}, {"norm_vectors": 2}, {"fused_norm": True}),
+    "norms apart": (dataclasses.replace(HYBRID, independent_qk_norm=True, independent_layernorm=True), {}, {}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "bases"), [*((kind, None) for kind in KINDS), ("every kind", (1e4, 1e5)), ("no head norm", (1e4, 1e5))]
+)
+def test_activations_are_the_saved_tensors(kind, bases):
+    """To the byte, but for a number that Megatron saves for each recomputed attention (its kind of mask)."""
     process_groups()
     tensor_parallel.model_parallel_cuda_manual_seed(0)
-    config = transformer_config(qk_layernorm=qk_norm, **RECOMPUTE[recompute])
-    ksa = dataclasses.replace(HYBRID, layer_pattern=pattern)
+    ksa, config, changes, path = KINDS[kind]
     model = build_model(
-        ksa, config, bases=bases, vocab_size=WORDS, text_length=N, share_embeddings_and_output_weights=False
-    )
-    plan = layout(recompute=recompute, recompute_layers=2, micro_batch=2)
-    expected = memory.saved_activations(shape(angles_per_head=bases is not None, qk_norm=qk_norm, ksa=ksa), plan, 0)
-    assert saved_bytes(model, 2) == pytest.approx(expected, rel=0.02)
+        ksa, transformer_config(**config), bases=bases, vocab_size=WORDS, text_length=N,
+        share_embeddings_and_output_weights=False,
+    )  # fmt: skip
+    sizes = shape(ksa, angles_per_head=bases is not None, **changes)
+    for recompute in RECOMPUTES:
+        set_recompute(model, recompute)
+        plan = layout(recompute=recompute, micro_batch=2, loss=LossConfig(8), **path)
+        expected = memory.saved_activations(sizes, plan, 0)
+        assert saved_bytes(model, 2) == pytest.approx(expected, abs=4 * 4), str(recompute)
+
+
+def saved_in_context_parallel() -> list[int]:
+    """Bytes that this rank of two saves of a model with every kind of layer, by halos and by an all-to-all."""
+    activate_cpu_platform()
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    groups, found = ProcessGroupCollection.use_mpu_process_groups(), []
+    for comm in ("p2p", "a2a"):
+        config = transformer_config(context_parallel_size=2, cp_comm_type=comm)
+        settings = KSAGPTModelConfig(
+            vocab_size=WORDS, seq_length=N, text_length=N, position_embedding_type="rope",
+            ksa=dataclasses.replace(HYBRID, layer_pattern="kwlf"), share_embeddings_and_output_weights=False,
+            transformer=config,
+        )  # fmt: skip
+        found.append(saved_bytes(KSAGPTModelBuilder(settings).build_model(groups), 2, N // 2))
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.mark.slow
+def test_saved_tensors_under_context_parallelism(tmp_path):
+    """Halos, gathered summaries and second results were not counted; an empty halo kept all that had been received."""
+    ranks = run_processes(saved_in_context_parallel, 2, tmp_path)
+    sizes = shape(dataclasses.replace(HYBRID, layer_pattern="kwlf"))
+    for comm, *found in zip(("p2p", "a2a"), *ranks, strict=True):
+        plan = layout(micro_batch=2, loss=LossConfig(8), context_parallel=2, context_comm=(comm,))
+        assert max(found) == pytest.approx(memory.saved_activations(sizes, plan, 0), rel=0.0125)
 
 
 def measured() -> list[list[int]]:
@@ -159,11 +209,14 @@ def test_stages_share_the_model():
 
 
 def test_logits_and_the_report():
-    whole, chunks = layout(loss=LossConfig(0)), layout(loss=LossConfig(16), fused_gradient=True)
-    assert memory.logits_bytes(shape(), whole) == N * WORDS * 4
-    assert memory.logits_bytes(shape(), chunks) == 16 * WORDS * 4 + 8 * N
+    """Two chunks' logits exist at once, beside the gradient of the hidden states and 16 bytes a token."""
+    whole, chunks = layout(loss=LossConfig(0)), layout(loss=LossConfig(64), fused_gradient=True)
+    assert memory.loss_working(shape(), whole) == N * WORDS * 4
+    assert memory.loss_working(shape(), chunks) == 2 * 64 * WORDS * 4 + N * (4 * 32 + 16)
     said = memory.report(shape(), layout(loss=LossConfig(16), pipeline_parallel=2))
-    assert "of pipeline stage 0" in said and "logits in chunks of 16 tokens" in said and "\n" not in said
+    assert "of pipeline stage 0" in said and "nothing recomputed" in said and "\n" not in said
+    said = memory.report(shape(), layout(loss=LossConfig(64)))
+    assert "more in the loss in chunks of 64 tokens" in said
 
 
 def test_a_stage_that_trains_summaries_alone():
@@ -176,10 +229,14 @@ def test_a_stage_that_trains_summaries_alone():
     plan = layout(train="summary")
     assert memory.trained_parameters(kinds, plan, 0) == trained
     assert memory.stage_memory(kinds, plan, 0).optimizer == 8 * trained
-    teacher = memory.stage_memory(kinds, layout(train="summary", distills=True), 0).activations
-    # Three KSA layers and the final states, float32.
-    assert teacher - memory.stage_memory(kinds, plan, 0).activations == 4 * 4 * N * 32
-    on_host = [layout(train="summary", recompute="full", teacher_on_host=host, distills=True) for host in (False, True)]
+    teacher = memory.stage_memory(kinds, layout(train="summary", distills=True, loss=LossConfig(0)), 0).activations
+    # Three KSA layers, the rows of the input and the final states, float32.
+    plain = memory.stage_memory(kinds, layout(train="summary", loss=LossConfig(0)), 0).activations
+    assert teacher - plain == 5 * 4 * N * 32
+    on_host = [
+        layout(train="summary", recompute=FULL, teacher_on_host=host, distills=True, loss=LossConfig(0))
+        for host in (False, True)
+    ]
     on_gpu, rest = (memory.stage_memory(kinds, each, 0).activations for each in on_host)
-    # Of the three layers' outputs one and its copy are left on the GPU.
-    assert on_gpu - rest == 4 * N * 32
+    # The three layers' outputs are left on the host.
+    assert on_gpu - rest == 3 * 4 * N * 32

@@ -26,7 +26,8 @@ def plan(*flags: object) -> Done:
 @pytest.mark.slow
 def test_flags_train_and_memory_is_the_trainers(tmp_path):
     from megatron_ksa.config.ksa import KSAConfig
-    from megatron_ksa.cost.memory import ModelShape, TrainingLayout, fullest_stage
+    from megatron_ksa.cost.memory import fullest_stage
+    from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 
     model, layout = tmp_path / "model.args", tmp_path / "layout.args"
     model.write_text(MODEL)

@@ -7,8 +7,9 @@ from trainer import launch
 from wire import counts_sent_bytes
 
 from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.config.recompute import FULL
 from megatron_ksa.cost.cluster_plan import bytes_on_the_wire
-from megatron_ksa.cost.memory import ModelShape, TrainingLayout
+from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 
 pytestmark = pytest.mark.slow
 STEPS = 2
@@ -20,10 +21,10 @@ OPTIMIZER = "--use-distributed-optimizer"
 # The layout of trainer.MODEL, its flags, and the kinds of parallelism that send.
 LAYOUTS = {
     TP: ({"tensor_parallel": 2, "sequence_parallel": True}, "tensor"),
-    f"{TP} {RECOMPUTE}": ({"tensor_parallel": 2, "sequence_parallel": True, "recompute": "full"}, "tensor"),
+    f"{TP} {RECOMPUTE}": ({"tensor_parallel": 2, "sequence_parallel": True, "recompute": FULL}, "tensor"),
     PP: ({"pipeline_parallel": 2}, "pipeline"),
     f"{CP} {OPTIMIZER}": ({"context_parallel": 2}, "context data"),
-    f"{CP} {OPTIMIZER} {RECOMPUTE}": ({"context_parallel": 2, "recompute": "full"}, "context data"),
+    f"{CP} {OPTIMIZER} {RECOMPUTE}": ({"context_parallel": 2, "recompute": FULL}, "context data"),
     OPTIMIZER: ({"data_parallel": 2}, "data"),
 }
 

@@ -1,0 +1,197 @@
+"""What a decoder layer keeps for its backward pass, and what that pass takes beside it, in bytes of one micro-batch."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_ksa.config.ksa import KSALayer, LayerKind
+from megatron_ksa.config.recompute import Recompute
+from megatron_ksa.context_parallel.plan import HaloPlan, sees_summaries
+from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
+from megatron_ksa.kernels.ksa_attention import KSAGeometry
+from megatron_ksa.layout.zigzag import ZigZag
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of the tensors of one layer, by the module that saves them.
+
+    Attributes:
+        stream: the layer's input, all rows: what the first norm saves and the residual connection adds.
+        norms: outputs of both norms, which the projections behind them save.
+        statistics: what the norms save beside their input.
+        projected: what Q/K norm and rotation save.
+        heads: their results, which attention saves.
+        heads_again: as much of these as can be computed again from what the rotation saves.
+        core: what attention saves beside these and its result.
+        context: what context parallelism adds to that.
+        output: attention's result, which the output projection saves.
+        middle: the rows between attention and MLP.
+        mlp: what the MLP's activation saves.
+        activation: its result, which the second projection saves.
+        mlp_working: what the MLP's backward pass adds at its fullest, when the gradients around the activation are
+            there; that of its result takes the place of the result.
+        attention_working: what attention's backward pass adds at its fullest, when the MLP's tensors are gone.
+    """
+
+    stream: int
+    norms: int
+    statistics: int
+    projected: int
+    heads: int
+    heads_again: int
+    core: int
+    context: int
+    output: int
+    middle: int
+    mlp: int
+    activation: int
+    mlp_working: int
+    attention_working: int
+
+    @property
+    def whole(self) -> int:
+        """Everything that the layer saves."""
+        return (
+            self.stream + self.norms + self.statistics + self.projected + self.heads + self.core + self.context
+            + self.output + self.middle + self.mlp + self.activation
+        )  # fmt: skip
+
+    def again(self, recompute: Recompute) -> dict[str, int]:
+        """What a layer that is not recomputed whole computes again instead of keeping it."""
+        every = {
+            "core_attn": self.core + self.context, "layernorm": self.norms + self.statistics,
+            "mlp": self.mlp + self.activation, "norms": self.norms, "heads": self.heads_again,
+            "activation": self.activation,
+        }  # fmt: skip
+        return {name: every[name] for name in (*recompute.modules, *recompute.cheap)}
+
+    def kept(self, recompute: Recompute) -> int:
+        """What stays after the forward pass of a layer that is not recomputed whole."""
+        return self.whole - sum(self.again(recompute).values())
+
+    def fullest(self, recompute: Recompute) -> int:
+        """What is there at the fullest moment of the layer's backward pass.
+
+        When the gradients around the MLP's activation are there, norms and heads are not computed again yet, but a
+        recomputed MLP is, whose result exists a second time. In attention's backward pass the MLP's tensors are gone.
+        """
+        missing = {name: size for name, size in self.again(recompute).items() if name not in ("mlp", "activation")}
+        at_mlp = self.whole - sum(missing.values()) + self.mlp_working
+        if "mlp" in recompute.modules:
+            # The input of the recomputed MLP is there again as well.
+            at_mlp += self.middle + (self.norms // 2 if missing.keys() & {"norms", "layernorm"} else 0)
+        norms = sum(size for name, size in missing.items() if name in ("norms", "layernorm"))
+        at_attention = self.whole - self.mlp - self.activation - norms + self.attention_working
+        return max(at_mlp, at_attention)
+
+
+@lru_cache(4096)
+def layer_memory(shape: ModelShape, layer: KSALayer, layout: TrainingLayout, comm: str = "p2p") -> LayerMemory:
+    """Memory of one layer of one rank; `layout.recompute` does not matter.
+
+    Args:
+        comm: the layer's kind of context parallelism, p2p or a2a.
+    """
+    size, tp, shards = layout.parameter_bytes, layout.tensor_parallel, layout.row_shards
+    text = layout.rank_text
+    all_rows = shape.ksa.rows.total_rows(text)
+    # Full and window layers hold text rows alone.
+    rows = all_rows if layer.has_summaries else text
+    states = size * rows * shape.hidden // shards
+    query, kv, ffn = (size * rows * width // tp for width in (shape.query, shape.kv, shape.ffn))
+    core, context, context_working = _attention(shape, layer, layout, rows, comm)
+    projected, heads = _heads(shape, layer, layout, query, kv, rows)
+    # A frozen projection does not save its input: of the norms' outputs the summary projection's is kept, attention's
+    # result where attention itself saves it, the activation's not at all.
+    frozen = layout.train == "summary"
+    joined = layer.has_summaries and core >= size * text * shape.query // tp
+    stream = size * all_rows * shape.hidden // shards
+    return LayerMemory(
+        stream=stream,
+        norms=(layer.has_summaries if frozen else 2) * states,
+        statistics=(0 if layout.fused_norm else 2 * states) + 2 * 4 * rows * shape.norm_vectors // shards,
+        projected=projected,
+        heads=heads,
+        heads_again=heads if layout.fused_rotation and shape.qk_norm else 0,
+        core=core,
+        context=context,
+        output=0 if frozen and joined else query,
+        middle=states,
+        mlp=ffn * ((2 if layout.fused_swiglu else 4) if shape.gated else 1),
+        activation=0 if frozen else ffn,
+        # The gradient of the activation's input, and the stream's.
+        mlp_working=ffn * ((2 if shape.gated else 1) + frozen) + stream,
+        # Gradients of the stream, of attention's result, and of queries, keys and values.
+        attention_working=stream + 2 * query + 2 * kv + context_working,
+    )
+
+
+def _heads(
+    shape: ModelShape, layer: KSALayer, layout: TrainingLayout, query: int, kv: int, rows: int
+) -> tuple[int, int]:
+    """What Q/K norm and rotation save, and their results; query and kv are the bytes of the rows' queries and keys."""
+    size, tp = layout.parameter_bytes, layout.tensor_parallel
+    if layout.fused_rotation:
+        # The projection, where the kernel normalises as well; it writes queries, keys and values anew.
+        return (query + 2 * kv if shape.qk_norm else 0), query + 2 * kv
+    # Joined with those of summaries the values are copied; text rows alone take them from the projection's output,
+    # which the norm of its keys keeps as a whole.
+    heads = query + kv + (kv if layer.has_summaries else 0)
+    # Cosines and sines, for queries and for keys; the same for every sample.
+    saved = (2 * (query + kv) if shape.angles_per_head else 4 * size * rows * shape.head_dim) // layout.micro_batch
+    if shape.qk_norm:
+        # The projection, whose heads are normalised where they lie, but for queries that share a key, which are copied.
+        copied = query if shape.heads > shape.kv_heads else 0
+        saved += query + 2 * kv + copied + 4 * rows * shape.norm_vectors * (shape.heads + shape.kv_heads) // tp
+        return saved + (0 if layout.fused_norm else query + kv), heads
+    return (saved if layer.has_summaries else saved + query + 2 * kv), heads
+
+
+def _attention(
+    shape: ModelShape, layer: KSALayer, layout: TrainingLayout, rows: int, comm: str
+) -> tuple[int, int, int]:
+    """What attention saves beside its inputs and result, what context parallelism adds to that, and to gradients."""
+    size, text = layout.parameter_bytes, layout.rank_text
+    heads, row = shape.heads // layout.tensor_parallel, size * shape.query // layout.tensor_parallel
+    core = 4 * text * heads
+    if layer.has_summaries and not layout.fused_attention:
+        core += _gathered_for_summaries(shape, layout, rows, text)
+    if layout.context_parallel > 1 and comm == "p2p":
+        return core, *_exchanged(shape, layer, layout)
+    if layer.has_summaries:
+        sees_all = layer.window_chunks * shape.ksa.chunk_size >= layout.text_length and not layout.resets_documents
+        if not layout.fused_attention or sees_all:
+            # Text and summary queries attend apart, and their results are joined.
+            core += row * text
+    # An all-to-all gives every rank all rows of some heads, and takes the result back into the rank's rows.
+    return core, row * rows if layout.context_parallel > 1 else 0, 0
+
+
+def _gathered_for_summaries(shape: ModelShape, layout: TrainingLayout, rows: int, text: int) -> int:
+    """What summary queries save in plain PyTorch: each head's keys and values, queries, probabilities, and the mask."""
+    ksa, size, tp = shape.ksa, max(layout.parameter_bytes, 4), layout.tensor_parallel
+    summaries, keys = rows - text, ksa.chunk_size + ksa.summary_tokens
+    heads = size * (2 * rows + summaries) * shape.query // tp
+    return heads + summaries * keys * (size * shape.heads // tp) + summaries * keys // layout.micro_batch
+
+
+def _exchanged(shape: ModelShape, layer: KSALayer, layout: TrainingLayout) -> tuple[int, int]:
+    """What attention over halos and gathered summaries saves beside one rank's own, and the gradients of that.
+
+    Text queries attend twice, to their own segment and to what has come, and both results are kept beside the merged
+    one. What has come is the rank's with the largest halos.
+    """
+    size, tp, text, ksa = layout.parameter_bytes, layout.tensor_parallel, layout.rank_text, shape.ksa
+    geometry = KSAGeometry(ksa.chunk_size, ksa.summary_tokens * layer.has_summaries, layer.window_chunks)
+    if layer.kind == LayerKind.FULL:
+        geometry = KSAGeometry(1, 0, layout.text_length)
+    splits = [ZigZag(rank, layout.context_parallel) for rank in range(layout.context_parallel)]
+    plans = [HaloPlan.of(geometry, layout.text_length, split) for split in splits]
+    halo = max(sum(map(len, plan.needed(plan.split.rank))) for plan in plans) * layout.micro_batch
+    gathered = 0
+    if sees_summaries(geometry, layout.text_length):
+        gathered = ksa.rows.summary_rows(layout.text_length) * layout.micro_batch
+    keys = 2 * size * (halo + gathered) * shape.kv // tp
+    queries = size * text * shape.query // tp
+    # A second log-sum-exp; in the backward pass float32 copies of one result's gradient and of the difference.
+    return 2 * queries + 4 * text * shape.heads // tp + keys, keys + 2 * 4 * text * shape.query // tp
