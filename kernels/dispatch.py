@@ -4,13 +4,26 @@ import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 _reference_forced = False
+# Fusions (`FUSIONS` in megatron_ksa/config/kernels.py) that are taken apart again.
+_apart: frozenset[str] = frozenset()
+
+
+def take_apart(names: Iterable[str]) -> None:
+    """From now on, do what these fusions join one after the other, and every other fusion in one pass."""
+    global _apart
+    _apart = frozenset(names)
+
+
+def fuses(name: str) -> bool:
+    """Whether a fusion is on; none is with the reference forced."""
+    return name not in _apart and not _reference_forced
 
 
 def force_reference(forced: bool = True) -> None:

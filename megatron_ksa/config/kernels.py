@@ -3,10 +3,31 @@
 from dataclasses import dataclass
 
 from megatron_ksa.config.options import option
+from megatron_ksa.errors import UsageError
+
+# What is done in one pass over memory where it was several, by name: what it joins.
+FUSIONS = {
+    "norm": "RMS norm, its weight's gradient and the sum with the residual's gradient",
+    "optimizer": "clipping, Adam and the 16-bit copy of the parameters",
+    "gradients": "the first micro-batch's weight gradients overwrite what is in their buffers, which are not zeroed",
+}
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Which implementation attention and rotation take."""
+    """Which implementation attention, rotation, norms, gradients and optimizer take.
+
+    Raises:
+        UsageError: a fusion that does not exist.
+    """
 
     reference: bool = option(False, "Take the PyTorch reference on a GPU too, to compare with the Triton kernels.")
+    apart: tuple[str, ...] = option(
+        (), "Take these apart again, to compare: "
+        + "; ".join(f"{name} ({what})" for name, what in FUSIONS.items()) + "."
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name in self.apart:
+            if name not in FUSIONS:
+                raise UsageError(f"--kernels-apart {name}: use some of {', '.join(FUSIONS)}")

@@ -218,7 +218,8 @@ def loss_working(shape: ModelShape, layout: TrainingLayout) -> int:
     chunks, since the last one's exist until the next one's are there; the gradient of the hidden states; labels and
     statistics of every token; and, unless it is added to its buffer, the weight's gradient, summed in float32. At the
     end one chunk's logits stand beside a gradient of the weight in the parameters' precision, which Megatron's
-    protocol asks for where the buffer has it already. Distillation has two heads' logits, of frozen weights, and at the
+    protocol asks for where the buffer has it already. Logits that are kept are one chunk, beside which the end comes at
+    once. Distillation has two heads' logits, of frozen weights, and at the
     end multiplies the hidden states' gradient by a float32 number for each token.
     """
     words, tokens, size = shape.vocabulary // layout.tensor_parallel, layout.rank_text, layout.parameter_bytes
@@ -233,6 +234,8 @@ def loss_working(shape: ModelShape, layout: TrainingLayout) -> int:
     states += 16 * tokens
     trained = layout.train == "all"
     summed = 4 * weight if trained and not layout.fused_gradient else 0
+    if layout.loss.keeps_logits(tokens, words, size):
+        return states + summed + tokens * words * size + size * weight * trained
     return states + summed + max(2 * chunk, chunk + size * weight * trained)
 
 

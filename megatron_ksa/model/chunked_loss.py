@@ -4,7 +4,8 @@ Megatron-Core 0.19.2 has no fused linear cross-entropy. Its `--cross-entropy-los
 Engine) fuses the softmax's arithmetic and takes logits [n, batch, words], which at 131,072 tokens and 151,936 words are
 80 GB in float32 on one rank. Here a chunk's logits are computed, reduced to the loss and dropped; the backward pass
 computes them again, from which come the gradients of the chunk's rows and its part of the weight's gradient. The price
-is one more product of rows and weight: 4 of them instead of 3.
+is one more product of rows and weight: 4 of them instead of 3. Where a micro-batch's logits in the parameters'
+precision are small enough (2.5 GB at 8,192 tokens), they are kept instead, and their gradients take their place.
 """
 
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ class OutputShard:
         fused: the weight's gradient is added to `main_grad` by Megatron's kernel (gradient accumulation fusion).
         positions: sequence positions of this rank's rows in a chunk.
         scale: factor of the logits (muP).
+        keeps: logits stay in memory until the backward pass.
     """
 
     group: dist.ProcessGroup
@@ -40,18 +42,19 @@ class OutputShard:
     fused: bool
     positions: int
     scale: float
+    keeps: bool = False
 
     @classmethod
     def of(
         cls, hidden: Tensor, rows: int, group: dist.ProcessGroup, *, sequence_parallel: bool, scale: float,
-        fused: bool = False,
+        fused: bool = False, keeps: bool = False,
     ) -> "OutputShard":  # fmt: skip
         """The shard for hidden states [n, batch, hidden] of which `rows` tokens are taken at a time.
 
         At least a position of each row shard and sample.
         """
         shards = group.size() if sequence_parallel else 1
-        return cls(group, sequence_parallel, fused, max(rows // (hidden.shape[1] * shards), 1), scale)
+        return cls(group, sequence_parallel, fused, max(rows // (hidden.shape[1] * shards), 1), scale, keeps)
 
     @property
     def row_shards(self) -> int:
@@ -109,8 +112,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Arguments and result as in `chunked_cross_entropy`."""
         labels = labels.t().contiguous()
         losses, peaks, totals = (torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(3))
+        # By each chunk's first position.
+        ctx.logits = {}
         for chunk in shard.chunks(hidden):
             logits = shard.whole_rows(hidden[chunk]) @ weight.t()
+            if shard.keeps:
+                ctx.logits[chunk.start] = logits
             peak, total, picked = shard.statistics(logits, shard.by_shard(labels)[:, chunk].reshape(-1))
             for whole, part in ((losses, total.log() + peak - picked), (peaks, peak), (totals, total)):
                 target = shard.by_shard(whole)[:, chunk]
@@ -138,7 +145,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 shard.by_shard(tensor)[:, chunk].reshape(-1) for tensor in (labels, peaks, totals, d_losses)
             )
             own = shard.own(label, weight.shape[0])
-            d_logits = gradients(rows @ weight.t(), own, peak, total, d_loss, shard.scale)
+            # What is kept becomes the gradients: a second backward pass computes it again.
+            logits = ctx.logits.pop(chunk.start, None)
+            logits = rows @ weight.t() if logits is None else logits
+            d_logits = gradients(logits, own, peak, total, d_loss, shard.scale)
+            del logits
             work = shard.return_rows(d_logits @ weight, d_hidden[chunk])
             if ctx.needs_input_grad[1]:
                 _add_product(d_weight, d_logits, rows, shard.fused)
@@ -186,6 +197,7 @@ def chunked_cross_entropy(
     sequence_parallel: bool = False,
     scale: float = 1.0,
     fused: bool = False,
+    keeps: bool = False,
 ) -> Tensor:
     """Cross-entropy of every token, from its hidden state.
 
@@ -197,12 +209,16 @@ def chunked_cross_entropy(
         group: tensor-parallel group.
         scale: factor of the logits.
         fused: add the weight's gradient to `weight.main_grad` with Megatron's kernel.
+        keeps: keep all logits in the dtype of `hidden` until the backward pass, in place of computing them again.
 
     Returns:
         Float32 [batch, n], in nats.
     """
     fused = fused and weight.requires_grad
-    shard = OutputShard.of(hidden, rows, group, sequence_parallel=sequence_parallel, scale=scale, fused=fused)
+    keeps = keeps and torch.is_grad_enabled()
+    shard = OutputShard.of(
+        hidden, rows, group, sequence_parallel=sequence_parallel, scale=scale, fused=fused, keeps=keeps
+    )
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, shard)
 
 
@@ -226,8 +242,12 @@ class ChunkedLoss:
     ) -> Tensor:
         """Losses, float32 [batch, n]; Megatron's own where all tokens go at once. Arguments are GPTModel's."""
         weight = output_layer.weight if output_weight is None else output_weight
-        rows = self.loss.rows_at_a_time(labels.numel(), weight.shape[0])
-        if rows == labels.numel():
+        tokens, words = labels.numel(), weight.shape[0]
+        rows = self.loss.rows_at_a_time(tokens, words)
+        keeps = torch.is_grad_enabled() and self.loss.keeps_logits(tokens, words, weight.element_size())
+        if keeps and self.loss.chunk_rows is None:
+            rows = tokens
+        elif rows == tokens:
             logits, _ = output_layer(hidden_states, weight=output_weight)
             return compute_language_model_loss(labels, scale_logits(logits))
         return chunked_cross_entropy(
@@ -239,4 +259,5 @@ class ChunkedLoss:
             sequence_parallel=output_layer.sequence_parallel,
             scale=config.mup_output_mult if config.use_mup else 1.0,
             fused=output_layer.gradient_accumulation_fusion and hasattr(weight, "main_grad"),
+            keeps=keeps,
         )

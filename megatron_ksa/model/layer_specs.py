@@ -19,7 +19,7 @@ from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.model.attention import KSASelfAttention, KSASelfAttentionSubmodules
 from megatron_ksa.model.core_attention import KSACoreAttention, TextCoreAttention
 from megatron_ksa.model.layers import BypassTransformerLayer, SplitLayerNorm
-from megatron_ksa.model.norm import Norm
+from megatron_ksa.model.norm import Norm, ResidualNorm
 from megatron_ksa.model.rotated_attention import RotatedSelfAttention
 
 
@@ -62,9 +62,12 @@ def _layer_spec(
     heads = {"q_layernorm": Norm, "k_layernorm": Norm} if config.qk_layernorm else {}
     # Checkpoints have one name for the input norm whatever the layers are made of: that of the fused module.
     names = base.submodules.sharded_state_dict_keys_map | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    submodules = dataclasses.replace(base.submodules, input_layernorm=norm, sharded_state_dict_keys_map=names)
+    before_attention = ResidualNorm if norm is Norm else norm
+    submodules = dataclasses.replace(
+        base.submodules, input_layernorm=before_attention, sharded_state_dict_keys_map=names
+    )
     if not uses_transformer_engine(config):
-        submodules.pre_mlp_layernorm = Norm
+        submodules.pre_mlp_layernorm = ResidualNorm
     elif config.use_transformer_engine_op_fuser:
         submodules.mlp = get_mlp_module_spec_for_backend(_backend(config), use_te_op_fuser=True)
     attention = dict(linear_qkv=linear_qkv, linear_proj=_backend(config).row_parallel_linear(), **heads)

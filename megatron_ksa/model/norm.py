@@ -6,6 +6,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels.dispatch import fuses, uses_triton
+from megatron_ksa.kernels.norm import OP, rms_norm
+
+# Below, rows are heads; above, rows do not fit a program's registers.
+FUSED_SIZES = range(512, 16385)
 
 
 class Norm(nn.Module):
@@ -74,6 +79,8 @@ class Norm(nn.Module):
         """
         if x is None:
             return self.weight
+        if self._fuses(x):
+            return rms_norm(x, self.weight, self.eps, self.zero_centered)[0]
         # 1 + g loses the weight's low bits in 16 bits, so that the sum and the product are float32.
         weight = self.weight.float() + 1.0 if self.zero_centered else self.weight
         shape = (self.hidden_size,)
@@ -81,6 +88,11 @@ class Norm(nn.Module):
             return self._normalize(x, shape, weight, self.bias)
         bias = None if self.bias is None else self.bias.float()
         return self._normalize(x.float(), shape, weight.float(), bias).to(x.dtype)
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether the backward pass reads rows once, in this project's kernel."""
+        fits = self.is_rms and self.hidden_size in FUSED_SIZES and x.dtype != torch.float64
+        return fits and fuses("norm") and not torch.compiler.is_compiling() and uses_triton(OP, x)
 
     def _normalize(self, x: Tensor, shape: tuple[int], weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.is_rms:
@@ -90,3 +102,18 @@ class Norm(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.config.normalization}, {self.hidden_size}, eps={self.eps}, zero_centered={self.zero_centered}"
+
+
+class ResidualNorm(Norm):
+    """`Norm` whose input is a residual connection's too: the backward pass adds both gradients in one kernel."""
+
+    def forward(self, x: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """`Norm.forward`'s result, or a pair of it and the rows for the residual connection, as Megatron's layer takes.
+
+        Where the norm is recomputed, Megatron frees what it returned: the rows must not be among that.
+        """
+        config = self.config
+        recomputed = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+        if x is None or recomputed or not self._fuses(x):
+            return super().forward(x)
+        return rms_norm(x, self.weight, self.eps, self.zero_centered)

@@ -33,13 +33,16 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False, checkpoint_sums
         checkpoint_pickle,
         dataset_helpers,
         distributed_optimizer,
+        gradient_buffers,
+        one_pass_optimizer,
         optimizer_kernels,
         weight_gradients,
     )
 
-    gradients = weight_gradients.patches() if torch.cuda.is_available() and not fsdp2 else ()
+    fused = weight_gradients.patches() if torch.cuda.is_available() and not fsdp2 else ()
+    gradients = (*fused, *gradient_buffers.PATCHES)
     pickles = () if trust_checkpoint else checkpoint_pickle.PATCHES
-    optimizer = (*distributed_optimizer.patches(), *optimizer_kernels.patches())
+    optimizer = (*distributed_optimizer.patches(), *optimizer_kernels.patches(), *one_pass_optimizer.patches())
     comparisons = checkpoint_comparison.PATCHES if checkpoint_sums else ()
     used = [*gradients, *pickles, *comparisons, *dataset_helpers.PATCHES, *optimizer]
     apply_for_good(used)

@@ -20,7 +20,7 @@ from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_ids, check_indexed_dataset
 from megatron_ksa.data_tools.loss_masks import masked_prefixes
-from megatron_ksa.kernels.dispatch import force_reference
+from megatron_ksa.kernels.dispatch import force_reference, take_apart
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
 from megatron_ksa.model.prepare import prepare_config
 from megatron_ksa.training.annealing import annealed, is_annealed_in_graphs
@@ -120,6 +120,7 @@ def configure(args: argparse.Namespace, settings: RunSettings, fit: Fit | None =
         UsageError: settings that Megatron's configuration does not accept.
     """
     force_reference(settings.kernels.reference)
+    take_apart(_apart(args, settings))
     with megatron_refusals(args):
         if settings.is_megatron:
             model = dense_config_from_args(args)
@@ -139,6 +140,16 @@ def configure(args: argparse.Namespace, settings: RunSettings, fit: Fit | None =
                 print(run_report(args, settings), flush=True)
         model.pre_wrap_hooks.extend([*model_hooks(args), *([] if fit is None else [fit])])
         return pretrain_cfg_container_from_args(args, model)
+
+
+def _apart(args: argparse.Namespace, settings: RunSettings) -> set[str]:
+    """Fusions that are off: those of `--kernels-apart`, and what the run's other flags leave no place for."""
+    apart = set(settings.kernels.apart)
+    # A graph of a layer is replayed for every micro-batch; parameters that share the gradients' buffer leave other
+    # numbers in it than gradients.
+    if args.cuda_graph_impl == "local" or args.reuse_grad_buf_for_mxfp8_param_ag:
+        apart.add("gradients")
+    return apart
 
 
 def trainer_patches(

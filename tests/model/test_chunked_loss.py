@@ -225,3 +225,55 @@ def test_rows_at_a_time():
     assert LossConfig(500).rows_at_a_time(64, 151_936) == 64
     with pytest.raises(UsageError, match="--loss-chunk-rows is -1"):
         LossConfig(-1)
+
+
+def test_logits_are_kept_where_they_are_small_and_do_not_go_at_once():
+    unset = LossConfig()
+    assert unset.keeps_logits(8192, 151_936, 2)  # 2.3 GiB
+    assert not unset.keeps_logits(16_384, 151_936, 2)
+    assert not unset.keeps_logits(8192, 32_000, 2)  # at once
+    assert not LossConfig(4096).keeps_logits(8192, 151_936, 2)
+    assert LossConfig(4096, kept_logits=3).keeps_logits(8192, 151_936, 2)
+    assert not LossConfig(kept_logits=0).keeps_logits(8192, 151_936, 2)
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="--loss-kept-logits is"):
+            LossConfig(kept_logits=bad)
+
+
+@pytest.mark.parametrize("rows", [10, 24, 1000])
+def test_kept_logits_give_the_same_bits(rows):
+    """A second backward pass, which finds none, computes them again."""
+    group = process_groups().tp
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, BATCH, HIDDEN, requires_grad=True), torch.randn(WORDS, HIDDEN, requires_grad=True)
+    labels, d_losses = torch.randint(WORDS, (BATCH, N)), torch.randn(BATCH, N)
+    results = []
+    for keeps in (False, True):
+        losses = chunked_cross_entropy(hidden, weight, labels, rows, group, keeps=keeps)
+        assert len(losses.grad_fn.logits) == (-(-N // max(rows // BATCH, 1)) if keeps else 0)
+        for _ in range(2):
+            results.append([losses, *torch.autograd.grad(losses, (hidden, weight), d_losses, retain_graph=True)])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_the_model_keeps_logits_in_training_alone(monkeypatch):
+    from megatron_ksa.config import loss
+    from megatron_ksa.model import chunked_loss
+
+    monkeypatch.setattr(loss, "LOGITS_LIMIT", 1000)
+    kept = []
+
+    def watched(*args, keeps, **options):
+        kept.append((args[3], keeps))
+        return chunked_cross_entropy(*args, keeps=keeps, **options)
+
+    monkeypatch.setattr(chunked_loss, "chunked_cross_entropy", watched)
+    model = build_model(KSA, transformer_config(num_layers=1), share_embeddings_and_output_weights=False)
+    inputs = {"labels": random_tokens(BATCH, 32, seed=10)}
+    for config in (LossConfig(), LossConfig(10), LossConfig(10, kept_logits=1.0), LossConfig(kept_logits=0.0)):
+        model(random_tokens(BATCH, 32), None, **inputs, output_processor=ChunkedLoss(config))
+    with torch.no_grad():
+        model(random_tokens(BATCH, 32), None, **inputs, output_processor=ChunkedLoss(LossConfig()))
+    assert [keeps for _, keeps in kept] == [True, False, True, False, False]
+    assert kept[0][0] == BATCH * 32 and kept[2][0] == 10 and kept[4][0] < BATCH * 32

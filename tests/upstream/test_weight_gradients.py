@@ -8,6 +8,7 @@ import pytest
 import torch
 from compare import assert_close
 
+from megatron_ksa.kernels import weight_gradient
 from megatron_ksa.kernels.weight_gradient import add_product
 from megatron_ksa.upstream import weight_gradients
 
@@ -48,3 +49,31 @@ def test_an_installed_module_is_left_alone(monkeypatch):
     installed = type(sys)(weight_gradients.NAME)
     monkeypatch.setitem(sys.modules, weight_gradients.NAME, installed)
     assert weight_gradients.patches() == ()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_first_product_overwrites_what_counts_as_zeros(device, dtype):
+    """What is in the buffer, NaN here, is not read; the second product is added."""
+    buffers = weight_gradient.UnwrittenBuffers()
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(weight_gradient, "unwritten", buffers)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        rows, d_out = (torch.randn(7, 3, width, generator=generator).to(device, dtype) for width in (16, 24))
+        total = torch.zeros(24, 16, device=device)
+        assert not buffers.mark(total), "no product was ever written there"
+        add_product(rows, d_out, total)
+        expected = total.clone()
+        assert buffers.mark(total)
+        add_product(rows, d_out, total.fill_(float("nan")))
+        assert torch.equal(total, expected)
+        add_product(rows, d_out, total)
+        assert_close("total", total.to(dtype), 2 * expected.double())
+        assert buffers.mark(total)
+        buffers.fill(total)
+        assert not total.any()
+        buffers.fill(total.fill_(1.0))
+        assert total.all(), "it was written already"
+    finally:
+        monkeypatch.undo()

@@ -1,0 +1,14 @@
+"""A step of Adam over many parameters, with the clipping of gradients before it and the 16-bit copy after it.
+
+`adam_step` takes a Triton kernel on a GPU and `reference.adam_step` elsewhere.
+"""
+
+from megatron_ksa.kernels.adam import reference
+from megatron_ksa.kernels.adam.reference import AdamTensors
+from megatron_ksa.kernels.dispatch import by_device
+
+OP = "Adam"
+
+adam_step = by_device(OP, "megatron_ksa.kernels.adam.triton_adam:adam_step")(reference.adam_step)
+
+__all__ = ["OP", "AdamTensors", "adam_step", "reference"]

@@ -1,0 +1,176 @@
+"""A step of Adam over many parameters in one Triton kernel; the formula is in `reference.py`.
+
+A parameter costs 30 bytes of memory traffic: 16 read (parameter, gradient, m, v), 12 written, 2 for the copy. Clipping
+in a pass of its own reads and writes the gradients once more, 8 bytes, and copying reads the parameters again, 4.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels.adam.reference import AdamTensors
+
+# Elements of a tensor that a program takes, and of them at a time.
+CHUNK, BLOCK, WARPS = 8192, 2048, 8
+# Addresses that let a thread load 16 bytes of every tensor.
+ALIGNMENT = 16
+
+
+@triton.jit
+def load_address(p_addresses, i_kind: tl.constexpr, i_tensor, tensors, ALIGNED: tl.constexpr):
+    """Address of a kind of tensor of a parameter, from int64 [kinds, tensors]."""
+    address = tl.load(p_addresses + i_kind * tensors + i_tensor)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def update(
+    p_parameter, p_gradient, p_mean, p_square, p_copy, o, m, has_copy, scale, decay, beta_1, rest_1, beta_2, rest_2,
+    eps, step_size, root, DECOUPLED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Elements o of one parameter; with MASKED those of them in m."""
+    if MASKED:
+        # [BLOCK]
+        b_p = tl.load(p_parameter + o, mask=m)
+        b_g = tl.load(p_gradient + o, mask=m)
+        b_mean = tl.load(p_mean + o, mask=m)
+        b_square = tl.load(p_square + o, mask=m)
+    else:
+        b_p = tl.load(p_parameter + o)
+        b_g = tl.load(p_gradient + o)
+        b_mean = tl.load(p_mean + o)
+        b_square = tl.load(p_square + o)
+    b_g *= scale
+    if DECOUPLED:
+        b_p -= decay * b_p
+    else:
+        b_g += decay * b_p
+    b_mean = beta_1 * b_mean + rest_1 * b_g
+    b_square = beta_2 * b_square + rest_2 * b_g * b_g
+    b_p -= step_size * b_mean / (tl.sqrt(b_square) / root + eps)
+    if MASKED:
+        tl.store(p_parameter + o, b_p, mask=m)
+        tl.store(p_mean + o, b_mean, mask=m)
+        tl.store(p_square + o, b_square, mask=m)
+        tl.store(p_copy + o, b_p.to(p_copy.dtype.element_ty), mask=m & has_copy)
+    else:
+        tl.store(p_parameter + o, b_p)
+        tl.store(p_mean + o, b_mean)
+        tl.store(p_square + o, b_square)
+        if has_copy:
+            tl.store(p_copy + o, b_p.to(p_copy.dtype.element_ty))
+
+
+@triton.jit
+def adam_kernel(
+    p_addresses, p_sizes, p_chunks, p_factors, p_scale, p_any_copy, tensors, decay, beta_1, rest_1, beta_2, rest_2,
+    eps, DECOUPLED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A chunk of a parameter a program.
+
+    Args:
+        p_addresses: int64 [5, tensors], of parameter, gradient, m, v and copy (0: none).
+        p_sizes: int64 [tensors], elements.
+        p_chunks: int32 [programs, 2], the parameter of each program and which chunk of it.
+        p_factors: float32 [tensors, 2], lr / (1 - beta_1^t) and sqrt(1 - beta_2^t).
+        p_any_copy: tells the dtype of the copies.
+        rest_1, rest_2: 1 - beta_1 and 1 - beta_2, which float32 would round from rounded betas.
+    """
+    i_program = tl.program_id(0).to(tl.int64)
+    i_tensor = tl.load(p_chunks + 2 * i_program)
+    begin = tl.load(p_chunks + 2 * i_program + 1).to(tl.int64) * CHUNK
+    size = tl.load(p_sizes + i_tensor)
+    p_parameter = load_address(p_addresses, 0, i_tensor, tensors, ALIGNED).to(tl.pointer_type(tl.float32))
+    p_gradient = load_address(p_addresses, 1, i_tensor, tensors, ALIGNED).to(tl.pointer_type(tl.float32))
+    p_mean = load_address(p_addresses, 2, i_tensor, tensors, ALIGNED).to(tl.pointer_type(tl.float32))
+    p_square = load_address(p_addresses, 3, i_tensor, tensors, ALIGNED).to(tl.pointer_type(tl.float32))
+    copy = load_address(p_addresses, 4, i_tensor, tensors, ALIGNED)
+    p_copy = copy.to(tl.pointer_type(p_any_copy.dtype.element_ty))
+    step_size = tl.load(p_factors + 2 * i_tensor)
+    root = tl.load(p_factors + 2 * i_tensor + 1)
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(p_scale)
+    if begin + CHUNK <= size:
+        for i_block in range(0, CHUNK, BLOCK):
+            o = begin + i_block + tl.arange(0, BLOCK)
+            update(
+                p_parameter, p_gradient, p_mean, p_square, p_copy, o, o < size, copy != 0, scale, decay,
+                beta_1, rest_1, beta_2, rest_2, eps, step_size, root, DECOUPLED, False,
+            )  # fmt: skip
+    else:
+        for i_block in range(0, CHUNK, BLOCK):
+            o = begin + i_block + tl.arange(0, BLOCK)
+            update(
+                p_parameter, p_gradient, p_mean, p_square, p_copy, o, o < size, copy != 0, scale, decay,
+                beta_1, rest_1, beta_2, rest_2, eps, step_size, root, DECOUPLED, True,
+            )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """p_sizes and p_chunks of `adam_kernel`."""
+    counts = torch.tensor([triton.cdiv(size, CHUNK) for size in sizes])
+    tensor = torch.repeat_interleave(counts)
+    chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    chunks = torch.stack([tensor, chunk], dim=1).to(torch.int32)
+    return torch.tensor(sizes, dtype=torch.int64).to(device), chunks.to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _table(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """p_addresses of `adam_kernel`."""
+    return torch.tensor(addresses, dtype=torch.int64).to(device)
+
+
+def _check(tensors: AdamTensors) -> None:
+    wide = [*tensors.parameters, *tensors.gradients, *tensors.means, *tensors.squares]
+    if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in wide):
+        raise UsageError("Adam needs contiguous float32 parameters, gradients and moments")
+    copies = [copy for copy in tensors.copies if copy is not None]
+    if len({copy.dtype for copy in copies}) > 1 or not all(copy.is_contiguous() for copy in copies):
+        raise UsageError("Adam needs contiguous copies of one dtype")
+
+
+def adam_step(
+    parameters: list[Tensor],
+    tensors: AdamTensors,
+    scale: Tensor | None,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """Arguments as in `reference.adam_step`. Addresses are looked up on the host; nothing waits for the device.
+
+    Raises:
+        UsageError: dtypes or strides that the kernel does not take.
+    """
+    _check(tensors)
+    device = parameters[0].device
+    copies = [copy for copy in tensors.copies if copy is not None]
+    addresses = (
+        *(tuple([tensor.data_ptr() for tensor in kind]) for kind in tensors[:4]),
+        tuple([0 if copy is None else copy.data_ptr() for copy in tensors.copies]),
+    )  # fmt: skip
+    sizes = tuple([parameter.numel() for parameter in parameters])
+    counts, chunks = _chunks(sizes, device)
+    # In float64: 1 - beta^t loses digits in float32 while t is small.
+    t = torch.stack(tensors.steps).double()
+    factors = torch.stack([lr / (1.0 - betas[0] ** t), (1.0 - betas[1] ** t).sqrt()], dim=1).float()
+    if chunks.shape[0]:
+        adam_kernel[(chunks.shape[0],)](
+            _table(addresses, device), counts, chunks, factors, factors if scale is None else scale,
+            (copies or parameters)[0], len(sizes), lr * weight_decay if decoupled else weight_decay,
+            betas[0], 1.0 - betas[0], betas[1], 1.0 - betas[1], eps, DECOUPLED=decoupled, SCALED=scale is not None,
+            ALIGNED=not any(address % ALIGNMENT for kind in addresses for address in kind),
+            CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
