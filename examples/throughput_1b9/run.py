@@ -123,29 +123,33 @@ def measure(model: str, length: int, kind: str, options: argparse.Namespace) -> 
     """Train and return what `timed_pretrain.py` wrote, or what went wrong."""
     name = f"{options.shape}-{model}-{length}-{kind}"
     record = options.out.with_suffix(f".{name}.part")
-    record.unlink(missing_ok=True)
     flags = training_flags(model, length, kind, options)
     warm_up, measured = iterations(length, kind, options)
     command = [sys.executable, str(HERE / "timed_pretrain.py"), str(record), str(warm_up), str(measured)]
     command += [str(options.profile / f"{name}.txt") if options.profile else "-", *flags]
+    result = run_recorded(command, record, options.limit)
+    if options.commit and "machine" in result:
+        result["machine"]["commit"] = options.commit
+    run = {"model": model, "length": length, "cuda_graphs": captures(kind, options)}
+    if (options.shape, kind) != ("1b9", "default"):
+        run |= {"shape": options.shape, "kind": kind}
+    return {**result, **run}
+
+
+def run_recorded(command: list[str], record: Path, limit: float) -> dict:
+    """What a process wrote to `record`, and under "error" why it did not end well within `limit` seconds."""
+    record.unlink(missing_ok=True)
     try:
         done = subprocess.run(
-            command, timeout=options.limit, stderr=subprocess.PIPE, text=True, check=False,
+            command, timeout=limit, stderr=subprocess.PIPE, text=True, check=False,
             env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
         )  # fmt: skip
         failure = None if done.returncode == 0 and record.exists() else _reason(done.stderr)
     except subprocess.TimeoutExpired:
-        failure = f"not done after {options.limit:.0f} s"
-    run = {"model": model, "length": length, "cuda_graphs": captures(kind, options)}
-    if (options.shape, kind) != ("1b9", "default"):
-        run |= {"shape": options.shape, "kind": kind}
-    if failure is not None:
-        return {**run, "error": failure}
-    result = json.loads(record.read_text())
-    record.unlink()
-    if options.commit:
-        result["machine"]["commit"] = options.commit
-    return {**result, **run}
+        failure = f"not done after {limit:.0f} s"
+    result = json.loads(record.read_text()) if record.exists() else {}
+    record.unlink(missing_ok=True)
+    return result if failure is None else {**result, "error": failure}
 
 
 def _reason(stderr: str) -> str:

@@ -2,7 +2,7 @@
 
 torch's fused norm reads the input and the output's gradient twice in its backward pass, once for the gradient of the
 rows and once for that of the weight, and autograd adds the residual's gradient in a kernel of its own: 8 passes over
-rows where `backward_kernel` makes 4.
+rows where `rms_norm_backward_kernel` makes 4.
 """
 
 import torch
@@ -22,7 +22,7 @@ PROGRAMS = 1056
 
 
 @triton.jit
-def forward_kernel(
+def rms_norm_forward_kernel(
     p_x, p_weight, p_y, p_rstd, size, eps, ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """A row a program: p_x, p_y [rows, size], p_rstd float32 [rows]."""
@@ -47,7 +47,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def rms_norm_backward_kernel(
     p_x, p_weight, p_rstd, p_dy, p_residual, p_dx, p_dweight, rows, size, RESIDUAL: tl.constexpr,
     ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def _launch_forward(tensors: tuple[Tensor, ...], settings: tuple[float, bool]) -
     x, weight, y, rstd = tensors
     eps, zero_centered = settings
     rows, size = x.shape
-    launch(forward_kernel, (rows,), x, weight, y, rstd, size, eps, **_sizes(size, zero_centered))
+    launch(rms_norm_forward_kernel, (rows,), x, weight, y, rstd, size, eps, **_sizes(size, zero_centered))
 
 
 @repeatable
@@ -116,8 +116,9 @@ def _launch_backward(tensors: tuple[Tensor | None, ...], settings: bool) -> None
     x, weight, rstd, d_y, d_residual, d_x, d_weight = tensors
     rows, size = x.shape
     launch(
-        backward_kernel, (d_weight.shape[0],), x, weight, rstd, d_y, d_y if d_residual is None else d_residual, d_x,
-        d_weight, rows, size, RESIDUAL=d_residual is not None, **_sizes(size, settings),
+        rms_norm_backward_kernel, (d_weight.shape[0],), x, weight, rstd, d_y,
+        d_y if d_residual is None else d_residual, d_x, d_weight, rows, size, RESIDUAL=d_residual is not None,
+        **_sizes(size, settings),
     )  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""The script that divides a step into parts: how kernels are told apart, and a run at a size that a CPU trains."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples" / "throughput_1b9"
+sys.path.insert(0, str(FOLDER))
+import kernel_parts  # noqa: E402
+
+WORDS = 151936
+BF16 = ("c10::BFloat16", "c10::BFloat16")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "operator", "sizes", "types", "part"),
+    [
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NTT", "aten::mm", ((9216, 2048), (2048, 6144)), BF16,
+         "products of the layers"),
+        ("nvjet_hsh", "aten::addmm", ((WORDS, 2048), (WORDS, 8192), (8192, 2048)), BF16,
+         "products of the output layer"),
+        ("_forward_kernel", "_Attention", (), (), "attention"),
+        ("rotate_backward_kernel", "rotateBackward", (), (), "rotation"),
+        ("rms_norm_backward_kernel", "_NormBesideResidualBackward", (), (), "norms"),
+        ("void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate", "aten::x", (), (), "norms"),
+        ("triton_poi_fused_mul_silu_0", "", (), (), "activation"),
+        ("triton_poi_fused_add_0", "", (), (), "residual"),
+        ("gradients_kernel", "_ChunkedCrossEntropyBackward", (), (), "loss"),
+        ("void at::native::elementwise_kernel<128>", "aten::add_", ((2048,), (2048,)), ("float", "c10::BFloat16"),
+         "sums of gradients in float32"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "aten::add", ((9, 1, 8),) * 2, BF16, "residual"),
+        ("Memset (Device)", "aten::zero_", (), (), "zeros"),
+        ("void cub::DeviceRadixSortOnesweepKernel", "aten::embedding_dense_backward", (), (), "embedding"),
+        ("ncclDevKernel_AllReduce", "c10d::allreduce_", (), (), "other"),
+    ],
+)  # fmt: skip
+def test_kernels_are_told_apart(kernel, operator, sizes, types, part):
+    assert kernel_parts.part_of(kernel, operator, sizes, types, WORDS) == part
+
+
+def test_a_trace_is_read(tmp_path):
+    """Kernels that overlap are busy once; those within the optimizer's range are its."""
+
+    def event(cat, name, ts, dur, **args):
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, "args": args}
+
+    events = [
+        event("cpu_op", "aten::mm", 0, 5, **{"External id": 1, "Input Dims": [[4, 2], [2, 8], []]}),
+        event("cpu_op", "aten::add_", 6, 5, **{"External id": 2, "Input type": ["float", "float"]}),
+        event("kernel", "nvjet", 100, 40, **{"External id": 1}),
+        event("kernel", "vectorized", 130, 30, **{"External id": 2}),
+        event("gpu_user_annotation", kernel_parts.OPTIMIZER, 200, 50),
+        event("kernel", "adam_kernel", 210, 20),
+        {"ph": "M", "name": "process_name"},
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    parts, busy = kernel_parts.read_trace(path, WORDS, on_gpu=True)
+    assert {name: part.ms for name, part in parts.items()} == pytest.approx(
+        {"products of the layers": 0.04, "sums of gradients in float32": 0.03, "optimizer": 0.02}
+    )
+    assert busy == pytest.approx(0.08)
+    assert list(parts["products of the layers"].shapes) == [("aten::mm", ((4, 2), (2, 8), ()))]
+    assert kernel_parts.product_flops(((4, 2), (2, 8), ())) == 2 * 4 * 2 * 8
+    assert kernel_parts.product_flops(((16, 2), (16, 4), (4, 2), ())) == 2 * 16 * 4 * 2
+
+
+@pytest.mark.slow
+def test_variants_and_parts_of_a_small_model(tmp_path):
+    out, page = tmp_path / "parts.json", tmp_path / "page.md"
+    page.write_text("before\n<!-- step_parts -->\nold\n<!-- /step_parts -->\nafter\n")
+    command = [
+        sys.executable, FOLDER / "step_parts.py", "--tiny", "--lengths", "64", "--models", "ksa", "--measured", "1",
+        "--out", out, "--report", page,
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = json.loads(out.read_text())
+    assert set(run["iteration_ms"]) == {"before", "norm", "optimizer", "gradients", "logits", "all", "all, unchecked"}
+    assert all(len(times) == 2 for times in run["times_ms"].values())
+    products = run["profiles"]["all"]["parts"]["products of the layers"]
+    assert products["ms"] > 0 and products["floor_ms"] > 0
+    # The loss falls through all variants' turns: they train one model.
+    assert sum(run["losses"][-5:]) < sum(run["losses"][:5])
+    assert "==" not in done.stdout, "what is in the results is not measured again"
+    text = page.read_text()
+    assert "old" not in text and "| 64 | KSA | optimizer in one pass |" in text and "| no kernel runs |" in text
