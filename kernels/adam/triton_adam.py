@@ -21,12 +21,12 @@ ALIGNMENT = 16
 
 
 @triton.jit
-def load_address(p_addresses, i_kind: tl.constexpr, i_tensor, tensors, ALIGNED: tl.constexpr):
-    """Address of a kind of tensor of a parameter, from int64 [kinds, tensors]."""
-    address = tl.load(p_addresses + i_kind * tensors + i_tensor)
+def load_pointer(p_addresses, i_kind: tl.constexpr, i_tensor, tensors, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to a kind of tensor of a parameter, from int64 [kinds, tensors]."""
+    pointer = tl.load(p_addresses + i_kind * tensors + i_tensor).to(tl.pointer_type(dtype))
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -86,12 +86,12 @@ def adam_kernel(
     i_tensor = tl.load(p_chunks + 2 * i_program)
     begin = tl.load(p_chunks + 2 * i_program + 1).to(tl.int64) * CHUNK
     size = tl.load(p_sizes + i_tensor)
-    p_parameter = load_address(p_addresses, 0, i_tensor, tensors, ALIGNED).to(tl.pointer_type(tl.float32))
-    p_gradient = load_address(p_addresses, 1, i_tensor, tensors, ALIGNED).to(tl.pointer_type(tl.float32))
-    p_mean = load_address(p_addresses, 2, i_tensor, tensors, ALIGNED).to(tl.pointer_type(tl.float32))
-    p_square = load_address(p_addresses, 3, i_tensor, tensors, ALIGNED).to(tl.pointer_type(tl.float32))
-    copy = load_address(p_addresses, 4, i_tensor, tensors, ALIGNED)
-    p_copy = copy.to(tl.pointer_type(p_any_copy.dtype.element_ty))
+    p_parameter = load_pointer(p_addresses, 0, i_tensor, tensors, tl.float32, ALIGNED)
+    p_gradient = load_pointer(p_addresses, 1, i_tensor, tensors, tl.float32, ALIGNED)
+    p_mean = load_pointer(p_addresses, 2, i_tensor, tensors, tl.float32, ALIGNED)
+    p_square = load_pointer(p_addresses, 3, i_tensor, tensors, tl.float32, ALIGNED)
+    p_copy = load_pointer(p_addresses, 4, i_tensor, tensors, p_any_copy.dtype.element_ty, ALIGNED)
+    has_copy = tl.load(p_addresses + 4 * tensors + i_tensor) != 0
     step_size = tl.load(p_factors + 2 * i_tensor)
     root = tl.load(p_factors + 2 * i_tensor + 1)
     scale = 1.0
@@ -101,14 +101,14 @@ def adam_kernel(
         for i_block in range(0, CHUNK, BLOCK):
             o = begin + i_block + tl.arange(0, BLOCK)
             update(
-                p_parameter, p_gradient, p_mean, p_square, p_copy, o, o < size, copy != 0, scale, decay,
+                p_parameter, p_gradient, p_mean, p_square, p_copy, o, o < size, has_copy, scale, decay,
                 beta_1, rest_1, beta_2, rest_2, eps, step_size, root, DECOUPLED, False,
             )  # fmt: skip
     else:
         for i_block in range(0, CHUNK, BLOCK):
             o = begin + i_block + tl.arange(0, BLOCK)
             update(
-                p_parameter, p_gradient, p_mean, p_square, p_copy, o, o < size, copy != 0, scale, decay,
+                p_parameter, p_gradient, p_mean, p_square, p_copy, o, o < size, has_copy, scale, decay,
                 beta_1, rest_1, beta_2, rest_2, eps, step_size, root, DECOUPLED, True,
             )  # fmt: skip
 
