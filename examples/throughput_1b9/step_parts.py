@@ -23,7 +23,8 @@ SECTION = "step_parts"
 MEASURED = {8192: 3, 32768: 1}
 NAMES = {"ksa": "KSA", "full": "full attention"}
 CHANGES = {
-    "before": "none of these", "norm": "norm beside the residual", "optimizer": "optimizer in one pass",
+    "before": "none of these", "norm": "norm beside the residual", "activation": "SwiGLU without torch.compile",
+    "residual": "residual sum without torch.compile", "optimizer": "optimizer in one pass",
     "gradients": "first products overwrite", "logits": "logits kept, in one chunk", "all": "all of these",
     "all, unchecked": "all, losses and gradients not checked for NaN",
 }  # fmt: skip

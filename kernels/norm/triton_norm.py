@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels.column_sums import column_sums
 from megatron_ksa.kernels.launch import launch, repeatable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -153,7 +154,7 @@ class _NormBesideResidual(torch.autograd.Function):
         if rows:
             residual = None if d_residual is None else _rows(d_residual)
             _launch_backward((x, weight, rstd, _rows(d_y), residual, d_x, parts), ctx.zero_centered)
-        d_weight = parts.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = column_sums(parts, weight.dtype) if ctx.needs_input_grad[1] else None
         return d_x.view(d_y.shape), d_weight, None, None
 
 

@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels.column_sums import column_sums
 from megatron_ksa.kernels.differentiable import differentiable
 from megatron_ksa.kernels.launch import launch, repeatable
 from megatron_ksa.kernels.rotation.triton_kernels import rotate_backward_kernel, rotate_forward_kernel
@@ -171,7 +172,7 @@ def _backward(
                 (queries, eps, zero_centered, interleaved),
             )
         d_parts.append(d_mixed)
-        d_pairs.append(_new_pair(d_key, None) if d_gain is None else d_gain.sum(0).to(pair[0].dtype))
+        d_pairs.append(_new_pair(d_key, None) if d_gain is None else column_sums(d_gain, pair[0].dtype))
         start += rows
     return *d_parts, *d_pairs
 

@@ -8,8 +8,11 @@ from megatron_ksa.errors import UsageError
 # What is done in one pass over memory where it was several, by name: what it joins.
 FUSIONS = {
     "norm": "RMS norm, its weight's gradient and the sum with the residual's gradient",
+    "activation": "SwiGLU without torch.compile",
+    "residual": "the sum with the residual without torch.compile",
     "optimizer": "clipping, Adam and the 16-bit copy of the parameters",
     "gradients": "the first micro-batch's weight gradients overwrite what is in their buffers, which are not zeroed",
+    "checks": "losses and gradients are looked at for NaN once an iteration",
 }
 
 

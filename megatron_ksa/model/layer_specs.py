@@ -18,7 +18,7 @@ from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.model.attention import KSASelfAttention, KSASelfAttentionSubmodules
 from megatron_ksa.model.core_attention import KSACoreAttention, TextCoreAttention
-from megatron_ksa.model.layers import BypassTransformerLayer, SplitLayerNorm
+from megatron_ksa.model.layers import BypassTransformerLayer, SplitLayerNorm, residual_sum
 from megatron_ksa.model.norm import Norm, ResidualNorm
 from megatron_ksa.model.rotated_attention import RotatedSelfAttention
 
@@ -64,8 +64,9 @@ def _layer_spec(
     names = base.submodules.sharded_state_dict_keys_map | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     before_attention = ResidualNorm if norm is Norm else norm
     submodules = dataclasses.replace(
-        base.submodules, input_layernorm=before_attention, sharded_state_dict_keys_map=names
-    )
+        base.submodules, input_layernorm=before_attention, sharded_state_dict_keys_map=names,
+        self_attn_bda=residual_sum, mlp_bda=residual_sum,
+    )  # fmt: skip
     if not uses_transformer_engine(config):
         submodules.pre_mlp_layernorm = ResidualNorm
     elif config.use_transformer_engine_op_fuser:

@@ -1,13 +1,33 @@
-"""Modules of a decoder layer that treat text and summary rows differently: full layers and the input layer norm."""
+"""Modules of a decoder layer: those that treat text and summary rows differently, and the sum with the residual."""
+
+from collections.abc import Callable
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_ksa.kernels.dispatch import fuses
 from megatron_ksa.layout.rows import RowLayout
+
+
+def residual_sum(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """Megatron's `get_bias_dropout_add`, without torch.compile where there is nothing but the sum.
+
+    What torch.compile makes of the sum is one kernel too, and costs the host several launches.
+    """
+    megatrons = get_bias_dropout_add(training, fused)
+
+    def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+        x, bias = x_with_bias
+        if bias is not None or (training and prob) or x.dtype != residual.dtype or not fuses("residual"):
+            return megatrons(x_with_bias, residual, prob)
+        return residual + x
+
+    return add
 
 
 class BypassTransformerLayer(TransformerLayer):

@@ -34,7 +34,15 @@ from megatron_ksa.training.recompute_fit import Fit
 from megatron_ksa.training.refusals import REFUSALS, megatron_refusals
 from megatron_ksa.training.stages import resolve_start
 from megatron_ksa.training.step_log import StepLog
-from megatron_ksa.upstream import checkpoint_sums, dataset_reads, flops, save_processes, sgd_resume, tracker
+from megatron_ksa.upstream import (
+    checkpoint_sums,
+    dataset_reads,
+    flops,
+    late_checks,
+    save_processes,
+    sgd_resume,
+    tracker,
+)
 from megatron_ksa.upstream.patches import Patch
 from megatron_ksa.upstream.trainer import FINALIZE_SAVE, LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAIN_STEP, TRAINING_LOG
 
@@ -171,6 +179,7 @@ def trainer_patches(
         *tracker.patches(still_writes),
         *sgd_resume.PATCHES,
         *flops.patches(settings),
+        *late_checks.patches(args.check_for_nan_in_loss_and_grad),
         *([TRAINING_LOG.given(log.extended)] if log.is_needed else []),
         *([TRAIN_STEP.given(lambda step: annealed(step, args, settings.ksa))] if in_graphs else []),
     ]

@@ -1,0 +1,51 @@
+"""Sums over the programs of a kernel that each wrote a part of a gradient."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ksa.kernels.launch import launch, repeatable
+
+BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 128, 16, 4
+
+
+@triton.jit
+def column_sums_kernel(p_parts, p_out, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """BLOCK_C columns a program: p_parts float32 [rows, columns], p_out [columns]."""
+    o_column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_column = o_column < columns
+    # [BLOCK_R, BLOCK_C]
+    b_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for i_row in range(0, rows, BLOCK_R):
+        o_row = i_row + tl.arange(0, BLOCK_R)
+        m = (o_row < rows)[:, None] & m_column[None, :]
+        b_sum += tl.load(p_parts + o_row.to(tl.int64)[:, None] * columns + o_column[None, :], mask=m, other=0.0)
+    tl.store(p_out + o_column, tl.sum(b_sum, axis=0).to(p_out.dtype.element_ty), mask=m_column)
+
+
+@repeatable
+def _launch(tensors: tuple[Tensor, ...], settings: None) -> None:
+    """tensors: parts, out."""
+    parts, out = tensors
+    rows, columns = parts.shape
+    launch(
+        column_sums_kernel, (triton.cdiv(columns, BLOCK_COLUMNS),), parts, out, rows, columns, BLOCK_R=BLOCK_ROWS,
+        BLOCK_C=BLOCK_COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def column_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over rows in a fixed order, in one kernel where torch takes three.
+
+    Args:
+        parts: float32 [rows, ...], contiguous.
+        dtype: of the result.
+
+    Returns:
+        [...].
+    """
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    if out.numel():
+        _launch((parts.flatten(1), out.flatten()), None)
+    return out
