@@ -53,12 +53,12 @@ class Part:
     shapes: dict[tuple, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0, 0.0]))
     names: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(lambda: [0, 0.0]))
 
-    def add(self, kernel: str, operator: str, sizes: tuple, ms: float) -> None:
-        """Count one kernel."""
+    def add(self, kernel: str, operator: str, sizes: tuple, ms: float, *, first: bool = True) -> None:
+        """Count one kernel; first of those that one call of the operator launches."""
         self.ms += ms
         self.kernels += 1
-        for counts, key in ((self.names, (kernel[:120], operator)), (self.shapes, (operator, sizes))):
-            counts[key][0] += 1
+        for counts, key, count in ((self.names, (kernel[:120], operator), 1), (self.shapes, (operator, sizes), first)):
+            counts[key][0] += count
             counts[key][1] += ms
 
 
@@ -96,15 +96,19 @@ def read_trace(path: Path, words: int, on_gpu: bool) -> tuple[dict[str, Part], f
         kernels = list(_leaves(operators))
         steps = [e for e in events if e.get("cat") == "user_annotation" and e["name"] == OPTIMIZER]
     parts: dict[str, Part] = defaultdict(Part)
+    seen: set[int] = set()
     for kernel in kernels:
-        operator = by_id.get(kernel.get("args", {}).get("External id"), {"name": "", "args": {}})
+        call = kernel.get("args", {}).get("External id")
+        operator = by_id.get(call, {"name": "", "args": {}})
         sizes = tuple(_size(size) for size in operator["args"].get("Input Dims", ()))
         types = tuple(operator["args"].get("Input type", ()))
         if any(step["ts"] <= kernel["ts"] < step["ts"] + step["dur"] for step in steps):
             part = "optimizer"
         else:
             part = part_of(kernel["name"], operator["name"], sizes, types, words)
-        parts[part].add(kernel["name"], operator["name"], sizes, kernel["dur"] / 1e3)
+        # A product clears a workspace in a kernel of its own.
+        parts[part].add(kernel["name"], operator["name"], sizes, kernel["dur"] / 1e3, first=call not in seen)
+        seen.add(call)
     return dict(parts), _busy(kernels)
 
 
@@ -194,8 +198,13 @@ class StepShape:
         return self.pairs * self.heads * self.head_dim * (4 * forward + 10)
 
 
-def product_flops(sizes: tuple) -> float:
-    """Operations of a product by the sizes of the operator's last two inputs of two or three dimensions."""
-    matrices = [size for size in sizes if len(size) in (2, 3)]
-    (*batch, m, k), (*_, n) = matrices[-2:]
+def factors(operator: str, sizes: tuple) -> tuple[tuple, tuple]:
+    """Sizes of the two matrices that a product multiplies; what is added to it stands before them."""
+    first = 1 if operator in ("aten::addmm", "aten::baddbmm") else 0
+    return sizes[first], sizes[first + 1]
+
+
+def product_flops(left: tuple, right: tuple) -> float:
+    """Operations of a product of [..., m, k] and [..., k, n]."""
+    (*batch, m, k), n = left, right[-1]
     return 2.0 * m * k * n * (batch[0] if batch else 1)

@@ -25,8 +25,8 @@ NAMES = {"ksa": "KSA", "full": "full attention"}
 CHANGES = {
     "before": "none of these", "norm": "norm beside the residual", "activation": "SwiGLU without torch.compile",
     "residual": "residual sum without torch.compile", "optimizer": "optimizer in one pass",
-    "gradients": "first products overwrite", "logits": "logits kept, in one chunk", "all": "all of these",
-    "all, unchecked": "all, losses and gradients not checked for NaN",
+    "gradients": "first products overwrite", "logits": "logits kept, in one chunk", "checks": "checks for NaN once an iteration",
+    "all": "all of these", "all, unchecked": "all, losses and gradients not checked for NaN",
 }  # fmt: skip
 ORDER = (
     "products of the layers", "products of the output layer", "attention", "optimizer", "activation", "norms", "rotation",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
-from kernel_parts import OPTIMIZER, Part, StepShape, product_flops, read_trace  # noqa: E402
+from kernel_parts import OPTIMIZER, Part, StepShape, factors, product_flops, read_trace  # noqa: E402
 from timed_pretrain import PEAKS, count_flops  # noqa: E402
 
 import pretrain_gpt  # noqa: E402
@@ -198,10 +198,11 @@ class StepParts:
         alone: dict[tuple, float] = {}
         for parts, _ in self.parts.values():
             for name, part in parts.items():
-                if name.startswith("products"):
-                    for _, sizes in part.shapes:
-                        alone.setdefault(sizes, product_ms(sizes, shape.itemsize))
-        rate = max((product_flops(sizes) / ms for sizes, ms in alone.items()), default=1.0)
+                for operator, sizes in part.shapes if name.startswith("products") else ():
+                    key = factors(operator, sizes)
+                    if key not in alone:
+                        alone[key] = product_ms(*key, shape.itemsize)
+        rate = max((product_flops(*key) / ms for key, ms in alone.items()), default=1.0)
         traffic = shape.traffic()
         floors = {name: size / bandwidth for name, size in traffic.items()}
         floors["attention"] = shape.attention_flops() / rate
@@ -211,13 +212,14 @@ class StepParts:
             for name, part in parts.items():
                 floor = floors.get(name, 0.0)
                 if name.startswith("products"):
-                    floor = sum(count * alone[sizes] for (_, sizes), (count, _) in part.shapes.items())
+                    floor = sum(calls * alone[factors(*key)] for key, (calls, _) in part.shapes.items())
                 names = sorted(((*key, *value) for key, value in part.names.items()), key=lambda row: -row[3])
                 rows[name] = {"ms": part.ms, "floor_ms": floor, "kernels": part.kernels, "names": names[:12]}
                 if name.startswith("products"):
                     rows[name]["shapes"] = [
-                        {"operator": operator, "sizes": sizes, "calls": count, "ms": ms, "alone_ms": alone[sizes] * count}
-                        for (operator, sizes), (count, ms) in part.shapes.items()
+                        {"operator": key[0], "factors": factors(*key), "calls": calls, "ms": ms,
+                         "alone_ms": calls * alone[factors(*key)]}
+                        for key, (calls, ms) in part.shapes.items()
                     ]
             listed[variant] = {"parts": rows, "busy_ms": busy}
         return {
@@ -234,37 +236,35 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / fastest(lambda: target.copy_(source))
 
 
-def product_ms(sizes: tuple, itemsize: int) -> float:
-    """Milliseconds of a product of these sizes alone, in the fastest layout of its operands."""
-    matrices = [size for size in sizes if len(size) in (2, 3)]
-    (*batch, m, k), (*_, n) = matrices[-2:]
+def product_ms(left: tuple, right: tuple, itemsize: int) -> float:
+    """Milliseconds of a product of matrices of these sizes alone, in the fastest layout of the two."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if itemsize == 2 else torch.float32
-    a, b = torch.randn(*batch, m, k, device=device, dtype=dtype), torch.randn(*batch, k, n, device=device, dtype=dtype)
+    a, b = (torch.randn(size, device=device, dtype=dtype) for size in (left, right))
     flipped_a, flipped_b = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (a, b))
-    return min(
-        fastest(functools.partial(torch.matmul, left, right))
-        for left, right in ((a, b), (a, flipped_b), (flipped_a, b))
-    )
+    return min(fastest(functools.partial(torch.matmul, *pair)) for pair in ((a, b), (a, flipped_b), (flipped_a, b)))
 
 
-def fastest(run: Callable[[], object], runs: int = 7) -> float:
-    """Milliseconds of the median of several runs after two."""
+def fastest(run: Callable[[], object], runs: int = 5, in_a_row: int = 4) -> float:
+    """Milliseconds of a call: the median of several runs of some calls in a row, so that launches cost no time."""
     times = []
-    for number in range(runs + 2):
+    for number in range(runs + 1):
         torch.cuda.synchronize()
         if torch.cuda.is_available():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
             run()
+            begin.record()
+            for _ in range(in_a_row):
+                run()
             end.record()
             torch.cuda.synchronize()
             ms = begin.elapsed_time(end)
         else:
             start = time.perf_counter()
-            run()
+            for _ in range(in_a_row):
+                run()
             ms = (time.perf_counter() - start) * 1e3
-        if number >= 2:
-            times.append(ms)
+        if number:
+            times.append(ms / in_a_row)
     return statistics.median(times)
 
 

@@ -50,6 +50,7 @@ def test_a_trace_is_read(tmp_path):
     events = [
         event("cpu_op", "aten::mm", 0, 5, **{"External id": 1, "Input Dims": [[4, 2], [2, 8], []]}),
         event("cpu_op", "aten::add_", 6, 5, **{"External id": 2, "Input type": ["float", "float"]}),
+        event("gpu_memset", "Memset (Device)", 99, 1, **{"External id": 1}),
         event("kernel", "nvjet", 100, 40, **{"External id": 1}),
         event("kernel", "vectorized", 130, 30, **{"External id": 2}),
         event("gpu_user_annotation", kernel_parts.OPTIMIZER, 200, 50),
@@ -60,12 +61,20 @@ def test_a_trace_is_read(tmp_path):
     path.write_text(json.dumps({"traceEvents": events}))
     parts, busy = kernel_parts.read_trace(path, WORDS, on_gpu=True)
     assert {name: part.ms for name, part in parts.items()} == pytest.approx(
-        {"products of the layers": 0.04, "sums of gradients in float32": 0.03, "optimizer": 0.02}
+        {"products of the layers": 0.041, "sums of gradients in float32": 0.03, "optimizer": 0.02}
     )
-    assert busy == pytest.approx(0.08)
-    assert list(parts["products of the layers"].shapes) == [("aten::mm", ((4, 2), (2, 8), ()))]
-    assert kernel_parts.product_flops(((4, 2), (2, 8), ())) == 2 * 4 * 2 * 8
-    assert kernel_parts.product_flops(((16, 2), (16, 4), (4, 2), ())) == 2 * 16 * 4 * 2
+    assert busy == pytest.approx(0.081)
+    # One call of the operator, two kernels: counted as two, the floor of products was twice what products took.
+    assert parts["products of the layers"].shapes == {("aten::mm", ((4, 2), (2, 8), ())): [1, pytest.approx(0.041)]}
+    assert parts["products of the layers"].kernels == 2
+
+
+def test_products_multiply_what_they_do_not_add_or_write():
+    """The last two matrices among an operator's inputs are a factor and the result where it is given."""
+    assert kernel_parts.factors("aten::mm", ((4, 2), (2, 8), (), (4, 8))) == ((4, 2), (2, 8))
+    assert kernel_parts.factors("aten::addmm", ((4, 8), (4, 2), (2, 8), (), (), (), (4, 8))) == ((4, 2), (2, 8))
+    assert kernel_parts.product_flops((4, 2), (2, 8)) == 2 * 4 * 2 * 8
+    assert kernel_parts.product_flops((16, 4, 2), (16, 2, 3)) == 2 * 16 * 4 * 2 * 3
 
 
 @pytest.mark.slow
@@ -74,18 +83,16 @@ def test_variants_and_parts_of_a_small_model(tmp_path):
     page.write_text("before\n<!-- step_parts -->\nold\n<!-- /step_parts -->\nafter\n")
     command = [
         sys.executable, FOLDER / "step_parts.py", "--tiny", "--lengths", "64", "--models", "ksa", "--measured", "1",
-        "--out", out, "--report", page,
+        "--variants", "before", "all", "--out", out, "--report", page,
     ]  # fmt: skip
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     (run,) = json.loads(out.read_text())
-    assert set(run["iteration_ms"]) == {"before", "norm", "optimizer", "gradients", "logits", "all", "all, unchecked"}
+    assert set(run["iteration_ms"]) == {"before", "all"}
     assert all(len(times) == 2 for times in run["times_ms"].values())
     products = run["profiles"]["all"]["parts"]["products of the layers"]
     assert products["ms"] > 0 and products["floor_ms"] > 0
     # The loss falls through all variants' turns: they train one model.
-    assert sum(run["losses"][-5:]) < sum(run["losses"][:5])
-    assert "==" not in done.stdout, "what is in the results is not measured again"
+    assert sum(run["losses"][-3:]) < sum(run["losses"][:3])
     text = page.read_text()
-    assert "old" not in text and "| 64 | KSA | optimizer in one pass |" in text and "| no kernel runs |" in text
+    assert "old" not in text and "| 64 | KSA | all of these |" in text and "| no kernel runs |" in text
