@@ -15,6 +15,10 @@ class UnwrittenBuffers:
         self._known: set[int] = set()
         self._unwritten: set[int] = set()
 
+    def __bool__(self) -> bool:
+        """Whether any buffer counts as zeros."""
+        return bool(self._unwritten)
+
     def mark(self, buffer: Tensor) -> bool:
         """Let the buffer count as zeros; False, and nothing done, where no product was ever added to it."""
         address = buffer.data_ptr()

@@ -1,6 +1,6 @@
 """A step of Adam over many parameters, with the clipping of gradients before it and the 16-bit copy after it.
 
-`adam_step` takes a Triton kernel on a GPU and `reference.adam_step` elsewhere.
+`adam_step` and `l2_norm` take Triton kernels on a GPU and `reference` elsewhere.
 """
 
 from megatron_ksa.kernels.adam import reference
@@ -10,5 +10,6 @@ from megatron_ksa.kernels.dispatch import by_device
 OP = "Adam"
 
 adam_step = by_device(OP, "megatron_ksa.kernels.adam.triton_adam:adam_step")(reference.adam_step)
+l2_norm = by_device(OP, "megatron_ksa.kernels.adam.triton_norm:l2_norm")(reference.l2_norm)
 
-__all__ = ["OP", "AdamTensors", "adam_step", "reference"]
+__all__ = ["OP", "AdamTensors", "adam_step", "l2_norm", "reference"]

@@ -66,3 +66,16 @@ def adam_step(
         parameter.addcdiv_(mean, root, value=-lr / (1 - beta_1**t))
         if copy is not None:
             copy.copy_(parameter.view_as(copy))
+
+
+def l2_norm(tensors: list[Tensor]) -> Tensor:
+    """Square root of the sum of all squares.
+
+    Args:
+        tensors: float32, at least one.
+
+    Returns:
+        Float32 [1].
+    """
+    norms = [norm.float() for norm in torch._foreach_norm(tensors)]
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1)

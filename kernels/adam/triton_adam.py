@@ -5,6 +5,7 @@ in a pass of its own reads and writes the gradients once more, 8 bytes, and copy
 """
 
 import functools
+import math
 
 import torch
 import triton
@@ -12,21 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels.adam.chunks import CHUNK, addresses, aligned, chunks, load_pointer, table
 from megatron_ksa.kernels.adam.reference import AdamTensors
 
-# Elements of a tensor that a program takes, and of them at a time.
-CHUNK, BLOCK, WARPS = 8192, 2048, 8
-# Addresses that let a thread load 16 bytes of every tensor.
-ALIGNMENT = 16
-
-
-@triton.jit
-def load_pointer(p_addresses, i_kind: tl.constexpr, i_tensor, tensors, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to a kind of tensor of a parameter, from int64 [kinds, tensors]."""
-    pointer = tl.load(p_addresses + i_kind * tensors + i_tensor).to(tl.pointer_type(dtype))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+# Elements that a program takes at a time.
+BLOCK, WARPS = 2048, 8
 
 
 @triton.jit
@@ -113,20 +104,27 @@ def adam_kernel(
             )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=8)
-def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """p_sizes and p_chunks of `adam_kernel`."""
-    counts = torch.tensor([triton.cdiv(size, CHUNK) for size in sizes])
-    tensor = torch.repeat_interleave(counts)
-    chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
-    chunks = torch.stack([tensor, chunk], dim=1).to(torch.int32)
-    return torch.tensor(sizes, dtype=torch.int64).to(device), chunks.to(device)
+@triton.jit
+def factors_kernel(p_addresses, p_logarithms, p_factors, tensors, lr, BLOCK: tl.constexpr):
+    """p_factors of `adam_kernel`, from the addresses of steps and float64 [2], log2 of both betas.
+
+    In float64: 1 - beta^t loses digits in float32 while t is small.
+    """
+    # [BLOCK]
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < tensors
+    b_t = tl.load(tl.load(p_addresses + o, mask=m, other=0).to(tl.pointer_type(tl.float32)), mask=m, other=1.0)
+    b_t = b_t.to(tl.float64)
+    b_1 = 1.0 - tl.exp2(b_t * tl.load(p_logarithms))
+    b_2 = 1.0 - tl.exp2(b_t * tl.load(p_logarithms + 1))
+    tl.store(p_factors + 2 * o, (lr / b_1).to(tl.float32), mask=m)
+    tl.store(p_factors + 2 * o + 1, tl.sqrt(b_2).to(tl.float32), mask=m)
 
 
-@functools.lru_cache(maxsize=8)
-def _table(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """p_addresses of `adam_kernel`."""
-    return torch.tensor(addresses, dtype=torch.int64).to(device)
+@functools.lru_cache(maxsize=16)
+def _logarithms(betas: tuple[float, float], device: torch.device) -> Tensor:
+    """Float64 [2], log2 of both; -inf for 0."""
+    return torch.tensor([math.log2(beta) if beta else -math.inf for beta in betas], dtype=torch.float64).to(device)
 
 
 def _check(tensors: AdamTensors) -> None:
@@ -155,22 +153,19 @@ def adam_step(
         UsageError: dtypes or strides that the kernel does not take.
     """
     _check(tensors)
-    device = parameters[0].device
+    device, count = parameters[0].device, len(parameters)
     copies = [copy for copy in tensors.copies if copy is not None]
-    addresses = (
-        *(tuple([tensor.data_ptr() for tensor in kind]) for kind in tensors[:4]),
-        tuple([0 if copy is None else copy.data_ptr() for copy in tensors.copies]),
+    *places, steps = (addresses(kind) for kind in tensors)
+    sizes, programs = chunks(tuple([parameter.numel() for parameter in parameters]), device)
+    if not programs.shape[0]:
+        return
+    factors = torch.empty(count, 2, dtype=torch.float32, device=device)
+    factors_kernel[(triton.cdiv(count, 128),)](
+        table((steps,), device), _logarithms(betas, device), factors, count, lr, BLOCK=128
+    )
+    adam_kernel[(programs.shape[0],)](
+        table(tuple(places), device), sizes, programs, factors, factors if scale is None else scale,
+        (copies or parameters)[0], count, lr * weight_decay if decoupled else weight_decay,
+        betas[0], 1.0 - betas[0], betas[1], 1.0 - betas[1], eps, DECOUPLED=decoupled, SCALED=scale is not None,
+        ALIGNED=aligned(*places), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
-    sizes = tuple([parameter.numel() for parameter in parameters])
-    counts, chunks = _chunks(sizes, device)
-    # In float64: 1 - beta^t loses digits in float32 while t is small.
-    t = torch.stack(tensors.steps).double()
-    factors = torch.stack([lr / (1.0 - betas[0] ** t), (1.0 - betas[1] ** t).sqrt()], dim=1).float()
-    if chunks.shape[0]:
-        adam_kernel[(chunks.shape[0],)](
-            _table(addresses, device), counts, chunks, factors, factors if scale is None else scale,
-            (copies or parameters)[0], len(sizes), lr * weight_decay if decoupled else weight_decay,
-            betas[0], 1.0 - betas[0], betas[1], 1.0 - betas[1], eps, DECOUPLED=decoupled, SCALED=scale is not None,
-            ALIGNED=not any(address % ALIGNMENT for kind in addresses for address in kind),
-            CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip

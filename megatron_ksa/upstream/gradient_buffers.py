@@ -41,7 +41,7 @@ def _start_grad_sync(original: Callable) -> Callable:
 
     @wraps(original)
     def start_grad_sync(self: Any, force_all_reduce: bool | None = False) -> None:
-        for bucket in self.buckets:
+        for bucket in self.buckets if unwritten else ():
             for param in bucket.params_list:
                 unwritten.fill(param.main_grad)
         original(self, force_all_reduce)

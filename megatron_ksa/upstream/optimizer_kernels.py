@@ -14,13 +14,17 @@ from megatron.core import utils
 from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
+from megatron_ksa.kernels import adam
+from megatron_ksa.kernels.dispatch import fuses
 from megatron_ksa.upstream.patches import Patch
 
 
 def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool) -> tuple:
     """Megatron's `local_multi_tensor_l2_norm` without waiting for the device: float32 [1] on it, and None."""
-    norms = [norm.float() for tensors in tensor_lists for norm in torch._foreach_norm(tensors)]
-    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
+    tensors = [tensor for tensors in tensor_lists for tensor in tensors]
+    wide = all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
+    norm = adam.l2_norm if wide and fuses("optimizer") else adam.reference.l2_norm
+    return norm(tensors), None
 
 
 def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
@@ -34,25 +38,25 @@ def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], 
         torch._foreach_mul_(target, factor)
 
 
-def fuse(adam: torch.optim.Optimizer | None) -> None:
+def fuse(optimizer: torch.optim.Optimizer | None) -> None:
     """Let torch's Adam step in one kernel where its parameters are on a GPU, after a checkpoint is loaded as well.
 
     A checkpoint brings the choice of the machine that wrote it, and a step count on that machine's device.
     """
-    if not isinstance(adam, torch.optim.Adam):
+    if not isinstance(optimizer, torch.optim.Adam):
         return
-    _choose_kernel(adam)
-    adam.register_load_state_dict_post_hook(_choose_kernel)
+    _choose_kernel(optimizer)
+    optimizer.register_load_state_dict_post_hook(_choose_kernel)
 
 
-def _choose_kernel(adam: torch.optim.Optimizer) -> None:
-    for group in adam.param_groups:
+def _choose_kernel(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
         on_gpu = bool(group["params"]) and all(parameter.is_cuda for parameter in group["params"])
         if group["capturable"]:
             continue
         group["fused"], group["foreach"] = on_gpu or None, None
         for parameter in group["params"]:
-            state = adam.state.get(parameter, {})
+            state = optimizer.state.get(parameter, {})
             if "step" in state:
                 state["step"] = state["step"].to(parameter.device if on_gpu else "cpu")
 

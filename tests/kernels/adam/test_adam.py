@@ -6,7 +6,7 @@ import triton
 from triton.language import standard
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.kernels.adam import AdamTensors, reference, triton_adam
+from megatron_ksa.kernels.adam import AdamTensors, reference, triton_adam, triton_norm
 
 INTERPRETED = not isinstance(standard.sum, triton.runtime.JITFunction)
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -59,7 +59,7 @@ def test_three_steps_are_torchs(step, decoupled, scale, offset):
         step(parameters, tensors, factor, decoupled=decoupled, **OPTIONS)
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
         for parameter, mean, square, wanted in zip(parameters, means, squares, expected, strict=True):
-            for actual, exact in ((parameter, wanted), *zip((mean, square), list(adam.state[wanted].values())[1:])):
+            for actual, exact in ((parameter, wanted), *zip((mean, square), list(adam.state[wanted].values())[1:], strict=True)):
                 torch.testing.assert_close(actual.double(), exact.detach(), rtol=2e-6, atol=2e-6, msg=f"step {number}")
         for parameter, copy in zip(parameters, copies, strict=True):
             # The interpreter cuts bfloat16 off instead of rounding it.
@@ -91,3 +91,19 @@ def test_what_the_kernel_does_not_take_is_named():
     tensors = AdamTensors(parameters, parameters, parameters, parameters, [None], [torch.ones((), device=DEVICE)])
     with pytest.raises(UsageError, match="contiguous"):
         triton_adam.adam_step(parameters, tensors, None, decoupled=True, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        pytest.param(reference.l2_norm, id="reference"),
+        pytest.param(triton_norm.l2_norm, id="triton", marks=needs_kernels),
+    ],
+)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_norm_of_many_tensors(norm, offset):
+    tensors = [*start(offset)[0], torch.zeros(0, device=DEVICE)]
+    expected = torch.cat([tensor.flatten().double() for tensor in tensors]).norm()
+    got = norm(tensors)
+    assert got.shape == (1,) and got.dtype == torch.float32
+    torch.testing.assert_close(got[0].double(), expected, rtol=1e-6, atol=0)
