@@ -13,7 +13,11 @@ import torch
 from megatron.core import utils
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MixedPrecisionOptimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    MegatronOptimizer,
+    MixedPrecisionOptimizer,
+)
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -34,6 +38,8 @@ class OnePass:
     def __init__(self, optimizer: MixedPrecisionOptimizer) -> None:
         self.adam = optimizer.optimizer
         self.scale: Tensor | None = None
+        # Parameters whose gradients count in a norm, by the norm's name and the parameters' ids.
+        self._counted: dict[tuple, list[Tensor]] = {}
         plain = isinstance(optimizer, Float16OptimizerWithFloat16Params)
         self.mains = optimizer.fp32_from_float16_groups if plain else optimizer.shard_fp32_from_float16_groups
         self.models = optimizer.float16_groups if plain else optimizer.shard_float16_groups
@@ -53,6 +59,15 @@ class OnePass:
             and not any(group[name] for group in self.adam.param_groups for name in ("capturable", "amsgrad"))
             and all("step" in state.get(parameter, ()) for parameter in self.parameters if parameter.grad is not None)
         )
+
+    def gradients(self, filtered: Callable[[str | None], list[Tensor]], norm: str | None) -> list[Tensor]:
+        """What Megatron's `get_grads_for_grad_norm` (`filtered`) gives: which parameters count never changes."""
+        parameters = self.parameters
+        key = (norm, *[id(parameter) for parameter in parameters if parameter.grad is not None])
+        if key not in self._counted:
+            found = {id(gradient) for gradient in filtered(norm)}
+            self._counted = {key: [parameter for parameter in parameters if id(parameter.grad) in found]}
+        return [parameter.grad for parameter in self._counted[key]]
 
     def clip(self, max_norm: float, total_norm: Tensor | float) -> None:
         """Scale the gradients of the next step so that their norm is at most max_norm."""
@@ -164,6 +179,19 @@ def _clip(original: Callable) -> Callable:
     return clip_grad_by_total_norm_fp32
 
 
+def _gradients(original: Callable) -> Callable:
+    """`MegatronOptimizer.get_grads_for_grad_norm`, which asks every parameter for its groups in every iteration."""
+
+    @wraps(original)
+    def get_grads_for_grad_norm(self: MegatronOptimizer, grad_norm_group: str | None = None) -> list[Tensor]:
+        one_pass = _of_optimizer.get(self)
+        if one_pass is None or not fuses("optimizer"):
+            return original(self, grad_norm_group)
+        return one_pass.gradients(lambda norm: original(self, norm), grad_norm_group)
+
+    return get_grads_for_grad_norm
+
+
 def _step(original: Callable) -> Callable:
     """`MixedPrecisionOptimizer.step_with_ready_grads` in one pass."""
 
@@ -204,6 +232,12 @@ PATCHES = (
         _clip,
         why="clipping is a pass of its own over the gradients",
         expects=CLIP,
+    ),
+    Patch(
+        f"{OPTIMIZER}.optimizer:MegatronOptimizer.get_grads_for_grad_norm",
+        _gradients,
+        why="the device waits while the host asks every parameter whether its gradient counts",
+        expects="(self, grad_norm_group=None)",
     ),
     Patch(
         f"{OPTIMIZER}.optimizer:MixedPrecisionOptimizer.step_with_ready_grads",

@@ -51,8 +51,11 @@ def train(distributed, bf16, clip, apart, steps=4, decoupled=True):
         successful, norm, _ = optimizer.step()
         assert successful
         norms.append(float(norm))
+        wanted = torch.cat([gradient.flatten().double() for gradient in gradients]).norm()
+        assert norms[-1] == pytest.approx(float(wanted), rel=1e-5)
         unchanged = all(torch.equal(a, b.main_grad) for a, b in zip(gradients, model.parameters(), strict=True))
-        assert unchanged == (not apart and step > 0 or not 0 < clip < norms[-1]), "one pass leaves gradients as they are"
+        scaled = 0 < clip < norms[-1] and (apart or step == 0)
+        assert unchanged != scaled, "one pass leaves gradients as they are"
     adam = optimizer.chained_optimizers[0].optimizer
     state = [value for group in adam.param_groups for p in group["params"] for value in (p, *adam.state[p].values())]
     return norms, [parameter.detach().float() for parameter in model.parameters()], [t.detach().float() for t in state]
