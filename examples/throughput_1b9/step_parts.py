@@ -25,12 +25,13 @@ NAMES = {"ksa": "KSA", "full": "full attention"}
 CHANGES = {
     "before": "none of these", "norm": "norm beside the residual", "activation": "SwiGLU without torch.compile",
     "residual": "residual sum without torch.compile", "optimizer": "optimizer in one pass",
-    "gradients": "first products overwrite", "logits": "logits kept, in one chunk", "checks": "checks for NaN once an iteration",
+    "gradients": "first products overwrite", "logits": "logits kept, in one chunk",
+    "checks": "checks for NaN once an iteration",
     "all": "all of these", "all, unchecked": "all, losses and gradients not checked for NaN",
 }  # fmt: skip
 ORDER = (
-    "products of the layers", "products of the output layer", "attention", "optimizer", "activation", "norms", "rotation",
-    "residual", "loss", "embedding", "sums of gradients in float32", "zeros", "check of gradients", "copies", "other",
+    "products of the layers", "products of the output layer", "attention", "optimizer", "activation", "norms",
+    "rotation", "residual", "loss", "embedding", "sums of gradients in float32", "zeros", "check of gradients", "copies", "other",
 )  # fmt: skip
 
 
@@ -45,7 +46,14 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
     place = flags.index("--loss-chunk-rows")
     del flags[place : place + 2]
     record = options.out.with_suffix(f".{model}-{length}.part")
-    command = [sys.executable, str(HERE / "step_parts_pretrain.py"), str(record), str(measured), ";".join(names), *flags]
+    command = [
+        sys.executable,
+        str(HERE / "step_parts_pretrain.py"),
+        str(record),
+        str(measured),
+        ";".join(names),
+        *flags,
+    ]
     result = run_recorded(command, record, options.limit)
     if options.commit and "machine" in result:
         result["machine"]["commit"] = options.commit
@@ -68,9 +76,9 @@ def _where(run: dict) -> str:
     machine = run["machine"]
     return (
         f"One {machine.get('gpu') or machine.get('device')}, torch {machine['torch']}, triton {machine['triton']}, "
-        f"commit {machine['commit'][:9]}; a copy moves {run['copy_bytes_per_ms'] / 1e9:.2f} TB/s, the fastest of the "
-        f"step's products computes {run['fastest_flops_per_ms'] / 1e9:.0f} TFLOP/s alone. Variants take turns in one "
-        "process; medians."
+        f"commit {machine['commit'][:9]}; a copy moves {run['copy_bytes_per_ms'] / 1e9:.2f} TB/s, the fastest product "
+        f"computes {run['fastest_flops_per_ms'] / 1e9:.0f} TFLOP/s. Variants take turns in one process; medians. "
+        f"{run.get('note', '')}"
     )
 
 
@@ -103,6 +111,8 @@ def _parts(run: dict) -> str:
             name, "" if was is None else f"{was:.2f}", f"{part['ms']:.2f}", f"{part['floor_ms']:.2f}",
             f"{part['ms'] - part['floor_ms']:.2f}", part["kernels"],
         ])  # fmt: skip
+    busy_before = f"{before['busy_ms']:.2f}" if before else ""
+    rows.append(["any kernel runs", busy_before, f"{after['busy_ms']:.2f}", "", "", ""])
     idle = run["iteration_ms"]["all"] - after["busy_ms"]
     idle_before = f"{run['iteration_ms']['before'] - before['busy_ms']:.2f}" if before else ""
     rows.append(["no kernel runs", idle_before, f"{idle:.2f}", "0.00", f"{idle:.2f}", ""])

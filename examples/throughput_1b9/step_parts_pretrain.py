@@ -18,7 +18,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
-
 from kernel_parts import OPTIMIZER, Part, StepShape, factors, product_flops, read_trace  # noqa: E402
 from timed_pretrain import PEAKS, count_flops  # noqa: E402
 
@@ -217,8 +216,13 @@ class StepParts:
                 rows[name] = {"ms": part.ms, "floor_ms": floor, "kernels": part.kernels, "names": names[:12]}
                 if name.startswith("products"):
                     rows[name]["shapes"] = [
-                        {"operator": key[0], "factors": factors(*key), "calls": calls, "ms": ms,
-                         "alone_ms": calls * alone[factors(*key)]}
+                        {
+                            "operator": key[0],
+                            "factors": factors(*key),
+                            "calls": calls,
+                            "ms": ms,
+                            "alone_ms": calls * alone[factors(*key)],
+                        }
                         for key, (calls, ms) in part.shapes.items()
                     ]
             listed[variant] = {"parts": rows, "busy_ms": busy}

@@ -1,4 +1,4 @@
-"""Tables by which one kernel goes over many tensors: their addresses, and which chunk of which tensor is a program's."""
+"""Tables by which one kernel goes over many tensors: addresses, and the chunk of a tensor that is each program's."""
 
 import functools
 

@@ -1,7 +1,7 @@
 """SwiGLU in plain PyTorch: what the Triton kernels are compared with.
 
-    y = silu(a) b,   silu(a) = a s,   s = 1 / (1 + exp(-a)),   x = [a | b]
-    da = dy b s (1 + a (1 - s)),   db = dy a s
+y = silu(a) b,   silu(a) = a s,   s = 1 / (1 + exp(-a)),   x = [a | b]
+da = dy b s (1 + a (1 - s)),   db = dy a s
 """
 
 import torch

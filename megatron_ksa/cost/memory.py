@@ -218,9 +218,8 @@ def loss_working(shape: ModelShape, layout: TrainingLayout) -> int:
     chunks, since the last one's exist until the next one's are there; the gradient of the hidden states; labels and
     statistics of every token; and, unless it is added to its buffer, the weight's gradient, summed in float32. At the
     end one chunk's logits stand beside a gradient of the weight in the parameters' precision, which Megatron's
-    protocol asks for where the buffer has it already. Logits that are kept are one chunk, beside which the end comes at
-    once. Distillation has two heads' logits, of frozen weights, and at the
-    end multiplies the hidden states' gradient by a float32 number for each token.
+    protocol asks for where the buffer has it already. Logits that are kept are one chunk. Distillation has two heads'
+    logits, of frozen weights, and at the end multiplies the hidden states' gradient by a float32 number for each token.
     """
     words, tokens, size = shape.vocabulary // layout.tensor_parallel, layout.rank_text, layout.parameter_bytes
     states = _text_states(shape, layout)

@@ -1,8 +1,8 @@
 """Clipping, Adam and the copy to 16-bit parameters in one pass, where Megatron steps torch's Adam.
 
-Megatron 0.19.2 scales the gradients in a pass of its own (8 bytes of memory traffic a parameter), steps Adam (28) and
-copies the parameters to 16 bits (6); one kernel does it in 30. The scale stays on the device: the host does not wait for
-the gradients' norm before it launches the step.
+Megatron 0.19.2 clips gradients in a pass of its own (8 bytes of memory traffic a parameter), steps Adam (28) and
+copies the parameters to 16 bits (6); one kernel does it in 30. The scale stays on the device: the host does not wait
+for the gradients' norm before it launches the step.
 """
 
 from collections.abc import Callable, Iterable

@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.language import standard
 
-from megatron_ksa.kernels import cross_entropy, dispatch, distillation, ksa_attention, rotation
+from megatron_ksa.kernels import adam, cross_entropy, dispatch, distillation, ksa_attention, norm, rotation, swiglu
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +28,10 @@ OPS = {
     "gradients": cross_entropy.gradients,
     "distillation statistics": distillation.statistics,
     "distillation gradients": distillation.gradients,
+    "rms_norm": norm.rms_norm,
+    "swiglu": swiglu.swiglu,
+    "adam_step": adam.adam_step,
+    "l2_norm": adam.l2_norm,
 }
 # Nothing but what torch, triton and numpy bring along may be imported; Megatron and the trainer's folders may not.
 BLOCKED = """
@@ -100,7 +104,7 @@ def test_examples_of_the_page_run_with_the_base_install_alone(number, printed):
 
 def test_the_page_names_every_op():
     text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    folders = (ksa_attention, rotation, cross_entropy, distillation)
+    folders = (ksa_attention, rotation, cross_entropy, distillation, norm, swiglu, adam)
     for name, module in ((folder.__name__.rpartition(".")[2], folder) for folder in folders):
         for op in OPS.keys() & set(module.__all__):
             assert f"`{name}.{op}`" in text

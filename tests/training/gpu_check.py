@@ -77,6 +77,9 @@ class Kind:
 KINDS = {
     "kernels": Kind(LOCAL, like=None),
     "reference": Kind(f"{LOCAL} --kernels-reference"),
+    "apart": Kind(
+        f"{LOCAL} --kernels-apart norm activation residual optimizer gradients checks --loss-kept-logits 0", norms=True
+    ),
     "full_iteration": Kind(f"{LOCAL} {GRAPH}", norms=True),
     "local": Kind(f"{LOCAL} {LAYER_GRAPHS}", norms=True),
     "anneal": Kind(f"{LOCAL} {ANNEAL}", like=None),

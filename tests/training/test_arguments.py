@@ -190,6 +190,22 @@ def test_async_save_has_defaults_of_its_own(monkeypatch, flags, worker, strategy
     assert (args.use_persistent_ckpt_worker, args.async_strategy) == (worker, strategy)
 
 
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [
+        ("", "validate_results"),
+        ("--no-check-for-nan-in-loss-and-grad", "disabled"),
+        ("--no-check-for-nan-in-loss-and-grad --check-for-spiky-loss", "validate_results"),
+        ("--no-check-for-nan-in-loss-and-grad --rerun-mode validate_results", "validate_results"),
+    ],
+)
+def test_nothing_asks_for_a_second_run_where_nothing_is_checked(monkeypatch, flags, mode):
+    """Megatron waits for the device once an iteration to hear whether a check asked for one."""
+    args = parse(monkeypatch, f"--position-embedding-type rope {flags}")
+    settings_from_args(args)
+    assert args.rerun_mode == mode
+
+
 def test_flags_given_by_hand_are_known_however_they_are_written(monkeypatch):
     args = parse(monkeypatch, "--position-embedding-type=rope --swiglu --no-ksa --persistent-save-interval 3")
     given = given_flags(args)

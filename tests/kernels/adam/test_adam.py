@@ -59,7 +59,10 @@ def test_three_steps_are_torchs(step, decoupled, scale, offset):
         step(parameters, tensors, factor, decoupled=decoupled, **OPTIONS)
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
         for parameter, mean, square, wanted in zip(parameters, means, squares, expected, strict=True):
-            for actual, exact in ((parameter, wanted), *zip((mean, square), list(adam.state[wanted].values())[1:], strict=True)):
+            for actual, exact in (
+                (parameter, wanted),
+                *zip((mean, square), list(adam.state[wanted].values())[1:], strict=True),
+            ):
                 torch.testing.assert_close(actual.double(), exact.detach(), rtol=2e-6, atol=2e-6, msg=f"step {number}")
         for parameter, copy in zip(parameters, copies, strict=True):
             # The interpreter cuts bfloat16 off instead of rounding it.
