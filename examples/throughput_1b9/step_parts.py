@@ -31,7 +31,8 @@ CHANGES = {
 }  # fmt: skip
 ORDER = (
     "products of the layers", "products of the output layer", "attention", "optimizer", "activation", "norms",
-    "rotation", "residual", "loss", "embedding", "sums of gradients in float32", "zeros", "check of gradients", "copies", "other",
+    "rotation", "residual", "loss", "embedding", "sums of gradients in float32", "zeros",
+    "check of gradients", "copies", "other",
 )  # fmt: skip
 
 
