@@ -21,7 +21,7 @@ KERNELS = (
     ("activation", r"triton_\w*(silu|sigmoid)|swiglu"),
     ("attention", r"^_?\w*(forward|backward|dkv|dq|summary|text|joint)\w*_kernel|flash|fmha|sdpa|cudnn_generated"),
     ("residual", r"^triton_\w*add"),
-    ("embedding", r"embedding|indexSelect"),
+    ("embedding", r"embedding|indexSelect|add_rows_kernel"),
     ("zeros", r"^Memset"),
     ("copies", r"^Memcpy|CatArray"),
 )

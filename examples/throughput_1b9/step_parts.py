@@ -26,7 +26,7 @@ CHANGES = {
     "before": "none of these", "norm": "norm beside the residual", "activation": "SwiGLU without torch.compile",
     "residual": "residual sum without torch.compile", "optimizer": "optimizer in one pass",
     "gradients": "first products overwrite", "logits": "logits kept, in one chunk",
-    "checks": "checks for NaN once an iteration",
+    "embedding": "gradient of the embedding by rows", "checks": "checks for NaN once an iteration",
     "all": "all of these", "all, unchecked": "all, losses and gradients not checked for NaN",
 }  # fmt: skip
 ORDER = (

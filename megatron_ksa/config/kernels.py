@@ -12,6 +12,7 @@ FUSIONS = {
     "residual": "the sum with the residual without torch.compile",
     "optimizer": "clipping, Adam and the 16-bit copy of the parameters",
     "gradients": "the first micro-batch's weight gradients overwrite what is in their buffers, which are not zeroed",
+    "embedding": "the embedding's gradient is added to its buffer by the rows that occur",
     "checks": "losses and gradients are looked at for NaN once an iteration",
 }
 

@@ -78,7 +78,8 @@ KINDS = {
     "kernels": Kind(LOCAL, like=None),
     "reference": Kind(f"{LOCAL} --kernels-reference"),
     "apart": Kind(
-        f"{LOCAL} --kernels-apart norm activation residual optimizer gradients checks --loss-kept-logits 0", norms=True
+        f"{LOCAL} --kernels-apart norm activation residual optimizer gradients embedding checks --loss-kept-logits 0",
+        norms=True,
     ),
     "full_iteration": Kind(f"{LOCAL} {GRAPH}", norms=True),
     "local": Kind(f"{LOCAL} {LAYER_GRAPHS}", norms=True),
