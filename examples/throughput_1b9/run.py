@@ -104,6 +104,7 @@ def training_flags(model: str, length: int, kind: str, options: argparse.Namespa
         "--seq-length", length, "--global-batch-size", 1, "--train-iters", warm_up + measured + bool(options.profile),
         "--mock-data", "--split", "100,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", 151935,
         "--lr-decay-style", "constant", "--eval-iters", 0, "--log-interval", 1, "--loss-chunk-rows", options.loss_rows,
+        "--loss-kept-logits", options.kept_logits,
     ]  # fmt: skip
     if length >= RECOMPUTE_FROM or options.tiny:
         run += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
@@ -218,6 +219,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--iterations", type=int, help="iterations that count; unset: 6 at 8k, 4 at 32k, 2 beyond")
     parser.add_argument("--loss-rows", type=int, default=4096, help="tokens whose logits exist at a time")
+    parser.add_argument(
+        "--kept-logits", type=float, default=3.0, help="GiB of logits that are kept for the backward pass at most"
+    )
     parser.add_argument("--limit", type=float, default=200, help="seconds after which a run is given up")
     parser.add_argument("--commit", help="commit of the code, where it is no git checkout")
     parser.add_argument("--again", action="store_true", help="measure what is in the results too")

@@ -44,8 +44,10 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
     measured = options.measured or MEASURED.get(length, 1)
     flags = training_flags(model, length, options)
     flags[flags.index("--train-iters") + 1] = str(len(plan(measured, names)))
-    place = flags.index("--loss-chunk-rows")
-    del flags[place : place + 2]
+    for flag in ("--loss-chunk-rows", "--loss-kept-logits"):
+        # The variants' own.
+        place = flags.index(flag)
+        del flags[place : place + 2]
     record = options.out.with_suffix(f".{model}-{length}.part")
     command = [
         sys.executable,
@@ -142,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")
     parser.add_argument("extra", nargs="*", default=[], help="flags for pretrain_gpt.py, after --")
     # What `training_flags` asks for beside these.
-    parser.set_defaults(cuda_graphs=False, loss_rows=0, iterations=1)
+    parser.set_defaults(cuda_graphs=False, loss_rows=0, kept_logits=0, iterations=1)
     options = parser.parse_args()
     if options.report and not options.report.is_file():
         raise UsageError(f"--report {options.report} does not exist")

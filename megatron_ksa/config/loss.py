@@ -27,7 +27,7 @@ class LossConfig:
 
     kept_logits: float | None = option(
         None, "Keep a micro-batch's logits from the forward to the backward pass, in place of computing them again, "
-        "where they take at most this many GiB in the parameters' precision. Unset: "
+        "where they take at most this many GiB in the parameters' precision; they are computed in one chunk. Unset: "
         f"{KEPT_LOGITS:g} where --loss-chunk-rows is unset too, else 0."
     )  # fmt: skip
 

@@ -245,7 +245,8 @@ class ChunkedLoss:
         tokens, words = labels.numel(), weight.shape[0]
         rows = self.loss.rows_at_a_time(tokens, words)
         keeps = torch.is_grad_enabled() and self.loss.keeps_logits(tokens, words, weight.element_size())
-        if keeps and self.loss.chunk_rows is None:
+        if keeps:
+            # All exist at a time anyway: one chunk adds to the weight's gradient once.
             rows = tokens
         elif rows == tokens:
             logits, _ = output_layer(hidden_states, weight=output_weight)

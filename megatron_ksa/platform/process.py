@@ -46,7 +46,15 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False, checkpoint_sums
     pickles = () if trust_checkpoint else checkpoint_pickle.PATCHES
     optimizer = (*distributed_optimizer.patches(), *optimizer_kernels.patches(), *one_pass_optimizer.patches())
     comparisons = checkpoint_comparison.PATCHES if checkpoint_sums else ()
-    used = [*gradients, *activation.PATCHES, *embedding.PATCHES, *pickles, *comparisons, *dataset_helpers.PATCHES, *optimizer]
+    used = [
+        *gradients,
+        *activation.PATCHES,
+        *embedding.PATCHES,
+        *pickles,
+        *comparisons,
+        *dataset_helpers.PATCHES,
+        *optimizer,
+    ]
     apply_for_good(used)
     installed = version("megatron-core")
     if installed != WRITTEN_FOR and used and os.environ.get("RANK", "0") == "0":

@@ -1,7 +1,7 @@
 """The embedding's gradient goes to its buffer, as those of linear layers do with gradient accumulation fusion.
 
-Megatron 0.19.2 lets torch form it for all words, in 16 bits and with zeros for those that do not occur, and adds that to
-the buffer: 10 bytes a parameter of the embedding, for 8,192 rows of the 151,936 of the 1.9B model.
+Megatron 0.19.2 lets torch form it for all words, in 16 bits and with zeros for those that do not occur, and adds that
+to the buffer: 10 bytes a parameter of the embedding, for 8,192 rows of the 151,936 of the 1.9B model.
 """
 
 from collections.abc import Callable
