@@ -42,7 +42,7 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
 
     names = options.variants or list(CHANGES)
     measured = options.measured or MEASURED.get(length, 1)
-    flags = training_flags(model, length, options)
+    flags = training_flags(model, length, "local", options)
     flags[flags.index("--train-iters") + 1] = str(len(plan(measured, names)))
     for flag in ("--loss-chunk-rows", "--loss-kept-logits"):
         # The variants' own.
@@ -144,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")
     parser.add_argument("extra", nargs="*", default=[], help="flags for pretrain_gpt.py, after --")
     # What `training_flags` asks for beside these.
-    parser.set_defaults(cuda_graphs=False, loss_rows=0, kept_logits=0, iterations=1)
+    parser.set_defaults(cuda_graphs=False, loss_rows=0, kept_logits=0, iterations=1, shape="1b9", profile=None)
     options = parser.parse_args()
     if options.report and not options.report.is_file():
         raise UsageError(f"--report {options.report} does not exist")
