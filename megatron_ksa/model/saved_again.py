@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.transformer import mlp as megatrons
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -178,6 +178,7 @@ def activate(mlp: MLP, rows: Tensor, bias: Tensor | None) -> Tensor:
     """
     config = mlp.config
     if config.bias_activation_fusion:
-        return bias_swiglu_impl(rows, bias, config.activation_func_fp8_input_store, False)
+        # As the MLP finds it: this project's kernel may stand there (megatron_ksa/upstream/activation.py).
+        return megatrons.bias_swiglu_impl(rows, bias, config.activation_func_fp8_input_store, False)
     gate, linear = (rows if bias is None else rows + bias).chunk(2, dim=-1)
     return config.activation_func(gate) * (linear + config.glu_linear_offset)
