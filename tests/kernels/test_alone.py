@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.language import standard
 
-from megatron_ksa.kernels import cross_entropy, dispatch, distillation, ksa_attention, rotation
+from megatron_ksa.kernels import cross_entropy, dispatch, distillation, ksa_attention, rotation, softmax_merge
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +28,7 @@ OPS = {
     "gradients": cross_entropy.gradients,
     "distillation statistics": distillation.statistics,
     "distillation gradients": distillation.gradients,
+    "merge": softmax_merge.merge,
 }
 # Nothing but what torch, triton and numpy bring along may be imported; Megatron and the trainer's folders may not.
 BLOCKED = """
