@@ -59,6 +59,14 @@ class Cluster:
                 f"use {below} or {below + self.gpus_per_node}"
             )
 
+    @classmethod
+    def of_h100(cls, gpus: int) -> "Cluster":
+        """So many H100 of 80 GB in nodes of eight, with what is assumed of them where nothing else is said."""
+        return cls(
+            gpus, gpus_per_node=8, memory=80e9, flops=989e12, efficiency=0.4, node_bandwidth=450e9,
+            network_bandwidth=50e9,
+        )  # fmt: skip
+
     def bandwidth(self, span: int) -> float:
         """Bytes/s of a GPU in a group whose members lie within `span` successive ranks."""
         return self.node_bandwidth if span <= self.gpus_per_node else self.network_bandwidth
