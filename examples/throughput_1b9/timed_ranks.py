@@ -90,32 +90,20 @@ class RanksMeasurement(Measurement):
 
 
 def predictions(args, flops: float) -> dict:
-    """What `tools/plan_cluster.py` says of this run before it starts, with its assumptions about an H100.
-
-    The plan's context parallelism is p2p; bytes of all-to-all are those of the report at start.
-    """
+    """What `tools/plan_cluster.py` says of this run before it starts, with its assumptions about an H100."""
     from megatron_ksa.cost.cluster_plan import Cluster, bytes_on_the_wire, seconds_of_step
     from megatron_ksa.cost.memory import fullest_stage
     from megatron_ksa.cost.run_report import model_shape, training_layout
-    from megatron_ksa.cost.traffic import HeadShape, bytes_sent
     from megatron_ksa.training.arguments import settings_from_args
 
     settings = settings_from_args(copy.copy(args))
     shape, layout = model_shape(args, settings), training_layout(args, settings)
     sent = bytes_on_the_wire(shape, layout)
-    comm = args.cp_comm_type if isinstance(args.cp_comm_type, str) else args.cp_comm_type[0]
-    if comm == "a2a":
-        tp, size = layout.tensor_parallel, layout.context_parallel
-        heads = HeadShape(shape.heads // tp, max(shape.kv_heads // tp, 1), shape.head_dim, layout.parameter_bytes)
-        passes = {"forwards": 1 + (args.recompute_granularity == "full"), "backwards": 1}
-        layers = shape.layers(args.seq_length)
-        sent["context"] = sum(
-            bytes_sent(each, shape.ksa, args.seq_length, size, comm, heads, **passes) for each in layers
-        )
+    slowdown = 1 / 3 if args.recompute_granularity == "full" else 0
     return {
         "memory_gib": fullest_stage(shape, layout)[1].total / 2**30,
         "sent_gb": {kind: number / 1e9 for kind, number in sent.items()},
-        "seconds": seconds_of_step(layout, sent, flops, Cluster.of_h100(args.world_size)),
+        "seconds": seconds_of_step(layout, sent, flops, Cluster.of_h100(args.world_size), slowdown),
     }
 
 
