@@ -13,6 +13,7 @@ WORLD = frozenset(
     cost/test_memory.py
     cost/test_traffic.py
     examples/test_demo.py
+    examples/test_several_gpus.py
     huggingface/test_logits.py
     huggingface/test_trainer.py
     model/test_chunked_loss.py

@@ -21,12 +21,14 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
+from megatron_ksa.cost.cluster_plan import Cluster
 from megatron_ksa.files import SMALL_FILE_BYTES, read_small, whole_file
 from megatron_ksa.platform import prepare_platform
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
+    assumed = Cluster.of_h100(8)
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -35,14 +37,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, help="text tokens, instead of the model file's")
     parser.add_argument("--global-batch-size", type=int, help="sequences in a step, instead of the model file's")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of all nodes")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a node")
-    parser.add_argument("--memory", type=float, default=80, help="GB of a GPU")
-    parser.add_argument("--flops", type=float, default=989, help="peak TFLOP/s of a GPU")
+    parser.add_argument("--gpus-per-node", type=int, default=assumed.gpus_per_node, help="GPUs of a node")
+    parser.add_argument("--memory", type=float, default=assumed.memory / 1e9, help="GB of a GPU")
+    parser.add_argument("--flops", type=float, default=assumed.flops / 1e12, help="peak TFLOP/s of a GPU")
     parser.add_argument(
-        "--efficiency", type=float, default=0.4, help="share of the peak that arithmetic reaches (assumed)"
-    )
-    parser.add_argument("--node-bandwidth", type=float, default=450, help="GB/s that a GPU sends within its node")
-    parser.add_argument("--network-bandwidth", type=float, default=50, help="GB/s that a GPU sends to other nodes")
+        "--efficiency", type=float, default=assumed.efficiency,
+        help="share of the peak that arithmetic reaches (assumed)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--node-bandwidth", type=float, default=assumed.node_bandwidth / 1e9,
+        help="GB/s that a GPU sends within its node",
+    )  # fmt: skip
+    parser.add_argument(
+        "--network-bandwidth", type=float, default=assumed.network_bandwidth / 1e9,
+        help="GB/s that a GPU sends to other nodes",
+    )  # fmt: skip
     parser.add_argument("--show", type=int, default=8, help="layouts to print, fastest first")
     parser.add_argument("--write", type=Path, help="file for the flags of the best KSA layout")
     return parser.parse_args()

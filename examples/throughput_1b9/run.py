@@ -1,4 +1,4 @@
-"""Throughput of the KSA report's 1.9B model on one GPU: KSA against the same model with full attention.
+"""Throughput of the KSA report's 1.9B model, on one GPU or several: KSA against the same model with full attention.
 
     python examples/throughput_1b9/run.py --report docs/results.md
     python examples/throughput_1b9/run.py --models ksa summary distil --lengths 8192 32768 --out distil.json
@@ -7,6 +7,10 @@
 
 Each length and model trains a few iterations through `pretrain_gpt.py` in a process of its own, on generated tokens,
 without saving. Results are written after each; a second call goes on with those that are missing or failed.
+
+    python examples/throughput_1b9/run.py --layouts cp4 cp4-a2a tp2-cp2 cp2 one --lengths 131072 --out several.json
+
+Layouts of as many GPUs run one after the other in one set of ranks, with the communication of one iteration profiled.
 """
 
 import argparse
@@ -16,7 +20,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     from megatron_ksa.errors import UsageError, usage_errors_exit
@@ -25,8 +31,13 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
+import report
+import report_ranks
+from layouts import Layout, parse_layout
+
 from megatron_ksa.evaluation.runs import stored_runs
 from megatron_ksa.files import check_writable, whole_file, writing
+from megatron_ksa.platform.ranks import run_ranks
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "slurm" / "models" / "ksa_1b9.args"
@@ -42,7 +53,7 @@ ITERATIONS = {8192: (3, 6), 32768: (2, 4), 131072: (1, 2)}
 REPLACED = {
     "--ksa": 0, "--ksa-window-chunks": 1, "--position-embedding-type": 1, "--tokenizer-type": 1, "--vocab-size": 1,
     "--lr-decay-style": 1, "--lr-wsd-decay-style": 1, "--lr-wsd-decay-iters": 1, "--lr-warmup-iters": 1,
-    "--seq-length": 1, "--global-batch-size": 1, "--train-iters": 1,
+    "--seq-length": 1, "--max-position-embeddings": 1, "--global-batch-size": 1, "--train-iters": 1,
 }  # fmt: skip
 # One CUDA graph holds forward and backward passes of an iteration, after as many iterations without it.
 GRAPH_WARM_UP = 3
@@ -59,7 +70,7 @@ LAYERS = {
 }  # fmt: skip
 LAYERS |= {f"{kind}_fuser": [*LAYERS[kind], *FUSER] for kind in ("te", "fp8_tensorwise", "fp8_blockwise")}
 KINDS = [kind + graph for graph in ("", "+graph") for kind in LAYERS]
-# Flags of a shape, its layers and its K/V heads; 8b_8layers has layers of an 8B model's size.
+# Flags of a shape, its layers and its K/V heads; 8b_8layers has layers of the 8B model's size.
 SHAPES = {
     "1b9": ("", 24, 16),
     "8b_8layers": (
@@ -67,11 +78,31 @@ SHAPES = {
         "--num-query-groups 8",
         8, 8,
     ),
+    "8b": (
+        "--num-layers 36 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32 --group-query-attention "
+        "--num-query-groups 8",
+        36, 8,
+    ),
 }  # fmt: skip
+# On several GPUs, where one more iteration is profiled; a step of a million tokens counts as it is profiled.
+RANKS_ITERATIONS = {131072: (1, 2), 1048576: (1, 0)}
 TINY = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --kv-channels 8 "
     "--vocab-size 127 --make-vocab-size-divisible-by 64"
 ).split()
+
+
+# Ranks have imported everything after so long. Of a launch that failed, so many characters are kept.
+START_SECONDS, LOG = 60, 100_000
+
+
+class Run(NamedTuple):
+    """What is measured: model, text tokens, kind of layers, and the layout of several GPUs."""
+
+    model: str
+    length: int
+    kind: str
+    layout: Layout | None = None
 
 
 def read_flags(path: Path) -> list[list[str]]:
@@ -85,8 +116,10 @@ def captures(kind: str, options: argparse.Namespace) -> bool:
     return options.cuda_graphs or kind.endswith("+graph")
 
 
-def training_flags(model: str, length: int, kind: str, options: argparse.Namespace) -> list[str]:
-    """The command line of `pretrain_gpt.py` for one run."""
+def training_flags(
+    model: str, length: int, kind: str, options: argparse.Namespace, layout: Layout | None = None
+) -> list[str]:
+    """The command line of `pretrain_gpt.py` for one run; with a layout, a rank's, which profiles an iteration more."""
     shape, layers, groups = SHAPES[options.shape]
     given = read_flags(MODEL)
     kept = [word for flag in given if flag[0] not in REPLACED for word in flag]
@@ -99,9 +132,10 @@ def training_flags(model: str, length: int, kind: str, options: argparse.Namespa
     ksa = ["--ksa", "--ksa-window-chunks", windows, "--position-embedding-type", "rope"]
     full = ["--position-embedding-type", "harpe", "--harpe-bases", ",".join(["10000"] * int(heads))]
     attention = full if model == "full" else [*ksa, *STAGES.get(model, [])]
-    warm_up, measured = iterations(length, kind, options)
+    profiled = layout is not None or bool(options.profile)
+    count = sum(iterations(length, kind, options, ranks=layout is not None)) + profiled
     run = [
-        "--seq-length", length, "--global-batch-size", 1, "--train-iters", warm_up + measured + bool(options.profile),
+        "--seq-length", length, "--max-position-embeddings", length, "--global-batch-size", 1, "--train-iters", count,
         "--mock-data", "--split", "100,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", 151935,
         "--lr-decay-style", "constant", "--eval-iters", 0, "--log-interval", 1, "--loss-chunk-rows", options.loss_rows,
         "--loss-kept-logits", options.kept_logits,
@@ -110,13 +144,14 @@ def training_flags(model: str, length: int, kind: str, options: argparse.Namespa
         run += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
     if captures(kind, options):
         run += GRAPHS
-    run += LAYERS[kind.removesuffix("+graph")]
+    run += [*LAYERS[kind.removesuffix("+graph")], *(layout.flags if layout else [])]
     return [*kept, *attention, *shape.split(), *map(str, run), *(TINY if options.tiny else []), *options.extra]
 
 
-def iterations(length: int, kind: str, options: argparse.Namespace) -> tuple[int, int]:
-    """Iterations before those that count, and those."""
-    warm_up, measured = ITERATIONS.get(length, (1, 2)) if options.iterations is None else (1, options.iterations)
+def iterations(length: int, kind: str, options: argparse.Namespace, ranks: bool = False) -> tuple[int, int]:
+    """Iterations before those that count, and those; on several GPUs, without the one that is profiled."""
+    by_length = RANKS_ITERATIONS if ranks else ITERATIONS
+    warm_up, measured = by_length.get(length, (1, 2)) if options.iterations is None else (1, options.iterations)
     return warm_up + GRAPH_WARM_UP * captures(kind, options), measured
 
 
@@ -145,7 +180,7 @@ def run_recorded(command: list[str], record: Path, limit: float) -> dict:
             command, timeout=limit, stderr=subprocess.PIPE, text=True, check=False,
             env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
         )  # fmt: skip
-        failure = None if done.returncode == 0 and record.exists() else _reason(done.stderr)
+        failure = None if done.returncode == 0 and record.exists() else reason(done.stderr)
     except subprocess.TimeoutExpired:
         failure = f"not done after {limit:.0f} s"
     result = json.loads(record.read_text()) if record.exists() else {}
@@ -153,7 +188,64 @@ def run_recorded(command: list[str], record: Path, limit: float) -> dict:
     return result if failure is None else {**result, "error": failure}
 
 
-def _reason(stderr: str) -> str:
+def measure_ranks(runs: list[Run], options: argparse.Namespace) -> Iterator[dict]:
+    """Train runs of as many GPUs one after the other in one set of ranks; each one's result.
+
+    Where one fails, those after it go on in a new set.
+    """
+    left = list(runs)
+    while left:
+        records = [_record(run, options) for run in left]
+        description = []
+        for run, record in zip(left, records, strict=True):
+            warm_up, measured = iterations(run.length, run.kind, options, ranks=True)
+            flags = training_flags(run.model, run.length, run.kind, options, run.layout)
+            description.append(
+                {"record": str(record), "warm_up": warm_up, "iterations": warm_up + measured + 1, "flags": flags}
+            )
+        stderr = _train_ranks(description, left[0].layout.gpus, options)
+        for record in records:
+            run = left.pop(0)
+            result = json.loads(record.read_text()) if record.exists() else {}
+            record.unlink(missing_ok=True)
+            if result and options.commit:
+                result["machine"]["commit"] = options.commit
+            result |= {
+                "model": run.model, "length": run.length, "cuda_graphs": captures(run.kind, options),
+                "layout": run.layout.name, "gpus": run.layout.gpus, "shape": options.shape, "kind": run.kind,
+            }  # fmt: skip
+            if not result.get("complete"):
+                yield result | {"error": reason(stderr)}
+                break
+            yield result
+
+
+def _record(run: Run, options: argparse.Namespace) -> Path:
+    """Where the ranks write what they measure, which is not there yet."""
+    name = f"{options.shape}-{run.model}-{run.length}-{run.kind}-{run.layout.name}"
+    record = options.out.with_suffix(f".{name}.part")
+    record.unlink(missing_ok=True)
+    return record
+
+
+def _train_ranks(description: list[dict], gpus: int, options: argparse.Namespace) -> str:
+    """Run `timed_ranks.py`; what it said on stderr."""
+    file = options.out.with_suffix(".runs")
+    file.write_text(json.dumps(description))
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if gpus > 1:
+        # Tensor and context parallelism want it before CUDA starts.
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    seconds = START_SECONDS + options.limit * len(description)
+    script = [str(HERE / "timed_ranks.py"), str(file), str(options.limit)]
+    done = run_ranks(script, gpus, seconds=seconds, environment=environment)
+    file.unlink()
+    if done.returncode:
+        options.out.with_suffix(f".{gpus}.log").write_text(done.stdout[-LOG:] + done.stderr[-LOG:])
+    return done.stderr
+
+
+def reason(stderr: str) -> str:
     """The line that says what went wrong; all of it goes to this process's stderr."""
     print(stderr[-6000:], file=sys.stderr)
     lines = [line for line in stderr.splitlines() if "Error" in line or line.startswith("error:")]
@@ -164,7 +256,7 @@ def identity(run: dict) -> tuple:
     """What two runs of the same measurement have in common."""
     return (
         run.get("model"), run.get("length"), run.get("cuda_graphs", False), run.get("shape", "1b9"),
-        run.get("kind", "default"),
+        run.get("kind", "default"), run.get("layout"),
     )  # fmt: skip
 
 
@@ -217,6 +309,14 @@ def parse_arguments() -> argparse.Namespace:
         "--models", nargs="+", default=MODELS, choices=(*MODELS, *STAGES),
         help="which attention; summary and distil train KSA's summary parameters alone, the second with a teacher",
     )  # fmt: skip
+    parser.add_argument(
+        "--layouts", nargs="+", type=parse_layout, metavar="LAYOUT",
+        help="one, cp4, cp4-a2a, tp2-cp2 and the like: several GPUs, in ranks that this script starts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--full-layouts", nargs="*", type=parse_layout, metavar="LAYOUT",
+        help="of the layouts, those that full attention is measured in; unset: all",
+    )  # fmt: skip
     parser.add_argument("--iterations", type=int, help="iterations that count; unset: 6 at 8k, 4 at 32k, 2 beyond")
     parser.add_argument("--loss-rows", type=int, default=4096, help="tokens whose logits exist at a time")
     parser.add_argument(
@@ -231,6 +331,32 @@ def parse_arguments() -> argparse.Namespace:
     if options.report and not options.report.is_file():
         raise UsageError(f"--report {options.report} does not exist")
     return options
+
+
+def wanted(options: argparse.Namespace, runs: list[dict]) -> list[Run]:
+    """The runs that the results lack."""
+    found = {identity(run) for run in runs if "error" not in run}
+    every = itertools.product(options.layouts or [None], options.lengths, options.models, options.kinds)
+    return [
+        Run(model, length, kind, layout)
+        for layout, length, model, kind in every
+        if not (model == "full" and options.full_layouts is not None and layout not in options.full_layouts)
+        and (model, length, captures(kind, options), options.shape, kind, layout and layout.name) not in found
+    ]
+
+
+def results(options: argparse.Namespace, left: list[Run]) -> Iterator[dict]:
+    """Measure, those of as many GPUs together."""
+    for gpus in dict.fromkeys(run.layout and run.layout.gpus for run in left):
+        same = [run for run in left if (run.layout and run.layout.gpus) == gpus]
+        for model, length, kind, layout in same:
+            graphs = ", CUDA graphs" * captures(kind, options)
+            where = f", {layout.name}" if layout else ""
+            print(f"== {model}, {length} tokens, {options.shape}, {kind}{where}{graphs}", flush=True)
+            if gpus is None:
+                yield measure(model, length, kind, options)
+        if gpus is not None:
+            yield from measure_ranks(same, options)
 
 
 def main() -> None:
@@ -249,26 +375,22 @@ def main() -> None:
         if options.profile:
             with writing(options.profile):
                 options.profile.mkdir(parents=True, exist_ok=True)
-        for length, model, kind in itertools.product(options.lengths, options.models, options.kinds):
-            wanted = (model, length, captures(kind, options), options.shape, kind)
-            same = [run for run in runs if identity(run) == wanted]
-            if any("error" not in run for run in same):
-                continue
-            print(f"== {model}, {length} tokens, {options.shape}, {kind}{', CUDA graphs' * wanted[2]}", flush=True)
-            result = measure(model, length, kind, options)
-            print(result.get("error") or f"{result['tokens_per_second']:.0f} tokens/s", flush=True)
-            runs = [run for run in runs if run not in same] + [result]
+        failed = False
+        for result in results(options, wanted(options, runs)):
+            failed |= "error" in result
+            said = result.get("error") or f"{result['tokens_per_second']:.0f} tokens/s"
+            print(said if options.layouts is None else f"{result['layout']}, {result['model']}: {said}", flush=True)
+            runs = [run for run in runs if identity(run) != identity(result)] + [result]
             with whole_file(options.out) as stream:
                 stream.write(json.dumps(runs, indent=1) + "\n")
-        for line in compare_kinds(runs):
+        for line in compare_kinds(runs) if options.layouts is None else ():
             print(line)
         for line in compare_stages(runs):
             print(line)
         if options.report:
-            from report import write_report
-
-            write_report(options.out, options.report)
-    sys.exit(any("error" in run for run in runs))
+            writer = report if options.layouts is None else report_ranks
+            writer.write_report(options.out, options.report)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ The parts are read from events on the device's stream around the core attention 
 loss and the optimizer, so that nothing waits for them inside an iteration; what is recomputed counts as forward.
 """
 
+import functools
 import json
 import math
 import statistics
@@ -125,6 +126,14 @@ def count_flops() -> float:
 
     args = get_args()
     return training.num_floating_point_operations(args, args.global_batch_size)
+
+
+@functools.cache
+def machine() -> dict[str, object]:
+    """Where this runs; it asks nvidia-smi and git."""
+    from megatron_ksa.kernels.benchmarks.measure import header
+
+    return header("cuda" if torch.cuda.is_available() else "cpu", None)
 
 
 class Measurement:
@@ -246,13 +255,11 @@ class Measurement:
 
         return timed
 
-    def write(self) -> None:
-        """The medians of the iterations after the warm-up."""
+    def result(self, counted: list[dict]) -> dict:
+        """The medians of these iterations, and what this process knows beside them."""
         from megatron.training import get_args
 
-        from megatron_ksa.kernels.benchmarks.measure import header
-
-        args, counted = get_args(), self.iterations[self.warm_up : self.warm_up + self.measured]
+        args = get_args()
         if not all(math.isfinite(iteration["loss"]) for iteration in self.iterations):
             raise ArithmeticError(f"the loss is not finite: {[i['loss'] for i in self.iterations]}")
         ms = statistics.median(iteration["ms"] for iteration in counted)
@@ -263,16 +270,21 @@ class Measurement:
         flops = self.flops
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         peak = next((value for name, value in PEAKS.items() if name in device), None)
-        record = {
+        per_gpu = flops / ms * 1e3 / args.world_size
+        return {
             "iteration_ms": ms, "tokens_per_second": args.global_batch_size * args.seq_length / ms * 1e3,
-            "model_flops": flops, "tflops": flops / ms / 1e9, "mfu": flops / ms * 1e3 / peak if peak else None,
+            "model_flops": flops, "tflops": per_gpu / 1e12, "mfu": per_gpu / peak if peak else None,
             "parts_ms": {**parts, "rest": ms - sum(parts.values())},
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
             "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
             "attention": self.backends, "recompute": args.recompute_granularity, "loss_rows": args.loss_chunk_rows,
             "iterations": self.iterations, "warm_up": self.warm_up,
-            "machine": header("cuda" if peak or torch.cuda.is_available() else "cpu", None),
+            "machine": machine(),
         }  # fmt: skip
+
+    def write(self) -> None:
+        """The medians of the iterations after the warm-up."""
+        record = self.result(self.iterations[self.warm_up : self.warm_up + self.measured])
         with whole_file(self.record) as stream:
             stream.write(json.dumps(record))
 
@@ -282,12 +294,9 @@ def main() -> None:
     sys.argv = [sys.argv[0], *flags]
     measurement = Measurement(Path(record), int(warm_up), int(measured), None if profile == "-" else Path(profile))
     prepare_platform(flags)
-    from megatron_ksa.model import prepare
     from megatron_ksa.upstream.patches import apply
     from megatron_ksa.upstream.trainer import OPTIMIZER_STEP, TRAIN_STEP
 
-    # Whether a kind is worth a comparison of its losses is measured here.
-    prepare.REFUSES_UNCHECKED = False
     measurement.watch_loss()
     measurement.watch_teacher()
     with apply([TRAIN_STEP.given(measurement.step), OPTIMIZER_STEP.given(measurement.optimizer_step)]):

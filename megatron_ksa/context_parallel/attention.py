@@ -11,47 +11,19 @@ from torch import Tensor
 from megatron_ksa.context_parallel.exchange import Exchange
 from megatron_ksa.context_parallel.plan import HaloPlan, route, sees_summaries
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_summary_attention, ksa_text_attention
+from megatron_ksa.kernels.softmax_merge import merge
 from megatron_ksa.layout.zigzag import ZigZag
 
 
-class _Merge(torch.autograd.Function):
-    """Softmax over two disjoint sets of keys from the softmax over each: out = w * a + (1 - w) * b,
-    w = sigmoid(lse_a - lse_b). Nothing but the inputs is kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, lse_a, b, lse_b)
-        return torch.lerp(b.to(lse_b.dtype), a.to(lse_a.dtype), _share(lse_a, lse_b)).to(a.dtype)
-
-    @staticmethod
-    def backward(ctx, d_out: Tensor):
-        a, lse_a, b, lse_b = ctx.saved_tensors
-        w = _share(lse_a, lse_b)
-        d_rows = d_out.to(w.dtype)
-        d_w = (d_rows * (a.to(w.dtype) - b.to(w.dtype))).sum(-1, keepdim=True)
-        d_lse = (d_w * w * (1 - w)).squeeze(-1).transpose(1, 2)
-        return (d_rows * w).to(a.dtype), d_lse, (d_rows * (1 - w)).to(b.dtype), -d_lse
-
-
-def _share(lse_a: Tensor, lse_b: Tensor) -> Tensor:
-    """w as [batch, rows, heads, 1], from [batch, heads, rows]; 1 where b has no key."""
-    return torch.sigmoid(lse_a - lse_b).transpose(1, 2)[..., None]
-
-
-def _far_text(exchange: Exchange, k: Tensor, v: Tensor, received: Tensor) -> list[Tensor]:
+def _far_text(plan: HaloPlan, received: Tensor) -> list[Tensor]:
     """The halo of each of this rank's segments, keys with values: [rows, 2, batch, K/V heads, head_dim]."""
-    plan, me = exchange.plan, exchange.plan.split.rank
     incoming = route(plan).incoming
     # One split, and not a slice for each piece, since each slice's gradient would be as large as the whole.
     arrived = dict(zip(incoming, received.split([len(piece) for piece in incoming]), strict=True)) if incoming else {}
-    needed = []
-    for pieces in plan.sources(me):
-        rows = [
-            torch.stack([k[plan.held(me, piece)], v[plan.held(me, piece)]], dim=1) if source == me else arrived[piece]
-            for source, piece in pieces
-        ]
-        needed.append((pieces[0][1].start, torch.cat(rows)))
+    needed = [
+        (pieces[0][1].start, torch.cat([arrived[piece] for _, piece in pieces]))
+        for pieces in plan.sources(plan.split.rank)
+    ]
     halos = []
     for halo in map(plan.halo, plan.split.segments()):
         # The last interval that begins at or before the halo holds all of it.
@@ -94,7 +66,7 @@ def context_parallel_attention(
     )
     gather = bool(k_summary.shape[0]) and sees_summaries(geometry, text_length)
     exchange = Exchange(plan, group, gather)
-    in_flight = exchange.start((k_text, v_text), (k_summary, v_summary))
+    (k_text, v_text), in_flight = exchange.start((k_text, v_text), (k_summary, v_summary))
 
     options = {"document_start": document_start, "softmax_scale": softmax_scale}
     by_segment = [
@@ -113,12 +85,12 @@ def context_parallel_attention(
     k_all, v_all = (rows.transpose(0, 1) for rows in split.restore(gathered).unbind(1))
     text = []
     for segment, qs, (out, lse), halo in zip(
-        split.segments(), by_segment[0], near, _far_text(exchange, k_text, v_text, received), strict=True
+        split.segments(), by_segment[0], near, _far_text(plan, received), strict=True
     ):
         k_far, v_far = (rows.transpose(0, 1) for rows in halo.unbind(1))
         far_out, far_lse = ksa_text_attention(
             qs, k_far, v_far, k_all, v_all, geometry, query_start=segment * plan.segment_rows,
             key_start=plan.halo(segment).start, **options,
         )  # fmt: skip
-        text.append(_Merge.apply(out, lse, far_out, far_lse))
+        text.append(merge(out, lse, far_out, far_lse))
     return torch.cat([*text, *summaries], dim=1).transpose(0, 1)

@@ -30,13 +30,18 @@ class Exchange:
     _pending: list[dist.Work] = field(default_factory=list)
     _buffers: tuple[Tensor, ...] = ()
 
-    def start(self, text: tuple[Tensor, Tensor], summaries: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Begin to send; the result is only to be handed to `finish`.
+    def start(self, text: tuple[Tensor, Tensor], summaries: tuple[Tensor, Tensor]) -> tuple[tuple, tuple]:
+        """Begin to send.
 
         Args:
             text, summaries: keys and values of this rank's rows, [rows, batch, K/V heads, head_dim] each.
+
+        Returns:
+            Text keys and values, for this rank's own attention, to whose gradients those that come back are added; and
+            what is only to be handed to `finish`.
         """
-        return _Start.apply(self, *text, *summaries)
+        received, gathered, k, v = _Start.apply(self, *text, *summaries)
+        return (k, v), (received, gathered)
 
     def finish(self, in_flight: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Wait for what others sent.
@@ -64,7 +69,7 @@ class Exchange:
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange: Exchange, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor):
-        ctx.exchange, ctx.text_shape = exchange, k.shape
+        ctx.exchange = exchange
         rows = route(exchange.plan)
         nothing = k.new_empty(0, 2, *k.shape[1:])
         outgoing = torch.cat([nothing, *(torch.stack([k[part], v[part]], dim=1) for part in rows.outgoing)])
@@ -76,23 +81,23 @@ class _Start(torch.autograd.Function):
             work = dist.all_gather_into_tensor(gathered, summaries, group=exchange.group, async_op=True)
             exchange._pending.append(work)
         exchange._buffers = (outgoing, summaries)
-        return received, gathered
+        return received, gathered, k.view_as(k), v.view_as(v)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx, _received: Tensor, _gathered: Tensor, d_k: Tensor, d_v: Tensor):
         exchange = ctx.exchange
         exchange._wait()
         _, returned, _, d_summaries = exchange._buffers
         exchange._buffers = ()
-        # [2, rows, batch, K/V heads, head_dim]
-        d_text = returned.new_zeros(2, *ctx.text_shape)
         start = 0
         for rows in route(exchange.plan).outgoing:
-            stop = start + rows.stop - rows.start
-            d_text[:, rows] += returned[start:stop].transpose(0, 1)
-            start = stop
-        d_key_value = (None, None) if d_summaries is None else d_summaries.unbind(1)
-        return None, *d_text.unbind(0), *d_key_value
+            # [rows, 2, batch, K/V heads, head_dim]
+            piece = returned[start : start + rows.stop - rows.start]
+            # In place: whoever made these gradients handed them to nobody else, and they are as large as all keys.
+            d_k[rows] += piece[:, 0]
+            d_v[rows] += piece[:, 1]
+            start += len(piece)
+        return None, d_k, d_v, *((None, None) if d_summaries is None else d_summaries.unbind(1))
 
 
 class _Finish(torch.autograd.Function):

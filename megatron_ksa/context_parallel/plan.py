@@ -87,7 +87,7 @@ class HaloPlan:
 
 @dataclass(frozen=True)
 class Route:
-    """What one rank sends and receives, the same for every layer with the same plan.
+    """What one rank sends and receives, itself included, the same for every layer with the same plan.
 
     Attributes:
         outgoing: rows to send among this rank's text rows, by destination.
@@ -104,10 +104,14 @@ class Route:
 
 @lru_cache
 def route(plan: HaloPlan) -> Route:
-    """The rows that this rank exchanges with each other one."""
+    """The rows that this rank exchanges with each one.
+
+    What it needs of its own other segment takes the same way: as a slice of its keys it would have a gradient as large
+    as all of them.
+    """
     me = plan.split.rank
-    to = [[] if other == me else plan.pieces(me, other) for other in range(plan.split.size)]
-    back = [[] if other == me else plan.pieces(other, me) for other in range(plan.split.size)]
+    to = [plan.pieces(me, other) for other in range(plan.split.size)]
+    back = [plan.pieces(other, me) for other in range(plan.split.size)]
     return Route(
         outgoing=[plan.held(me, piece) for pieces in to for piece in pieces],
         outgoing_sizes=[sum(map(len, pieces)) for pieces in to],

@@ -59,6 +59,14 @@ class Cluster:
                 f"use {below} or {below + self.gpus_per_node}"
             )
 
+    @classmethod
+    def of_h100(cls, gpus: int) -> "Cluster":
+        """So many H100 of 80 GB in nodes of eight, with what is assumed of them where nothing else is said."""
+        return cls(
+            gpus, gpus_per_node=8, memory=80e9, flops=989e12, efficiency=0.4, node_bandwidth=450e9,
+            network_bandwidth=50e9,
+        )  # fmt: skip
+
     def bandwidth(self, span: int) -> float:
         """Bytes/s of a GPU in a group whose members lie within `span` successive ranks."""
         return self.node_bandwidth if span <= self.gpus_per_node else self.network_bandwidth
@@ -116,7 +124,7 @@ def bytes_on_the_wire(
 
     Tensor: with sequence parallelism, two all-gathers and two reduce-scatters of the rows a layer and pass, and one
     more all-gather in each of the two backward passes of a gathered input; the embedding scatters its rows and gathers
-    their gradients, the output layer gathers twice and scatters once. Context: `traffic.bytes_sent` of p2p. Both:
+    their gradients, the output layer gathers twice and scatters once. Context: `traffic.bytes_sent`. Both:
     forward, backward, and forward again in layers that are recomputed whole. Pipeline: the rows at the borders of a
     stage. Data: gradients reduce-scattered and parameters gathered once. Left out is what does not grow with rows times
     hidden size or with parameters, about 1 % in small models (tests/training/test_wire.py).
@@ -126,28 +134,28 @@ def bytes_on_the_wire(
     """
     tp, cp, pp = layout.tensor_parallel, layout.context_parallel, layout.pipeline_parallel
     ksa, recomputes = shape.ksa, recomputes or [layout.recompute] * pp
-    # Of each stage: a layer, and how often it has a forward pass.
+    # Of each stage: a layer, how often it has a forward pass, and its kind of context parallelism.
     stages = [
         [
-            (layer, 1 + (number < recompute.whole))
+            (layer, 1 + (place < recompute.whole), layout.comm(number))
             for chunk in stage_chunks(shape, layout, stage)
-            for number, (_, layer) in enumerate(chunk)
+            for place, (number, layer) in enumerate(chunk)
         ]
         for stage, recompute in enumerate(recomputes)
     ]
     summaries = ksa.rows.summary_rows(layout.rank_text)
     heads = HeadShape(shape.heads // tp, shape.kv_heads // tp, shape.head_dim, layout.parameter_bytes)
 
-    def tensor(layer: KSALayer, forwards: int) -> int:
+    def tensor(layer: KSALayer, forwards: int, _: str) -> int:
         rows = layout.rank_text + summaries * layer.has_summaries
         gathered = layout.parameter_bytes * rows * shape.hidden * (tp - 1) // tp
         return gathered * (4 * forwards + 4 + 2)
 
-    def context(layer: KSALayer, forwards: int) -> int:
+    def context(layer: KSALayer, forwards: int, comm: str) -> int:
         if cp == 1:
             return 0
         passes = {"forwards": forwards, "backwards": 1}
-        return layout.micro_batch * bytes_sent(layer, ksa, layout.text_length, cp, "p2p", heads, **passes)
+        return layout.micro_batch * bytes_sent(layer, ksa, layout.text_length, cp, comm, heads, **passes)
 
     text = layout.parameter_bytes * layout.rank_text * shape.hidden * (tp - 1) // tp
     ends = [text * ((2 if stage == 0 else 0) + (3 if stage == pp - 1 else 0)) for stage in range(pp)]

@@ -13,7 +13,17 @@ import torch
 import triton
 from triton.language import standard
 
-from megatron_ksa.kernels import adam, cross_entropy, dispatch, distillation, ksa_attention, norm, rotation, swiglu
+from megatron_ksa.kernels import (
+    adam,
+    cross_entropy,
+    dispatch,
+    distillation,
+    ksa_attention,
+    norm,
+    rotation,
+    softmax_merge,
+    swiglu,
+)
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +42,7 @@ OPS = {
     "swiglu": swiglu.swiglu,
     "adam_step": adam.adam_step,
     "l2_norm": adam.l2_norm,
+    "merge": softmax_merge.merge,
 }
 # Nothing but what torch, triton and numpy bring along may be imported; Megatron and the trainer's folders may not.
 BLOCKED = """

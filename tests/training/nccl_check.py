@@ -1,49 +1,38 @@
-"""Two GPUs against one: the trainer under NCCL in each layout of two ranks, from one checkpoint.
+"""Several GPUs against one: the trainer under NCCL in each layout of so many ranks, from one checkpoint.
 
-    python tests/training/nccl_check.py --out nccl.json
+    python tests/training/nccl_check.py --processes 4 --out nccl.json
     python tests/training/nccl_check.py --only 'CP 2, all-to-all' 'PP 2'
 
 Float32 losses and gradient norms of every step must be those of a single process to 1e-5, bf16 ones to the rounding of
-16-bit weights and activations. Each layout has processes of its own and --limit seconds; one that hangs is named, with
-the stacks of its ranks, and the next one begins. Without GPUs the same runs go over gloo. Exit code 0 where all agree.
+16-bit weights and activations. The layouts run one after the other in one set of processes, each at most --limit
+seconds; one that hangs is named, with the stacks of its ranks, one that fails with its error, and those after it go on
+in new processes. What a package that is not installed or a refusal of the trainer keeps from running is skipped.
+Without GPUs the same runs go over gloo. The results are written after each set of processes. Exit code 0 where all that
+ran agree.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from nccl_layouts import EXPERTS, FP8, LAYOUTS, LOCAL, SIZES, Layout
 from trainer import launch, steps
 
 STEPS = 4
-# Heads of 32 channels, the smallest that attention kernels are tuned for; eight chunks in each segment of CP 2.
-SIZE = (
-    "--hidden-size 128 --ffn-hidden-size 256 --kv-channels 32 --seq-length 256 --max-position-embeddings 256 "
-    "--distributed-timeout-minutes 1"
-)
-PACKED = "--reset-position-ids --reset-attention-mask"
-TP, CP, PP = "--tensor-model-parallel-size 2", "--context-parallel-size 2", "--pipeline-model-parallel-size 2"
-OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-BF16 = "--bf16"
-# Each with the flags that the single process needs too.
-LAYOUTS = {
-    "TP 2": (TP, ""),
-    "TP 2 + SP, chunked loss": (f"{TP} --sequence-parallel --loss-chunk-rows 96", ""),
-    "CP 2, halos and summaries": (CP, ""),
-    "CP 2, halos and summaries, documents": (f"{CP} {RECOMPUTE}", PACKED),
-    "CP 2, all-to-all": (f"{CP} --cp-comm-type a2a", ""),
-    "PP 2": (PP, ""),
-    "PP 2, interleaved": (f"{PP} --num-virtual-stages-per-pipeline-rank 2", ""),
-    "DP 2, distributed optimizer": (OVERLAP, ""),
-    "CP 2, distributed optimizer, bf16": (f"{CP} {OVERLAP}", BF16),
-    "TP 2 + SP, bf16": (f"{TP} --sequence-parallel", BF16),
-}
-TOLERANCES = {"": 1e-5, PACKED: 1e-5, BF16: 5e-3}
+# Sets of processes: FP8 layouts of Transformer Engine are refused or taken all together.
+BATCHES = ("local", "transformer_engine", "fp8")
+
+
+def kind_of(layout: Layout) -> str:
+    """Which of the two models it trains."""
+    return "experts" if EXPERTS in layout.shared else "dense"
 
 
 def deviation(trained: dict, expected: dict) -> float:
@@ -52,73 +41,164 @@ def deviation(trained: dict, expected: dict) -> float:
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-def train(folder: Path, runs: list[tuple[Path, str]], processes: int, limit: float) -> tuple[str, float]:
-    """Launch the runs; what went wrong, in a line ("" where all have trained every step), and the seconds.
+def trained_all(record: Path, iterations: int) -> bool:
+    """Whether a run has written as many iterations."""
+    try:
+        return len(steps(record)) == iterations
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+
+
+def train(folder: Path, runs: list[tuple[Path, str]], processes: int, limit: float) -> tuple[int, str, bool]:
+    """Launch the runs; how many have trained every step, what ended the next one in a line, whether it was a refusal.
 
     The ranks' errors, or their stacks where they do not end, go to stderr.
     """
-    began = time.monotonic()
     done = launch(runs, processes, limit=limit)
-    took = time.monotonic() - began
-    if done.returncode == 0:
-        return "", took
+    wanted = [1 if "--train-iters 1 " in flags else STEPS for _, flags in runs]
+    trained = [trained_all(record, iterations) for (record, _), iterations in zip(runs, wanted, strict=True)]
+    complete = trained.index(False) if False in trained else len(runs)
+    if done.returncode == 0 and complete == len(runs):
+        return complete, "", False
     stacks = {rank: folder / f"stacks{rank}.txt" for rank in range(processes)}
     hung = {rank: path.read_text() for rank, path in stacks.items() if path.exists() and path.stat().st_size}
     print(file=sys.stderr)
     for rank, stack in hung.items():
         print(f"rank {rank}:\n{stack}", file=sys.stderr)
     print(done.stderr[-6000:], file=sys.stderr, flush=True)
-    return (f"no end within {limit:.0f} s" if hung else f"exit code {done.returncode}"), took
+    if hung:
+        return complete, f"no end within {limit:.0f} s", False
+    refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return complete, (refusals or [f"exit code {done.returncode}"])[0], bool(refusals)
 
 
-def check(folder: Path, names: list[str], limit: float) -> dict:
-    """Train in one process, then each layout in two; what came out of each."""
-    start = f"--train-iters {STEPS} --load {folder}/saved --ckpt-step 1 --finetune {SIZE}"
-    used = dict.fromkeys(LAYOUTS[name][1] for name in names)
-    single = {flags: folder / f"single{number}.json" for number, flags in enumerate(used)}
-    first = (folder / "start.json", f"--train-iters 1 --save {folder}/saved --save-interval 1 {SIZE}")
-    runs = [first, *((record, f"{start} {flags}") for flags, record in single.items())]
-    print("single process: ", end="", flush=True)
-    failed, took = train(folder, runs, 1, limit * len(runs))
-    print(f"{failed or 'trained'}, {took:.0f} s", flush=True)
-    if failed:
-        raise SystemExit("error: there is nothing to compare with")
-    results = {}
-    for number, name in enumerate(names):
-        layout, flags = LAYOUTS[name]
-        print(f"{number + 1:2}/{len(names)} {name}: ", end="", flush=True)
-        record = folder / f"layout{number}.json"
-        failed, took = train(folder, [(record, f"{start} {layout} {flags}")], 2, limit)
-        results[name] = {"flags": f"{layout} {flags}".strip(), "seconds": round(took, 1), "agrees": False}
-        if failed:
-            results[name]["failed"] = failed
-        else:
-            worst, allowed = deviation(steps(record), steps(single[flags])), TOLERANCES[flags]
-            results[name] |= {"largest_relative_deviation": worst, "allowed": allowed, "agrees": worst <= allowed}
-            failed = f"{'ok' if worst <= allowed else 'FAIL'}, {worst:.1e} (allowed {allowed:.0e})"
-        print(f"{failed}, {took:.0f} s", flush=True)
-    return results
+class Check:
+    """Trains the layouts of a number of processes and compares each with one process."""
+
+    def __init__(self, folder: Path, processes: int, limit: float, tell: Callable[[dict], None]) -> None:
+        self.folder, self.processes, self.limit, self.tell = folder, processes, limit, tell
+        self.size, self.results = SIZES[processes], {}
+
+    def _start(self, layout: Layout) -> str:
+        """Flags of a run that goes on from the checkpoint of its kind of model."""
+        return f"--train-iters {STEPS} --load {self.folder / kind_of(layout)} --ckpt-step 1 --finetune {self.size}"
+
+    def single(self, layouts: dict[str, Layout]) -> dict[str, Path]:
+        """Records of the single process, by the flags that it shares with a layout; those that fail are left out."""
+        first = {layout.shared: layout for layout in layouts.values()}
+        records, runs = {}, []
+        # Models of experts last: where those fail, the others have what they are compared with.
+        for kind, more in (("dense", ""), ("experts", EXPERTS)):
+            same = [layout for layout in first.values() if kind_of(layout) == kind]
+            if same and not (self.folder / kind).exists():
+                start = f"--train-iters 1 {LOCAL} --save {self.folder}/{kind} --save-interval 1 {self.size} {more}"
+                runs.append((self.folder / f"{kind}.json", start))
+            for layout in same:
+                records[layout.shared] = self.folder / f"single{len(self.results)}_{len(records)}.json"
+                runs.append((records[layout.shared], f"{self._start(layout)} {layout.shared}"))
+        print(f"single process, {len(runs)} runs: ", end="", flush=True)
+        began = time.monotonic()
+        complete, failed, _ = train(self.folder, runs, 1, self.limit)
+        print(f"{failed or 'trained'}, {time.monotonic() - began:.0f} s", flush=True)
+        finished = {path for path, _ in runs[:complete]}
+        for name, layout in layouts.items():
+            if records[layout.shared] not in finished:
+                why = {"skipped" if layout.needs else "failed": f"single process: {failed}"}
+                self.results[name] = {"flags": f"{layout.flags} {layout.shared}", "agrees": False, **why}
+        return {shared: path for shared, path in records.items() if path in finished}
+
+    def run(self, layouts: dict[str, Layout]) -> None:
+        """Train and compare; results are kept by name, and told after each set of processes."""
+        single = self.single(layouts)
+        left = {name: layout for name, layout in layouts.items() if layout.shared in single}
+        while left:
+            runs = [
+                (self.folder / f"layout{number}.json", f"{self._start(layout)} {layout.flags} {layout.shared}")
+                for number, layout in enumerate(left.values())
+            ]
+            for record, _ in runs:
+                record.unlink(missing_ok=True)
+            began = time.monotonic()
+            complete, failed, refused = train(self.folder, runs, self.processes, self.limit)
+            took = time.monotonic() - began
+            names = list(left)
+            for name, (record, _) in zip(names[:complete], runs[:complete], strict=True):
+                self._compare(name, left.pop(name), steps(record), steps(single[layouts[name].shared]))
+            if left and failed:
+                name = names[complete]
+                layout = left.pop(name)
+                kind = "skipped" if refused and layout.needs else "failed"
+                self.results[name] = {"flags": f"{layout.flags} {layout.shared}", "agrees": False, kind: failed}
+                print(f"   {name}: {failed}", flush=True)
+            print(f"   {complete} of {len(runs)} layouts in one set of processes, {took:.0f} s", flush=True)
+            self.tell(self.results)
+
+    def _compare(self, name: str, layout: Layout, trained: dict, expected: dict) -> None:
+        worst, allowed = deviation(trained, expected), layout.allowed
+        self.results[name] = {
+            "flags": f"{layout.flags} {layout.shared}", "largest_relative_deviation": worst, "allowed": allowed,
+            "agrees": worst <= allowed,
+        }  # fmt: skip
+        print(f"   {name}: {'ok' if worst <= allowed else 'FAIL'}, {worst:.1e} (allowed {allowed:.0e})", flush=True)
+
+
+def batches(layouts: dict[str, Layout]) -> dict[str, dict[str, Layout]]:
+    """Layouts by what else they need."""
+    found: dict[str, dict[str, Layout]] = {batch: {} for batch in BATCHES}
+    for name, layout in layouts.items():
+        found["fp8" if FP8 in layout.shared else layout.needs or "local"][name] = layout
+    return found
+
+
+def missing(package: str, gpus: int) -> str | None:
+    """Why the layouts that need a package cannot run here."""
+    if not gpus:
+        return f"{package} needs a GPU"
+    return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON of the deviations")
-    parser.add_argument("--only", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME",
-                        help=f"layouts to check, of: {'; '.join(LAYOUTS)}")  # fmt: skip
-    parser.add_argument("--limit", type=float, default=180, help="seconds for a layout (default: %(default)s)")
+    parser.add_argument("--processes", type=int, choices=LAYOUTS, default=2, help="ranks (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="layouts to check; --list names them")
+    parser.add_argument("--list", action="store_true", help="print the layouts of so many processes, and end")
+    parser.add_argument("--without", nargs="+", choices=BATCHES, default=[], help="kinds of layouts that are left out")
+    parser.add_argument("--limit", type=float, default=50, help="seconds for a layout (default: %(default)s)")
     args = parser.parse_args()
+    layouts = LAYOUTS[args.processes]
+    if args.list:
+        print("\n".join(layouts))
+        return
+    if unknown := sorted(set(args.only or ()) - set(layouts)):
+        parser.error(f"--only {unknown[0]!r}: use one of {'; '.join(layouts)}")
+    layouts = {name: layouts[name] for name in layouts if not args.only or name in args.only}
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus == 1:
-        raise SystemExit("error: one GPU; two are needed, or none for gloo")
+    if 0 < gpus < args.processes:
+        raise SystemExit(f"error: {gpus} of {args.processes} GPUs: use fewer --processes, or none for gloo")
     # Tensor and context parallelism want it before CUDA starts.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        results = check(Path(folder), args.only, args.limit)
     device = torch.cuda.get_device_name() if gpus else "CPU, gloo"
-    record = {"device": device, "torch": torch.__version__, "steps": STEPS, "layouts": results}
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    sys.exit(not all(result["agrees"] for result in results.values()))
+    record = {"device": device, "processes": args.processes, "torch": torch.__version__, "steps": STEPS}
+
+    def tell(results: dict) -> None:
+        if args.out:
+            args.out.write_text(json.dumps(record | {"layouts": results}, indent=1) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory() as folder:
+        check = Check(Path(folder), args.processes, args.limit, tell)
+        for batch, chosen in batches(layouts).items():
+            if not chosen or batch in args.without:
+                continue
+            why = None if batch == "local" else missing("transformer_engine", gpus)
+            if why:
+                print(f"   {len(chosen)} layouts skipped: {why}", flush=True)
+                flags = {name: f"{each.flags} {each.shared}" for name, each in chosen.items()}
+                check.results |= {name: {"flags": flags[name], "skipped": why} for name in chosen}
+            else:
+                check.run(chosen)
+        tell(check.results)
+    sys.exit(not all(result.get("agrees") or "skipped" in result for result in check.results.values()))
 
 
 if __name__ == "__main__":

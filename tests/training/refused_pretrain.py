@@ -11,10 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
-from recorded_pretrain import forget_run  # noqa: E402
-
 import pretrain_gpt  # noqa: E402
 from megatron_ksa.platform import prepare_platform  # noqa: E402
+from megatron_ksa.upstream.run_state import forget_run  # noqa: E402
 
 
 class Heard(io.StringIO):

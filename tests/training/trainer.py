@@ -1,7 +1,6 @@
 """The trainer on a tiny model of every layer kind, in processes of its own; its losses and gradient norms."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import warm as warm_processes  # noqa: E402
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
-from megatron_ksa.platform.ports import free_port
+from megatron_ksa.platform.ranks import run_ranks
 
 MODEL = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
@@ -31,8 +30,8 @@ TRAINING = (
     "--eval-iters 0 --ckpt-format torch_dist"
 ).split()
 END_OF_DOCUMENT = 126
-# Ranks start this much later than their launcher, at most, and write their stacks.
-STACKS_SECONDS = 20
+# Ranks have imported everything after so long; where one writes its stacks, the others have so long for theirs.
+START_SECONDS, STACKS_SECONDS = 120, 3
 
 
 def write_documents(prefix: Path) -> None:
@@ -51,7 +50,8 @@ def launch(
     The ranks are forks that have Megatron imported; with a limit, and where there are GPUs, torchrun starts them.
 
     Args:
-        limit: seconds after which each rank writes its stacks to stacksRANK.txt beside the first record, and is ended.
+        limit: seconds of a run after which each rank writes its stacks to stacksRANK.txt beside the first record, and
+            is ended.
     """
     folder = runs[0][0].parent
     if not (folder / "documents.idx").exists():
@@ -62,18 +62,17 @@ def launch(
     script = [str(Path(__file__).with_name(entry)), str(folder / "runs.json"), *([] if limit is None else [str(limit)])]
     if limit is None and not torch.cuda.is_available():
         return warm_processes.run_script(*script, ranks=processes)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-    launched = subprocess.Popen(
-        [sys.executable, *launcher, *script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        out, errors = launched.communicate(timeout=limit and limit + STACKS_SECONDS)
-    except subprocess.TimeoutExpired:
-        # The launcher ends its ranks, with SIGKILL after half a minute.
-        launched.terminate()
-        out, errors = launched.communicate()
-    return subprocess.CompletedProcess(launched.args, launched.returncode, out, errors)
+    stacks = [folder / f"stacks{rank}.txt" for rank in range(processes)]
+    for path in stacks:
+        path.unlink(missing_ok=True)
+    hung_for = [0]
+
+    def hung() -> bool:
+        """Whether stacks have stood there for some seconds, in which the other ranks write theirs."""
+        hung_for[0] += any(path.exists() and path.stat().st_size for path in stacks)
+        return hung_for[0] > STACKS_SECONDS
+
+    return run_ranks(script, processes, seconds=limit and len(runs) * limit + START_SECONDS, ended=hung)
 
 
 def selected(request: pytest.FixtureRequest, name: str) -> list:
