@@ -13,6 +13,18 @@ logger = logging.getLogger(__name__)
 _reference_forced = False
 # Fusions (`FUSIONS` in megatron_ksa/config/kernels.py) that are taken apart again.
 _apart: frozenset[str] = frozenset()
+_unchecked_taken = False
+
+
+def take_unchecked(taken: bool = True) -> None:
+    """Take kernels that have run in Triton's interpreter and been compiled, but that no GPU has run yet, or not."""
+    global _unchecked_taken
+    _unchecked_taken = taken
+
+
+def takes_unchecked() -> bool:
+    """Whether such kernels are taken on a GPU."""
+    return _unchecked_taken
 
 
 def take_apart(names: Iterable[str]) -> None:
@@ -53,7 +65,7 @@ def _implementation(path: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
-def by_device[**P, R](op: str, kernels: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def by_device[**P, R](op: str, kernels: str, *, checked: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator of an op's reference: Triton kernels where `uses_triton` says so, else the reference.
 
     The first argument, a tensor or a list of tensors, decides. Triton is first imported when it is needed.
@@ -61,6 +73,7 @@ def by_device[**P, R](op: str, kernels: str) -> Callable[[Callable[P, R]], Calla
     Args:
         op: what the log calls the op.
         kernels: the function that takes the same arguments on a GPU, as "module:function".
+        checked: whether a GPU has run them in their final form; if not, `take_unchecked` decides.
     """
 
     def decorate(reference: Callable[P, R]) -> Callable[P, R]:
@@ -69,7 +82,8 @@ def by_device[**P, R](op: str, kernels: str) -> Callable[[Callable[P, R]], Calla
         @functools.wraps(reference)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             rows = args[0] if args else kwargs[first]
-            uses = uses_triton(op, rows if isinstance(rows, Tensor) else rows[0])
+            known = checked or takes_unchecked()
+            uses = known and uses_triton(op, rows if isinstance(rows, Tensor) else rows[0])
             return (_implementation(kernels) if uses else reference)(*args, **kwargs)
 
         run.__doc__ = (

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ksa.upstream.patches import Patch, apply, signature
+
 Spans = list[tuple[float, float]]
 # Ranges on the device's timeline, which hold kernels that are counted by themselves.
 RANGES = ("Optimizer.", "nccl:", "ProfilerStep", "## ", "Torch-Compiled")
@@ -158,14 +160,14 @@ class SentBytes:
     def counting(self) -> Iterator[None]:
         """Count in the body."""
         self.by_group.clear()
-        methods = {name: method for name, method in vars(dist.ProcessGroup).items() if name in SENT}
-        for name in methods:
-            setattr(dist.ProcessGroup, name, self._counting(getattr(dist.ProcessGroup, name), SENT[name]))
-        try:
+        with apply([self._patch(name) for name in vars(dist.ProcessGroup) if name in SENT]):
             yield
-        finally:
-            for name, method in methods.items():
-                setattr(dist.ProcessGroup, name, method)
+
+    def _patch(self, name: str) -> Patch:
+        target, sent = f"torch.distributed:ProcessGroup.{name}", SENT[name]
+        # Written for any version's arguments: what there is is what is expected.
+        expects = signature(getattr(dist.ProcessGroup, name))
+        return Patch(target, lambda call: self._counting(call, sent), "the bytes of each call are counted", expects)
 
     def by_kind(self) -> dict[str, int]:
         """Bytes by kind of parallelism, as `cluster_plan.bytes_on_the_wire` has them, and `other`."""

@@ -84,8 +84,9 @@ class StepParts:
         """Let the next iteration be this variant."""
         from megatron.training import get_args
 
-        from megatron_ksa.kernels.dispatch import take_apart
+        from megatron_ksa.kernels.dispatch import take_apart, take_unchecked
 
+        take_unchecked()
         take_apart(variant.apart)
         forward_step.loss.loss = variant.loss
         get_args().check_for_nan_in_loss_and_grad = variant.checks

@@ -16,6 +16,9 @@ FUSIONS = {
     "checks": "losses and gradients are looked at for NaN once an iteration",
 }
 
+# Those whose final form no GPU has run yet.
+UNCHECKED = frozenset({"activation", "residual", "optimizer", "embedding", "checks"})
+
 
 @dataclass(frozen=True)
 class KernelConfig:
@@ -29,6 +32,11 @@ class KernelConfig:
     apart: tuple[str, ...] = option(
         (), "Take these apart again, to compare: "
         + "; ".join(f"{name} ({what})" for name, what in FUSIONS.items()) + "."
+    )  # fmt: skip
+    unchecked: bool = option(
+        False, "On a GPU, take what has run in Triton's interpreter alone until now: the fusions "
+        f"{', '.join(sorted(UNCHECKED))}, sums of weight gradients in one kernel, and the merge of two softmaxes under "
+        "context parallelism."
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ def main() -> None:
 
             return recorded
 
-        sys.argv = [sys.argv[0], *run["flags"]]
+        sys.argv = [sys.argv[0], *run["flags"], "--kernels-unchecked"]
         with apply([TRAINING_LOG.given(recording)]):
             pretrain_gpt.main()
         forget_run()
