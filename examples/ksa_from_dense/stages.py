@@ -115,6 +115,8 @@ def plan(args: argparse.Namespace) -> list[Stage]:
         for kind in kinds if number == 0 or args.distil_at == "every" else (EXTEND,):
             if not steps[kind][number]:
                 continue
+            if kind == DISTIL:
+                ksa.check_summaries_seen(arch.num_layers, length, f"--distil-steps at the length {length}")
             start = stages[-1].folder if stages else args.work / "dense"
             annealed = next((stage.kind == ANNEAL for stage in reversed(stages) if stage.kind != EXTEND), False)
             stages.append(

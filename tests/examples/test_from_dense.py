@@ -1,5 +1,6 @@
 """The chain from a dense model on a tiny Qwen 3 with random weights: killed once in each stage, same final bytes."""
 
+import fcntl
 import json
 import os
 import signal
@@ -57,6 +58,13 @@ def start(source: Path, work: Path, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command(source, work), stdout=out, stderr=out, env=environment, start_new_session=True)
 
 
+def wait_for_killed(work: Path) -> None:
+    """Until the last process of a killed chain has ended and let go of the lock: the first may be gone earlier."""
+    if (work / ".lock").exists():
+        with (work / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_killed_in_each_stage_it_ends_in_the_same_bytes(source, tmp_path):
@@ -80,6 +88,7 @@ def test_killed_in_each_stage_it_ends_in_the_same_bytes(source, tmp_path):
         assert chain.poll() is None, (kill, log.read_text()[-4000:])
         os.killpg(chain.pid, signal.SIGKILL)
         chain.wait()
+        wait_for_killed(work)
     chain = start(source, work, log)
     assert chain.wait(LIMIT) == 0, log.read_text()[-4000:]
     assert whole.wait(LIMIT) == 0, (tmp_path / "whole.log").read_text()[-4000:]
@@ -106,6 +115,7 @@ def forked_chain(source: Path, work: Path, log: Path, name: str = "-", count: in
     flags = command(source, work, "--distil-steps", "2", "--anneal-steps", "2", "--extend-steps", "0", "2")[2:]
     validation = flags.index("--validation")
     del flags[validation : validation + 2]
+    wait_for_killed(work)
     return Started(FORKS, name, count, *flags, log=log, environment={**os.environ, "OMP_NUM_THREADS": "1"}).wait(LIMIT)
 
 
