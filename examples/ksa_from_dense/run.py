@@ -8,6 +8,7 @@ the text, and training at that length; each starts from the weights of the one b
 evaluated.
 What a folder holds is not done again: killed anywhere and started again, the chain goes on to the same weights.
 Flags after `--` go to every training stage, such as `-- --tensor-model-parallel-size 2 --recompute-granularity full`.
+They may be others when the chain goes on (on another number of GPUs), all other settings must be those it began with.
 
 The schedule of the authors' 4B run is not published. Steps, batch and learning rate are by default those of their 1.9B
 model's stages beyond 8k: 1,600 steps of 240 sequences, 1e-5 to 1e-7, 100 steps of warm-up and of decay.
@@ -18,7 +19,6 @@ import fcntl
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +28,10 @@ try:
 except ModuleNotFoundError as error:
     print(f"error: {error.name} is missing: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
     sys.exit(2)
+from checks import check_inputs, check_values
 from stages import Stage, plan, progress, train_flags
 
-from megatron_ksa.files import whole_file
+from megatron_ksa.files import read_json, whole_file
 from megatron_ksa.platform import prepare_platform
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,9 +86,6 @@ class Chain:
     def __init__(self, args: argparse.Namespace, stages: list[Stage]) -> None:
         self.args, self.stages = args, stages
         self.lock = None if args.dry_run else _lock(args.work)
-        # What a conversion that was killed had begun.
-        for left in () if args.dry_run else [*args.work.glob(".dense-*"), *args.work.glob(".*-hf-*")]:
-            shutil.rmtree(left)
 
     def run(self) -> None:
         """All of it, in order.
@@ -141,15 +139,21 @@ class Chain:
         if self.args.dry_run:
             return
         # Commands hold the lock too: what outlives a killed chain must end before the chain goes on.
-        done = subprocess.run(command, cwd=ROOT, check=False, pass_fds=[self.lock.fileno()])
+        try:
+            done = subprocess.run(command, cwd=ROOT, check=False, pass_fds=[self.lock.fileno()])
+        except OSError as error:
+            raise UsageError(f"{command[0]} cannot be run: {error.strerror}; see --launcher") from None
         if done.returncode:
             raise UsageError(f"{words[0]} ended with exit code {done.returncode}; the same command line goes on")
 
 
 def _lock(work: Path):
     """The folder's lock, held until this process and all of its commands have ended."""
-    work.mkdir(parents=True, exist_ok=True)
-    stream = (work / ".lock").open("w")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        stream = (work / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"--work {work} is no folder to write in: {error.strerror}") from None
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -159,11 +163,13 @@ def _lock(work: Path):
 
 def _check_plan(work: Path, stages: list[Stage], args: argparse.Namespace) -> None:
     """Refuse to go on with other settings than the folder was begun with."""
-    ours = {}
+    ours: dict[str, dict[str, object]] = {"dense": {"input": str(args.input)}}
     for stage in stages:
         ours[stage.name] = {**stage.settings(), "flags": shlex.join(map(str, train_flags(args, stage)))}
     path = work / "plan.json"
-    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
+    theirs = read_json(path) if path.exists() else ours
+    if not all(isinstance(settings, dict) for settings in theirs.values()):
+        raise UsageError(f"{path} does not hold the settings of a chain's stages: give another --work")
     for name, settings in theirs.items():
         for key, value in settings.items():
             found = ours.get(name, {}).get(key)
@@ -180,6 +186,7 @@ def main() -> None:
     """Run; bad input costs one line and exit code 2."""
     with usage_errors_exit():
         args = parse_arguments()
+        check_values(args)
         for name in ("work", "input"):
             setattr(args, name, getattr(args, name).resolve())
         args.data_path = [_absolute(word) for word in args.data_path]
@@ -191,6 +198,8 @@ def main() -> None:
         if args.progress:
             print(progress(stages))
             return
+        if not args.dry_run:
+            check_inputs(args)
         chain = Chain(args, stages)
         if not args.dry_run:
             _check_plan(args.work, stages, args)

@@ -103,6 +103,11 @@ def plan(args: argparse.Namespace) -> list[Stage]:
         {kind: _per_length(getattr(args, f"{kind}_{what}"), args.lengths, f"--{kind}-{what}") for kind in kinds}
         for what in ("steps", "batch")
     )
+    if any(steps[DISTIL] + steps[ANNEAL]) and not ksa.num_summarised(arch.num_layers):
+        raise UsageError(
+            f"--layer-pattern {args.layer_pattern} has no layer with summaries: give --distil-steps 0 and "
+            f"--anneal-steps 0, or a pattern with k or l"
+        )
     for number, length in enumerate(args.lengths):
         ksa.layers(arch.num_layers, length)
         ksa.check_sequence(length)
@@ -110,13 +115,15 @@ def plan(args: argparse.Namespace) -> list[Stage]:
         for kind in kinds if number == 0 or args.distil_at == "every" else (EXTEND,):
             if not steps[kind][number]:
                 continue
+            if kind == DISTIL:
+                ksa.check_summaries_seen(arch.num_layers, length, f"--distil-steps at the length {length}")
             start = stages[-1].folder if stages else args.work / "dense"
-            annealed = any(stage.kind == ANNEAL for stage in stages)
+            annealed = next((stage.kind == ANNEAL for stage in reversed(stages) if stage.kind != EXTEND), False)
             stages.append(
                 Stage(
                     kind, length, steps[kind][number], batches[kind][number], getattr(args, f"{kind}_lr"),
                     args.work / f"{len(stages) + 1:02}-{length}-{kind}", start, tuple(training_flags(trained)),
-                    arch.vocab_size, restarts=kind == DISTIL and annealed,
+                    arch.vocab_size, restarts=kind != EXTEND and annealed,
                 )
             )  # fmt: skip
     if not stages:

@@ -122,6 +122,37 @@ class KSAConfig:
         """Layers that summary rows go through."""
         return sum(layer.has_summaries for layer in self.layers(num_layers, self.chunk_size))
 
+    def tokens_to_see_summaries(self, num_layers: int) -> int | None:
+        """The most text tokens of which no text sees a summary; None where none ever does.
+
+        In a layer of window W the text of chunk j sees the summaries of chunks below j - W: the first is chunk W + 1.
+        """
+        windows = [
+            layer.window_chunks for layer in self.layers(num_layers, self.chunk_size) if layer.kind == LayerKind.KSA
+        ]
+        return (min(windows) + 1) * self.chunk_size if windows else None
+
+    def check_summaries_seen(self, num_layers: int, seq_length: int, trained_by: str) -> None:
+        """Refuse to train summaries that no text sees: their gradients are 0.
+
+        Args:
+            trained_by: the flag that asks for it, for the error.
+
+        Raises:
+            UsageError: naming a length that works.
+        """
+        hidden = self.tokens_to_see_summaries(num_layers)
+        if hidden is None:
+            raise UsageError(
+                f"{trained_by} has nothing to train: no layer of --ksa-layer-pattern is of kind k, whose text sees "
+                f"summaries"
+            )
+        if seq_length <= hidden:
+            raise UsageError(
+                f"{trained_by} has nothing to train: in {seq_length:,} tokens every window reaches the first one, and "
+                f"no text sees a summary; use a --seq-length above {hidden:,}, or smaller --ksa-window-chunks"
+            )
+
     def kv_rows(self, num_layers: int, seq_length: int) -> int:
         """K/V rows of all layers that the next token after seq_length tokens can see: what a decoder keeps.
 

@@ -22,7 +22,7 @@ from megatron_ksa.model.prepare import FLAGS, check_distillation, check_length, 
 from megatron_ksa.training.fit_rules import check_fit
 from megatron_ksa.training.given import given_flags, record_given
 from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_sizes
-from megatron_ksa.training.stages import check_stage
+from megatron_ksa.training.stages import check_stage, check_trained
 from megatron_ksa.upstream import command_line
 from megatron_ksa.upstream.patches import Applied, apply
 
@@ -108,6 +108,7 @@ def settings_from_args(args: argparse.Namespace) -> RunSettings:
     check_fit(args, settings)
     if not settings.is_megatron:
         _check(args, settings)
+        check_trained(args, settings)
     elif not args.multi_latent_attention and all(getattr(args, name) is not None for name in REQUIRED):
         check_layout(args)
     return settings

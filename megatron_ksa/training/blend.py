@@ -83,6 +83,16 @@ def dataset_prefixes(args: argparse.Namespace) -> list[str]:
     return [prefix for named in (blend, *(per_split or [])) if named is not None for prefix in named[0]]
 
 
+def data_path_prefixes(words: list[str]) -> list[str]:
+    """Paths, without `.bin` and `.idx`, of the datasets that the words of `--data-path` name.
+
+    Raises:
+        UsageError: a weight that is no number above 0, or that stands alone.
+    """
+    blend = _blend("--data-path", words)
+    return [] if blend is None else blend[0]
+
+
 def _read(flag: str, path: str) -> str:
     return read_small(Path(path), flag, limit=LIST_BYTES)
 

@@ -18,7 +18,7 @@ from megatron_ksa.training.megatron_flags import NEVER, WITHOUT_KSA, Refused
 # Megatron takes any number for these, and trains on with what makes no sense.
 NOT_NEGATIVE = (
     "init_method_std", "lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction",
-    "clip_grad", "weight_decay", "adam_eps",
+    "lr_wsd_decay_iters", "lr_wsd_decay_samples", "clip_grad", "weight_decay", "adam_eps",
 )  # fmt: skip
 
 # Megatron's index of a dataset: where a sample begins (two int32 at least), and its place in the order (uint32).

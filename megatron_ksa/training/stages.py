@@ -5,6 +5,7 @@ import dataclasses
 
 from megatron_ksa.checkpoint.load import StoredCheckpoint
 from megatron_ksa.checkpoint.to_load import checkpoint_to_load, only_weights
+from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.errors import UsageError
 
@@ -29,14 +30,16 @@ def check_stage(args: argparse.Namespace, settings: RunSettings) -> None:
         for flag in (flag for flag, given in needs_ksa.items() if given):
             raise UsageError(f"{flag} needs --ksa: add it, or drop {flag}")
     if not distill:
+        for field in dataclasses.fields(DistillConfig):
+            if getattr(settings.distill, field.name) != field.default:
+                flag = f"--ksa-distill-{field.name.replace('_', '-')}"
+                raise UsageError(f"{flag} needs --ksa-distill: add it, or drop {flag}")
         return
     if not settings.ksa.independent_projections:
         raise UsageError(
             "--ksa-distill trains the summary parameters alone, and --no-ksa-independent-projections shares them with "
             "the text, whose are frozen: drop one of the two"
         )
-    if args.num_layers and not settings.ksa.num_summarised(args.num_layers):
-        raise UsageError("--ksa-distill has nothing to train: no layer of --ksa-layer-pattern has summaries")
     refused = [
         (stage.train == "all", "--ksa-train all", "the teacher has the same weights and must stay as it is; drop it"),
         (settings.ksa.anneal_start is not None, "--ksa-anneal-start", "annealing is the stage after it; drop one"),
@@ -51,6 +54,17 @@ def check_stage(args: argparse.Namespace, settings: RunSettings) -> None:
     for active, flag, way_out in refused:
         if active:
             raise UsageError(f"--ksa-distill does not go with {flag}: {way_out}")
+
+
+def check_trained(args: argparse.Namespace, settings: RunSettings) -> None:
+    """Refuse to train summary parameters that nothing depends on; for flags that passed all other checks.
+
+    Raises:
+        UsageError: as `KSAConfig.check_summaries_seen`.
+    """
+    if settings.train == "summary" and args.num_layers and args.seq_length:
+        flag = "--ksa-distill" if settings.distill.enabled else "--ksa-train summary"
+        settings.ksa.check_summaries_seen(args.num_layers, args.seq_length, flag)
 
 
 def resolve_start(args: argparse.Namespace, settings: RunSettings) -> RunSettings:

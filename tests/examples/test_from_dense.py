@@ -1,5 +1,6 @@
 """The chain from a dense model on a tiny Qwen 3 with random weights: killed once in each stage, same final bytes."""
 
+import fcntl
 import json
 import os
 import signal
@@ -13,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from warm import run_script
+from warm import Started, run_script
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "ksa_from_dense" / "run.py"
+FORKS = Path(__file__).with_name("chain_in_forks.py")
 VOCABULARY, STEPS = 128, 4
 LIMIT = 600
 
@@ -56,6 +58,13 @@ def start(source: Path, work: Path, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command(source, work), stdout=out, stderr=out, env=environment, start_new_session=True)
 
 
+def wait_for_killed(work: Path) -> None:
+    """Until the last process of a killed chain has ended and let go of the lock: the first may be gone earlier."""
+    if (work / ".lock").exists():
+        with (work / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_killed_in_each_stage_it_ends_in_the_same_bytes(source, tmp_path):
@@ -79,6 +88,7 @@ def test_killed_in_each_stage_it_ends_in_the_same_bytes(source, tmp_path):
         assert chain.poll() is None, (kill, log.read_text()[-4000:])
         os.killpg(chain.pid, signal.SIGKILL)
         chain.wait()
+        wait_for_killed(work)
     chain = start(source, work, log)
     assert chain.wait(LIMIT) == 0, log.read_text()[-4000:]
     assert whole.wait(LIMIT) == 0, (tmp_path / "whole.log").read_text()[-4000:]
@@ -93,11 +103,37 @@ def test_killed_in_each_stage_it_ends_in_the_same_bytes(source, tmp_path):
     config = json.loads((work / "03-128-extend-hf" / "config.json").read_text())
     assert config["mix_coeff"] == 0.0 and config["summary_layer_freq"] == [1, 1, 1, 0]
     assert config["max_position_embeddings"] == 128
-    refused = subprocess.run(
+    other = subprocess.run(
         [*command(source, work), "--min-lr", "1e-9"], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert refused.returncode == 2 and "was begun with flags" in refused.stderr
+    refused(other, "was begun with flags")
+
+
+def forked_chain(source: Path, work: Path, log: Path, name: str = "-", count: int = 1) -> int:
+    """The exit code of a chain of two steps a stage without evaluations, killed where `chain_in_forks.py` says."""
+    flags = command(source, work, "--distil-steps", "2", "--anneal-steps", "2", "--extend-steps", "0", "2")[2:]
+    validation = flags.index("--validation")
+    del flags[validation : validation + 2]
+    wait_for_killed(work)
+    return Started(FORKS, name, count, *flags, log=log, environment={**os.environ, "OMP_NUM_THREADS": "1"}).wait(LIMIT)
+
+
+def test_killed_in_each_stage_by_forks(source, tmp_path):
+    """As the test above, in the default suite: of a stage's two checkpoints the second has no tracker yet."""
+    work, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log"
+    assert forked_chain(source, whole, tmp_path / "whole.log") == 0, (tmp_path / "whole.log").read_text()[-4000:]
+    trainings = ["01-64-distil", "02-64-anneal", "03-128-extend"]
+    kills = [("dense", 1), *((f"{name}/latest_checkpointed_iteration.txt", 2) for name in trainings)]
+    for name, count in [*kills, ("03-128-extend-hf", 1)]:
+        assert forked_chain(source, work, log, name, count) == -signal.SIGKILL, (name, log.read_text()[-4000:])
+        assert (work / name).exists() == (count == 2), name
+    assert [_iterations(work / name) for name in trainings] == [2, 2, 2]
+    assert forked_chain(source, work, log) == 0, log.read_text()[-4000:]
+    for name in trainings:
+        ours, theirs = ((folder / f"{name}-hf" / "model.safetensors").read_bytes() for folder in (work, whole))
+        assert ours == theirs, name
+    assert not [path for path in work.iterdir() if path.name.startswith(".") and path.name != ".lock"]
 
 
 def _iterations(folder: Path) -> int:
@@ -128,8 +164,80 @@ def test_dry_run_prints_every_command(source, tmp_path):
         (["--anneal-steps", "1", "2", "3"], "--anneal-steps has 3 values for 2 lengths"),
         (["--layer-pattern", "kkk"], "describes 3 layers, the model has 4"),
         (["--input", "/nowhere"], "--input /nowhere is no folder"),
+        (["--layer-pattern", "wwwf"], "--layer-pattern wwwf has no layer with summaries"),
+        (["--launcher", "'"], "is no command: No closing quotation"),
+        (["--launcher", " "], "is no command: leave it out"),
+        (["--extend-lr", "nan"], "--extend-lr nan: a number of at least 0 is needed"),
+        (["--decay", "-1"], "--decay -1: a number of at least 0"),
+        (["--extend-batch", "3", "--micro-batch", "2"], "--extend-batch 3: a multiple of --micro-batch 2 is needed"),
+        (["--evaluation-windows", "0"], "--evaluation-windows 0: at least 1"),
+        (["--seed", "4294967296"], "--seed 4294967296: at most 4294967295"),
+        (["--work", ""], "the name of a folder is needed"),
     ],
 )
 def test_bad_input(flags, message, source, tmp_path):
+    """Rates, batches and windows of a later stage were refused there, after the stages before it; launchers' quotes
+    ended in a traceback."""
     done = run_script(*command(source, tmp_path / "work", *flags, "--dry-run")[1:])
+    refused(done, message)
+
+
+def refused(done, message: str) -> None:
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data-path {}/nothing", "nothing.idx does not exist"),
+        ("--data-path 0.5 {}/data 0.5", "--data-path, word 1: 0.5 stands alone"),
+        ("--validation {}/nothing", "--validation: --data-path {}/nothing: {}/nothing.idx does not exist"),
+        ("--lengths 64 65536", "tokens are too few for windows of 65,536"),
+        ("--work {}/data.bin", "--work {}/data.bin is no folder to write in: File exists"),
+        ("--work {}/data.bin/below", "is no folder to write in: Not a directory"),
+        ("--launcher no-such-program", "--launcher no-such-program: there is no program no-such-program"),
+    ],
+)
+def test_refused_before_the_first_stage(flags, message, source, tmp_path):
+    """Missing validation data were found after a whole stage, and a --work or --launcher that cannot be used ended in
+    a traceback."""
+    words = flags.replace("{}", str(source)).split()
+    refused(run_script(*command(source, tmp_path / "work", *words)[1:]), message.replace("{}", str(source)))
+    assert not (tmp_path / "work" / "dense").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--save elsewhere", "--save after -- would be given to every stage, and the chain decides it: use --work"),
+        ("--train-iters=3", "use --extend-steps"),
+        ("--finetune", "drop it"),
+    ],
+)
+def test_flags_that_the_chain_decides(flags, message, source, tmp_path):
+    """With --save or --train-iters after -- the chain never saw a stage as done, and asked to be started again."""
+    refused(run_script(*command(source, tmp_path, "--dry-run", "--", *flags.split())[1:]), message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("[1", "plan.json cannot be read as JSON"), ('{"a": 1}', "does not hold the settings")]
+)
+def test_a_damaged_plan(content, message, source, tmp_path):
+    """A plan.json that is no JSON ended in a traceback."""
+    (tmp_path / "plan.json").write_text(content)
+    refused(run_script(*command(source, tmp_path)[1:]), message)
+
+
+def test_another_model_in_a_begun_folder(source, tmp_path):
+    """Another --input was ignored, since the import of the first was there."""
+    (tmp_path / "plan.json").write_text(json.dumps({"dense": {"input": "/models/other"}}))
+    refused(run_script(*command(source, tmp_path)[1:]), "was begun with input /models/other for the stage dense")
+
+
+def test_annealing_of_what_is_annealed_starts_again(source, tmp_path):
+    """An annealing stage after another, without distillation between them, was refused when its turn came."""
+    flags = "--distil-at every --distil-steps 4 0 --anneal-steps 4 4 --dry-run".split()
+    done = run_script(*command(source, tmp_path / "work", *flags)[1:])
+    trained = [line for line in done.stdout.splitlines() if "pretrain_gpt.py" in line]
+    kinds = ["-anneal " in line and "--ksa-initial-coefficient 1" in line for line in trained]
+    assert kinds == [False, False, True, False], done.stdout

@@ -156,6 +156,9 @@ RUNS = {
     "no GPU to profile": ("--train-iters 2 --profile", r"--profile marks a range .* add --use-pytorch-profiler"),
     "model of nothing": ("--train-iters 2 --use-checkpoint-args --load {folder}/none", r"--load .*/none has none"),
     "negative warm-up": ("--train-iters 2 --lr-warmup-iters=-1", r"--lr-warmup-iters -1: a number of at least 0"),
+    "negative decay": (
+        "--train-iters 2 --lr-decay-style WSD --lr-wsd-decay-iters=-1", r"--lr-wsd-decay-iters -1: a number of at",
+    ),
     "clip at nothing": ("--train-iters 2 --clip-grad nan", r"--clip-grad nan: a number of at least 0 is needed"),
     "no tokenizer": (
         "--train-iters 2 --tokenizer-type SentencePieceTokenizer", r"Tokenizer path must be specified",

@@ -30,6 +30,12 @@ PLAIN = KSAConfig(enabled=True)
         (f"{KSA} --ksa-distill --ksa-train all", "does not go with --ksa-train all"),
         (f"{KSA} --ksa-distill --ksa-anneal-start 1 --ksa-anneal-end 2", "does not go with --ksa-anneal-start"),
         (f"{KSA} --ksa-distill --ksa-layer-pattern ffff", "has nothing to train"),
+        (f"{KSA} --ksa-distill --ksa-layer-pattern lllf", "has nothing to train: no layer of .* is of kind k"),
+        (f"{KSA} --ksa-train summary --ksa-layer-pattern wwww", "--ksa-train summary has nothing to train"),
+        (f"{KSA} --ksa-distill --ksa-window-chunks 7", "in 64 tokens every window .* use a --seq-length above 64"),
+        (f"{KSA} --ksa-train summary", "--ksa-train summary has nothing to train: in 64 tokens .* above 1,032"),
+        (f"{KSA} --ksa-distill-kl-weight 3", "--ksa-distill-kl-weight needs --ksa-distill"),
+        (f"{KSA} --ksa-distill-normalize", "--ksa-distill-normalize needs --ksa-distill"),
         (f"{KSA} --ksa-distill --seq-length 60", "--seq-length 60 is not a multiple of 8.*use 56 or 64"),
         (f"{KSA} --ksa-distill --calculate-per-token-loss", "does not go with --calculate-per-token-loss"),
         (f"{KSA} --ksa-distill --num-experts 4", "does not go with --num-experts"),
@@ -47,6 +53,7 @@ PLAIN = KSAConfig(enabled=True)
     ],
 )
 def test_flags_refused_in_one_line(monkeypatch, flags, message):
+    """Where no text sees a summary, distillation ran with gradients of 0; its flags without it did nothing."""
     args = parse(monkeypatch, flags)
     with pytest.raises(UsageError, match=message) as error:
         settings_from_args(args)
