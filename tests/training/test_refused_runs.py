@@ -85,7 +85,7 @@ RUNS = {
         "--train-iters 2 --min-lr 1",
         r"Megatron does not accept --min-lr 1.0, --lr 0.001: args.min_lr <= args.lr must hold \(megatron/training/",
     ),
-    "two sources": ("--train-iters 2 --mock-data", r"the data comes from --mock-data and from --data-path: give one"),
+    "two sources": ("--train-iters 2 --mock-data", r"the data comes from --data-path and from --mock-data: give one"),
     "window": ("--train-iters 2 --window-size 8,0", r"--ksa does not go with --window-size: "),
     "without KSA it is Megatron's": (
         "--no-ksa --position-embedding-type rope --train-iters 1 --softmax-type off-by-one", None
