@@ -1,5 +1,6 @@
 """One way to refuse bad input: one line on stderr, exit code 2, nothing written."""
 
+import errno
 import io
 import os
 import signal
@@ -25,7 +26,7 @@ class RankUsageError(UsageError):
 def usage_errors_exit() -> Iterator[None]:
     """Turn a `UsageError` raised in the body into one line on stderr (one a node under torchrun) and exit code 2.
 
-    Wrap the body of every entry point in it. torchrun ends all ranks of a node when one of them ends: a rank that is
+    So does a name that is too long for a file: whoever looks for such a file is told so by an `OSError`. Wrap the body of every entry point in it. torchrun ends all ranks of a node when one of them ends: a rank that is
     not the node's first waits to be ended so, and prints the line itself where the first rank did not come to it.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -35,7 +36,9 @@ def usage_errors_exit() -> Iterator[None]:
                 stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except UsageError as error:
+    except (UsageError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
         if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, RankUsageError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Megatron's handler would only take note
             time.sleep(FIRST_RANK_SECONDS)
@@ -47,8 +50,10 @@ def usage_errors_exit() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def _own_words(error: UsageError) -> str:
+def _own_words(error: UsageError | OSError) -> str:
     """The message, without the traceback that a data loader's worker puts around it."""
+    if isinstance(error, OSError):
+        return f"{str(error.filename)[:100]}...: a longer name than a file can have"
     text = str(error)
     return text.rpartition("UsageError: ")[2] if text.startswith("Caught ") else text
 

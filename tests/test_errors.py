@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.platform.ports import free_port
 
 # Seconds before each rank refuses.
@@ -42,3 +44,11 @@ def test_names_that_are_not_utf8_are_printed():
     )  # fmt: skip
     assert done.returncode == 2
     assert (done.stdout, done.stderr) == (b"\\udcfe.md\n", b"error: \\udcfe.md\n")
+
+
+def test_a_name_too_long_for_a_file_is_one_line(capsys):
+    """Looking for it is an OSError of the system's, which was a traceback."""
+    with pytest.raises(SystemExit) as stopped, usage_errors_exit():
+        Path("9" * 300).is_file()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {'9' * 100}...: a longer name than a file can have\n"

@@ -38,7 +38,7 @@ def _tensors(shape: Shape, geometry: CacheGeometry, rows: int, device: str) -> t
 def _read_bytes(shape: Shape, geometry: CacheGeometry) -> float:
     """Bytes of keys and values that the text queries of a step see."""
     seen, hidden = geometry.visible(shape.n - 1)
-    rows = seen - (hidden.stop - hidden.start)
+    rows = seen - int(hidden.sum())
     return 2.0 * shape.batch * shape.groups * rows * shape.head_dim * shape.torch_dtype.itemsize
 
 

@@ -88,7 +88,10 @@ def test_a_blend_is_rounded_once():
 ])  # fmt: skip
 def test_the_trainer_sets_the_coefficient_between_iterations(graphs, ksa, patched):
     """A forward step, which set it, does not come by where an iteration is a graph's."""
-    args = argparse.Namespace(cuda_graph_impl=graphs, curr_iteration=3, async_save=False, padded_vocab_size=64)
+    args = argparse.Namespace(
+        cuda_graph_impl=graphs, curr_iteration=3, async_save=False, padded_vocab_size=64,
+        check_for_nan_in_loss_and_grad=False,
+    )  # fmt: skip
     settings = RunSettings(ksa, None)
     patches = trainer_patches(args, settings, SimpleNamespace(is_needed=False))
     assert any(patch.target == TRAIN_STEP.target for patch in patches) == patched
