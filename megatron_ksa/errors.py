@@ -26,7 +26,9 @@ class RankUsageError(UsageError):
 def usage_errors_exit() -> Iterator[None]:
     """Turn a `UsageError` raised in the body into one line on stderr (one a node under torchrun) and exit code 2.
 
-    So does a name that is too long for a file: whoever looks for such a file is told so by an `OSError`. Wrap the body of every entry point in it. torchrun ends all ranks of a node when one of them ends: a rank that is
+    So does a name that is too long for a file: whoever looks for such a file is told so by an `OSError`.
+
+    Wrap the body of every entry point in it. torchrun ends all ranks of a node when one of them ends: a rank that is
     not the node's first waits to be ended so, and prints the line itself where the first rank did not come to it.
     """
     for stream in (sys.stdout, sys.stderr):
