@@ -5,10 +5,12 @@ are read here: block by block into the place where they belong, each block summe
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import wraps
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import xxhash
@@ -20,6 +22,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from megatron_ksa.errors import UsageError
 from megatron_ksa.upstream.checkpoint_records import BLOCK, StoredItem, read_records, sum_of_part
 from megatron_ksa.upstream.patches import Patch
+
+# Bytes that the system is asked to read before they are needed.
+AHEAD = 32 * 2**20
 
 
 class _Comparison:
@@ -48,18 +53,19 @@ class _Comparison:
             UsageError: an item that is not what was written.
         """
         left = []
-        with open(self.folder / name, "rb", buffering=0) as file:
+        with open(self.folder / name, "rb", buffering=0) as stream:
+            file = _Ahead(stream)
             for item, request in sorted(wanted, key=lambda each: each[0].offset):
                 if request.type == LoadItemType.BYTE_IO or item.start is None:
                     if (name, item.offset) not in self.compared:
-                        self._check(name, item, sum_of_part(file, item.offset, item.length))
+                        self._check(name, item, sum_of_part(file.file, item.offset, item.length))
                     left.append(request)
                 else:
                     self._read_tensor(name, file, item, request, planner)
         return left
 
     def _read_tensor(
-        self, name: str, file: IO[bytes], item: StoredItem, request: ReadItem, planner: LoadPlanner
+        self, name: str, file: "_Ahead", item: StoredItem, request: ReadItem, planner: LoadPlanner
     ) -> None:
         target = planner.resolve_tensor(request).detach()
         rows = _rows(item, request, target)
@@ -82,7 +88,7 @@ class _Comparison:
             self.staged = torch.empty(item.nbytes, dtype=torch.uint8)
         return self.staged[: item.nbytes].view(item.torch_dtype).reshape(item.shape)
 
-    def _read_elements(self, name: str, file: IO[bytes], item: StoredItem, place: memoryview, first: int) -> None:
+    def _read_elements(self, name: str, file: "_Ahead", item: StoredItem, place: memoryview, first: int) -> None:
         """Read the elements from byte `first` on that fill a place; all of the item, where it is to be compared."""
         assert item.start is not None
         before, after = item.start + first, item.length - item.start - first - len(place)
@@ -117,6 +123,27 @@ class _Comparison:
                 f"checksum differs)"
             )
         self.compared.add((name, item.offset))
+
+
+class _Ahead:
+    """A file of which the system reads what comes next while the last block is summed.
+
+    Items are read one after the other with small gaps. The system's own reading ahead would begin anew at each of them.
+    """
+
+    def __init__(self, file: FileIO) -> None:
+        self.file, self.told = file, 0
+
+    def seek(self, place: int) -> int:
+        return self.file.seek(place)
+
+    def readinto(self, block: memoryview) -> int | None:
+        place = self.file.tell()
+        if place + AHEAD > self.told and hasattr(os, "posix_fadvise"):
+            begin = max(place, self.told)
+            os.posix_fadvise(self.file.fileno(), begin, AHEAD, os.POSIX_FADV_WILLNEED)
+            self.told = begin + AHEAD
+        return self.file.readinto(block)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
