@@ -147,6 +147,7 @@ def decode_attention(
     tile = tile or default_tile(dim, q.dtype)
     parts = parts or splits(tile, batch, k.shape[2], geometry.rows, q.device)
     q, k, v = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (q, k, v))
+    slots, starts = slots.contiguous(), starts.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     part = lse2 = None
     if parts > 1:

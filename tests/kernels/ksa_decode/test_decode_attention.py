@@ -129,6 +129,16 @@ def test_full_and_window_layers(parts):
 
 
 @needs_kernels
+def test_one_length_of_all_sequences():
+    """Expanded to the batch it is one number in memory: the kernels read the lengths of the others behind it."""
+    *case, starts, geometry = step_case(geometry_of(4, 1, 2, 60), [30, 30, 30])
+    assert starts.tolist() == [30, 30, 30]
+    # What lies behind the number is no length of these sequences.
+    starts = torch.tensor([30, 3, 3], device=DEVICE)[:1].expand(3)
+    compare((*case, starts, geometry), parts=2)
+
+
+@needs_kernels
 def test_a_slot_at_its_longest_length_writes_no_other_row():
     """Its next chunk has no summary rows: they would be the first rows of the next K/V head."""
     geometry = geometry_of(4, 1, 1, 19)
