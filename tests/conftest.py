@@ -70,6 +70,11 @@ def pytest_collection_finish(session):
     """
     read_docstrings_once()
     patch_language_once()
+    if "megatron" in sys.modules:
+        # A test that configures the trainer does this to its process; whichever tests ran before, Megatron is the same.
+        from megatron_ksa.platform.process import prepare_process
+
+        prepare_process(fsdp2=False)
     grouped = hasattr(session.config, "workerinput") and session.config.getoption("loadgroup")
     if grouped and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("pytest-xdist does not group tests with this pytest: install those of constraints.txt")

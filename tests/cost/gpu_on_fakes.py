@@ -32,6 +32,7 @@ from megatron_ksa.model.chunked_loss import ChunkedLoss
 from megatron_ksa.model.distillation_loss import DistillationLoss
 from megatron_ksa.model.norm import Norm
 from megatron_ksa.model.recompute import set_recompute
+from megatron_ksa.upstream import embedding
 
 
 class _CuDNN(torch.autograd.Function):
@@ -87,6 +88,7 @@ def gpu_path(monkeypatch):
         distillation, "statistics", lambda ours, *_: RowStatistics(*(_statistics(ours) + _statistics(ours)))
     )
     monkeypatch.setattr(distillation, "gradients", lambda ours, *_: ours)
+    monkeypatch.setattr(embedding, "add_rows", lambda words, d_out, total: None)
     product = SimpleNamespace(wgrad_gemm_accum_fp32=lambda *_: None)
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", product, raising=False)
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
