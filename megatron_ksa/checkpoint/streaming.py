@@ -164,7 +164,7 @@ def cause(error: CheckpointException) -> BaseException:
 def failure(error: CheckpointException) -> str:
     """What went wrong, without the traceback that torch puts into its message."""
     first = cause(error)
-    return f"{type(first).__name__}: {first}"
+    return str(first) if isinstance(first, UsageError) else f"{type(first).__name__}: {first}"
 
 
 class DistributedReader:

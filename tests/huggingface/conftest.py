@@ -33,6 +33,10 @@ def to_huggingface():
     """Export `source` into the new folder `output`."""
     from megatron_ksa.checkpoint.load import find_checkpoint
     from megatron_ksa.huggingface.exporter import export_checkpoint
+    from megatron_ksa.platform.process import prepare_process
+
+    # As the command does: what is read is compared with its sums.
+    prepare_process(fsdp2=False)
 
     def convert(source: Path, output: Path, **settings) -> Path:
         output.mkdir(parents=True)

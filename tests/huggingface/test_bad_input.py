@@ -152,7 +152,7 @@ def test_damaged_megatron_checkpoint(source, to_megatron, to_huggingface, tmp_pa
     megatron = to_megatron(source, tmp_path / "megatron")
     data = next((megatron / RELEASE).glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-1000])
-    with pytest.raises(UsageError, match="release: output_layer.weight cannot be read: RuntimeError"):
+    with pytest.raises(UsageError, match="release: output_layer.weight cannot be read: /.*distcp is damaged: it ends"):
         to_huggingface(megatron, tmp_path / "truncated")
     data.write_bytes(b"")
     with pytest.raises(UsageError, match="release cannot be read: .*distcp is damaged: it has 0 of its"):
