@@ -115,9 +115,10 @@ def find_checkpoint(folder: Path, iteration: int | None = None) -> StoredCheckpo
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except CheckpointException as error:
-        if isinstance(first := cause(error), UsageError):
-            raise UsageError(f"{path}: {first}") from None
-        raise UsageError(f"{path} cannot be read: {damage(path) or failure(error)}; {way_out(path)}") from None
+        problem = damage(path)
+        if isinstance(first := cause(error), UsageError) and not problem:
+            raise UsageError(str(first) if str(path) in str(first) else f"{path}: {first}") from None
+        raise UsageError(f"{path} cannot be read: {problem or failure(error)}; {way_out(path)}") from None
     except (CheckpointingException, OSError, KeyError, RuntimeError, EOFError, ValueError, TypeError, AttributeError,
             pickle.UnpicklingError) as error:  # fmt: skip
         if problem := damage(path):
