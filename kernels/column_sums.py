@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ksa.kernels.dispatch import takes_unchecked
 from megatron_ksa.kernels.launch import launch, repeatable
+from megatron_ksa.kernels.unchecked import is_taken
 
+OP = "column sums"
 BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 128, 16, 4
 
 
@@ -46,8 +47,7 @@ def column_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         [...].
     """
-    # No GPU has run the kernel yet.
-    if parts.is_cuda and not takes_unchecked():
+    if parts.is_cuda and not is_taken(OP):
         return parts.sum(0).to(dtype)
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     if out.numel():

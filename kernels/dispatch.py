@@ -9,22 +9,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from megatron_ksa.kernels.unchecked import is_taken
+
 logger = logging.getLogger(__name__)
 _reference_forced = False
 # Fusions (`FUSIONS` in megatron_ksa/config/kernels.py) that are taken apart again.
 _apart: frozenset[str] = frozenset()
-_unchecked_taken = False
-
-
-def take_unchecked(taken: bool = True) -> None:
-    """Take kernels that have run in Triton's interpreter and been compiled, but that no GPU has run yet, or not."""
-    global _unchecked_taken
-    _unchecked_taken = taken
-
-
-def takes_unchecked() -> bool:
-    """Whether such kernels are taken on a GPU."""
-    return _unchecked_taken
 
 
 def take_apart(names: Iterable[str]) -> None:
@@ -34,8 +24,8 @@ def take_apart(names: Iterable[str]) -> None:
 
 
 def fuses(name: str) -> bool:
-    """Whether a fusion is on; none is with the reference forced."""
-    return name not in _apart and not _reference_forced
+    """Whether a fusion is on: not taken apart, not with the reference forced, not unchecked on a machine with a GPU."""
+    return name not in _apart and not _reference_forced and (is_taken(name) or not torch.cuda.is_available())
 
 
 def force_reference(forced: bool = True) -> None:
@@ -51,7 +41,7 @@ def _announce(op: str, path: str) -> None:
 
 def uses_triton(op: str, rows: Tensor) -> bool:
     """Whether `op` takes its Triton kernels for `rows`; logs the answer once for each op and path."""
-    uses = rows.is_cuda and rows.dtype != torch.float64 and not _reference_forced
+    uses = rows.is_cuda and rows.dtype != torch.float64 and not _reference_forced and is_taken(op)
     if not torch.compiler.is_compiling():
         _announce(op, "Triton kernels" if uses else f"plain PyTorch ({rows.device.type}, {rows.dtype})")
     return uses
@@ -65,15 +55,14 @@ def _implementation(path: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
-def by_device[**P, R](op: str, kernels: str, *, checked: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def by_device[**P, R](op: str, kernels: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator of an op's reference: Triton kernels where `uses_triton` says so, else the reference.
 
     The first argument, a tensor or a list of tensors, decides. Triton is first imported when it is needed.
 
     Args:
-        op: what the log calls the op.
+        op: what the log and `unchecked.OPS` call the op.
         kernels: the function that takes the same arguments on a GPU, as "module:function".
-        checked: whether a GPU has run them in their final form; if not, `take_unchecked` decides.
     """
 
     def decorate(reference: Callable[P, R]) -> Callable[P, R]:
@@ -82,8 +71,7 @@ def by_device[**P, R](op: str, kernels: str, *, checked: bool = True) -> Callabl
         @functools.wraps(reference)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             rows = args[0] if args else kwargs[first]
-            known = checked or takes_unchecked()
-            uses = known and uses_triton(op, rows if isinstance(rows, Tensor) else rows[0])
+            uses = uses_triton(op, rows if isinstance(rows, Tensor) else rows[0])
             return (_implementation(kernels) if uses else reference)(*args, **kwargs)
 
         run.__doc__ = (

@@ -68,4 +68,4 @@ def _reference(words: Tensor, rows: Tensor, total: Tensor) -> None:
     total.index_add_(0, words, rows.to(total.dtype))
 
 
-add_rows = by_device(OP, "megatron_ksa.kernels.embedding_gradient:_add_rows", checked=False)(_reference)
+add_rows = by_device(OP, "megatron_ksa.kernels.embedding_gradient:_add_rows")(_reference)

@@ -36,7 +36,7 @@ def pytest_configure(config):
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
-    from megatron_ksa.kernels.dispatch import take_unchecked
+    from megatron_ksa.kernels.unchecked import take_unchecked
     from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
     # Tests are what checks them.

@@ -84,7 +84,8 @@ class StepParts:
         """Let the next iteration be this variant."""
         from megatron.training import get_args
 
-        from megatron_ksa.kernels.dispatch import take_apart, take_unchecked
+        from megatron_ksa.kernels.dispatch import take_apart
+        from megatron_ksa.kernels.unchecked import take_unchecked
 
         take_unchecked()
         take_apart(variant.apart)

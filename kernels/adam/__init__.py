@@ -9,7 +9,7 @@ from megatron_ksa.kernels.dispatch import by_device
 
 OP = "Adam"
 
-adam_step = by_device(OP, "megatron_ksa.kernels.adam.triton_adam:adam_step", checked=False)(reference.adam_step)
-l2_norm = by_device(OP, "megatron_ksa.kernels.adam.triton_norm:l2_norm", checked=False)(reference.l2_norm)
+adam_step = by_device(OP, "megatron_ksa.kernels.adam.triton_adam:adam_step")(reference.adam_step)
+l2_norm = by_device(OP, "megatron_ksa.kernels.adam.triton_norm:l2_norm")(reference.l2_norm)
 
 __all__ = ["OP", "AdamTensors", "adam_step", "l2_norm", "reference"]

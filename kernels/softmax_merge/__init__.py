@@ -5,6 +5,6 @@ from megatron_ksa.kernels.softmax_merge import reference
 
 OP = "softmax merge"
 
-merge = by_device(OP, "megatron_ksa.kernels.softmax_merge.triton_kernels:merge", checked=False)(reference.merge)
+merge = by_device(OP, "megatron_ksa.kernels.softmax_merge.triton_kernels:merge")(reference.merge)
 
 __all__ = ["merge", "reference"]

@@ -8,6 +8,6 @@ from megatron_ksa.kernels.swiglu import reference
 
 OP = "SwiGLU"
 
-swiglu = by_device(OP, "megatron_ksa.kernels.swiglu.triton_swiglu:swiglu", checked=False)(reference.swiglu)
+swiglu = by_device(OP, "megatron_ksa.kernels.swiglu.triton_swiglu:swiglu")(reference.swiglu)
 
 __all__ = ["OP", "reference", "swiglu"]

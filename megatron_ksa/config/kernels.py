@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megatron_ksa.config.options import option
 from megatron_ksa.errors import UsageError
+from megatron_ksa.kernels import unchecked as waiting
 
 # What is done in one pass over memory where it was several, by name: what it joins.
 FUSIONS = {
@@ -15,9 +16,6 @@ FUSIONS = {
     "embedding": "the embedding's gradient is added to its buffer by the rows that occur",
     "checks": "losses and gradients are looked at for NaN once an iteration",
 }
-
-# Those whose final form no GPU has run yet.
-UNCHECKED = frozenset({"activation", "residual", "optimizer", "embedding", "checks"})
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class KernelConfig:
     )  # fmt: skip
     unchecked: bool = option(
         False, "On a GPU, take what has run in Triton's interpreter alone until now: the fusions "
-        f"{', '.join(sorted(UNCHECKED))}, sums of weight gradients in one kernel, and the merge of two softmaxes under "
+        f"{', '.join(sorted(waiting.FUSIONS))}, sums of weight gradients in one kernel, and the merge of two softmaxes under "
         "context parallelism."
     )  # fmt: skip
 

@@ -5,7 +5,6 @@ import contextlib
 import io
 from collections.abc import Callable
 
-import torch
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.config import PretrainConfigContainer
@@ -17,12 +16,12 @@ from megatron_ksa.checkpoint.dense import check_checkpoint, dense_start
 from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
 from megatron_ksa.checkpoint.to_load import checkpoint_to_load
-from megatron_ksa.config.kernels import UNCHECKED
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_ids, check_indexed_dataset
 from megatron_ksa.data_tools.loss_masks import masked_prefixes
-from megatron_ksa.kernels.dispatch import force_reference, take_apart, take_unchecked
+from megatron_ksa.kernels.dispatch import force_reference, take_apart
+from megatron_ksa.kernels.unchecked import take_unchecked
 from megatron_ksa.model.builder import dense_config_from_args, model_config_from_args
 from megatron_ksa.model.prepare import prepare_config
 from megatron_ksa.training.annealing import annealed, is_annealed_in_graphs
@@ -154,10 +153,8 @@ def configure(args: argparse.Namespace, settings: RunSettings, fit: Fit | None =
 
 
 def _apart(args: argparse.Namespace, settings: RunSettings) -> set[str]:
-    """Fusions that are off: by `--kernels-apart`, as unchecked on a GPU, or as the run's other flags leave no place."""
+    """Fusions that are off by `--kernels-apart`, or that the run's other flags leave no place for."""
     apart = set(settings.kernels.apart)
-    if torch.cuda.is_available() and not settings.kernels.unchecked:
-        apart |= UNCHECKED
     # A graph of a layer is replayed for every micro-batch; parameters that share the gradients' buffer leave other
     # numbers in it than gradients.
     if args.cuda_graph_impl == "local" or args.reuse_grad_buf_for_mxfp8_param_ag:

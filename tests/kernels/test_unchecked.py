@@ -1,36 +1,41 @@
-"""Kernels that no GPU has run yet: a GPU takes plain PyTorch until `--kernels-unchecked` asks for them."""
-
-import argparse
+"""Kernels and fusions that no GPU has run yet: a GPU takes plain PyTorch until `take_unchecked` asks for them."""
 
 import pytest
 import torch
 
-from megatron_ksa.config.kernels import FUSIONS, UNCHECKED, KernelConfig
-from megatron_ksa.kernels import dispatch
-from megatron_ksa.training import configure
+from megatron_ksa.config.kernels import FUSIONS
+from megatron_ksa.kernels import adam, column_sums, dispatch, embedding_gradient, softmax_merge, swiglu, unchecked
 
 
 @pytest.fixture(params=[False, True])
 def taken(request):
-    dispatch.take_unchecked(request.param)
+    unchecked.take_unchecked(request.param)
     yield request.param
-    dispatch.take_unchecked()
+    unchecked.take_unchecked()
 
 
-@pytest.mark.parametrize("checked", [False, True])
-def test_an_op_takes_its_kernels(taken, checked, monkeypatch):
-    monkeypatch.setattr(dispatch, "uses_triton", lambda op, rows: True)
+class OnGPU:
+    """Rows as `uses_triton` sees those of a GPU."""
+
+    is_cuda, dtype, device = True, torch.float32, torch.device("cuda")
+
+
+@pytest.mark.parametrize("op", ["attention", "SwiGLU"])
+def test_an_op_takes_its_kernels(taken, op, monkeypatch):
     monkeypatch.setattr(dispatch, "_implementation", lambda path: lambda rows: path)
-    op = dispatch.by_device("doubling", "kernels:double", checked=checked)(lambda rows: "reference")
-    assert op(torch.ones(1)) == ("kernels:double" if checked or taken else "reference")
+    run = dispatch.by_device(op, "kernels:double")(lambda rows: "reference")
+    assert run([OnGPU()]) == ("kernels:double" if op == "attention" or taken else "reference")
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-@pytest.mark.parametrize("unchecked", [False, True])
-def test_fusions_of_a_run(on_gpu, unchecked, monkeypatch):
-    monkeypatch.setattr(configure.torch.cuda, "is_available", lambda: on_gpu)
-    args = argparse.Namespace(cuda_graph_impl="none", reuse_grad_buf_for_mxfp8_param_ag=False)
-    settings = argparse.Namespace(kernels=KernelConfig(apart=("norm",), unchecked=unchecked))
-    expected = {"norm"} | (UNCHECKED if on_gpu and not unchecked else set())
-    assert configure._apart(args, settings) == expected
-    assert UNCHECKED.issubset(FUSIONS)
+def test_a_fusion_is_on(taken, on_gpu, monkeypatch):
+    """Only the trainer turned unchecked fusions off: whoever used the model without it got them on a GPU."""
+    monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: on_gpu)
+    for name in FUSIONS:
+        assert dispatch.fuses(name) == (taken or not on_gpu or name not in unchecked.FUSIONS)
+
+
+def test_every_name_is_a_fusion_or_an_op():
+    """A name that nothing has would check nothing."""
+    assert unchecked.FUSIONS.issubset(FUSIONS)
+    assert {each.OP for each in (adam, column_sums, embedding_gradient, softmax_merge, swiglu)} == unchecked.OPS

@@ -1,0 +1,21 @@
+"""What no GPU has run yet in its final form: on a GPU it is off until `take_unchecked` asks for it.
+
+It has run in Triton's interpreter and been compiled. A name leaves `FUSIONS` or `OPS` when a GPU has checked it.
+"""
+
+# Of the fusions of megatron_ksa/config/kernels.py, which `dispatch.fuses` asks about.
+FUSIONS = frozenset({"activation", "residual", "optimizer", "embedding", "checks"})
+# Names that ops give themselves (`dispatch.by_device`).
+OPS = frozenset({"Adam", "SwiGLU", "column sums", "gradient of the embedding", "softmax merge"})
+_taken = False
+
+
+def take_unchecked(taken: bool = True) -> None:
+    """Take unchecked kernels and fusions on a GPU from now on; with `taken` False, leave them off again."""
+    global _taken
+    _taken = taken
+
+
+def is_taken(name: str) -> bool:
+    """Whether a GPU takes the fusion or the kernels of the op of this name: they are checked, or were asked for."""
+    return _taken or name not in FUSIONS | OPS
