@@ -32,9 +32,8 @@ class KernelConfig:
         + "; ".join(f"{name} ({what})" for name, what in FUSIONS.items()) + "."
     )  # fmt: skip
     unchecked: bool = option(
-        False, "On a GPU, take what has run in Triton's interpreter alone until now: the fusions "
-        f"{', '.join(sorted(waiting.FUSIONS))}, sums of weight gradients in one kernel, and the merge of two softmaxes under "
-        "context parallelism."
+        False, "On a GPU, take what no GPU has run yet in its final form: the fusions "
+        f"{', '.join(sorted(waiting.FUSIONS))}; the kernels of {', '.join(sorted(waiting.OPS))}."
     )  # fmt: skip
 
     def __post_init__(self) -> None:
