@@ -19,13 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-try:
-    from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
+
+from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.evaluation.runs import Results, machine
 from megatron_ksa.files import check_writable
 from megatron_ksa.platform.ports import free_port

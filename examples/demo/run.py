@@ -13,16 +13,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-try:
-    from megatron_ksa.config.ksa import KSAConfig
-except ModuleNotFoundError:
-    print(
-        "error: megatron_ksa is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(ROOT / "examples"))
+import installed  # noqa: F401
 from corpus import write_corpus
 from report import VALIDATION, kv_table, plot_losses, read_losses, unigram_loss
 
+from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import writing
 

@@ -6,16 +6,12 @@ import functools
 import sys
 from pathlib import Path
 
-try:
-    from megatron_ksa.data_tools.tokenizers import known_text, load_tokenizer, tokens_of
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
 from common import add_model_arguments, lengths, load, load_for_decoding, read_text, stops_of, write_json
 from tqdm import tqdm
 
+from megatron_ksa.data_tools.tokenizers import known_text, load_tokenizer, tokens_of
 from megatron_ksa.errors import UsageError, usage_errors_exit
 
 

@@ -3,20 +3,16 @@
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 
 import numpy as np
 
-try:
-    from megatron_ksa.data_tools.tokenizers import load_tokenizer, tokens_of
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
-from pathlib import Path
+sys.path.append(str(Path(__file__).parents[1]))
 
+import installed  # noqa: F401
 from common import add_model_arguments, indexed_documents, lengths, load, read_text, write_json
 
+from megatron_ksa.data_tools.tokenizers import load_tokenizer, tokens_of
 from megatron_ksa.errors import UsageError, usage_errors_exit
 
 

@@ -13,16 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-try:
-    from megatron_ksa.data_tools.tokenizers import known_text, load_tokenizer, tokens_of
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
 from common import add_model_arguments, lengths, load_for_decoding, prepare, read_text, stops_of, write_json
 from tqdm import tqdm
 
+from megatron_ksa.data_tools.tokenizers import known_text, load_tokenizer, tokens_of
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import read_small, whole_file
 from megatron_ksa.locks import exclusive

@@ -17,15 +17,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-from report import GIB, tables  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
+from report import GIB, tables
 
-from megatron_ksa.config.ksa import KSAConfig  # noqa: E402
-from megatron_ksa.errors import UsageError, usage_errors_exit  # noqa: E402
-from megatron_ksa.evaluation.runs import stored_runs  # noqa: E402
-from megatron_ksa.files import check_writable, read_json, whole_file  # noqa: E402
-from megatron_ksa.platform import prepare_platform  # noqa: E402
+from megatron_ksa.config.ksa import KSAConfig
+from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.evaluation.runs import stored_runs
+from megatron_ksa.files import check_writable, read_json, whole_file
+from megatron_ksa.platform import prepare_platform
 
 # Left to activations, graphs and the allocator where as many sequences as fit are wanted.
 RESERVE_GIB = 3.0

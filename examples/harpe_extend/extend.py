@@ -15,13 +15,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-try:
-    from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError:
-    print(
-        "error: megatron_ksa is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(ROOT / "examples"))
+import installed  # noqa: F401
+
+from megatron_ksa.errors import UsageError, usage_errors_exit
 
 METHODS = ("harpe", "single-base", "multi-stage")
 # What a checkpoint's arguments say about the model, as flags: name -> flag that takes the value.

@@ -17,14 +17,11 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
+
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
+from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.evaluation.token_language import VOCABULARY
 from megatron_ksa.files import whole_file, writing
 

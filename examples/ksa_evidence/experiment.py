@@ -17,15 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-try:
-    from megatron_ksa.config.ksa import KSAConfig
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(ROOT / "examples"))
+import installed  # noqa: F401
 from report import write_beside
 
+from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.evaluation.corpora import write_corpus
 from megatron_ksa.evaluation.runs import Results, Runs, iterations_done

@@ -13,15 +13,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[2]
-try:
-    from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
+
 from megatron_ksa import KSAConfig, KSAGPTModel, activate_cpu_platform
+from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.evaluation.runs import Results
 from megatron_ksa.markdown import cell, table
 

@@ -23,14 +23,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-try:
-    from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError as error:
-    print(f"error: {error.name} is missing: run `pip install -e '.[train]'` in the repository", file=sys.stderr)
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
 from checks import check_inputs, check_values
 from stages import Stage, plan, progress, train_flags
 
+from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import read_json, whole_file
 from megatron_ksa.platform import prepare_platform
 

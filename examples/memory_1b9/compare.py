@@ -11,18 +11,15 @@ import json
 import sys
 from pathlib import Path
 
-try:
-    from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
+
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.recompute import FULL, NONE
 from megatron_ksa.cost.memory import MemoryReport, stage_memory
 from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
+from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.markdown import replace_section, table
 
 SECTION = "memory_1b9_throughput"

@@ -11,19 +11,15 @@ import argparse
 import sys
 from pathlib import Path
 
-try:
-    from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
 from compare import SHAPE
 
 from megatron_ksa.config.fit import MARGIN
 from megatron_ksa.cost.memory import stage_parameters
 from megatron_ksa.cost.recompute_fit import GIB, H100, least
 from megatron_ksa.cost.shapes import TrainingLayout
+from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.markdown import replace_section, table
 
 SECTION = "recompute_to_fit_1b9"

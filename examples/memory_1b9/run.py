@@ -16,52 +16,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-try:
-    from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
 import torch
+from model_1b9 import LAYERS, TINY_LAYERS, training_flags
 
 from megatron_ksa.config.recompute import CHEAP, FULL, MODULES, NONE, Recompute
+from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import whole_file
 
 HERE = Path(__file__).parent
-MODEL = HERE.parents[1] / "slurm" / "models" / "ksa_1b9.args"
 LENGTHS = (8192, 32768, 131072)
 ITERATIONS = 2
-LAYERS, TINY_LAYERS = 24, 4
-# Flags of the model's file that are replaced here, with the number of their values.
-REPLACED = {
-    "--ksa": 0, "--ksa-window-chunks": 1, "--position-embedding-type": 1, "--tokenizer-type": 1, "--vocab-size": 1,
-    "--lr-decay-style": 1, "--lr-wsd-decay-style": 1, "--lr-wsd-decay-iters": 1, "--lr-warmup-iters": 1,
-    "--seq-length": 1, "--global-batch-size": 1, "--train-iters": 1,
-}  # fmt: skip
-TINY = (
-    f"--num-layers {TINY_LAYERS} --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --kv-channels 8 "
-    "--vocab-size 127 --make-vocab-size-divisible-by 64"
-)
-
-
-def training_flags(options: argparse.Namespace) -> list[str]:
-    """The command line of `pretrain_gpt.py`, for the longest of the texts."""
-    lines = [line.split("#")[0].split() for line in MODEL.read_text(encoding="utf-8").splitlines()]
-    kept = [word for line in lines if line and line[0] not in REPLACED for word in line]
-    if options.tiny:
-        kept = [word for word in kept if word != "--bf16"]
-    windows = "([2]*3+[8])" if options.tiny else "([128]*3+[1024])*6"
-    heads = 4 if options.tiny else 16
-    attention = f"--ksa --ksa-window-chunks {windows} --position-embedding-type rope"
-    if options.model == "full":
-        attention = f"--position-embedding-type harpe --harpe-bases {','.join(['10000'] * heads)}"
-    run = (
-        f"--seq-length {max(options.lengths)} --global-batch-size 1 --train-iters 1 --mock-data --split 100,0,0 "
-        "--tokenizer-type NullTokenizer --vocab-size 151935 --lr-decay-style constant --eval-iters 0 --log-interval 1 "
-        f"--context-parallel-size {options.ranks}"
-    )
-    return [*kept, *attention.split(), *run.split(), *(TINY.split() if options.tiny else []), *options.extra]
 
 
 def recomputes(layers: int) -> list[Recompute | None]:
@@ -103,9 +69,11 @@ def measure(options: argparse.Namespace) -> dict:
     record.unlink(missing_ok=True)
     listed.write_text(json.dumps(cases(options)))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+    more = ["--context-parallel-size", str(options.ranks)]
+    flags = [*training_flags(options.model, max(options.lengths), 1, more, tiny=options.tiny), *options.extra]
     command = [
         sys.executable, *(launcher if options.ranks > 1 else []), str(HERE / "peaks_pretrain.py"), str(record),
-        str(listed), *training_flags(options),
+        str(listed), *flags,
     ]  # fmt: skip
     failure = None
     try:

@@ -22,137 +22,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-try:
-    from megatron_ksa.errors import UsageError, usage_errors_exit
-except ModuleNotFoundError as error:
-    print(
-        f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
-    )
-    sys.exit(2)
+sys.path.append(str(Path(__file__).parents[1]))
+import installed  # noqa: F401
 import report
 import report_ranks
-from layouts import Layout, parse_layout
+from layouts import parse_layout
+from runs import KINDS, LAYERS, LENGTHS, MODELS, SHAPES, STAGES, Run, captures, iterations, training_flags
 
+from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.evaluation.runs import stored_runs
 from megatron_ksa.files import check_writable, whole_file, writing
 from megatron_ksa.platform.ranks import run_ranks
 
 HERE = Path(__file__).parent
-MODEL = HERE.parents[1] / "slurm" / "models" / "ksa_1b9.args"
-MODELS = ("ksa", "full")
-# The same KSA model when only its summary parameters train, without and with distillation's teacher.
-STAGES = {"summary": ["--ksa-train", "summary"], "distil": ["--ksa-distill"]}
-LENGTHS = (8192, 32768, 131072)
-# From here on the activations of the 24 layers do not fit 80 GB beside parameters and optimizer.
-RECOMPUTE_FROM = 32768
-# Iterations before those that count, and those, by length.
-ITERATIONS = {8192: (3, 6), 32768: (2, 4), 131072: (1, 2)}
-# What the file of the model says about its data, its attention and its schedule, with the number of values.
-REPLACED = {
-    "--ksa": 0, "--ksa-window-chunks": 1, "--position-embedding-type": 1, "--tokenizer-type": 1, "--vocab-size": 1,
-    "--lr-decay-style": 1, "--lr-wsd-decay-style": 1, "--lr-wsd-decay-iters": 1, "--lr-warmup-iters": 1,
-    "--seq-length": 1, "--max-position-embeddings": 1, "--global-batch-size": 1, "--train-iters": 1,
-}  # fmt: skip
-# One CUDA graph holds forward and backward passes of an iteration, after as many iterations without it.
-GRAPH_WARM_UP = 3
-GRAPHS = [
-    "--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", str(GRAPH_WARM_UP),
-    "--no-check-for-nan-in-loss-and-grad",
-]  # fmt: skip
-TE, FUSER = ["--transformer-impl", "transformer_engine"], ["--use-transformer-engine-op-fuser"]
-# Kinds of layers and precision; with "+graph" the iteration is captured in a CUDA graph.
-LAYERS = {
-    "default": [], "local": ["--transformer-impl", "local"], "te": TE,
-    **{f"fp8_{recipe}": [*TE, "--fp8-format", "hybrid", "--fp8-recipe", recipe]
-       for recipe in ("delayed", "tensorwise", "blockwise")},
-}  # fmt: skip
-LAYERS |= {f"{kind}_fuser": [*LAYERS[kind], *FUSER] for kind in ("te", "fp8_tensorwise", "fp8_blockwise")}
-KINDS = [kind + graph for graph in ("", "+graph") for kind in LAYERS]
-# Flags of a shape, its layers and its K/V heads; 8b_8layers has layers of the 8B model's size.
-SHAPES = {
-    "1b9": ("", 24, 16),
-    "8b_8layers": (
-        "--num-layers 8 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32 --group-query-attention "
-        "--num-query-groups 8",
-        8, 8,
-    ),
-    "8b": (
-        "--num-layers 36 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32 --group-query-attention "
-        "--num-query-groups 8",
-        36, 8,
-    ),
-}  # fmt: skip
-# On several GPUs, where one more iteration is profiled; a step of a million tokens counts as it is profiled.
-RANKS_ITERATIONS = {131072: (1, 2), 1048576: (1, 0)}
-TINY = (
-    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --kv-channels 8 "
-    "--vocab-size 127 --make-vocab-size-divisible-by 64"
-).split()
-
-
 # Ranks have imported everything after so long. Of a launch that failed, so many characters are kept.
 START_SECONDS, LOG = 60, 100_000
-
-
-class Run(NamedTuple):
-    """What is measured: model, text tokens, kind of layers, and the layout of several GPUs."""
-
-    model: str
-    length: int
-    kind: str
-    layout: Layout | None = None
-
-
-def read_flags(path: Path) -> list[list[str]]:
-    """Flags of a file, each with its values."""
-    words = [line.split("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in words if line]
-
-
-def captures(kind: str, options: argparse.Namespace) -> bool:
-    """Whether runs of a kind capture their iterations."""
-    return options.cuda_graphs or kind.endswith("+graph")
-
-
-def training_flags(
-    model: str, length: int, kind: str, options: argparse.Namespace, layout: Layout | None = None
-) -> list[str]:
-    """The command line of `pretrain_gpt.py` for one run; with a layout, a rank's, which profiles an iteration more."""
-    shape, layers, groups = SHAPES[options.shape]
-    given = read_flags(MODEL)
-    kept = [word for flag in given if flag[0] not in REPLACED for word in flag]
-    if options.tiny:
-        kept = [word for word in kept if word != "--bf16"]
-    heads = TINY[TINY.index("--num-attention-heads") + 1] if options.tiny else groups
-    windows = "([2]*3+[8])" if options.tiny else f"([128]*3+[1024])*{layers // 4}"
-    # Without Transformer Engine, dense layers get fused attention and rotation from this project's model, which HARPE
-    # asks for; equal bases are plain RoPE.
-    ksa = ["--ksa", "--ksa-window-chunks", windows, "--position-embedding-type", "rope"]
-    full = ["--position-embedding-type", "harpe", "--harpe-bases", ",".join(["10000"] * int(heads))]
-    attention = full if model == "full" else [*ksa, *STAGES.get(model, [])]
-    profiled = layout is not None or bool(options.profile)
-    count = sum(iterations(length, kind, options, ranks=layout is not None)) + profiled
-    run = [
-        "--seq-length", length, "--max-position-embeddings", length, "--global-batch-size", 1, "--train-iters", count,
-        "--mock-data", "--split", "100,0,0", "--tokenizer-type", "NullTokenizer", "--vocab-size", 151935,
-        "--lr-decay-style", "constant", "--eval-iters", 0, "--log-interval", 1, "--loss-chunk-rows", options.loss_rows,
-        "--loss-kept-logits", options.kept_logits,
-    ]  # fmt: skip
-    if length >= RECOMPUTE_FROM or options.tiny:
-        run += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
-    if captures(kind, options):
-        run += GRAPHS
-    run += [*LAYERS[kind.removesuffix("+graph")], *(layout.flags if layout else [])]
-    return [*kept, *attention, *shape.split(), *map(str, run), *(TINY if options.tiny else []), *options.extra]
-
-
-def iterations(length: int, kind: str, options: argparse.Namespace, ranks: bool = False) -> tuple[int, int]:
-    """Iterations before those that count, and those; on several GPUs, without the one that is profiled."""
-    by_length = RANKS_ITERATIONS if ranks else ITERATIONS
-    warm_up, measured = by_length.get(length, (1, 2)) if options.iterations is None else (1, options.iterations)
-    return warm_up + GRAPH_WARM_UP * captures(kind, options), measured
 
 
 def measure(model: str, length: int, kind: str, options: argparse.Namespace) -> dict:

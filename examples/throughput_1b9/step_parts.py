@@ -12,7 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from run import HERE, run_recorded, training_flags
+from run import HERE, run_recorded
+from runs import training_flags
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import whole_file
