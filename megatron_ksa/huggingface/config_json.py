@@ -21,7 +21,11 @@ from megatron_ksa.huggingface.fields import REQUIRED, Fields
 from megatron_ksa.huggingface.rotary_json import read_own_rotary, read_rotary, rotary_settings
 
 OWN_MODEL_TYPE = "megatron_ksa"
-OWN_FILES = ("configuration_megatron_ksa", "modeling_megatron_ksa", "cache_megatron_ksa", "rows_megatron_ksa")
+# Modules of an exported model, which loads with transformers alone; the first two hold the classes of `auto_map`.
+OWN_FILES = (
+    "configuration_megatron_ksa", "modeling_megatron_ksa", "attention_megatron_ksa", "cache_megatron_ksa",
+    "rows_megatron_ksa",
+)  # fmt: skip
 RELEASED_FAMILY = "qwen3"
 FAMILIES = ("llama", "qwen2", "qwen3", OWN_MODEL_TYPE)
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from models import randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_ksa.huggingface.modeling import attention_megatron_ksa as attention
 from megatron_ksa.huggingface.modeling import cache_megatron_ksa as cache_module
 from megatron_ksa.huggingface.modeling import modeling_megatron_ksa as modeling
 from megatron_ksa.huggingface.modeling.configuration_megatron_ksa import MegatronKSAConfig
@@ -245,9 +246,9 @@ def test_kernels_give_the_same(kinds, monkeypatch):
     model = make_model(kinds, [2, 1, 2, 1, 0][: len(kinds)], 4, 2)
     ids, mask = padded([random_tokens(n, seed=n) for n in (37, 5, 28)], "left")
     expected, calls = model(ids, attention_mask=mask).logits, []
-    kernel = modeling.ksa_attention
-    monkeypatch.setattr(modeling, "ksa_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
-    monkeypatch.setattr(modeling, "_takes_kernels", lambda query: True)
+    kernel = attention.ksa_attention
+    monkeypatch.setattr(attention, "ksa_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    monkeypatch.setattr(attention, "_takes_kernels", lambda query: True)
     assert (model(ids, attention_mask=mask).logits - expected)[mask.bool()].abs().max() < TOLERANCE
     assert len(calls) == sum(kind in "kw" for kind in kinds)
 
@@ -266,7 +267,7 @@ def test_decode_kernels_give_the_same(kinds, small, monkeypatch, request):
     expected, calls = model(torch.cat([ids, more], dim=1), attention_mask=whole).logits[:, ids.shape[1] :], []
     kernel = cache_module.decode_attention
     monkeypatch.setattr(cache_module, "decode_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
-    monkeypatch.setattr(modeling, "_takes_kernels", lambda query: True)
+    monkeypatch.setattr(attention, "_takes_kernels", lambda query: True)
     cache = modeling.KSACache(model.config)
     model(ids, attention_mask=mask, past_key_values=cache)
     parts, seen = [], ids.shape[1]
@@ -285,8 +286,8 @@ def test_kernels_on_a_gpu(dtype, monkeypatch):
     model = make_model(**HYBRID, head_dim=32).cuda().to(dtype)
     ids, mask = (part.cuda() for part in padded([random_tokens(n, seed=n) for n in (150, 40, 99)], "left"))
     found = []
-    for kernel in (modeling.ksa_attention, None):
-        monkeypatch.setattr(modeling, "ksa_attention", kernel)
+    for kernel in (attention.ksa_attention, None):
+        monkeypatch.setattr(attention, "ksa_attention", kernel)
         model.zero_grad()
         output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
         output.loss.backward()

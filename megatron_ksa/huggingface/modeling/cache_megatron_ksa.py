@@ -76,9 +76,8 @@ class _LayerCache:
         key, value = self.buffers
         query, *new = (torch.cat(pair, dim=1).transpose(0, 1) for pair in zip(text, summaries, strict=True))
         new = [part.to(key.dtype) for part in new]
-        slots = torch.arange(len(key), device=key.device)
         geometry = CacheGeometry(self.chunk, self.per_chunk, self.text_rows, key.shape[2] - self.text_rows, self.window)
-        out = decode_attention(query.to(key.dtype), *new, key, value, slots, rows.start.expand(len(key)), geometry)
+        out = decode_attention(query.to(key.dtype), *new, key, value, *rows.samples, geometry)
         return out.transpose(0, 1).to(query.dtype)
 
     def view(self, length):

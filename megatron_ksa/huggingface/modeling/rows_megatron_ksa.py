@@ -37,7 +37,16 @@ class Rows:
         first = self.start[:, None] // self.chunk
         self.chunk_token = first * self.chunk + torch.arange(self.num_chunks * self.chunk, device=device)
         self.summary = first * self.per_chunk + torch.arange(self.num_summaries, device=device)
+        self._batch, self._samples = len(starts), None
         self._elsewhere, self._visible = {}, {}
+
+    @property
+    def samples(self):
+        """Numbers of the samples, and tokens that each had before this pass: int64 [batch] both, for all layers."""
+        if self._samples is None:
+            numbers = torch.arange(self._batch, device=self.start.device)
+            self._samples = numbers, self.start.expand(self._batch).contiguous()
+        return self._samples
 
     def to(self, device):
         """The same on a device, for models whose layers are on several."""
@@ -45,7 +54,7 @@ class Rows:
             return self
         if device not in self._elsewhere:
             moved = copy.copy(self)
-            moved._visible = {}
+            moved._samples, moved._visible = None, {}
             for name in ("start", "end", "token", "chunk_token", "summary"):
                 setattr(moved, name, getattr(self, name).to(device))
             moved.rotation = tuple(part.to(device) for part in self.rotation)
