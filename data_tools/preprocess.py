@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from megatron_ksa.data_tools.documents import INVALID_UTF8, BadDocument, RawDocument, decoded, json_object
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_prefix, loss_mask_prefix
+from megatron_ksa.data_tools.plain_encoding import ContentError
 from megatron_ksa.data_tools.readers import read_documents
 from megatron_ksa.data_tools.released import is_released, open_released, released_documents
 from megatron_ksa.data_tools.skipped import SkipLog
-from megatron_ksa.data_tools.tokenizers import ContentError, Tokenizer, load_tokenizer
+from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
 from megatron_ksa.errors import UsageError
 from megatron_ksa.locks import exclusive
 

@@ -10,17 +10,12 @@ tokens, and of other tokens that were added in the form of markers such as `<|im
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from megatron_ksa.data_tools.plain_encoding import (
-    ChatTemplateError,
-    ContentError,
-    NoTokenError,
-    plain_encoding,
-    without_losses,
-)  # fmt: skip
+from megatron_ksa.data_tools.content_encoder import ContentEncoder, encoded_or_none
+from megatron_ksa.data_tools.plain_encoding import ChatTemplateError, NoTokenError, plain_encoding, without_losses
 from megatron_ksa.data_tools.vocabularies import TOKENIZER, token_ids
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
@@ -33,16 +28,7 @@ PROBE = "The cat, 12345 cafés;\nnext  LINE's end"
 END_OF_DOCUMENT = "<|endoftext|>"
 # Added tokens of this form mean something to a model, whether or not their tokenizer calls them special.
 _MARKER = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
-# SentencePiece and what is derived from it write a space as this character, and so take the character for a space.
-_SPACE_SYMBOL = "\u2581"
 _LONGEST_SENTENCE = 1 << 20
-
-
-def _or_none(encode: Callable[[str], list[int]], text: str) -> list[int] | None:
-    try:
-        return encode(text)
-    except NoTokenError:
-        return None
 
 
 class Tokenizer(Protocol):
@@ -90,51 +76,6 @@ class Tokenizer(Protocol):
         """
 
 
-class _ContentEncoder:
-    """Encodes what a person wrote with an encoder that knows no markers.
-
-    Args:
-        encode: text to ids.
-        token_id: the id of a token by its name, None where there is none.
-        control: ids that no text may become, with their names.
-    """
-
-    def __init__(
-        self, encode: Callable[[str], list[int]], token_id: Callable[[str], int | None], control: dict[int, str]
-    ) -> None:
-        self._encode, self._control = encode, control
-        # None: this tokenizer writes the space symbol as itself.
-        self._bytes: list[int | None] | None = None
-        symbol, space = (_or_none(encode, text) for text in (f"a{_SPACE_SYMBOL}a", "a a"))
-        if symbol is not None and symbol == space:
-            self._bytes = [token_id(f"<0x{byte:02X}>") for byte in range(256)]
-
-    def __call__(self, text: str) -> list[int]:
-        ambiguous = self._bytes is not None and _SPACE_SYMBOL in text
-        ids = self._with_space_symbol(text) if ambiguous else self._encode(text)
-        if not self._control.keys().isdisjoint(ids):
-            name = next(self._control[id] for id in ids if id in self._control)
-            raise ContentError(f"the text contains {name!r}, which this tokenizer reads as its control token")
-        return ids
-
-    def _with_space_symbol(self, text: str) -> list[int]:
-        """Ids of a text with U+2581 in it: the symbol becomes its bytes, as other characters without a token do."""
-        if None in self._bytes:
-            raise ContentError("the text contains U+2581, which this tokenizer reads as a space")
-        # A character of three bytes that is not in the text, and which no tokenizer has a token for, holds the place.
-        stand_in = next(c for c in map(chr, range(0xF8FF, 0xE000, -1)) if c not in text)
-        placed = [self._bytes[byte] for byte in stand_in.encode()]
-        symbol = [self._bytes[byte] for byte in _SPACE_SYMBOL.encode()]
-        ids, at, replaced = self._encode(text.replace(_SPACE_SYMBOL, stand_in)), 0, 0
-        while at < len(ids):
-            if ids[at : at + 3] == placed:
-                ids[at : at + 3], replaced = symbol, replaced + 1
-            at += 1
-        if replaced != text.count(_SPACE_SYMBOL):
-            raise ContentError("the text contains U+2581, which this tokenizer reads as a space")
-        return ids
-
-
 def _check_ids(path: Path, largest: int, vocab_size: int) -> None:
     """Refuse ids that a model of this vocabulary has no embedding for, and that a dataset would store as others."""
     if largest >= vocab_size:
@@ -173,7 +114,7 @@ class SentencePieceTokenizer:
             processor = SentencePieceProcessor(model_proto=content.SerializeToString())
         except RuntimeError as error:
             raise UsageError(f"--tokenizer-model {path}: not a SentencePiece model ({error})") from None
-        self.encode_content = _ContentEncoder(processor.encode, self._byte, control)
+        self.encode_content = ContentEncoder(processor.encode, self._byte, control)
 
     def _byte(self, name: str) -> int | None:
         id = self._model.piece_to_id(name)
@@ -230,7 +171,7 @@ class HuggingFaceTokenizer:
         self._folder = folder
         self.encode_content = self._content_encoder()
 
-    def _content_encoder(self) -> _ContentEncoder:
+    def _content_encoder(self) -> ContentEncoder:
         from tokenizers import Tokenizer as FastTokenizer
 
         whole = json.loads(self._tokenizer.backend_tokenizer.to_str())
@@ -254,11 +195,11 @@ class HuggingFaceTokenizer:
         if unknown is not None and unknown != self._tokenizer.eos_token_id:
             self.unknown = unknown
             control.pop(unknown, None)
-        return _ContentEncoder(lambda text: plain_encoding(plain, text).ids, plain.token_to_id, control)
+        return ContentEncoder(lambda text: plain_encoding(plain, text).ids, plain.token_to_id, control)
 
     def _check_class(self, file: "FastTokenizer") -> None:
         """Refuse a class that makes other tokens than the file of the same folder does."""
-        if _or_none(lambda text: plain_encoding(file, text).ids, PROBE) != _or_none(self.encode, PROBE):
+        if encoded_or_none(lambda text: plain_encoding(file, text).ids, PROBE) != encoded_or_none(self.encode, PROBE):
             raise UsageError(
                 f"--tokenizer-model {self._folder}: transformers makes a {type(self._tokenizer).__name__} of it, which "
                 f"gives other tokens than its {TOKENIZER}: give tokenizer_class PreTrainedTokenizerFast in "

@@ -13,7 +13,8 @@ from tokenizer_files import byte_level_tokenizer, llama_tokenizer, sentencepiece
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from megatron_ksa.data_tools.tokenizers import ContentError, load_tokenizer, write_byte_level
+from megatron_ksa.data_tools.plain_encoding import ContentError
+from megatron_ksa.data_tools.tokenizers import load_tokenizer, write_byte_level
 from megatron_ksa.errors import UsageError
 
 CASES = Path(__file__).parent / "cases"
