@@ -1,4 +1,4 @@
-"""Sums over the programs of a kernel that each wrote a part of a gradient."""
+"""A weight's gradient from its parts, one of which each program of a backward kernel has written."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 128, 16, 4
 
 @triton.jit
 def column_sums_kernel(p_parts, p_out, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """BLOCK_C columns a program: p_parts float32 [rows, columns], p_out [columns]."""
+    """A program sums BLOCK_C columns: p_parts float32 [rows, columns], p_out [columns] of any dtype."""
     o_column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_column = o_column < columns
     # [BLOCK_R, BLOCK_C]
@@ -38,14 +38,14 @@ def _launch(tensors: tuple[Tensor, ...], settings: None) -> None:
 
 
 def column_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums over rows in a fixed order, in one kernel where torch takes three.
+    """Sums over the first dimension in a fixed order, in one kernel where torch takes three.
 
     Args:
-        parts: float32 [rows, ...], contiguous.
-        dtype: of the result.
+        parts: float32 [parts, ...], contiguous.
+        dtype: of the result; sums are float32.
 
     Returns:
-        [...].
+        [...], one dimension fewer than `parts`.
     """
     if parts.is_cuda and not is_taken(OP):
         return parts.sum(0).to(dtype)

@@ -1,4 +1,4 @@
-"""The gradient of an embedding, added to its buffer row by row."""
+"""The gradient of an embedding, added to the rows of its float32 buffer that belong to words that occur."""
 
 import torch
 import triton
@@ -15,13 +15,15 @@ BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 8, 512, 4
 def add_rows_kernel(
     p_words, p_order, p_rows, p_total, rows, size, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one word, of which this program's is the first; grid (rows, blocks of columns).
+    """Add all rows of one word to the word's row of p_total; grid (rows, blocks of columns).
+
+    The program of a word's first row does it, those of its other rows end at once.
 
     Args:
         p_words: int64 [rows], in ascending order.
-        p_order: int64 [rows], places of these words in p_rows.
+        p_order: int64 [rows], where in p_rows each of these words' rows is.
         p_rows: [rows, size].
-        p_total: float32 [words, size].
+        p_total: float32 [vocabulary, size].
     """
     i_row = tl.program_id(0)
     word = tl.load(p_words + i_row)
@@ -48,7 +50,7 @@ def add_rows_kernel(
 
 
 def _add_rows(words: Tensor, rows: Tensor, total: Tensor) -> None:
-    """Arguments as in `add_rows`, in Triton; deterministic."""
+    """`_reference` in Triton. Deterministic: the rows of a word are added in the order in which they stand."""
     words, order = torch.sort(words, stable=True)
     rows = rows.contiguous()
     if rows.numel():
@@ -61,9 +63,9 @@ def _reference(words: Tensor, rows: Tensor, total: Tensor) -> None:
     """total[words[i]] += rows[i] for every i, with sums in float32.
 
     Args:
-        words: int64 [n].
-        rows: [n, size].
-        total: float32 [words, size], contiguous; changed in place.
+        words: int64 [n], below the vocabulary's size.
+        rows: [n, size], gradients of the embedding's outputs.
+        total: float32 [vocabulary, size], contiguous; changed in place.
     """
     total.index_add_(0, words, rows.to(total.dtype))
 

@@ -1,4 +1,4 @@
-"""A step of Adam over many parameters, with the clipping of gradients before it and the 16-bit copy after it.
+"""A step of Adam over many parameters, which clips the gradients as it reads them and writes the 16-bit copies.
 
 `adam_step` and `l2_norm` take Triton kernels on a GPU and `reference` elsewhere.
 """

@@ -1,4 +1,4 @@
-"""Tables by which one kernel goes over many tensors: addresses, and the chunk of a tensor that is each program's."""
+"""Tables by which one kernel works on many tensors: their addresses, and which chunk of which tensor a program has."""
 
 import functools
 
@@ -7,15 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tensor that a program takes.
+# Elements of a chunk: what one program works on.
 CHUNK = 8192
-# Addresses that let a thread load 16 bytes of every tensor.
+# Bytes: where every address is a multiple of this, a thread loads 16 bytes at a time.
 ALIGNMENT = 16
 
 
 @triton.jit
 def load_pointer(p_addresses, i_kind: tl.constexpr, i_tensor, tensors, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to a kind of tensor of a parameter, from int64 [kinds, tensors]."""
+    """Pointer to tensor i_tensor of one kind (0 for parameters, 1 for gradients ...), from int64 [kinds, tensors]."""
     pointer = tl.load(p_addresses + i_kind * tensors + i_tensor).to(tl.pointer_type(dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -23,7 +23,7 @@ def load_pointer(p_addresses, i_kind: tl.constexpr, i_tensor, tensors, dtype: tl
 
 
 def addresses(tensors: list[Tensor | None]) -> tuple[int, ...]:
-    """Of each tensor; 0 where there is none."""
+    """Address of each tensor in bytes; 0 for None."""
     return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
@@ -34,7 +34,7 @@ def aligned(*kinds: tuple[int, ...]) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Elements of each tensor, int64 [tensors]; tensor and chunk of each program, int32 [programs, 2]."""
+    """Number of elements of each tensor, int64 [tensors]; tensor and chunk of each program, int32 [programs, 2]."""
     counts = torch.tensor([triton.cdiv(size, CHUNK) for size in sizes])
     tensor = torch.repeat_interleave(counts)
     chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]

@@ -47,9 +47,12 @@ def adam_step(
     """Change parameters, means, squares and copies in place.
 
     Args:
-        parameters: those of `tensors`, which decide where this runs.
-        scale: float32 [] on the parameters' device, what gradients are multiplied by; they keep their values.
-        decoupled: weight decay as AdamW has it.
+        parameters: `tensors.parameters`, of which the first one's device decides between Triton and this function.
+        tensors: of all parameters.
+        scale: float32 [] on the parameters' device, which multiplies the gradients where they are read (they keep their
+            values); None for 1.
+        lr, betas, eps, weight_decay: lr, (beta_1, beta_2), eps and weight_decay of the formula.
+        decoupled: weight decay as in AdamW.
     """
     beta_1, beta_2 = betas
     for parameter, gradient, mean, square, copy, step in zip(*tensors, strict=True):

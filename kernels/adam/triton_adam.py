@@ -16,7 +16,7 @@ from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.adam.chunks import CHUNK, addresses, aligned, chunks, load_pointer, table
 from megatron_ksa.kernels.adam.reference import AdamTensors
 
-# Elements that a program takes at a time.
+# Elements that a program reads at a time; it works through a chunk (`CHUNK`) in this many.
 BLOCK, WARPS = 2048, 8
 
 
@@ -25,7 +25,7 @@ def update(
     p_parameter, p_gradient, p_mean, p_square, p_copy, o, m, has_copy, scale, decay, beta_1, rest_1, beta_2, rest_2,
     eps, step_size, root, DECOUPLED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Elements o of one parameter; with MASKED those of them in m."""
+    """One step for the elements at offsets o [BLOCK] of one parameter; with MASKED only where m is True."""
     if MASKED:
         # [BLOCK]
         b_p = tl.load(p_parameter + o, mask=m)
@@ -63,14 +63,15 @@ def adam_kernel(
     p_addresses, p_sizes, p_chunks, p_factors, p_scale, p_any_copy, tensors, decay, beta_1, rest_1, beta_2, rest_2,
     eps, DECOUPLED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of a parameter a program.
+    """A program updates one chunk of one parameter.
 
     Args:
         p_addresses: int64 [5, tensors], of parameter, gradient, m, v and copy (0: none).
         p_sizes: int64 [tensors], elements.
         p_chunks: int32 [programs, 2], the parameter of each program and which chunk of it.
         p_factors: float32 [tensors, 2], lr / (1 - beta_1^t) and sqrt(1 - beta_2^t).
-        p_any_copy: tells the dtype of the copies.
+        p_scale: float32 [1], which multiplies the gradients; read with SCALED.
+        p_any_copy: a pointer of the copies' dtype, which is not read.
         rest_1, rest_2: 1 - beta_1 and 1 - beta_2, which float32 would round from rounded betas.
     """
     i_program = tl.program_id(0).to(tl.int64)
@@ -106,9 +107,10 @@ def adam_kernel(
 
 @triton.jit
 def factors_kernel(p_addresses, p_logarithms, p_factors, tensors, lr, BLOCK: tl.constexpr):
-    """p_factors of `adam_kernel`, from the addresses of steps and float64 [2], log2 of both betas.
+    """Write p_factors of `adam_kernel`, float32 [tensors, 2].
 
-    In float64: 1 - beta^t loses digits in float32 while t is small.
+    p_addresses: int64 [tensors], of the float32 step counts t. p_logarithms: float64 [2], log2 of beta_1 and beta_2.
+    The arithmetic is float64: 1 - beta^t loses digits in float32 while t is small.
     """
     # [BLOCK]
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -123,7 +125,7 @@ def factors_kernel(p_addresses, p_logarithms, p_factors, tensors, lr, BLOCK: tl.
 
 @functools.lru_cache(maxsize=16)
 def _logarithms(betas: tuple[float, float], device: torch.device) -> Tensor:
-    """Float64 [2], log2 of both; -inf for 0."""
+    """log2 of beta_1 and beta_2, float64 [2] on the device; -inf for a beta of 0."""
     return torch.tensor([math.log2(beta) if beta else -math.inf for beta in betas], dtype=torch.float64).to(device)
 
 
@@ -147,7 +149,7 @@ def adam_step(
     weight_decay: float,
     decoupled: bool,
 ) -> None:
-    """Arguments as in `reference.adam_step`. Addresses are looked up on the host; nothing waits for the device.
+    """Arguments as in `reference.adam_step`, in two kernels. The host never waits for the device.
 
     Raises:
         UsageError: dtypes or strides that the kernel does not take.

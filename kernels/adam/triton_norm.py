@@ -1,4 +1,4 @@
-"""Norm of many tensors in one Triton kernel and a sum."""
+"""L2 norm of many tensors: one Triton kernel sums the squares of each chunk, torch adds these sums."""
 
 import torch
 import triton
@@ -15,7 +15,10 @@ BLOCK, WARPS = 2048, 8
 def squares_kernel(
     p_addresses, p_sizes, p_chunks, p_sums, tensors, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of a tensor a program: p_sums float32 [programs], sums of squares."""
+    """A program sums the squares of one chunk of one tensor into p_sums, float32 [programs].
+
+    p_addresses, p_sizes, p_chunks: as in `adam_kernel`, of one kind of tensors.
+    """
     i_program = tl.program_id(0).to(tl.int64)
     i_tensor = tl.load(p_chunks + 2 * i_program)
     begin = tl.load(p_chunks + 2 * i_program + 1).to(tl.int64) * CHUNK

@@ -20,10 +20,14 @@ SMALLEST_BLOCK = 16
 
 
 class DecodeTile(NamedTuple):
-    """Keys of a tile, warps of a program, stages of its pipeline, and programs for each multiprocessor.
+    """How the text queries' kernel runs.
 
-    The last says how many parts a sequence's keys have: as many as make so many programs in all, and no more, so that
-    all run at once and end together where the lengths are equal.
+    Attributes:
+        keys: of a tile.
+        warps: of a program.
+        stages: of its pipeline.
+        programs: for each multiprocessor. They decide into how many parts a sequence's keys are cut (`splits`): all
+            programs run at once, and end together where the sequences have equal lengths.
     """
 
     keys: int
@@ -32,7 +36,8 @@ class DecodeTile(NamedTuple):
     programs: int
 
 
-# Not measured yet. Three programs of 70 KiB fit the shared memory of a Hopper multiprocessor.
+# By 16-bit head dimension, and by float32's. Three programs of 70 KiB fit the shared memory of a Hopper multiprocessor.
+# Measured with these alone (docs/generation.md); no other tiles were tried.
 HALF = {64: DecodeTile(128, 4, 3, 3), 128: DecodeTile(64, 4, 3, 3), 256: DecodeTile(32, 4, 3, 3)}
 SINGLE = {64: DecodeTile(64, 4, 2, 3), 128: DecodeTile(32, 4, 2, 3), 256: DecodeTile(16, 4, 2, 3)}
 
@@ -48,13 +53,19 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def splits(tile: DecodeTile, batch: int, groups: int, rows: int, device: torch.device) -> int:
-    """Parts of each sequence's keys: of the longest sequence, since a captured step cannot look at the lengths."""
+    """Into how many parts each sequence's keys are cut.
+
+    The cache's rows decide, as if every sequence filled them: a step in a CUDA graph cannot look at the lengths.
+    """
     wanted = tile.programs * _multiprocessors(device) // (batch * groups)
     return max(min(wanted, triton.cdiv(rows, tile.keys), MOST_SPLITS), 1)
 
 
 class Step(NamedTuple):
-    """Tensors of a step, see `reference.decode_attention`, and its parts' results where there are several."""
+    """Tensors of a step: arguments and result of `reference.decode_attention`, and results of its parts.
+
+    part and lse2 are None where a sequence's keys have one part: float32 [B, Hq * parts, D] and [B, Hq * parts].
+    """
 
     q: Tensor
     k: Tensor

@@ -1,6 +1,6 @@
 """Triton kernels of one decoding step's attention; what is computed stands in `reference.py`.
 
-All of them read a sequence's slot and length from the device. Letters: B sequences, rows of a step 1 or 1 + S.
+Each kernel reads its sequence's slot and length from the device. Letters: B sequences, rows of a step 1 or 1 + S.
 """
 
 import triton
@@ -13,7 +13,7 @@ def keep_kernel(
     stride_kr, stride_kb, stride_kh, stride_vr, stride_vb, stride_vh, stride_slot, stride_group, stride_row,
     C: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Copy one row of one sequence into the cache: text always, a summary where its chunk is complete."""
+    """A program copies one new row of one sequence into the cache: text always, a summary if its chunk is complete."""
     i_b = tl.program_id(0).to(tl.int64)
     i_row = tl.program_id(1)
     slot = tl.load(p_slots + i_b).to(tl.int64)
@@ -38,7 +38,7 @@ def keep_kernel(
 
 @triton.jit
 def attend_tile(b_acc, b_sum, b_max, b_q, b_k, b_v, mask, scale_log2):
-    """Online softmax over one tile of keys: mask [BM or 1, BN] says who sees which."""
+    """One tile of an online softmax: mask [BM or 1, BN] is True where a query sees a key."""
     # [BM, BN]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
     b_s = tl.where(mask, b_s, float("-inf"))
@@ -105,7 +105,7 @@ def text_kernel(
             m_n = (o_n < keys) & ((o_n >= ring) | ((age <= start % C + window * C) & (age <= start)))
         else:
             m_n = (o_n < keys) & ((o_n < hidden_lower) | (o_n >= hidden_upper))
-        # [BN, BD]; 32 bits do for a slot's rows of one head.
+        # [BN, BD]; one head's rows of one slot have offsets of 32 bits.
         o_kv = o_n[:, None] * stride_row + o_d[None, :]
         m_kv = m_n[:, None] if BD == D else m_n[:, None] & m_d
         b_k = tl.load(p_key_cache + o_kv, mask=m_kv, other=0.0)

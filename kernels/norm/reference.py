@@ -2,8 +2,8 @@
 
     y = x / sqrt(mean(x^2) + eps) * g,    g = weight, or 1 + weight
 
-With x^ = x / rms and dn = dy g: dx = (dn - x^ mean(dn x^)) / rms, dg = sum over rows of dy x^. A residual connection
-takes x beside y: the gradient of x is then dx plus that of the residual.
+With x^ = x / rms and dn = dy g: dx = (dn - x^ mean(dn x^)) / rms, dg = sum over rows of dy x^. Where a residual
+connection takes x too, the gradient of x is dx plus the residual's gradient.
 """
 
 import torch

@@ -17,8 +17,8 @@ from megatron_ksa.kernels.launch import launch, repeatable
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_SIZE = 16384
-# Of the backward pass; each writes its part of the weight's gradient. The number does not depend on the GPU, and so
-# neither does the order of the sums.
+# Programs of the backward pass at most; each writes its part of the weight's gradient. The number is the same on every
+# GPU, so that sums have the same order everywhere.
 PROGRAMS = 1056
 
 
@@ -26,7 +26,7 @@ PROGRAMS = 1056
 def rms_norm_forward_kernel(
     p_x, p_weight, p_y, p_rstd, size, eps, ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """A row a program: p_x, p_y [rows, size], p_rstd float32 [rows]."""
+    """A program normalises one row: p_x, p_y [rows, size], p_rstd float32 [rows], 1 / rms of each row."""
     i_row = tl.program_id(0).to(tl.int64)
     o_size = tl.arange(0, BLOCK)
     if FULL:
@@ -52,9 +52,10 @@ def rms_norm_backward_kernel(
     p_x, p_weight, p_rstd, p_dy, p_residual, p_dx, p_dweight, rows, size, RESIDUAL: tl.constexpr,
     ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Consecutive rows a program; p_residual is the gradient of the residual [rows, size].
+    """Program i of n works on rows i, i + n, i + 2 n and so on.
 
-    p_dweight: float32 [programs, size], each program's part of the weight's gradient.
+    p_x, p_dy, p_dx: [rows, size]. p_rstd: float32 [rows]. p_residual: gradient of the residual [rows, size], with
+    RESIDUAL. p_dweight: float32 [programs, size], each program's part of the weight's gradient.
     """
     i_program = tl.program_id(0)
     o_size = tl.arange(0, BLOCK)

@@ -1,4 +1,7 @@
-"""Attention to two disjoint sets of keys from that to each: Triton kernels on a GPU, `reference` elsewhere."""
+"""Attention to the union of two disjoint sets of keys, from the attention to each of the two.
+
+`merge` takes Triton kernels on a GPU and `reference.merge` elsewhere.
+"""
 
 from megatron_ksa.kernels.dispatch import by_device
 from megatron_ksa.kernels.softmax_merge import reference

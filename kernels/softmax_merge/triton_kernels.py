@@ -1,4 +1,4 @@
-"""`merge` of reference.py in Triton: each pass reads every row once and writes its results once."""
+"""`merge` of reference.py in Triton: the forward and the backward pass each read and write every row once."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_ksa.kernels.differentiable import differentiable
 
-# Rows of a head that a program works on, and its warps.
+# Rows of heads that a program works on (row r of head h counts as one), and its warps.
 BLOCK_ROWS, WARPS = 16, 4
 
 
@@ -29,6 +29,7 @@ def forward_kernel(
     a, lse_a, b, lse_b, out, rows, heads, dim, batch_stride, row_stride, head_stride, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """out = w a + (1 - w) b, w = sigmoid(lse_a - lse_b); a, b and out have the same strides."""
     o_rows, m_rows, o_lse, m_lse = _places(
         rows, heads, dim, batch_stride, row_stride, head_stride, BLOCK_R, BLOCK_D
     )  # fmt: skip
@@ -46,6 +47,7 @@ def backward_kernel(
     a, lse_a, b, lse_b, d_out, d_a, d_b, d_lse_a, d_lse_b, rows, heads, dim, batch_stride, row_stride, head_stride,
     d_batch_stride, d_row_stride, d_head_stride, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of a, b and both log-sum-exps from d_out, whose strides are its own."""
     o_rows, m_rows, o_lse, m_lse = _places(
         rows, heads, dim, batch_stride, row_stride, head_stride, BLOCK_R, BLOCK_D
     )  # fmt: skip

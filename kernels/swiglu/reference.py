@@ -9,9 +9,13 @@ from torch import Tensor
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """Args: x: [..., 2 size], bfloat16, float16, float32 or float64. Returns [..., size] in the dtype of x.
+    """silu(a) b of each row.
 
-    Arithmetic is float32, or float64 where x is; the result is rounded once.
+    Args:
+        x: [..., 2 size], a and then b; bfloat16, float16, float32 or float64.
+
+    Returns:
+        [..., size] in the dtype of x. Arithmetic is float32, or float64 where x is; the result is rounded once.
     """
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return (torch.nn.functional.silu(a) * b).to(x.dtype)

@@ -15,6 +15,7 @@ BLOCK, WARPS = 1024, 4
 
 @triton.jit
 def load(p, m, FULL: tl.constexpr):
+    """Float32 values at pointers p; with FULL all of them, else those where m is True and 0 elsewhere."""
     if FULL:
         return tl.load(p).to(tl.float32)
     return tl.load(p, mask=m, other=0.0).to(tl.float32)
@@ -22,6 +23,7 @@ def load(p, m, FULL: tl.constexpr):
 
 @triton.jit
 def store(p, b, m, FULL: tl.constexpr):
+    """Round b to the dtype of p and store it; with FULL everywhere, else where m is True."""
     if FULL:
         tl.store(p, b.to(p.dtype.element_ty))
     else:
@@ -30,7 +32,7 @@ def store(p, b, m, FULL: tl.constexpr):
 
 @triton.jit
 def swiglu_forward_kernel(p_x, p_y, size, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """BLOCK columns of a row of p_x [rows, 2 size], p_y [rows, size]; grid (rows, blocks)."""
+    """A program computes BLOCK columns of one row: p_x [rows, 2 size], p_y [rows, size]; grid (rows, blocks)."""
     i_row = tl.program_id(0).to(tl.int64)
     # [BLOCK]
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -84,7 +84,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _of_any_rank(problem: str | None) -> str | None:
-    """The first rank's finding that there is: all ranks stop for the same reason."""
+    """The problem of the first rank that has one, or None, on every rank: all ranks stop for the same reason."""
     if not dist.is_initialized():
         return problem
     found: list[str | None] = [None] * dist.get_world_size()

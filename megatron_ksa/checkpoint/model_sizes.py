@@ -1,4 +1,4 @@
-"""A checkpoint's model and optimizer are those of the flags: told by name, before tensors of other shapes are met."""
+"""Sizes and optimizer of a checkpoint compared with the flags': a difference is told by its flag, not by a shape."""
 
 import argparse
 
@@ -18,7 +18,7 @@ FLAGS = {"sixteen_bit": "--bf16 or --fp16", "add_bias_linear": "biases of linear
 
 
 def check_model(stored: StoredCheckpoint, args: argparse.Namespace, only_weights: bool) -> None:
-    """Compare the flags with the arguments that a checkpoint holds; those that one side has not are passed over.
+    """Compare the flags with the arguments that a checkpoint holds, except those that only one of the two has.
 
     Args:
         only_weights: the optimizer's state is not loaded.

@@ -52,13 +52,13 @@ def only_writer(args: argparse.Namespace) -> Iterator[Callable[[], None]]:
 
 
 def restore_tracker(args: argparse.Namespace) -> None:
-    """Find the iterations under `--load` that no tracker names: a run that starts anew beside them replaces them.
+    """Write the tracker of `--load` anew where it is missing and iterations are there, naming the newest whole one.
 
-    A run that goes on in its own folder takes the newest whole iteration: a rank can be killed between a save and the
-    write of its tracker.
+    A rank can be killed between a save and the write of its tracker. Without one Megatron starts anew, and its saves
+    replace the iterations that are there.
 
     Raises:
-        UsageError: iterations of a folder that is only read.
+        UsageError: `--load` is not the folder that this run saves to, so that it is not written.
     """
     if not args.load or getattr(args, "enable_msc", False) or not Path(args.load).is_dir():
         return

@@ -89,12 +89,12 @@ class Plan:
 
     @property
     def memory(self) -> MemoryReport:
-        """Of the fullest GPU."""
+        """Memory of the fullest GPU."""
         return max((choice.memory for choice in self.choices), key=lambda memory: memory.total)
 
     @property
     def slowest(self) -> Choice:
-        """That of the stage that recomputes most."""
+        """The choice of the stage that recomputes most, which sets the pace."""
         return max(self.choices, key=lambda choice: choice.slowdown)
 
 

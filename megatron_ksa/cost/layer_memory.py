@@ -20,16 +20,16 @@ class LayerMemory:
         norms: outputs of both norms, which the projections behind them save.
         statistics: what the norms save beside their input.
         projected: what Q/K norm and rotation save.
-        heads: their results, which attention saves.
-        heads_again: as much of these as can be computed again from what the rotation saves.
-        core: what attention saves beside these and its result.
-        context: what context parallelism adds to that.
+        heads: queries, keys and values after norm and rotation, which attention saves.
+        heads_again: of `heads`, what can be computed again from what the rotation saves.
+        core: what attention saves beside `heads` and its result.
+        context: what attention saves in addition under context parallelism.
         output: attention's result, which the output projection saves.
         middle: the rows between attention and MLP.
         mlp: what the MLP's activation saves.
-        activation: its result, which the second projection saves.
-        mlp_working: what the MLP's backward pass adds at its fullest, when the gradients around the activation are
-            there; that of its result takes the place of the result.
+        activation: the activation's result, which the second projection saves.
+        mlp_working: what the MLP's backward pass adds at its fullest, when the gradients of the activation's input and
+            result are there; the result's gradient counts in the place of the result, which is gone.
         attention_working: what attention's backward pass adds at its fullest, when the MLP's tensors are gone.
     """
 
@@ -87,7 +87,7 @@ class LayerMemory:
 
 @lru_cache(4096)
 def layer_memory(shape: ModelShape, layer: KSALayer, layout: TrainingLayout, comm: str = "p2p") -> LayerMemory:
-    """Memory of one layer of one rank; `layout.recompute` does not matter.
+    """Memory of one layer on one rank for one micro-batch, whatever `layout.recompute` says.
 
     Args:
         comm: the layer's kind of context parallelism, p2p or a2a.
@@ -129,7 +129,11 @@ def layer_memory(shape: ModelShape, layer: KSALayer, layout: TrainingLayout, com
 def _heads(
     shape: ModelShape, layer: KSALayer, layout: TrainingLayout, query: int, kv: int, rows: int
 ) -> tuple[int, int]:
-    """What Q/K norm and rotation save, and their results; query and kv are the bytes of the rows' queries and keys."""
+    """Bytes that Q/K norm and rotation save, and bytes of their results.
+
+    Args:
+        query, kv: bytes of the queries and of the keys of `rows` rows.
+    """
     size, tp = layout.parameter_bytes, layout.tensor_parallel
     if layout.fused_rotation:
         # The projection, where the kernel normalises as well; it writes queries, keys and values anew.
@@ -150,7 +154,7 @@ def _heads(
 def _attention(
     shape: ModelShape, layer: KSALayer, layout: TrainingLayout, rows: int, comm: str
 ) -> tuple[int, int, int]:
-    """What attention saves beside its inputs and result, what context parallelism adds to that, and to gradients."""
+    """`LayerMemory.core`, `LayerMemory.context`, and what context parallelism adds in the backward pass, in bytes."""
     size, text = layout.parameter_bytes, layout.rank_text
     heads, row = shape.heads // layout.tensor_parallel, size * shape.query // layout.tensor_parallel
     core = 4 * text * heads
@@ -176,10 +180,10 @@ def _gathered_for_summaries(shape: ModelShape, layout: TrainingLayout, rows: int
 
 
 def _exchanged(shape: ModelShape, layer: KSALayer, layout: TrainingLayout) -> tuple[int, int]:
-    """What attention over halos and gathered summaries saves beside one rank's own, and the gradients of that.
+    """Bytes that attention to received halos and summaries saves, and bytes of their gradients and working tensors.
 
-    Text queries attend twice, to their own segment and to what has come, and both results are kept beside the merged
-    one. What has come is the rank's with the largest halos.
+    Text queries attend twice, to their own segment and to what was received; both results are kept beside the merged
+    one. The numbers are those of the rank with the largest halos.
     """
     size, tp, text, ksa = layout.parameter_bytes, layout.tensor_parallel, layout.rank_text, shape.ksa
     geometry = KSAGeometry(ksa.chunk_size, ksa.summary_tokens * layer.has_summaries, layer.window_chunks)

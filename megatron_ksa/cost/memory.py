@@ -91,7 +91,7 @@ def stage_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) -> i
 
 
 def trained_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
-    """Those of `stage_parameters` that have gradients and optimizer state."""
+    """Of `stage_parameters`, those that have gradients and optimizer state: all, or the summary parameters."""
     every = stage_parameters(shape, layout, stage)
     if layout.train == "all":
         return every
@@ -104,7 +104,7 @@ def trained_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) ->
 
 
 def teacher_bytes(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
-    """What a stage keeps of a micro-batch's teacher.
+    """Bytes that a stage keeps of the teacher's pass over one micro-batch.
 
     Its rows in the decoder's input, and of each KSA layer its attention output or the gradient of the comparison; with
     `teacher_on_host` of those layers that are not recomputed whole.

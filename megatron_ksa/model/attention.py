@@ -26,13 +26,13 @@ class KSASelfAttentionSubmodules(SelfAttentionSubmodules):
 
 
 class SharedNorm:
-    """Lets a projection that normalises its rows (Transformer Engine's) do so with the parameters of another one.
+    """Lets a projection of Transformer Engine, which normalises its rows, do so with another projection's parameters.
 
-    They stay parameters of `source` alone: checkpoints, optimizer and data parallelism see them once.
+    The parameters stay those of `source` alone: checkpoints, optimizer and data parallelism see them once.
 
     Args:
-        linear: the projection whose own parameters `layer_norm_*` are given up; one without such is left as it is.
-        source: the projection that has them.
+        linear: the projection that gives up its own parameters `layer_norm_*`; one without them is left as it is.
+        source: the projection whose parameters it takes.
     """
 
     def __init__(self, linear: nn.Module, source: nn.Module) -> None:
@@ -42,30 +42,30 @@ class SharedNorm:
         self.give(linear, source)
 
     def give(self, linear: nn.Module, source: nn.Module) -> None:
-        """Before a forward pass: sharded data parallelism puts other parameters in the place of the source's."""
+        """Hand over the source's parameters before a forward pass: sharded data parallelism replaces them in between."""
         for name in self.names:
             # A plain attribute is what the module's forward pass finds.
             linear.__dict__[name] = getattr(source, name)
 
 
-def blend(shared: Tensor, own: Tensor, a: float | Tensor) -> Tensor:
-    """a * own + (1 - a) * shared, rounded once.
+def blend(text: Tensor, summary: Tensor, a: float | Tensor) -> Tensor:
+    """a * summary + (1 - a) * text, rounded once.
 
     Args:
-        shared, own: the same shape and dtype.
-        a: a number, or float32 [] on their device.
+        text, summary: heads of the same rows by the text's and by the summary projection, of one shape and dtype.
+        a: a number, or float32 [] on the device of both.
     """
     if isinstance(a, Tensor):
         # torch takes a weight of the rows' dtype only, to which a would be rounded.
-        return torch.lerp(shared.float(), own.float(), a).to(own.dtype)
-    return torch.lerp(shared, own, a)
+        return torch.lerp(text.float(), summary.float(), a).to(summary.dtype)
+    return torch.lerp(text, summary, a)
 
 
 class KSASelfAttention(RotatedSelfAttention):
     """Self-attention over rows laid out `[text | summaries]` (KSA report, arXiv 2604.24432).
 
-    Summary rows use q, k, v = a * own projection + (1 - a) * text projection, mixed after the Q/K norm and before the
-    rotation. `summary_coefficient` holds a; the trainer's annealing schedule sets it. Where the model is distilled,
+    Summary rows use q, k, v = a * summary projection + (1 - a) * text projection, mixed after the Q/K norm and before
+    the rotation. `summary_coefficient` holds a; the trainer's annealing schedule sets it. Where the model is distilled,
     `term` compares the output with the teacher's.
     """
 
@@ -207,8 +207,8 @@ class KSASelfAttention(RotatedSelfAttention):
         heads = self._project(self._summary_projection, *self._summary_norms, summaries)
         if not self._blends:
             return heads
-        shared = self._project(self.linear_qkv, self.q_layernorm, self.k_layernorm, summaries)
-        return tuple(blend(s, o, self.summary_coefficient) for s, o in zip(shared, heads, strict=True))
+        text_heads = self._project(self.linear_qkv, self.q_layernorm, self.k_layernorm, summaries)
+        return tuple(blend(t, s, self.summary_coefficient) for t, s in zip(text_heads, heads, strict=True))
 
     def _project(self, linear: nn.Module, q_norm: nn.Module | None, k_norm: nn.Module | None, rows: Tensor) -> Heads:
         """Project rows and split them into this rank's heads, as `SelfAttention.get_query_key_value_tensors` does."""

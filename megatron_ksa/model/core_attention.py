@@ -30,11 +30,11 @@ TEXT_ONLY = RowLayout(1, 0)
 
 
 class _CoreAttention(MegatronModule):
-    """What all share: Megatron's constructor, and attention over the ranks of the context-parallel group.
+    """What both kinds below share: Megatron's constructor, and attention over the ranks of a context-parallel group.
 
     Attributes:
-        causal: the rows are text, and every query sees all before it, whatever the layer's window: a teacher's pass.
-        cache: while sequences are decoded (see `megatron_ksa.inference`), the rows before those of a call.
+        causal: the teacher's pass of distillation: rows are text, and a query sees all before it, whatever the window.
+        cache: rows before those of a call, while sequences are decoded (`megatron_ksa.inference`); else None.
 
     Raises:
         UsageError: attention dropout above 0, which would have no effect.
@@ -85,10 +85,14 @@ class _CoreAttention(MegatronModule):
         geometry: KSAGeometry,
         document_start: Tensor | None,
     ) -> Tensor:
-        """Attention of this rank's rows, by `whole` (the attention of a whole sequence) where that is at hand.
+        """Attention of this rank's rows.
 
         Args:
+            whole: attention of a whole sequence, which serves without context parallelism and between all-to-alls.
             rows: query, key and value, [rows, batch, heads, head_dim] each.
+            layout: of the rows.
+            geometry: which chunks a query sees, for the exchange between ranks.
+            document_start: int32 [batch, n] of the whole sequence, or None.
 
         Returns:
             [rows, batch, heads, head_dim].

@@ -17,7 +17,7 @@ from megatron_ksa.layout.rows import RowLayout
 def residual_sum(training: bool, fused: bool) -> Callable[..., Tensor]:
     """Megatron's `get_bias_dropout_add`, without torch.compile where there is nothing but the sum.
 
-    What torch.compile makes of the sum is one kernel too, and costs the host several launches.
+    torch.compile makes one kernel of the sum too, but a call of it costs the host as much as several launches.
     """
     megatrons = get_bias_dropout_add(training, fused)
 

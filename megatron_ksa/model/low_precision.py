@@ -13,7 +13,8 @@ from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
 
 RECIPES = ("delayed", "tensorwise", "blockwise")
-# The gradient of a weight is a product over the rows, which cuBLAS takes in 16s; feature sizes of the weights likewise.
+# cuBLAS multiplies in FP8 over multiples of this: a weight's gradient is a product over the rows, the others go over the
+# weight's sizes.
 ROWS = 16
 
 

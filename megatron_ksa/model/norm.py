@@ -9,7 +9,7 @@ from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.dispatch import fuses, uses_triton
 from megatron_ksa.kernels.norm import OP, rms_norm
 
-# Below, rows are heads; above, rows do not fit a program's registers.
+# Sizes of rows that the fused kernel takes: smaller rows are heads, larger ones do not fit a program's registers.
 FUSED_SIZES = range(512, 16385)
 
 

@@ -18,7 +18,7 @@ def is_annealed_in_graphs(args: argparse.Namespace, ksa: KSAConfig) -> bool:
 def annealed(train_step: Callable, args: argparse.Namespace, ksa: KSAConfig) -> Callable:
     """Megatron's `train_step` that first sets every model chunk's coefficient for the iteration.
 
-    A forward step does not come by where an iteration is a graph's.
+    A forward step cannot set it: where a graph repeats the iteration, its Python does not run.
     """
 
     @wraps(train_step)

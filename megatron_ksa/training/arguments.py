@@ -69,7 +69,7 @@ def resolve_defaults(args: argparse.Namespace) -> None:
     if args.async_save:
         defaults |= async_save_defaults()
     if not (args.check_for_nan_in_loss_and_grad or args.check_for_spiky_loss or args.check_for_large_grads):
-        # Nothing is checked that could ask for a second run, and Megatron waits for the device to hear that.
+        # Without checks nothing asks for a second run of an iteration, but Megatron would wait for the device to ask.
         defaults["rerun_mode"] = "disabled"
     for name, value in defaults.items():
         if name not in given_flags(args):

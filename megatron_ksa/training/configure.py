@@ -47,7 +47,7 @@ from megatron_ksa.upstream import (
 from megatron_ksa.upstream.patches import Patch
 from megatron_ksa.upstream.trainer import FINALIZE_SAVE, LOAD_CHECKPOINT, SAVE_CHECKPOINT, TRAIN_STEP, TRAINING_LOG
 
-# Of each dataset: ids of another tokenizer show among so many.
+# Tokens of each dataset that are compared with the vocabulary: among so many, ids of another tokenizer show.
 SAMPLED_TOKENS = 1_000_000
 
 
@@ -153,10 +153,10 @@ def configure(args: argparse.Namespace, settings: RunSettings, fit: Fit | None =
 
 
 def _apart(args: argparse.Namespace, settings: RunSettings) -> set[str]:
-    """Fusions that are off by `--kernels-apart`, or that the run's other flags leave no place for."""
+    """Fusions that are off: by `--kernels-apart`, or because of the run's other flags."""
     apart = set(settings.kernels.apart)
-    # A graph of a layer is replayed for every micro-batch; parameters that share the gradients' buffer leave other
-    # numbers in it than gradients.
+    # A layer's CUDA graph repeats one micro-batch's products for all: it would overwrite the others' gradients. Where
+    # parameters share the gradients' buffer, an iteration finds parameters in it.
     if args.cuda_graph_impl == "local" or args.reuse_grad_buf_for_mxfp8_param_ag:
         apart.add("gradients")
     return apart

@@ -12,7 +12,10 @@ from megatron_ksa.upstream.patches import Patch
 
 
 def _swiglu(original: Callable) -> Callable:
-    """`bias_swiglu_impl` where there is no bias and nothing is stored otherwise than in the rows' dtype."""
+    """`bias_swiglu_impl` in this project's kernel; Megatron's where there is a bias, or the input is kept otherwise.
+
+    Otherwise means in FP8 or in host memory.
+    """
 
     @wraps(original)
     def bias_swiglu_impl(

@@ -1,7 +1,7 @@
 """What is read of a checkpoint is compared with the sums in its records, tensor by tensor, while it is read.
 
-torch 2.14's reader reads each tensor into memory that is new, and copies it from there. Tensors that a record describes
-are read here: block by block into the place where they belong, each block summed while it is in the processor's cache.
+torch 2.14's reader reads each tensor into newly allocated memory, and copies it from there. Tensors that a record
+describes are read here: block by block to where they belong, each block summed while it is in the processor's cache.
 """
 
 import dataclasses
@@ -38,16 +38,17 @@ class _Comparison:
         self.folder = folder
         files = read_records(folder)
         self.items = {(name, item.offset): item for name, file in files.items() for item in file.items}
-        # Items that were compared once are not again: a resharded load reads a tensor for each of its parts.
+        # Name and offset of the items that were compared: a resharded load reads a tensor once for each of its parts.
         self.compared: set[tuple[str, int]] = set()
         self.scratch = memoryview(bytearray(BLOCK))
         self.staged = torch.empty(0, dtype=torch.uint8)
 
     def read(self, name: str, wanted: list[tuple[StoredItem, ReadItem]], planner: LoadPlanner) -> list[ReadItem]:
-        """Read the tensors that are wanted of a file, in its order.
+        """Read the tensors that are wanted of a file, in the order in which they lie there.
 
         Returns:
-            What is left to torch's reader; it is compared.
+            Requests that torch's reader serves: objects, and tensors in another order than their shape's. Their bytes
+            have been compared here.
 
         Raises:
             UsageError: an item that is not what was written.
@@ -83,13 +84,16 @@ class _Comparison:
         planner.commit_tensor(request, target)
 
     def _staged(self, item: StoredItem) -> Tensor:
-        """Memory for a whole tensor; the same for all: new memory costs as much as the read."""
+        """A buffer of the item's shape in memory that all items share: to allocate it takes as long as to read into it."""
         if self.staged.nbytes < item.nbytes:
             self.staged = torch.empty(item.nbytes, dtype=torch.uint8)
         return self.staged[: item.nbytes].view(item.torch_dtype).reshape(item.shape)
 
     def _read_elements(self, name: str, file: "_Ahead", item: StoredItem, place: memoryview, first: int) -> None:
-        """Read the elements from byte `first` on that fill a place; all of the item, where it is to be compared."""
+        """Fill `place` with the elements from byte `first` on.
+
+        An item that was not compared yet is read whole, for its sum.
+        """
         assert item.start is not None
         before, after = item.start + first, item.length - item.start - first - len(place)
         if (name, item.offset) in self.compared:

@@ -102,7 +102,7 @@ def _of_blend(original: Callable) -> Callable:
 
 
 PATCHES = (
-    # Take the number of rows that the model has for ids; None where it is not known.
+    # `given(vocabulary)`: rows of the model's embedding; None where their number is not known.
     Patch(
         f"{INDEXED}:_MMapBinReader.read",
         _from_map,

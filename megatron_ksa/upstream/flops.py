@@ -13,7 +13,7 @@ def _count(dense: Callable, settings: RunSettings) -> Callable:
 
 
 PATCHES = (
-    # Takes the run's settings.
+    # `given(settings)`: those of the run.
     Patch(
         "megatron.training.training:num_floating_point_operations",
         _count,

@@ -1,8 +1,9 @@
 """Gradient buffers that an iteration's first product overwrites are not zeroed before it.
 
 Megatron 0.19.2 writes zeros to every gradient at the beginning of an iteration, and the first micro-batch's products
-read them: 8 bytes a parameter (docs/results.md, "The parts of a step"). What products never went to is zeroed as
-before; what they should have gone to and did not (an expert without tokens) is zeroed when the gradients are reduced.
+read them: 8 bytes a parameter (docs/results.md, "The parts of a step"). A buffer to which no product was ever added is
+zeroed as before. A buffer that misses its product in an iteration (of an expert without tokens) is zeroed when the
+gradients are reduced.
 """
 
 from collections.abc import Callable

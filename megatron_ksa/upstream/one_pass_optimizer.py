@@ -32,18 +32,20 @@ class OnePass:
     The state is torch's, so that checkpoints are those of torch's Adam.
 
     Attributes:
-        scale: what clipping multiplies the gradients of the next step by, float32 with one element.
+        scale: factor of the gradients in the next step, from clipping: float32 of one element, or None for 1.
+        mains, models: float32 parameters and the 16-bit ones that follow them, by parameter group.
+        copies_all: a step writes every parameter of the model.
     """
 
     def __init__(self, optimizer: MixedPrecisionOptimizer) -> None:
         self.adam = optimizer.optimizer
         self.scale: Tensor | None = None
-        # Parameters whose gradients count in a norm, by the norm's name and the parameters' ids.
+        # (name of a norm, ids of the parameters with gradients) -> those whose gradients count in the norm.
         self._counted: dict[tuple, list[Tensor]] = {}
         plain = isinstance(optimizer, Float16OptimizerWithFloat16Params)
         self.mains = optimizer.fp32_from_float16_groups if plain else optimizer.shard_fp32_from_float16_groups
         self.models = optimizer.float16_groups if plain else optimizer.shard_float16_groups
-        # Of the distributed optimizer: float32 parameters of a mixed model have a copy that this one does not write.
+        # The distributed optimizer has a copy of each float32 parameter of a mixed model, which `step` does not write.
         self.copies_all = plain or not any(optimizer.shard_fp32_groups)
 
     @property
@@ -61,7 +63,10 @@ class OnePass:
         )
 
     def gradients(self, filtered: Callable[[str | None], list[Tensor]], norm: str | None) -> list[Tensor]:
-        """What Megatron's `get_grads_for_grad_norm` (`filtered`) gives: which parameters count never changes."""
+        """The gradients that count in a norm, as Megatron's `get_grads_for_grad_norm` (`filtered`) lists them.
+
+        `filtered` is called once for each set of parameters that have gradients, because what counts does not change.
+        """
         parameters = self.parameters
         key = (norm, *[id(parameter) for parameter in parameters if parameter.grad is not None])
         if key not in self._counted:
@@ -78,7 +83,7 @@ class OnePass:
             self.scale = self.parameters[0].new_tensor([coefficient]) if coefficient < 1.0 else None
 
     def scale_now(self) -> None:
-        """Clip the gradients themselves, for a step that does not."""
+        """Multiply the gradients by `scale` now, for a step of Megatron's, which does not."""
         if self.scale is not None:
             scale_by([parameter.grad for parameter in self.parameters if parameter.grad is not None], self.scale)
             self.scale = None
@@ -115,7 +120,7 @@ _of_parameter = WeakTensorKeyDictionary()
 
 
 def take_over(optimizer: object) -> None:
-    """Let steps of one of Megatron's optimizers be one pass where it is one that `OnePass` knows."""
+    """Make the steps of one of Megatron's optimizers one pass, if `OnePass` knows its kind."""
     if type(optimizer) not in (Float16OptimizerWithFloat16Params, DistributedOptimizer):
         return
     adam, config = optimizer.optimizer, optimizer.config
@@ -161,7 +166,7 @@ def _built(build: Callable) -> Callable:
 
 
 def _clip(original: Callable) -> Callable:
-    """`clip_grad_by_total_norm_fp32`, put off to a step that scales."""
+    """`clip_grad_by_total_norm_fp32`, which leaves the clipping to the step where that is one pass."""
 
     @wraps(original)
     def clip_grad_by_total_norm_fp32(
@@ -170,7 +175,7 @@ def _clip(original: Callable) -> Callable:
     ) -> None:  # fmt: skip
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         one_pass = _of_parameter.get(parameters[0]) if parameters else None
-        # A group of parameters with a norm of its own is not all of them.
+        # A group of parameters that is clipped by a norm of its own is clipped at once.
         if one_pass is not None and len(parameters) == len(one_pass.parameters) and one_pass.is_ready():
             one_pass.clip(max_norm, total_norm)
         else:

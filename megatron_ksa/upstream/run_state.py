@@ -4,7 +4,7 @@ import sys
 
 
 def forget_run() -> None:
-    """Drop it, but for the processes' connection: the next run in these processes begins as in new ones."""
+    """Reset these globals, so that the next run begins as in a new process; torch.distributed stays initialised."""
     from megatron.core import parallel_state, rerun_state_machine
     from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator

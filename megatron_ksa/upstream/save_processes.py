@@ -101,7 +101,7 @@ def _start_blocked(original: Callable) -> Callable:
 
 
 PATCHES = (
-    # Takes whether saves are asynchronous, after Megatron's validation.
+    # `given(async_save)`: whether saves are asynchronous, after Megatron's validation.
     Patch(
         "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
         _own_queue,

@@ -1,10 +1,10 @@
-"""Calls of Megatron's trainer that this project goes around: `pretrain` has no callbacks for them."""
+"""Functions of Megatron's trainer that this project wraps: `pretrain` has no callbacks for them."""
 
 from functools import wraps
 
 from megatron_ksa.upstream.patches import Patch
 
-# Takes a wrapper, as those below: called with Megatron's function, it returns what the trainer calls instead.
+# `given(wrap)`, as for most of the patches below: `wrap` gets Megatron's function and returns what is called instead.
 LOAD_CHECKPOINT = Patch(
     "megatron.training.training:load_checkpoint",
     lambda original, wrap: wrap(original),
@@ -13,7 +13,7 @@ LOAD_CHECKPOINT = Patch(
     "skip_load_to_model_and_opt=False, tp_group=None, pp_group=None, dp_cp_group=None, dp_group=None, "
     "expt_dp_group=None, rng_state_key_prefix='')",
 )
-# Takes what is done to the state of Megatron's own GPT model, {name: sharded tensor}, when a checkpoint is read.
+# `given(adapt)`: changes the state of Megatron's own GPT model, {name: sharded tensor}, when a checkpoint is read.
 SHARDED_STATE = Patch(
     "megatron.core.models.gpt.gpt_model:GPTModel.sharded_state_dict",
     lambda original, adapt: wraps(original)(lambda *args, **options: adapt(original(*args, **options))),
