@@ -42,7 +42,7 @@ class SharedNorm:
         self.give(linear, source)
 
     def give(self, linear: nn.Module, source: nn.Module) -> None:
-        """Hand over the source's parameters before a forward pass: sharded data parallelism replaces them in between."""
+        """Hand over the source's parameters before a forward pass: sharded data parallelism replaces them meanwhile."""
         for name in self.names:
             # A plain attribute is what the module's forward pass finds.
             linear.__dict__[name] = getattr(source, name)

@@ -13,8 +13,7 @@ from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError
 
 RECIPES = ("delayed", "tensorwise", "blockwise")
-# cuBLAS multiplies in FP8 over multiples of this: a weight's gradient is a product over the rows, the others go over the
-# weight's sizes.
+# cuBLAS multiplies in FP8 over multiples of this: over the rows for a weight's gradient, else over the weight's sizes.
 ROWS = 16
 
 
