@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[train]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
+from megatron_ksa.charts import chart
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import whole_file
 from megatron_ksa.locks import exclusive
@@ -72,33 +73,28 @@ def choose(args: argparse.Namespace) -> tuple[float, ...]:
 
 def plot(bases: tuple[float, ...], heights: dict[str, np.ndarray], args: argparse.Namespace, stream: IO) -> None:
     """Write the chart as PNG: waveforms of the bases with peaks and valleys, and the best head at every position."""
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (waves, best) = plt.subplots(2, figsize=(10, 8), sharex=True)
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(bases)))
-    found = base_search.extrema(np.array(bases), args.head_dim, args.length, args.extrema)
-    block = max(args.length // 512, 1)
-    positions = np.arange(args.length // block) * block
-    for base, colour, peaks, valleys in zip(bases, colours, found.peaks, found.valleys, strict=True):
-        wave = base_search.waveform(base, args.head_dim, args.length)
-        # Block means show the shape; the markers are the exact extrema.
-        waves.plot(positions, wave[: len(positions) * block].reshape(-1, block).mean(1), color=colour, linewidth=0.6)
-        waves.plot(peaks, wave[peaks], "^", color=colour, markersize=3)
-        waves.plot(valleys, wave[valleys], "v", color=colour, markersize=3)
-    waves.set(
-        ylabel="waveform f(m)", title=f"{len(bases)} bases, {min(bases):g} to {max(bases):g}: peaks (▲) and valleys (▼)"
-    )
-    for name, height in heights.items():
-        best.plot(positions, height[: len(positions) * block].reshape(-1, block).min(1), linewidth=1, label=name)
-    best.set(xlabel="relative distance m (tokens)", ylabel="best head's waveform, lowest in a block")
-    best.legend(frameon=False)
-    best.grid(alpha=0.25)
-    figure.tight_layout()
-    figure.savefig(stream, dpi=130, format="png")
-    plt.close(figure)
+    with chart(stream, rows=2, figsize=(10, 8), sharex=True) as (figure, (waves, best)):
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(bases)))
+        found = base_search.extrema(np.array(bases), args.head_dim, args.length, args.extrema)
+        block = max(args.length // 512, 1)
+        positions = np.arange(args.length // block) * block
+        for base, colour, peaks, valleys in zip(bases, colours, found.peaks, found.valleys, strict=True):
+            wave = base_search.waveform(base, args.head_dim, args.length)
+            # Block means show the shape; the markers are the exact extrema.
+            means = wave[: len(positions) * block].reshape(-1, block).mean(1)
+            waves.plot(positions, means, color=colour, linewidth=0.6)
+            waves.plot(peaks, wave[peaks], "^", color=colour, markersize=3)
+            waves.plot(valleys, wave[valleys], "v", color=colour, markersize=3)
+        title = f"{len(bases)} bases, {min(bases):g} to {max(bases):g}: peaks (▲) and valleys (▼)"
+        waves.set(ylabel="waveform f(m)", title=title)
+        for name, height in heights.items():
+            best.plot(positions, height[: len(positions) * block].reshape(-1, block).min(1), linewidth=1, label=name)
+        best.set(xlabel="relative distance m (tokens)", ylabel="best head's waveform, lowest in a block")
+        best.legend(frameon=False)
+        best.grid(alpha=0.25)
+        figure.tight_layout()
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.charts import chart
 from megatron_ksa.config.ksa import KSAConfig
-from megatron_ksa.files import whole_file
 
 TRAIN, VALIDATION = "lm loss", "lm loss validation"
 
@@ -39,24 +39,15 @@ def read_losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def plot_losses(losses: dict[str, tuple[list[int], list[float]]], unigram: float, path: Path) -> None:
     """Write the loss curve as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(*losses[TRAIN], color="#9db4d3", linewidth=1, label="training")
-    axes.plot(*losses[VALIDATION], color="#1f4e8c", marker="o", markersize=4, label="validation")
-    axes.axhline(unigram, color="#b04a3a", linestyle="--", linewidth=1, label=f"unigram model ({unigram:.2f})")
-    axes.set(
-        xlabel="iteration", ylabel="loss (nats a token)", title="3:1 hybrid KSA + HARPE on Python's standard library"
-    )
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    with whole_file(path, "wb") as stream:
-        figure.savefig(stream, dpi=150, format="png")
-    plt.close(figure)
+    with chart(path, dpi=150, figsize=(7, 4)) as (figure, axes):
+        axes.plot(*losses[TRAIN], color="#9db4d3", linewidth=1, label="training")
+        axes.plot(*losses[VALIDATION], color="#1f4e8c", marker="o", markersize=4, label="validation")
+        axes.axhline(unigram, color="#b04a3a", linestyle="--", linewidth=1, label=f"unigram model ({unigram:.2f})")
+        title = "3:1 hybrid KSA + HARPE on Python's standard library"
+        axes.set(xlabel="iteration", ylabel="loss (nats a token)", title=title)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        figure.tight_layout()
 
 
 def kv_table(ksa: KSAConfig, num_layers: int, lengths: tuple[int, ...]) -> str:

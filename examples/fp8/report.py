@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.charts import chart
 from megatron_ksa.markdown import replace_section, report_command, table
 
 CURVES = "losses.png"
@@ -39,26 +40,19 @@ def deviations(runs: list[dict]) -> list[list[str]]:
 
 def draw(results: dict, output: Path) -> None:
     """Losses of every kind, and their difference from Transformer Engine's 16 bits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     runs = [run for run in results["runs"] if "losses" in run]
     base = next((np.array(run["losses"]) for run in runs if run["kind"] == "te"), None)
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
-    for run in runs:
-        losses, steps = np.array(run["losses"]), np.arange(1, len(run["losses"]) + 1)
-        above.plot(steps, losses, linewidth=1.2, color=COLOURS[run["kind"]], label=NAMES[run["kind"]])
-        if base is not None and run["kind"] != "te":
-            below.plot(steps, 100 * (losses / base - 1), linewidth=1, color=COLOURS[run["kind"]])
-    above.set(ylabel="loss (nats a byte)")
-    above.legend(fontsize=8)
-    for bound in (-1, 1):
-        below.axhline(bound, color="grey", linestyle=":")
-    below.set(xlabel="step", ylabel="from 16 bits (%)")
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
+    with chart(output, rows=2, figsize=(7, 6), sharex=True, layout="constrained") as (_, (above, below)):
+        for run in runs:
+            losses, steps = np.array(run["losses"]), np.arange(1, len(run["losses"]) + 1)
+            above.plot(steps, losses, linewidth=1.2, color=COLOURS[run["kind"]], label=NAMES[run["kind"]])
+            if base is not None and run["kind"] != "te":
+                below.plot(steps, 100 * (losses / base - 1), linewidth=1, color=COLOURS[run["kind"]])
+        above.set(ylabel="loss (nats a byte)")
+        above.legend(fontsize=8)
+        for bound in (-1, 1):
+            below.axhline(bound, color="grey", linestyle=":")
+        below.set(xlabel="step", ylabel="from 16 bits (%)")
 
 
 def write_report(results: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.charts import chart, draw_seeds
 from megatron_ksa.files import whole_file
 from megatron_ksa.markdown import cell, replace_section, report_command, table
 
@@ -94,24 +95,16 @@ def tables(results: dict) -> str:
 
 def plot(results: dict, output: Path) -> None:
     """Needles found and perplexity against context length, a line an arm: bold the mean, thin each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     found = Compared.of(results)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.6), layout="constrained")
-    for arm in found.arms:
-        shares = 100 * np.array([found.needles(arm, length) for length in found.lengths])
-        perplexities = np.array([found.perplexity(arm, length) for length in found.lengths])
-        for axis, values in ((left, shares), (right, perplexities)):
-            (line,) = axis.plot(found.lengths, values.mean(1), marker="o", markersize=4, linewidth=2, label=arm)
-            axis.plot(found.lengths, values, linewidth=0.7, alpha=0.5, color=line.get_color())
-    left.set(xscale="log", ylim=(-3, 103), xlabel="tokens of context", ylabel="values found (%)")
-    right.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="perplexity")
-    left.legend(fontsize=7, loc="lower left")
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
+    with chart(output, columns=2, figsize=(9.2, 3.6), layout="constrained") as (_, (left, right)):
+        for arm in found.arms:
+            shares = 100 * np.array([found.needles(arm, length) for length in found.lengths])
+            perplexities = np.array([found.perplexity(arm, length) for length in found.lengths])
+            for axis, values in ((left, shares), (right, perplexities)):
+                draw_seeds(axis, found.lengths, values, arm)
+        left.set(xscale="log", ylim=(-3, 103), xlabel="tokens of context", ylabel="values found (%)")
+        right.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="perplexity")
+        left.legend(fontsize=7, loc="lower left")
 
 
 def write_beside(results: Path) -> str:

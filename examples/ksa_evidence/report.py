@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.charts import chart, draw_seeds
 from megatron_ksa.files import whole_file
 from megatron_ksa.markdown import cell, replace_section, report_command, table
 
@@ -143,28 +144,18 @@ def overview(results: dict) -> str:
 
 def plot(results: dict, output: Path) -> None:
     """Needles found against distance, a line an arm, one panel a part."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     parts = [(part, stage, title) for part, stage, title in SECTIONS if arms_of(results["runs"], part, stage)]
-    figure, axes = plt.subplots(
-        1, len(parts), figsize=(4.6 * len(parts), 3.6), squeeze=False, sharey=True, layout="constrained"
-    )
-    settings = results["settings"]
-    for axis, (part, stage, title) in zip(axes[0], parts, strict=True):
-        for arm, runs in arms_of(results["runs"], part, stage).items():
-            distances = sorted({distance(row) for run in runs for row in run["needles"]})
-            scores = np.array([[100 * needles(run, far) for far in distances] for run in runs])
-            axis.plot(distances, scores.mean(0), marker="o", markersize=4, linewidth=2, color=COLOURS[arm], label=arm)
-            axis.plot(distances, scores.T, linewidth=0.7, alpha=0.5, color=COLOURS[arm])
-        axis.axvline(settings["window"] * settings["chunk"], color="grey", linestyle=":")
-        axis.set(xscale="log", ylim=(-3, 103), title=title, xlabel="tokens between needle and question")
-        axis.legend(fontsize=7, loc="lower left")
-    axes[0][0].set_ylabel("values found (%), bold: mean of the seeds")
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
+    settings, size = results["settings"], (4.6 * len(parts), 3.6)
+    with chart(output, columns=len(parts), figsize=size, squeeze=False, sharey=True, layout="constrained") as (_, axes):
+        for axis, (part, stage, title) in zip(axes[0], parts, strict=True):
+            for arm, runs in arms_of(results["runs"], part, stage).items():
+                distances = sorted({distance(row) for run in runs for row in run["needles"]})
+                scores = np.array([[100 * needles(run, far) for far in distances] for run in runs])
+                draw_seeds(axis, distances, scores.T, arm, COLOURS[arm])
+            axis.axvline(settings["window"] * settings["chunk"], color="grey", linestyle=":")
+            axis.set(xscale="log", ylim=(-3, 103), title=title, xlabel="tokens between needle and question")
+            axis.legend(fontsize=7, loc="lower left")
+        axes[0][0].set_ylabel("values found (%), bold: mean of the seeds")
 
 
 def write_beside(results: Path) -> str:

@@ -17,11 +17,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from megatron_ksa.charts import chart
 from megatron_ksa.errors import UsageError
 from megatron_ksa.evaluation.forward import predictions
 from megatron_ksa.evaluation.generation import Generate, Tokens, in_batches
 from megatron_ksa.evaluation.string_match import all_parts
-from megatron_ksa.files import whole_file
 from megatron_ksa.model.forward import hidden_states
 from megatron_ksa.model.gpt import KSAGPTModel
 
@@ -236,33 +236,24 @@ def evaluate(
 
 def plot_heat_map(scores: Sequence[Score], path) -> None:
     """Write depth x length heat maps of the share of right values, one a form, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     forms = list(dict.fromkeys(score.form for score in scores))
     lengths, depths = (sorted({getattr(score, name) for score in scores}) for name in ("length", "depth"))
     columns = min(len(forms), 4)
     rows = -(-len(forms) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 2.6 * rows + 0.4), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, form in zip(axes.flat, forms, strict=False):
-        grid = np.full((len(depths), len(lengths)), np.nan)
-        for score in scores:
-            if score.form == form:
-                grid[depths.index(score.depth), lengths.index(score.length)] = score.values
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_title(f"{form}  {np.nanmean(grid):.0%}", fontsize=10)
-        labels = [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths]
-        axis.set_xticks(range(len(lengths)), labels, fontsize=8)
-        axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
-    for axis in list(axes.flat)[len(forms) :]:
-        axis.axis("off")
-    figure.supxlabel("context length (tokens)", fontsize=9)
-    figure.supylabel("depth of the needle", fontsize=9)
-    figure.colorbar(image, ax=axes, label="values found")
-    with whole_file(path, "wb") as stream:
-        figure.savefig(stream, dpi=130, format="png")
-    plt.close(figure)
+    size = (3.4 * columns, 2.6 * rows + 0.4)
+    with chart(path, rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained") as (figure, axes):
+        for axis, form in zip(axes.flat, forms, strict=False):
+            grid = np.full((len(depths), len(lengths)), np.nan)
+            for score in scores:
+                if score.form == form:
+                    grid[depths.index(score.depth), lengths.index(score.length)] = score.values
+            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set_title(f"{form}  {np.nanmean(grid):.0%}", fontsize=10)
+            labels = [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in lengths]
+            axis.set_xticks(range(len(lengths)), labels, fontsize=8)
+            axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+        for axis in list(axes.flat)[len(forms) :]:
+            axis.axis("off")
+        figure.supxlabel("context length (tokens)", fontsize=9)
+        figure.supylabel("depth of the needle", fontsize=9)
+        figure.colorbar(image, ax=axes, label="values found")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ksa.charts import chart
 from megatron_ksa.errors import UsageError
 from megatron_ksa.evaluation.generation import Generate, in_batches
 from megatron_ksa.evaluation.questions import Questions
 from megatron_ksa.evaluation.ruler_tasks import TASKS, Sample, TooShortError, question_answering
 from megatron_ksa.evaluation.text_language import TextLanguage
-from megatron_ksa.files import whole_file
 from megatron_ksa.markdown import table
 
 QA = "qa"
@@ -127,35 +127,26 @@ def _per_cent(score: float | None) -> str:
 
 def plot(models: dict[str, Sequence[Cell]], path: Path) -> None:
     """Write averages by length, a line a model, beside the tasks of the first model, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     cells = next(iter(models.values()))
     lengths, tasks = sorted({cell.length for cell in cells}), list(dict.fromkeys(cell.task for cell in cells))
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10.5, 0.3 * len(tasks) + 2.2), layout="constrained", width_ratios=(1, 1.1)
-    )
-    for name, scored in models.items():
-        mean = averages(scored)
-        left.plot(mean.keys(), [100 * score for score in mean.values()], marker="o", label=name)
-    shown = sorted({length for scored in models.values() for length in averages(scored)})
-    left.set_xscale("log", base=2)
-    left.set_xticks(shown, [short(length) for length in shown])
-    left.minorticks_off()
-    left.set(ylim=(-2, 102), xlabel="context length (tokens)", ylabel="RULER average (%)")
-    left.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    grid = np.full((len(tasks), len(lengths)), np.nan)
-    for cell in cells:
-        grid[tasks.index(cell.task), lengths.index(cell.length)] = 100 * cell.score
-    right.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-    for row, column in zip(*np.nonzero(~np.isnan(grid)), strict=True):
-        right.text(column, row, f"{grid[row, column]:.0f}", ha="center", va="center", fontsize=8)
-    right.set_xticks(range(len(lengths)), [short(length) for length in lengths])
-    right.set_yticks(range(len(tasks)), tasks, fontsize=8)
-    right.set(xlabel="context length (tokens)", title=next(iter(models)))
-    with whole_file(path, "wb") as stream:
-        figure.savefig(stream, dpi=130, format="png")
-    plt.close(figure)
+    options = {"figsize": (10.5, 0.3 * len(tasks) + 2.2), "layout": "constrained", "width_ratios": (1, 1.1)}
+    with chart(path, columns=2, **options) as (_, (left, right)):
+        for name, scored in models.items():
+            mean = averages(scored)
+            left.plot(mean.keys(), [100 * score for score in mean.values()], marker="o", label=name)
+        shown = sorted({length for scored in models.values() for length in averages(scored)})
+        left.set_xscale("log", base=2)
+        left.set_xticks(shown, [short(length) for length in shown])
+        left.minorticks_off()
+        left.set(ylim=(-2, 102), xlabel="context length (tokens)", ylabel="RULER average (%)")
+        left.grid(alpha=0.3)
+        left.legend(fontsize=8)
+        grid = np.full((len(tasks), len(lengths)), np.nan)
+        for cell in cells:
+            grid[tasks.index(cell.task), lengths.index(cell.length)] = 100 * cell.score
+        right.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        for row, column in zip(*np.nonzero(~np.isnan(grid)), strict=True):
+            right.text(column, row, f"{grid[row, column]:.0f}", ha="center", va="center", fontsize=8)
+        right.set_xticks(range(len(lengths)), [short(length) for length in lengths])
+        right.set_yticks(range(len(tasks)), tasks, fontsize=8)
+        right.set(xlabel="context length (tokens)", title=next(iter(models)))

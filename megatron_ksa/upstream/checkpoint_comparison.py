@@ -84,7 +84,7 @@ class _Comparison:
         planner.commit_tensor(request, target)
 
     def _staged(self, item: StoredItem) -> Tensor:
-        """A buffer of the item's shape in memory that all items share: allocating it takes as long as reading into it."""
+        """A buffer of the item's shape in memory that all items share: allocating it takes as long as reading."""
         if self.staged.nbytes < item.nbytes:
             self.staged = torch.empty(item.nbytes, dtype=torch.uint8)
         return self.staged[: item.nbytes].view(item.torch_dtype).reshape(item.shape)
