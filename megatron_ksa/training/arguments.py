@@ -4,7 +4,6 @@ import argparse
 import enum
 import functools
 
-from megatron_ksa.checkpoint.async_save import adapt_async_save, async_save_defaults, check_async_save
 from megatron_ksa.config.checkpoint import CheckpointConfig
 from megatron_ksa.config.data import DataConfig
 from megatron_ksa.config.distill import DistillConfig
@@ -19,6 +18,7 @@ from megatron_ksa.config.stage import StageConfig
 from megatron_ksa.config.watch import WatchConfig
 from megatron_ksa.errors import UsageError
 from megatron_ksa.model.prepare import FLAGS, check_distillation, check_length, check_settings, pipeline_rows
+from megatron_ksa.training.async_save import adapt_async_save, async_save_defaults, check_async_save
 from megatron_ksa.training.fit_rules import check_fit
 from megatron_ksa.training.given import given_flags, record_given
 from megatron_ksa.training.layout_rules import REQUIRED, check_layout, check_sizes
