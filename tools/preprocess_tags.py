@@ -1,6 +1,9 @@
 """From raw instruction data to a tree-aware, target-aligned blend (TAGS); files: data_tools/tags/README.md.
 
-Without a command, or with `all`, every step runs. A rerun continues; a changed setting redoes what depends on it.
+    preprocess_tags.py --work DIR --input data.jsonl --budget 5% --tokenizer-model TOKENIZER --template chatml
+
+Without a command, or with `all`, every step runs; `all --help` has all flags, and the help of a command has its own. A
+rerun continues; a changed setting redoes what depends on it.
 """
 
 import argparse
@@ -11,7 +14,15 @@ from pathlib import Path
 
 try:
     from megatron_ksa.config.options import add_config_arguments, config_from_args
-    from megatron_ksa.data_tools.tags.pipeline import ADOPTING_STEPS, BATCH_STEPS, COMMANDS, TARGET, Pipeline, finish
+    from megatron_ksa.data_tools.tags.pipeline import (
+        ADOPTING_STEPS,
+        BATCH_STEPS,
+        COMMANDS,
+        TARGET,
+        Pipeline,
+        finish,
+        forget_target,
+    )
 except ModuleNotFoundError as error:
     print(
         f"error: {error.name} is not installed here: run `pip install -e '.[data]'` in the repository", file=sys.stderr
@@ -19,9 +30,11 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from megatron_ksa.data_tools.tags.engine import ENGINES, Engine
 from megatron_ksa.data_tools.tags.formats import input_files
+from megatron_ksa.data_tools.tags.groups import GroupSettings
 from megatron_ksa.data_tools.tags.manifest import MANIFEST
 from megatron_ksa.data_tools.tags.report import PAGE, REPORT
-from megatron_ksa.data_tools.tags.selection import read_summary
+from megatron_ksa.data_tools.tags.sample import SampleSettings
+from megatron_ksa.data_tools.tags.selection import check_of_budget, read_summary
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.write import BLEND, BLEND_FILE, BLEND_SUMMARY
 from megatron_ksa.errors import UsageError, usage_errors_exit
@@ -84,7 +97,8 @@ def of_target() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise UsageError(f"--target: {error}") from None
+        said = str(error).removeprefix("--input")
+        raise UsageError(f"--target{':' if said == str(error) else ''} {said.removeprefix(':').strip()}") from None
 
 
 def make_pipelines(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]:
@@ -97,9 +111,8 @@ def make_pipelines(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]
     context = Context(args.work, engine, inputs, args.tree, folder if given else None)
     pipeline = Pipeline(context, settings, lambda line: print(line, flush=True))
     if not given:
-        if args.target is not None and (folder / MANIFEST).exists():
-            (folder / MANIFEST).unlink()
-            print("target: none is given; that of an earlier run is forgotten", flush=True)
+        if args.target is not None and forget_target(folder):
+            print("target: none is given; what an earlier run made of one is removed", flush=True)
         return pipeline, None
     with of_target():
         inputs = tuple(input_files(args.target, args.glob)) if args.target else ()
@@ -111,6 +124,8 @@ def main() -> None:
     """Run; bad input costs one line and exit code 2."""
     with usage_errors_exit(), ExitStack() as stack:
         args = parse_arguments(sys.argv[1:])
+        if "tag" not in commands(args.command) and not args.work.is_dir():
+            raise UsageError(f"--work {args.work}: no such folder; the tag command makes it")
         stack.enter_context(exclusive_folder(args.work, "tools/preprocess_tags.py"))
         pipeline, target = make_pipelines(args)
         names = commands(args.command)
@@ -126,6 +141,8 @@ def main() -> None:
             steps["tag"] = target_steps["tag"] = BATCH_STEPS
         for name in names:
             pipeline.check(steps[name])
+        if args.command == "all":
+            check_of_budget(pipeline.settings[SampleSettings], pipeline.settings[GroupSettings].of_budget)
         try:
             for name in names:
                 pipeline.run(steps[name])

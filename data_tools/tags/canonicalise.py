@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags import minhash
-from megatron_ksa.data_tools.tags.embed import LatentEmbedder, SentenceEmbedder
+from megatron_ksa.data_tools.tags.embed import LatentEmbedder, SentenceEmbedder, check_sentence_package
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_arrays, write_arrays, write_jsonl
 from megatron_ksa.data_tools.tags.near_pairs import memory_pairs, unpacked
@@ -346,7 +346,12 @@ def _run(context: Context, settings: CanonicalSettings) -> dict:
     return canonicalise(context.folder, settings, context.engine)
 
 
+def _check(context: Context, settings: CanonicalSettings) -> None:
+    if settings.embedding_model is not None:
+        check_sentence_package("--embedding-model")
+
+
 STEP = Step(
     "canonicalise", {"canonical tags": CanonicalSettings}, reads=(RECORDS, TAGS, DUPLICATES),
-    writes=(VOCABULARY, MERGES, CARRIED, EMBEDDINGS, EMBEDDER), run=_run,
+    writes=(VOCABULARY, MERGES, CARRIED, EMBEDDINGS, EMBEDDER), run=_run, check=_check,
 )  # fmt: skip

@@ -6,6 +6,7 @@ once (`whole_text.py`). Contents are text: an instance that writes `<|im_end|>` 
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import batched
@@ -103,7 +104,7 @@ class Document:
 
 
 def _chatml(messages: list[dict], tools: list[dict], asked: bool) -> str:
-    if tools or any(message.get(name) for message in messages for name in ("tool_calls", "reasoning_content")):
+    if not has_form({"messages": messages, "tools": tools}):
         raise ChatTemplateError("ChatML has no form for tools, tool calls and thoughts; use --template tokenizer")
     text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
     return text + f"<|im_start|>{RESPONSE_ROLE}\n" * asked
@@ -147,7 +148,7 @@ class DocumentEncoder:
         messages, tools = record["messages"], record.get("tools", [])
         if self._template is not None:
             return self._template.rendering(messages, tools, with_responses=masked)
-        if tools or any(message.get(name) for message in messages for name in ("tool_calls", "reasoning_content")):
+        if not has_form(record):
             raise ChatTemplateError(
                 "plain joining has no form for tools, tool calls and thoughts; use --template tokenizer"
             )
@@ -195,6 +196,27 @@ class DocumentEncoder:
         except UnicodeEncodeError as error:
             raise ChatTemplateError(f"invalid UTF-8 ({error.reason})") from None
         return np.array(self.tokenizer.encode_content(text), np.int32)
+
+
+def check_encoding(settings: EncodingSettings) -> None:
+    """Load the tokenizer and look for its chat template where it is asked for, before hours of work.
+
+    Raises:
+        UsageError: it does not load, or has no chat template.
+    """
+    encoder = _encoder(settings.tokenizer_model, settings.template)
+    if settings.template == "tokenizer":
+        with suppress(ChatTemplateError):
+            encoder.tokenizer.render_chat([{"role": "user", "content": "?"}])
+
+
+def has_form(record: dict) -> bool:
+    """Whether `chatml` and `plain` have a form for all of a record: it has no tools, tool calls and thoughts."""
+    messages = record.get("messages", ())
+    return not (
+        record.get("tools")
+        or any(message.get(name) for message in messages for name in ("tool_calls", "reasoning_content"))
+    )
 
 
 def has_response(record: dict) -> bool:

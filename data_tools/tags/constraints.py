@@ -5,20 +5,23 @@ lazy evaluation holds. With quotas of sources alone, in instances, the value is 
 partition matroid, Fisher et al. 1978).
 """
 
+import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ksa.config.options import option
-from megatron_ksa.data_tools.tags.files import read_jsonl
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import LIST_BYTES, read_small
 
 KINDS = ("source", "branch")
 # Characters of a value that a message repeats.
 SHOWN = 200
+# Names may have commas: a bound ends at one that another bound follows.
+_BETWEEN_BOUNDS = re.compile(r",\s*(?=(?:source|branch):|$)")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def parse_bounds(flag: str, text: str) -> list[Bound]:
         UsageError: another form, or a name given twice.
     """
     found: list[Bound] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in filter(None, (part.strip() for part in _BETWEEN_BOUNDS.split(text))):
         head, _, value = part.rpartition("=")
         kind, _, name = head.partition(":")
         is_share = value.endswith("%")
@@ -75,7 +78,9 @@ class ConstraintSettings:
     )  # fmt: skip
     floor: str = option("", "At least, as --quota.", flag="--floor")
     always: str | None = option(
-        None, "Always choose these records: a file with an id a line, or JSONL with ids.", flag="--always"
+        None,
+        "Always choose these records: a file with an id (as in records.jsonl) a line, or JSONL with ids.",
+        flag="--always",
     )
 
     def __post_init__(self) -> None:
@@ -94,18 +99,27 @@ class ConstraintSettings:
         """Ids of the records that are always chosen.
 
         Raises:
-            UsageError: a line of JSONL without an id.
+            UsageError: a file that cannot be read, a line of JSONL without an id.
         """
         if self.always is None:
             return []
         path = Path(self.always)
+        # Not str.splitlines: an id may hold U+2028 and its like.
+        lines = [line.strip(" \t\r") for line in read_small(path, "--always", limit=LIST_BYTES).split("\n")]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
         if path.suffix != ".jsonl":
-            lines = read_small(path, "--always", limit=LIST_BYTES).splitlines()
-            return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-        rows = list(read_jsonl(path))
-        if not all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in rows):
-            raise UsageError(f"--always {path}: a line has no id")
-        return list(dict.fromkeys(row["id"] for row in rows))
+            return list(dict.fromkeys(line for _, line in numbered))
+        return list(dict.fromkeys(_id_of(line, f"--always {path}:{number}") for number, line in numbered))
+
+
+def _id_of(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place}: no JSON ({error}); a file of ids alone has another suffix than .jsonl") from None
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        raise UsageError(f"{place}: no object with an id that is text, as in records.jsonl")
+    return row["id"]
 
 
 @dataclass(frozen=True)

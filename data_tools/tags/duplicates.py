@@ -25,6 +25,7 @@ from tqdm import tqdm
 from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags import minhash
 from megatron_ksa.data_tools.tags.compared import Compared, Side, asked_and_answered, exact_key
+from megatron_ksa.data_tools.tags.embed import check_sentence_package
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import lines_of, write_jsonl
 from megatron_ksa.data_tools.tags.near_pairs import BandFiles, unpacked
@@ -83,6 +84,8 @@ class DuplicateSettings:
         ):  # fmt: skip
             if not 0 <= value <= 1:
                 raise UsageError(f"{flag} {value}: from 0 to 1")
+        if self.model is not None and not self.semantic:
+            raise UsageError("--duplicate-model has no effect without --duplicate-cosine above 0")
 
 
 def _records(lines: tuple[bytes, ...]) -> list[dict]:
@@ -344,4 +347,12 @@ def _run(context: Context, settings: DuplicateSettings) -> dict:
     return find_duplicates(context.folder, settings, context.engine, context.counted("tag", "tagged"))
 
 
-STEP = Step("duplicates", {"near-duplicates": DuplicateSettings}, reads=(RECORDS, TAGS), writes=(DUPLICATES,), run=_run)
+def _check_model(context: Context, settings: DuplicateSettings) -> None:
+    if settings.model is not None:
+        check_sentence_package("--duplicate-model")
+
+
+STEP = Step(
+    "duplicates", {"near-duplicates": DuplicateSettings}, reads=(RECORDS, TAGS), writes=(DUPLICATES,), run=_run,
+    check=_check_model,
+)  # fmt: skip

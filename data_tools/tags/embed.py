@@ -7,6 +7,7 @@ vectors of instances that have the tag (TF-IDF in its first 128 singular directi
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from itertools import batched
 from pathlib import Path
 from typing import Protocol
@@ -62,25 +63,36 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
+def check_sentence_package(flag: str) -> None:
+    """Check that sentence-transformers is installed, without importing it.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if find_spec("sentence_transformers") is None:
+        raise UsageError(f"{flag} needs a package: pip install sentence-transformers")
+
+
 class SentenceEmbedder:
     """Vectors of the tags' words from a sentence-transformers model.
 
     Args:
         model: name or path.
 
+        flag: what named it, for errors.
+
     Raises:
         UsageError: the package or the model is not there.
     """
 
-    def __init__(self, model: str) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ModuleNotFoundError:
-            raise UsageError("--embedding-model needs a package: pip install sentence-transformers") from None
+    def __init__(self, model: str, flag: str = "--embedding-model") -> None:
+        check_sentence_package(flag)
+        from sentence_transformers import SentenceTransformer
+
         try:
             self._model = SentenceTransformer(model)
         except (OSError, ValueError) as error:
-            raise UsageError(f"--embedding-model {model}: {error}") from None
+            raise UsageError(f"{flag} {model}: {error}") from None
         self.name = model
 
     def embed(self, tags: list[str], carried: csr_array, texts: Texts) -> np.ndarray:
@@ -128,7 +140,8 @@ class LatentEmbedder:
             raise UsageError(f"the pool's texts cannot be embedded: {error}") from None
         dimensions = max(1, min(DIMENSIONS, min(matrix.shape) - 1))
         svd = TruncatedSVD(dimensions, algorithm="randomized", n_iter=4, random_state=0)
-        svd.fit(matrix)
+        with np.errstate(invalid="ignore"):  # the variance that one text explains, which nobody asks for
+            svd.fit(matrix)
         return cls(vectorizer, svd.components_.astype(np.float32), engine)
 
     def _vectors(self, texts: Iterable[str], total: int, what: str) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
 from megatron_ksa.data_tools.tags.ground import GROUNDING
-from megatron_ksa.data_tools.tags.groups import Group, GroupSettings, groups_of, target_mass, weights_of
+from megatron_ksa.data_tools.tags.groups import Group, GroupSettings, check_repeated, groups_of, target_mass, weights_of
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.selection import SELECTION, selected_rows
@@ -84,6 +84,7 @@ def exported_rows(work: Path, settings: GroupSettings, target: Path | None = Non
     if not pool.instances:
         raise UsageError(f"{work / SELECTION}: nothing is chosen; run the sample step again")
     groups, branch = groups_of(work, pool, settings)
+    check_repeated(groups, settings)
     for group, node in zip(groups, branch.tolist(), strict=True):
         group.add(node, np.ones(1, np.uint8))
     weights = _weights(pool, groups, settings, target_mass(work, target, settings))

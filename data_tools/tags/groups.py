@@ -19,6 +19,10 @@ WEIGHTS = ("tokens", "equal", "target")
 # Every dataset keeps up to four files open while it is written.
 MAX_DATASETS = 100
 REST = "rest"
+# Weights farther apart are a mistake, and more than a blend's sampling counts with.
+LEAST_TIMES, MOST_TIMES = 1e-6, 1e6
+# One `name=number`; a name may have commas.
+_REPETITION = re.compile(r"\s*(?P<name>.+?)\s*=\s*(?P<times>[0-9.eE+-]+)\s*(?:,|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,20 @@ def repetitions(text: str) -> dict[str, float]:
         UsageError: another form than `name=number,name=number`.
     """
     found: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, number = part.rpartition("=")
+    rest = text.strip()
+    while rest:
+        form = _REPETITION.match(rest)
         try:
-            times = float(number)
+            times = float(form["times"]) if form else -1.0
         except ValueError:
             times = -1.0
-        if not name or not 0 <= times < float("inf") or name in found:
-            raise UsageError(f"--repeat {part}: give NAME=NUMBER, a finite number, at least 0, each name once")
-        found[name] = times
+        if form is None or not (times == 0 or LEAST_TIMES <= times <= MOST_TIMES) or form["name"] in found:
+            raise UsageError(
+                f"--repeat {rest[:200]}: give NAME=NUMBER, each name once, the number 0 or from {LEAST_TIMES:g} to "
+                f"{MOST_TIMES:,.0f}"
+            )
+        found[form["name"]] = times
+        rest = rest[form.end() :].strip()
     return found
 
 
@@ -160,6 +169,23 @@ def target_mass(work: Path, target: Path | None, settings: GroupSettings) -> np.
     return grounded.shares.sum(axis=0) @ ancestors(grounded.parent)
 
 
+def check_repeated(groups: list[Group], settings: GroupSettings) -> None:
+    """Check that datasets to repeat are there.
+
+    Args:
+        groups: group of each instance.
+
+    Raises:
+        UsageError: one is not, or none is left.
+    """
+    repeated, names = repetitions(settings.repeat), dict.fromkeys(group.name for group in groups)
+    unknown = [name for name in repeated if name not in names]
+    if unknown:
+        raise UsageError(f"--repeat {unknown[0][:200]}: no such dataset; there are {', '.join(names)}")
+    if all(repeated.get(name) == 0 for name in names):
+        raise UsageError("--repeat: every dataset has 0, nothing is left to train on")
+
+
 def weights_of(groups: list[Group], settings: GroupSettings, target: np.ndarray | None) -> list[float]:
     """Weight of each dataset; 0 for one that training shall not read, such as a branch that the target has nothing of.
 
@@ -167,7 +193,7 @@ def weights_of(groups: list[Group], settings: GroupSettings, target: np.ndarray 
         target: as `target_mass` gives it.
 
     Raises:
-        UsageError: every weight is 0, or a dataset to repeat does not exist.
+        UsageError: every weight is 0.
     """
     if settings.weights == "tokens":
         weights = [float(group.tokens) for group in groups]
@@ -175,13 +201,9 @@ def weights_of(groups: list[Group], settings: GroupSettings, target: np.ndarray 
         weights = [1.0] * len(groups)
     else:
         weights = [float(sum(target[node] for node in group.nodes if node >= 0)) for group in groups]
-    repeated, names = repetitions(settings.repeat), [group.name for group in groups]
-    unknown = sorted(repeated.keys() - set(names))
-    if unknown:
-        raise UsageError(f"--repeat {unknown[0]}: no such dataset; there are {', '.join(names)}")
-    weights = [weight * repeated.get(name, 1.0) for weight, name in zip(weights, names, strict=True)]
+    repeated = repetitions(settings.repeat)
+    weights = [weight * repeated.get(group.name, 1.0) for weight, group in zip(weights, groups, strict=True)]
     if not any(weights):
-        raise UsageError(
-            f"--weights {settings.weights}: every dataset has weight 0; raise --align-weight or use --weights tokens"
-        )
+        way_out = "raise --align-weight or use --weights tokens" if settings.weights == "target" else "see --repeat"
+        raise UsageError(f"--weights {settings.weights}: every dataset has weight 0; {way_out}")
     return weights

@@ -19,6 +19,11 @@ VERSION = 1
 MANIFEST = "manifest.json"
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all in it, if it is there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 class Manifest:
     """The manifest of a work folder.
 
@@ -147,6 +152,5 @@ class Manifest:
             found |= stale
             for step in stale:
                 for name in self.steps.pop(step)["outputs"]:
-                    path = self.folder / name
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                    remove(self.folder / name)
             self._save()

@@ -22,11 +22,13 @@ from megatron_ksa.data_tools.tags import (
     tree,
     write,
 )
-from megatron_ksa.data_tools.tags.manifest import Manifest
+from megatron_ksa.data_tools.tags.manifest import MANIFEST, Manifest, remove
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.errors import UsageError
 
 TARGET = "target"
+# Of counts by name, how many names a line has, the largest first, and how many characters of each.
+NAMES, NAME = 8, 60
 # In the work folder while a run is under way: one that was killed leaves it.
 UNFINISHED = "UNFINISHED.txt"
 _UNFINISHED_TEXT = (
@@ -156,6 +158,21 @@ def _disk_errors(step: Step, folder: Path) -> Iterator[None]:
         raise UsageError(f"{step.name}: {place}: {reason}; nothing half-written is kept, run it again") from None
 
 
+def forget_target(folder: Path) -> bool:
+    """Remove what steps wrote for a target that is given no more; answers of an endpoint stay.
+
+    Returns:
+        Whether there was one.
+    """
+    if not (folder / MANIFEST).exists():
+        return False
+    for done in Manifest(folder).steps.values():
+        for name in done["outputs"]:
+            remove(folder / name)
+    (folder / MANIFEST).unlink()
+    return True
+
+
 def finish(pipelines: list[Pipeline]) -> None:
     """End a run, whether it went well or not: what is older than what it was made from goes, with a line each."""
     try:
@@ -175,14 +192,16 @@ def finish(pipelines: list[Pipeline]) -> None:
 
 
 def _sentence(counts: dict) -> str:
-    """Counts in one line, such as `1,000 records, 2 rejected (1 empty, 1 invalid JSON)`."""
+    """Counts in one line, such as `1,000 records; 3 rejected; reasons: 2 empty, 1 invalid JSON`."""
     parts = []
     for name, value in sorted(counts.items(), key=lambda item: (isinstance(item[1], dict), item[0])):
         words = name.replace("_", " ")
         if isinstance(value, dict):
-            inner = ", ".join(f"{each:,} {key}" for key, each in sorted(value.items())[:8] if each)
-            if inner:
-                parts.append(f"{words}: {inner}")
+            found = sorted(((-each, key) for key, each in value.items() if each))
+            if found:
+                inner = ", ".join(f"{-each:,} {key[:NAME]}" for each, key in found[:NAMES])
+                more = f" and {len(found) - NAMES:,} more" if len(found) > NAMES else ""
+                parts.append(f"{words}: {inner}{more}")
         elif isinstance(value, list):
             parts.append(f"{words}: {' '.join(f'{each:,}' for each in value)}")
         else:

@@ -15,6 +15,7 @@ from megatron_ksa.data_tools.tags.decontaminate import CONTAMINATED
 from megatron_ksa.data_tools.tags.duplicates import DUPLICATES
 from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_json
 from megatron_ksa.data_tools.tags.ground import GROUNDING, UNPLACED
+from megatron_ksa.data_tools.tags.groups import REST
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool
 from megatron_ksa.data_tools.tags.read import RECORDS, REJECTED
 from megatron_ksa.data_tools.tags.report_audit import LEFT_OUT, left_out
@@ -157,7 +158,20 @@ def branch_rows(
     ]
 
 
-def _facts(summary: dict, statistics: NodeStatistics) -> list[tuple[str, str]]:
+def _own_note(blend: dict | None, chosen: int) -> str:
+    """What a branch's own instances have to do with the datasets that were written."""
+    if blend is None:
+        return "Own: each instance counts in one branch."
+    if blend["settings"]["group_by"] != "branch":
+        return "Own: each instance counts in one branch; the datasets are sources."
+    note = "Own: each instance counts in one branch, that of its dataset"
+    if any(dataset["name"] == REST for dataset in blend["datasets"]):
+        note += f", small ones being one dataset named {REST}"
+    missing = chosen - blend["instances"]
+    return f"{note}. Selected, but in no dataset: {missing:,} (see Counts)." if missing else note + "."
+
+
+def _facts(summary: dict, statistics: NodeStatistics, blend: dict | None) -> list[tuple[str, str]]:
     settings = summary["settings"]
     facts = [
         ("method", settings["method"]),
@@ -165,6 +179,10 @@ def _facts(summary: dict, statistics: NodeStatistics) -> list[tuple[str, str]]:
     ]
     if "tokens" in summary:
         facts.append(("tokens", f"{summary['tokens']:,} of {summary['pool_tokens']:,}"))
+    if blend is not None:
+        budget = blend["settings"]["of_budget"]
+        which = f", budget {budget}" if budget else ""
+        facts.append(("written", f"{blend['instances']:,} instances in {len(blend['datasets']):,} datasets{which}"))
     facts.append(("tag mass covered", f"{100 * np.nan_to_num(statistics.coverage[0]):.1f} %"))
     facts.append(("information", f"{summary['information']:,.1f}"))
     if "divergence" in summary:
@@ -290,11 +308,11 @@ def report_step(work: Path, *, target: Path | None = None, settings: ReportSetti
     comparison = _comparison(pool, groups, branch, read_arrays(work / GROUNDING)["length"])
     data = {
         "nodes": nodes,
-        "own": _own_columns(pool, place, branch, groups, shown),
+        "own": _own_columns(pool, place, branch, groups) | {"note": _own_note(blend, len(chosen))},
         "points": point_columns(pool, rows, chosen, other, branch, place, wanted)
         | {"ids": scan.ids, **_coded(scan.point_sources)},
         "samples": _samples(pool, groups, scan, sample_rows, typical, place, branch),
-        "facts": _facts(selection, statistics),
+        "facts": _facts(selection, statistics, blend),
         "tables": _tables(counts, blend),
         "sources": _sources(scan),
         "distributions": _distributions(work, pool, groups, wanted, blend),
@@ -330,7 +348,7 @@ def report_step(work: Path, *, target: Path | None = None, settings: ReportSetti
     return summary
 
 
-def _own_columns(pool: Pool, place: np.ndarray, branch: np.ndarray, groups: _Groups, shown: int) -> dict:
+def _own_columns(pool: Pool, place: np.ndarray, branch: np.ndarray, groups: _Groups) -> dict:
     """Instances whose one branch a top branch is, by its place in the page."""
     nodes = np.flatnonzero(pool.depth == 1)
     found: dict = {"nodes": place[nodes].tolist()}

@@ -3,11 +3,26 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
+from megatron_ksa.config.options import flag
+from megatron_ksa.data_tools.tags import (
+    canonicalise,
+    decontaminate,
+    export,
+    ground,
+    naming,
+    read,
+    selection,
+    tag,
+    tree,
+    write,
+)
+from megatron_ksa.data_tools.tags import duplicates as duplicates_step
 from megatron_ksa.data_tools.tags.canonicalise import MERGES
-from megatron_ksa.data_tools.tags.decontaminate import CONTAMINATED
+from megatron_ksa.data_tools.tags.decontaminate import CONTAMINATED, TARGET
 from megatron_ksa.data_tools.tags.duplicates import DUPLICATES
 from megatron_ksa.data_tools.tags.files import read_jsonl
 from megatron_ksa.data_tools.tags.ground import UNPLACED
@@ -24,8 +39,13 @@ LEFT_OUT = {
     DUPLICATES: "near-duplicates",
     UNPLACED: "no tag on the tree",
     CONTAMINATED: "hold evaluation data",
-    f"{BLEND}/{UNWRITTEN}": "refused by the template",
+    f"{BLEND}/{UNWRITTEN}": "chosen, but not written",
 }
+# Those whose settings the report shows by their flags.
+STEPS = (
+    read.STEP, tag.STEP, duplicates_step.STEP, canonicalise.STEP, tree.STEP, naming.STEP, ground.STEP,
+    decontaminate.STEP, selection.STEP, export.STEP, write.STEP,
+)  # fmt: skip
 MERGE_ROWS, DUPLICATE_ROWS, FAILED_ROWS = 2000, 200, 200
 CELL, PAIR_TEXT = 200, 300
 
@@ -118,12 +138,35 @@ def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + name, value
 
 
-def settings(work: Path) -> dict:
-    """Settings of each step's last run."""
+def _flags() -> dict[tuple[str, str], str]:
+    """The flag of each setting of a step."""
+    return {
+        (step.name, field.name): flag(field, "")
+        for step in STEPS for config in step.settings.values() for field in fields(config)
+    }  # fmt: skip
+
+
+def _done(work: Path) -> dict[str, dict]:
     path = work / MANIFEST
-    steps = json.loads(read_small(path, limit=LIST_BYTES))["steps"] if path.exists() else {}
-    rows = [
-        {"step": step, "setting": name, "value": value}
+    return json.loads(read_small(path, limit=LIST_BYTES))["steps"] if path.exists() else {}
+
+
+def _files(steps: dict[str, dict], flags: dict[str, str]) -> list[dict]:
+    """Names of the files that flags gave, which a manifest has as `input:0:NAME`."""
+    named = [(step, *name.split(":", 2)) for step, done in steps.items() for name in done["inputs"] if ":" in name]
+    return [
+        {"step": step, "setting": flags[kind], "value": rest[-1]}
+        for step, kind, *rest in named if kind in flags and rest[-1]
+    ]  # fmt: skip
+
+
+def settings(work: Path) -> dict:
+    """Settings of each step's last run by their flags, and the names of what was read."""
+    steps, flags = _done(work), _flags()
+    rows = _files(steps, {"input": "--input", "evaluation": "--decontaminate", "batch": "--batch-in"})
+    rows += _files(_done(work / TARGET), {"input": "--target"})
+    rows += [
+        {"step": step, "setting": flags.get((step, name), name), "value": value}
         for step, done in steps.items() for name, value in _flat(done["settings"]) if step != "report"
     ]  # fmt: skip
     return _table("settings", rows, len(rows))

@@ -5,6 +5,7 @@ instead (landmark t-SNE), on one thread, so that the same pool gives the same ma
 """
 
 import numpy as np
+from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 
 from megatron_ksa.data_tools.tags.branches import ROWS_AT_ONCE, branch_means
@@ -50,8 +51,17 @@ def lay_out(vectors: np.ndarray) -> np.ndarray:
         perplexity = min(30.0, (len(vectors) - 1) / 3)
         with threadpool_limits(1):
             places = TSNE(2, perplexity=perplexity, init="pca", random_state=0, n_jobs=1).fit_transform(vectors)
+    return _spread_out(places)
+
+
+def _spread_out(places: np.ndarray) -> np.ndarray:
+    """Each coordinate from 0 to 1: half of it where it lies, half its rank, so that a far group leaves no empty map."""
     low, width = places.min(0), np.ptp(places, axis=0)
-    return (places - low) / np.where(width > 0, width, 1.0)
+    lies = (places - low) / np.where(width > 0, width, 1.0)
+    # Equal coordinates have one rank, the mean of theirs.
+    ranks = rankdata(places, axis=0) - 1
+    ranks = (ranks - ranks.min(0)) / np.where(np.ptp(ranks, axis=0) > 0, np.ptp(ranks, axis=0), 1.0)
+    return (lies + ranks) / 2
 
 
 class Map:

@@ -29,6 +29,9 @@ from megatron_ksa.errors import UsageError
 # Powers of ten between the weights of the first and the last level.
 LARGEST_LEVELS = 100
 METHODS = ("tags", "random", "top-quality", "cluster-balanced", "label-graph")
+# A lower power counts all masses but 0 alike, and in floats as nothing.
+LEAST_POWER = 0.01
+PARTS_ALONE = "--parts: not with --quota, --floor, --always and several budgets, which hold for the whole pool"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class SampleSettings:
         "power", "How mass on a node counts: x to the --power, or log(1 + x), which depends on the pool's size.",
         choices=PHI, flag="--phi",
     )  # fmt: skip
-    power: float = option(POWER, "Exponent of a node's mass, above 0: the lower, the more even.", flag="--power")
+    power: float = option(POWER, "Exponent of a node's mass, to 1: the lower, the more even.", flag="--power")
     share_exponent: float | None = option(
         None, "What is sought of a tag is its share of the pool to this exponent: 0 as much of each, 1 as in the pool. "
         f"By default {SHARE_EXPONENT} * (1 - mean of 1/tags of an instance).", flag="--share-exponent",
@@ -96,12 +99,12 @@ class SampleSettings:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: a finite number, at least 0")
         if not (np.isfinite(self.depth_weight) and self.depth_weight > 0):
             raise UsageError(f"--depth-weight {self.depth_weight}: a finite number above 0")
-        if not 0 < self.power <= 1:
-            raise UsageError(f"--power {self.power}: above 0, at most 1")
+        if not LEAST_POWER <= self.power <= 1:
+            raise UsageError(f"--power {self.power}: from {LEAST_POWER} to 1")
         if self.parts < 1:
             raise UsageError(f"--parts {self.parts}: at least 1")
-        if not -1 <= self.label_similarity <= 1:
-            raise UsageError(f"--label-similarity {self.label_similarity}: from -1 to 1")
+        if not 0 <= self.label_similarity <= 1:
+            raise UsageError(f"--label-similarity {self.label_similarity}: from 0 to 1")
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed}: at least 0")
 
@@ -156,7 +159,9 @@ class _Problem:
             depth_weight=settings.depth_weight,
         )  # fmt: skip
         # What the selection's leaf distribution counts: instances, or tokens where they are what the budget counts.
-        self.weighted_shares = pool.shares if self.cost is None else csr_array(diags_array(self.cost) @ pool.shares)
+        self.weighted_shares = (
+            pool.shares if self.cost is None else csr_array(diags_array(self.cost.astype(float)) @ pool.shares)
+        )
 
     def information(self, rows: np.ndarray) -> Coverage:
         """I on the given instances, int64 [rows]."""
@@ -173,9 +178,7 @@ class _Problem:
 
         if self.settings.parts > 1:
             if self.rules:
-                raise UsageError(
-                    "--parts: not with --quota, --floor, --always and several budgets, which hold for the whole pool"
-                )
+                raise UsageError(PARTS_ALONE)
             parts = random_parts(self.pool.instances, self.settings.parts, self.settings.seed)
             return two_round_greedy(load, parts, self.budget.amount, show_progress=self.show_progress)
         coverage, cost = load(np.arange(self.pool.instances))

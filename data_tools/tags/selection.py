@@ -1,6 +1,7 @@
 """The sample step: from `grounding.npz` and `tree.npz` of a work folder to `selection.jsonl` and `selection.json`."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,20 +12,30 @@ from tqdm import tqdm
 from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.budget import Budget, counts_tokens, parse_budget, parse_forms
 from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
-from megatron_ksa.data_tools.tags.chat_template import EncodingSettings, encode_records, has_response
-from megatron_ksa.data_tools.tags.constraints import ConstraintSettings, Limit, Rules
+from megatron_ksa.data_tools.tags.chat_template import (
+    EncodingSettings,
+    check_encoding,
+    encode_records,
+    has_form,
+    has_response,
+)
+from megatron_ksa.data_tools.tags.constraints import SHOWN, ConstraintSettings, Limit, Rules
 from megatron_ksa.data_tools.tags.decontaminate import CONTAMINATED, contaminated_lines
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jsonl
-from megatron_ksa.data_tools.tags.ground import GROUNDING
+from megatron_ksa.data_tools.tags.ground import GROUNDING, UNPLACED
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.read import RECORDS
-from megatron_ksa.data_tools.tags.sample import Sample, SampleSettings, sample
+from megatron_ksa.data_tools.tags.sample import PARTS_ALONE, Sample, SampleSettings, sample
 from megatron_ksa.data_tools.tags.step import Context, Step
+from megatron_ksa.data_tools.tags.tag import FAILED
+from megatron_ksa.data_tools.tags.tagged import DUPLICATES
 from megatron_ksa.data_tools.tags.tree import TREE
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import LIST_BYTES, read_small
 
 SELECTION, SUMMARY = "selection.jsonl", "selection.json"
+# Names of sources or branches that a message lists.
+NAMES = 10
 
 
 def count_tokens(work: Path, pool: Pool, settings: EncodingSettings, run: Callable = map) -> np.ndarray:
@@ -48,7 +59,8 @@ def _make_rules(
         row_of = {name: row for row, name in enumerate(ids)}
         unknown = [name for name in constraints.always_ids() if name not in row_of]
         if unknown:
-            raise UsageError(f"--always: {len(unknown)} of its records cannot be chosen here, such as {unknown[0]!r}")
+            first_one = f"{unknown[0][:SHOWN]!r} ({_why_not(work, unknown[0])})"
+            raise UsageError(f"--always: {len(unknown):,} of its records cannot be chosen here, such as {first_one}")
         always = np.array([row_of[name] for name in constraints.always_ids()], np.int64)
         first = np.concatenate([first, always[~np.isin(always, first)]])
     cost = pool.tokens if budget.in_tokens else np.ones(pool.instances)
@@ -58,8 +70,11 @@ def _make_rules(
         member = keys[bound.kind] == bound.name
         amount = bound.of(budget.amount)
         if not member.any():
-            known = ", ".join(sorted(set(keys[bound.kind].tolist()))[:10])
-            raise UsageError(f"{bound.flag} {bound.kind}:{bound.name}: the pool has none; it has {known}")
+            known = Counter(keys[bound.kind].tolist()).most_common()
+            names = ", ".join(name for name, _ in known[:NAMES]) + (
+                f" and {len(known) - NAMES:,} smaller ones" if len(known) > NAMES else ""
+            )
+            raise UsageError(f"{bound.flag} {bound.kind}:{bound.name[:SHOWN]}: the pool has none; it has {names}")
         limit = limits.get((bound.kind, bound.name), Limit(member))
         told, held = f"--floor {bound.kind}:{bound.name}", cost[member].sum()
         if bound.flag == "--floor" and amount > held:
@@ -69,6 +84,18 @@ def _make_rules(
             raise UsageError(f"{told}: {limit.least:,.0f} is more than its --quota {limit.most:,.0f}")
         limits[bound.kind, bound.name] = limit
     return Rules(first, tuple(limits.values()))
+
+
+def _why_not(work: Path, name: str) -> str:
+    """Why the record of an id is none to choose from."""
+    for file in (DUPLICATES, CONTAMINATED, FAILED, UNPLACED):
+        rows = read_jsonl(work / file) if (work / file).exists() else iter(())
+        found = next((row for row in rows if row["id"] == name), None)
+        if found is not None:
+            return f"{file} has it" + (f", {found['kept'][:SHOWN]!r} stands for it" if "kept" in found else "")
+    if any(record["id"] == name for record in read_jsonl(work / RECORDS)):
+        return "it has no response, or the template has no form for it"
+    return f"no such id in {RECORDS}"
 
 
 def _keys(work: Path, pool: Pool, kind: str) -> np.ndarray:
@@ -108,6 +135,7 @@ def sample_step(
     target: Path | None = None,
     tokens: EncodingSettings | None = None,
     responses: bool = False,
+    without_tools: bool = False,
     run: Callable = map,
     show_progress: bool = True,
 ) -> Sample:
@@ -117,6 +145,7 @@ def sample_step(
         target: the folder of a target that is grounded on this pool's tree, or None.
         tokens: needed for a budget in tokens only.
         responses: leave out what the write step would leave out for want of a response.
+        without_tools: leave out what it would leave out since its template has no form for tools, calls and thoughts.
         run: as `encode_records` takes it.
 
     Returns:
@@ -132,16 +161,29 @@ def sample_step(
     counts = {"refused_by_template": 0, "without_response": 0, "contaminated": pool.instances - len(rows)}
     if counts["contaminated"]:
         if not len(rows):
-            raise UsageError(f"{work}: every instance holds a question of the evaluation data; see {CONTAMINATED}")
+            raise UsageError(
+                f"{work}: every instance holds a question of the evaluation data, as {CONTAMINATED} lists; "
+                "--keep-contaminated keeps them, --no-decontaminate-target those of the target"
+            )
         pool = pool.take(rows)
-    if responses and pool.instances:
-        answered = np.flatnonzero([has_response(record) for record in read_records(work, pool.record)])
-        counts["without_response"] = pool.instances - len(answered)
-        pool, rows = pool.take(answered), rows[answered]
+    if (responses or without_tools) and pool.instances:
+        writable = [
+            (not responses or has_response(record), not without_tools or has_form(record))
+            for record in read_records(work, pool.record)
+        ]
+        counts["without_response"] = sum(not answered for answered, _ in writable)
+        counts["refused_by_template"] = sum(answered and not formed for answered, formed in writable)
+        kept = np.flatnonzero([all(each) for each in writable])
+        if not len(kept):
+            raise UsageError(
+                f"{work}: no instance can be written: {counts['without_response']:,} without a response (--loss-on), "
+                f"{counts['refused_by_template']:,} with tools, tool calls or thoughts (--template tokenizer has them)"
+            )
+        pool, rows = pool.take(kept), rows[kept]
     if tokens is not None and pool.instances:
         pool = replace(pool, tokens=count_tokens(work, pool, tokens, run))
         written = np.flatnonzero(pool.tokens)
-        counts["refused_by_template"] = pool.instances - len(written)
+        counts["refused_by_template"] += pool.instances - len(written)
         pool, rows = pool.take(written), rows[written]
     wanted = None if target is None else load_pool(target, tree=work).shares.sum(axis=0)
     nested = [
@@ -211,13 +253,18 @@ def _counted(settings: SampleSettings, encoding: EncodingSettings) -> EncodingSe
     return encoding if in_tokens and encoding.tokenizer_model else None
 
 
+def _without_tools(encoding: EncodingSettings) -> bool:
+    """Whether it is known that a template without a form for tools will write the selection."""
+    return encoding.tokenizer_model is not None and encoding.template != "tokenizer"
+
+
 def _run(
     context: Context, settings: SampleSettings, constraints: ConstraintSettings, encoding: EncodingSettings
 ) -> dict:
     tokens, responses = _counted(settings, encoding), encoding.loss_on == "responses"
     summary = sample_step(
         context.folder, settings, constraints, target=context.target, tokens=tokens, responses=responses,
-        run=context.engine.map,
+        without_tools=_without_tools(encoding), run=context.engine.map,
     ).summary  # fmt: skip
     names = (
         "pool_instances", "instances", "short_of_budget", "pool_tokens", "tokens", "refused_by_template",
@@ -241,6 +288,7 @@ def _decides(
     context: Context, settings: SampleSettings, constraints: ConstraintSettings, encoding: EncodingSettings
 ) -> dict:
     bounds = {"quota": constraints.quota, "floor": constraints.floor, "loss_on": encoding.loss_on}
+    bounds["without_tools"] = _without_tools(encoding)
     return asdict(settings) | bounds | (encoding.decides() if _counted(settings, encoding) else {})
 
 
@@ -248,8 +296,25 @@ def _check(
     context: Context, settings: SampleSettings, constraints: ConstraintSettings, encoding: EncodingSettings
 ) -> None:
     budgets = parse_forms(settings.budget)
-    if encoding.tokenizer_model is None and any(asked.unit == "tokens" for asked in budgets):
+    in_tokens = any(asked.unit == "tokens" for asked in budgets)
+    if encoding.tokenizer_model is None and in_tokens:
         raise UsageError(f"--budget {settings.budget}: tokens can be counted only with --tokenizer-model")
+    if settings.parts > 1 and (constraints.bounds or constraints.always is not None or len(budgets) > 1):
+        raise UsageError(PARTS_ALONE)
+    constraints.always_ids()
+    if in_tokens:
+        check_encoding(encoding)
+
+
+def check_of_budget(settings: SampleSettings, of_budget: int) -> None:
+    """Check which of several budgets is asked for before there is a selection.
+
+    Raises:
+        UsageError: there are not so many.
+    """
+    budgets = len(parse_forms(settings.budget))
+    if of_budget > budgets:
+        raise UsageError(f"--of-budget {of_budget}: --budget {settings.budget[:SHOWN]} has {budgets}")
 
 
 STEP = Step(

@@ -43,8 +43,10 @@ def semantic_copies(
         scratch: folder for the vectors.
     """
     embedder: Embedder = (
-        SentenceEmbedder(model) if model else LatentEmbedder.fit(lambda wanted: _texts(lines, wanted), total, engine)
-    )  # fmt: skip
+        SentenceEmbedder(model, "--duplicate-model")
+        if model
+        else LatentEmbedder.fit(lambda wanted: _texts(lines, wanted), total, engine)
+    )
     with open(scratch / "vectors", "wb") as stream:
         width = 0
         for vectors in embedder.embed_texts(_texts(lines), total):

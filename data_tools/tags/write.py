@@ -7,6 +7,7 @@ dataset has its mask beside it (`indexed.loss_mask_prefix`), which `--response-l
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -18,10 +19,10 @@ from tqdm import tqdm
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, loss_mask_prefix
 from megatron_ksa.data_tools.tags.blend_check import check_blend
 from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
-from megatron_ksa.data_tools.tags.chat_template import EncodingSettings, encode_records
-from megatron_ksa.data_tools.tags.files import json_line, read_jsonl, write_json
+from megatron_ksa.data_tools.tags.chat_template import EncodingSettings, check_encoding, encode_records
+from megatron_ksa.data_tools.tags.files import json_line, write_json
 from megatron_ksa.data_tools.tags.ground import GROUNDING
-from megatron_ksa.data_tools.tags.groups import Group, GroupSettings, groups_of, target_mass, weights_of
+from megatron_ksa.data_tools.tags.groups import Group, GroupSettings, check_repeated, groups_of, target_mass, weights_of
 from megatron_ksa.data_tools.tags.packing import Packer
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
 from megatron_ksa.data_tools.tags.read import RECORDS
@@ -102,10 +103,11 @@ def _writes_masks(encoding: EncodingSettings) -> bool:
     return encoding.loss_on == "responses" or encoding.pack > 0
 
 
-def _write_datasets(job: _Job, folder: Path) -> dict[str, int]:
+def _write_datasets(job: _Job, folder: Path) -> dict:
     """Write every instance into its group's dataset; returns how many are not written, and how many not whole."""
     pool = job.pool
-    counts = {"refused_by_template": 0, "shortened": 0}
+    reasons: Counter[str] = Counter()
+    shortened_ones = 0
     every = {group.prefix: group for group in job.groups}
     with ExitStack() as stack:
         unwritten, shortened = (stack.enter_context(whole_file(folder / name)) for name in (UNWRITTEN, SHORTENED))
@@ -120,12 +122,12 @@ def _write_datasets(job: _Job, folder: Path) -> dict[str, int]:
         ):
             if isinstance(result, str):
                 unwritten.write(json_line({"id": record["id"], "reason": result}))
-                counts["refused_by_template"] += 1
+                reasons[result] += 1
                 continue
             if result.cut or result.truncated:
                 row = {"after_last_response": result.cut, "beyond_length": result.truncated}
                 shortened.write(json_line({"id": record["id"], **row}))
-                counts["shortened"] += 1
+                shortened_ones += 1
             datasets[group.prefix].add(result.ids, result.mask)
             group.add(node, result.mask)
         for name, group in every.items():
@@ -135,7 +137,7 @@ def _write_datasets(job: _Job, folder: Path) -> dict[str, int]:
         if not group.instances:
             for path in folder.glob(f"{name}*"):
                 path.unlink()
-    return counts
+    return {"unwritten": reasons.total(), "reasons": dict(reasons.most_common()), "shortened": shortened_ones}
 
 
 def _write_blend(job: _Job, folder: Path, final: Path) -> dict:
@@ -146,8 +148,8 @@ def _write_blend(job: _Job, folder: Path, final: Path) -> dict:
         {group.prefix: group for group in job.groups if group.instances}.values(), key=lambda group: group.prefix
     )
     if not written:
-        reason = next(read_jsonl(folder / UNWRITTEN))["reason"]
-        raise UsageError(f"--template {job.encoding.template} refuses every instance, the first because {reason}")
+        said = "; ".join(f"{count:,} {reason}" for reason, count in list(counts["reasons"].items())[:3])
+        raise UsageError(f"no instance can be written: {said} (--template, --max-length, --pack)")
     weights = weights_of(written, job.settings, job.target)
     flags = [tokenizer.training_flags] + ["--response-loss-only"] * _writes_masks(job.encoding)
     fields = ("name", "prefix", "instances", "documents", "tokens", "tokens_in_loss", "written_tokens")
@@ -175,10 +177,11 @@ def check_write(work: Path, settings: GroupSettings, encoding: EncodingSettings,
     """Check what can be told before there is a selection.
 
     Raises:
-        UsageError: no tokenizer, a path with white space, weights of a target that is not there.
+        UsageError: no tokenizer or chat template, a path with white space, weights of a target that is not there.
     """
     if encoding.tokenizer_model is None:
         raise UsageError("--tokenizer-model is needed: tools/train_tokenizer.py makes one")
+    check_encoding(encoding)
     if re.search(r"\s", str((work / BLEND).absolute())):
         raise UsageError(f"--work {work}: Megatron splits blend files at white space; choose a path without")
     if settings.weights == "target" and target is None:
@@ -219,6 +222,8 @@ def write_step(
         if not pool.instances:
             raise UsageError(f"{work / SELECTION}: nothing is chosen; run the sample step again")
         groups = groups_of(work, pool, settings)
+        if name == "":
+            check_repeated(groups[0], settings)
         job = _Job(work, pool, settings, encoding, tokenizer, *groups, mass, run, show_progress)
         (partial / name).mkdir(parents=True)
         return _write_blend(job, partial / name, final / name)
@@ -244,7 +249,7 @@ def _check(context: Context, settings: GroupSettings, encoding: EncodingSettings
 
 def _run(context: Context, settings: GroupSettings, encoding: EncodingSettings) -> dict:
     summary = write_step(context.folder, settings, encoding, target=context.target, run=context.engine.map)
-    names = ("instances", "tokens", "tokens_in_loss", "refused_by_template", "shortened")
+    names = ("instances", "tokens", "tokens_in_loss", "unwritten", "reasons", "shortened")
     outside = {dataset["name"]: dataset["instances"] for dataset in summary["datasets"] if not dataset["weight"]}
     return {
         "datasets": len(summary["datasets"]),

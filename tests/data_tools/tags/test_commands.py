@@ -1,13 +1,15 @@
 """`preprocess_tags.py sample`, `write` and `report`: alone, again, and refused in one line."""
 
 import shutil
+import sys
 
 import pytest
 from raw_pool import write_pool
 from work_folder import make_work_folder
 
-from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline
+from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline, _sentence
 from megatron_ksa.data_tools.tags.step import Context
+from megatron_ksa.data_tools.tokenizers import write_byte_level
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,16 @@ def test_a_run_without_a_target_forgets_that_of_an_earlier_one(tmp_path, call):
     pool, target = write_pool(tmp_path / "pool.jsonl"), write_pool(tmp_path / "target.jsonl", count=12, seed=1)
     flags = ("--work", tmp_path / "work", "--input", pool)
     assert call("tag", *flags, "--target", target)[0] == 0
-    assert "that of an earlier run is forgotten" in call("tag", *flags)[1]
+    for command in ("tree", "sample"):
+        assert call(command, "--work", tmp_path / "work")[0] == 0
+    (tmp_path / "work" / "target" / "tag_cache").mkdir()
+    out = call("tag", *flags)[1]
+    assert "what an earlier run made of one is removed" in out
+    # A selection that follows the target stayed, and `write` took it.
+    assert "sample: what it wrote is removed, since target/grounding.npz" in out
+    assert not (tmp_path / "work" / "selection.jsonl").exists()
+    # What an endpoint was paid for stays.
+    assert [path.name for path in (tmp_path / "work" / "target").iterdir() if path.suffix != ".json"] == ["tag_cache"]
     assert "target, " not in call("tree", "--work", tmp_path / "work")[1]
 
 
@@ -104,11 +115,51 @@ def test_a_budget_that_no_pool_can_meet_is_told_before_anything_runs(tmp_path, c
     (tmp_path / "pool.jsonl").write_text('{"text": "a text"}\n')
     flags = ("--work", tmp_path / "work", "--input", tmp_path / "pool.jsonl", "--budget", budget)
     if budget == "2kt":
+        (tmp_path / "work").mkdir()
         code, _, error = call("sample", "--work", tmp_path / "work", "--budget", budget)
     else:
         code, _, error = call(*flags, "--tokenizer-model", tmp_path / "tokenizer")
     assert code == 2 and error.startswith("error: --budget ") and message in error
     assert not (tmp_path / "work" / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tokenizer-model", "nowhere"), "--tokenizer-model nowhere: no such file"),
+        (("--template", "tokenizer"), "has no chat template"),
+        (("--budget", "5%,10%", "--of-budget", "3"), "--of-budget 3: --budget 5%,10% has 2"),
+        (("--parts", "2", "--budget", "5%,10%"), "--parts: not with"), (("--repeat", "a=1e308"), "--repeat a=1e308"),
+        (("--always", "ids.jsonl"), "no JSON"), (("--embedding-model", "x"), "--embedding-model needs a package"),
+        (("--duplicate-model", "x", "--duplicate-cosine", "0.9"), "--duplicate-model needs a package"),
+        (("--duplicate-model", "x"), "no effect without --duplicate-cosine"),
+        (("--target", "nowhere"), "error: --target nowhere: no such file or folder"),
+    ],
+)  # fmt: skip
+def test_what_later_steps_would_refuse_is_told_before_anything_runs(tmp_path, call, monkeypatch, flags, message):
+    """A tokenizer that is not there, or without a chat template, was told after hours of tagging."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    pool = write_pool(tmp_path / "pool.jsonl")
+    (tmp_path / "ids.jsonl").write_text("ids\n")
+    write_byte_level(tmp_path / "bytes")
+    code, out, error = call("--work", "work", "--input", pool, "--tokenizer-model", "bytes", *flags)
+    assert code == 2 and message in error and "read:" not in out, error
+    assert not (tmp_path / "work" / "records.jsonl").exists()
+
+
+def test_a_work_folder_that_is_not_there_is_not_made(tmp_path, call):
+    """A misspelt folder was made, and `sample` wrote empty files into it."""
+    for command, *flags in (("tree",), ("sample",), ("export", "--export", "jsonl"), ("write",), ("report",)):
+        code, _, error = call(command, "--work", tmp_path / "typo", *flags)
+        assert code == 2 and error == f"error: --work {tmp_path / 'typo'}: no such folder; the tag command makes it"
+    assert not (tmp_path / "typo").exists()
+
+
+def test_counts_name_the_most_frequent():
+    """Of many sources those that come first in the alphabet were told."""
+    line = _sentence({"records": 1234, "sources": {f"s{number}": number for number in range(12)}})
+    assert line.startswith("1,234 records; sources: 11 s11, 10 s10, ") and line.endswith("4 s4 and 3 more")
 
 
 def cut(content: bytes) -> bytes:

@@ -12,6 +12,7 @@ from megatron_ksa.data_tools.tags.chat_template import EncodingSettings
 from megatron_ksa.data_tools.tags.constraints import ConstraintSettings, Ledger, Limit, Rules, parse_bounds
 from megatron_ksa.data_tools.tags.files import read_jsonl
 from megatron_ksa.data_tools.tags.greedy import greedy
+from megatron_ksa.data_tools.tags.groups import repetitions
 from megatron_ksa.data_tools.tags.objective import tree_information
 from megatron_ksa.data_tools.tags.pool import load_pool
 from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings
@@ -74,6 +75,52 @@ def test_what_is_always_chosen(work, tmp_path):
         for method in METHODS:
             rows = chosen(work, constraints=ConstraintSettings(always=str(tmp_path / name)), method=method)
             assert rows[:2].tolist() == [199, 1] and len(set(rows.tolist())) == 40
+
+
+def test_ids_with_separators_of_lines_in_them(work, tmp_path):
+    """str.splitlines cut an id at U+2028, so that a record could not be named."""
+    (tmp_path / "ids.txt").write_bytes("a\u2028b \r\n\n c\x0bd\n".encode())
+    assert ConstraintSettings(always=str(tmp_path / "ids.txt")).always_ids() == ["a\u2028b", "c\x0bd"]
+    (tmp_path / "ids.jsonl").write_bytes(b'{"id": " a\\nb "}\r\n\n{"id": " a\\nb "}\n')
+    assert ConstraintSettings(always=str(tmp_path / "ids.jsonl")).always_ids() == [" a\nb "]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", "ids.jsonl:2: no JSON"), ("[1]", "no object with an id"), ('{"id": 3}', "no object")]
+)
+def test_a_list_of_ids_that_cannot_be_read_is_no_file_of_a_step(tmp_path, line, message):
+    """The error told the user to delete the list and to run the step that writes it again."""
+    (tmp_path / "ids.jsonl").write_text(f'{{"id": "a"}}\n{line}\n')
+    with pytest.raises(UsageError, match=message) as caught:
+        ConstraintSettings(always=str(tmp_path / "ids.jsonl")).always_ids()
+    assert str(caught.value).startswith("--always") and "delete" not in str(caught.value)
+
+
+def test_why_a_record_cannot_be_chosen_is_told(work, tmp_path):
+    """Only its id was told, whether it was misspelt, a duplicate or evaluation data."""
+    (tmp_path / "ids.txt").write_text("r1\n")
+    constraints = ConstraintSettings(always=str(tmp_path / "ids.txt"))
+    duplicates = work / "duplicates.jsonl"
+    for row, message in (
+        ({"id": "r1", "kept": "r2"}, "duplicates.jsonl has it, 'r2' stands for it"),
+        (None, "no resp"),
+    ):
+        duplicates.write_text("" if row is None else json.dumps(row) + "\n")
+        with pytest.raises(UsageError, match=message):
+            chosen(work, constraints=constraints)
+    duplicates.unlink()
+    (tmp_path / "ids.txt").write_text("R1\n")
+    with pytest.raises(UsageError, match="'R1' .no such id in records.jsonl"):
+        chosen(work, constraints=constraints)
+
+
+def test_names_with_commas():
+    """A tag such as "C, C++" names a branch, and could not be bounded."""
+    bounds = parse_bounds("--quota", "branch:C, C++=5%, source:a,b=3,source:x=1,")
+    assert [(bound.kind, bound.name, bound.amount) for bound in bounds] == [
+        ("branch", "C, C++", 0.05), ("source", "a,b", 3), ("source", "x", 1)
+    ]  # fmt: skip
+    assert repetitions("C, C++=2, a=b=0.5,x=0") == {"C, C++": 2, "a=b": 0.5, "x": 0}
 
 
 def test_several_budgets_are_nested(work):

@@ -11,9 +11,9 @@ from tag_pools import random_pool
 from work_folder import TOPICS, make_work_folder
 
 from megatron_ksa.data_tools.tags import report_audit, report_page
-from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
+from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jsonl
 from megatron_ksa.data_tools.tags.pool import Pool, load_pool
-from megatron_ksa.data_tools.tags.report import ReportSettings, report_step
+from megatron_ksa.data_tools.tags.report import ReportSettings, _own_note, report_step
 from megatron_ksa.data_tools.tags.report_compare import measure, random_measures
 from megatron_ksa.data_tools.tags.report_data import (
     choose_samples,
@@ -22,7 +22,7 @@ from megatron_ksa.data_tools.tags.report_data import (
     preorder,
     typical_rows,
 )
-from megatron_ksa.data_tools.tags.report_map import Map
+from megatron_ksa.data_tools.tags.report_map import Map, _spread_out
 from megatron_ksa.data_tools.tags.report_page import _hash, json_block, node_columns
 from megatron_ksa.data_tools.tags.report_points import point_rows
 from megatron_ksa.data_tools.tags.sample import SampleSettings
@@ -252,6 +252,46 @@ def test_audit_shows_merges_duplicates_with_their_texts_and_settings(tmp_path):
     assert pairs["columns"] == ["id", "kept", "similarity", "new_column", "text", "text of the one kept"]
     assert "Question 3?" in pairs["rows"][0][4] and "Question 1?" in pairs["rows"][0][5]
     assert report_audit.settings(work)["rows"] == []
+
+
+def test_settings_have_the_names_of_flags(tmp_path):
+    """They had the names of fields, such as `rare` and `keep`, and nothing told which files were read."""
+    canonicalise = {"settings": {"rare": 2}, "inputs": {"tags.jsonl": "x"}}
+    read = {"settings": {"max_bytes": 5}, "inputs": {"input:0:a:b.jsonl": "x"}}
+    sample = {"settings": {"budget": "5%", "unknown": 1}, "inputs": {"tokenizer:": "x", "../tree.npz": "x"}}
+    decontaminate = {"settings": {}, "inputs": {"evaluation:0:test.jsonl": "x", "target/records.jsonl": "x"}}
+    steps = {"canonicalise": canonicalise, "decontaminate": decontaminate, "read": read, "sample": sample}
+    write_json(tmp_path / "manifest.json", {"version": 1, "steps": steps})
+    write_json(tmp_path / "target" / "manifest.json", {"version": 1, "steps": {"read": read}})
+    assert report_audit.settings(tmp_path)["rows"] == [
+        ["decontaminate", "--decontaminate", "test.jsonl"], ["read", "--input", "a:b.jsonl"],
+        ["read", "--target", "a:b.jsonl"], ["canonicalise", "--rare-tags", 2], ["read", "--max-record-bytes", 5],
+        ["sample", "--budget", "5%"], ["sample", "unknown", 1],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "datasets", "instances", "note"),
+    [
+        (None, [], 0, "Own: each instance counts in one branch."),
+        ({"group_by": "branch"}, ["a"], 9, "that of its dataset."),
+        ({"group_by": "branch"}, ["a", "rest"], 7, "dataset named rest. Selected, but in no dataset: 2 (see Counts)"),
+        ({"group_by": "source"}, ["a"], 9, "the datasets are sources."),
+    ],
+)  # fmt: skip
+def test_the_note_on_own_counts_is_true_of_the_datasets(settings, datasets, instances, note):
+    """It called a branch the instances' dataset where datasets were sources, and where some were not written."""
+    blend = {"settings": settings, "datasets": [{"name": name} for name in datasets], "instances": instances}
+    assert note in _own_note(None if settings is None else blend, 9)
+
+
+def test_one_far_group_leaves_the_map_no_empty_half():
+    """Two thirds of a real pool's map were empty, because one branch lay far from all others."""
+    places = np.concatenate([np.random.default_rng(0).normal(size=(50, 2)), [[100.0, 0.0], [100.0, 0.5]]])
+    spread = _spread_out(places)
+    assert spread.min() == 0 and spread.max() == 1 and np.median(spread[:, 0]) > 0.2
+    assert (np.argsort(spread[:50, 0]) == np.argsort(places[:50, 0])).all() and spread[50, 0] == spread[51, 0]
+    assert (_spread_out(np.zeros((3, 2))) == 0).all()
 
 
 @pytest.mark.parametrize(("flags", "message"), [(("--compare", "nowhere"), "--compare nowhere: no selection.jsonl"),

@@ -111,6 +111,8 @@ def test_it_shows_zooms_and_runs_nothing_of_the_pool(work, open_page):
         page.select_option("#colour", colour)
     for part in ("counts", "measures", "source-table", "settings-table", "audit-table"):
         assert page.locator(f"#{part}").count() == 1
+    # Reasons stood to the right like numbers, cut off.
+    assert page.evaluate("getComputedStyle(document.querySelector('#counts td.words')).textAlign") == "left"
     assert "near-duplicates" in page.inner_text("#counts") and "tokens in the loss" in page.inner_text("#counts")
     for i in range(3):
         page.locator("#audit-tabs button").nth(i).click()
@@ -150,6 +152,33 @@ def test_the_search_goes_to_tags_texts_and_ids(work, open_page):
     page.fill("#search", "no such tag")
     assert "no tag, sample or id has this" in page.inner_text("#found")
     assert page.errors == []
+
+
+def test_what_only_texts_have_dims_no_tag(work, open_page):
+    """The whole tree turned pale, as none of its tags was found, and stayed so after the hit was gone to."""
+    page = open_page(work / "report" / "index.html")
+    page.fill("#search", "Question 6?")
+    assert page.evaluate("matches") is None
+    page.fill("#search", "history")
+    assert page.evaluate("matches.size") > 1
+    assert page.locator("#found li:not(.heading)").first.inner_text().split("\n")[-1].startswith("branch, ")
+
+
+def test_no_part_of_the_tree_is_blank(work, open_page):
+    """Children finer than half a pixel left a gap where a wider one came before them."""
+    page = open_page(work / "report" / "index.html")
+    blank = page.evaluate("""() => {
+      const v = children[0][0], [wide, first, , , last] = children[v], share = nodes.pool_share[v], fine = share / 800;
+      children[v] = [wide, ...Array(399).fill(first), last];
+      nodes.pool_share[wide] = share / 2;
+      nodes.pool_share[first] = nodes.pool_share[last] = fine;
+      [left[wide], left[first], left[last]] = [left[v], left[v] + share / 2, left[v] + share - fine];
+      draw();
+      const scale = canvas.width / view.width, row = canvas.height / levels;
+      const pixel = (part) => canvas.getContext("2d").getImageData((left[v] + part * share) * scale, 2.2 * row, 1, 1);
+      return [0.25, 0.6, 0.75, 0.9].filter((part) => pixel(part).data.slice(0, 3).join() === "255,255,255");
+    }""")
+    assert blank == []
 
 
 def test_no_tooltip_stays(work, open_page):

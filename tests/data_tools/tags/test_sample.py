@@ -193,6 +193,10 @@ def test_parts_come_close_to_one_greedy():
         ({"quality_weight": float("inf")}, "--quality-weight"),
         ({"parts": 0}, "--parts"), ({"seed": -1}, "--seed -1"),
         ({"label_similarity": float("nan")}, "--label-similarity"),
+        # Below 0 it joined labels with negative weights, whose powers are no numbers.
+        ({"label_similarity": -0.5}, "--label-similarity -0.5: from 0"),
+        # Every gain was 0.
+        ({"power": 1e-300}, "--power 1e-300: from 0.01"),
     ],
 )  # fmt: skip
 def test_bad_settings(changes, message):

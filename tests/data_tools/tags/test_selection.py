@@ -6,7 +6,7 @@ import pytest
 from work_folder import make_work_folder
 
 from megatron_ksa.data_tools.tags.chat_template import EncodingSettings
-from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays
+from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, write_arrays, write_jsonl
 from megatron_ksa.data_tools.tags.sample import METHODS, SampleSettings
 from megatron_ksa.data_tools.tags.selection import read_selection, sample_step
 from megatron_ksa.errors import UsageError
@@ -51,6 +51,24 @@ def test_rows_stay_rows_where_a_template_refuses_instances(work):
     assert found.summary["refused_by_template"] == 160
     assert all(row % 5 == 0 for row in found.chosen) and found.chosen.max() > 40
     assert [row["id"] for row in read_jsonl(work / "selection.jsonl")] == [f"r{2 * row}" for row in found.chosen]
+
+
+def test_what_a_template_has_no_form_for_is_not_chosen(tmp_path):
+    """Tool calls took a part of the budget, and the write step, with ChatML, then left them out."""
+    work = make_work_folder(tmp_path / "work", instances=40)
+    records = list(read_jsonl(work / "records.jsonl"))
+    for line in (2, 4):
+        records[line]["tools"] = [{"type": "function", "function": {"name": "look"}}]
+    records[6]["messages"][1]["reasoning_content"] = "thoughts"
+    write_jsonl(work / "records.jsonl", records)
+    found = sample_step(work, SampleSettings("37"), without_tools=True, show_progress=False)
+    assert found.summary["refused_by_template"] == 3 and not {1, 2, 3} & set(found.chosen.tolist())
+    assert sample_step(work, SampleSettings("40"), show_progress=False).summary["refused_by_template"] == 0
+    for record in records:
+        record["tools"] = [{"type": "function", "function": {"name": "look"}}]
+    write_jsonl(work / "records.jsonl", records)
+    with pytest.raises(UsageError, match="no instance can be written: 0 without a response .* 40 with tools"):
+        sample_step(work, SampleSettings("40"), without_tools=True, show_progress=False)
 
 
 def test_target_moves_the_selection(work, tmp_path):

@@ -143,7 +143,7 @@ def test_repeated_datasets_weigh_more(work):
     for repeat, message in refused.items():
         with pytest.raises(UsageError, match=message):
             write(work, repeat=repeat)
-    with pytest.raises(UsageError, match="every dataset has weight 0"):
+    with pytest.raises(UsageError, match="every dataset has 0"):
         write(work, min_instances=1000, repeat="rest=0")
 
 
@@ -185,13 +185,42 @@ def test_what_is_cut_and_what_has_no_response_is_listed(tmp_path):
     write_jsonl(work / "records.jsonl", records)
     sample_step(work, SampleSettings("30"), show_progress=False)
     summary = write(work, loss_on="responses")
-    assert summary["refused_by_template"] == 1 and summary["shortened"] == 1 and summary["instances"] == 29
+    assert summary["unwritten"] == 1 and summary["shortened"] == 1 and summary["instances"] == 29
+    assert summary["reasons"] == {"no response": 1}
     assert list(read_jsonl(work / "blend" / "unwritten.jsonl")) == [{"id": "r4", "reason": "no response"}]
     assert list(read_jsonl(work / "blend" / "shortened.jsonl")) == [
         {"id": "r2", "after_last_response": 1, "beyond_length": 0}
     ]
     found = sample_step(work, SampleSettings("29"), responses=True, show_progress=False)
     assert found.summary["without_response"] == 1 and 2 not in found.chosen
+
+
+def test_a_length_that_no_instance_has_is_not_the_templates_fault(work):
+    """The error said that `--template chatml refuses every instance`, whatever the cause."""
+    with pytest.raises(UsageError, match="no instance can be written: .*longer than 3 tokens.*--max-length"):
+        write(work, max_length=3)
+
+
+@pytest.mark.parametrize(
+    ("repeat", "message"),
+    [
+        ("Algebra=1e308", "from 1e-06 to 1,000,000"), ("Algebra=1e-300", "from 1e-06"), ("Algebra=nan", "give NAME"),
+        ("=2", "give NAME"), ("Algebra", "give NAME"), ("Algebra=1,Algebra=2", "each name once"),
+    ],
+)  # fmt: skip
+def test_repetitions_that_no_blend_can_count_with(repeat, message):
+    """1e308 ended in a traceback of Megatron's, and in one of JSON's in the export step."""
+    with pytest.raises(UsageError, match=message):
+        GroupSettings(repeat=repeat)
+
+
+def test_a_dataset_to_repeat_is_looked_for_before_anything_is_written(work, monkeypatch):
+    """Its name was looked up after every instance had been encoded; --align-weight was to help where all count 0."""
+    monkeypatch.setattr(write_module, "encode_records", lambda *arguments: pytest.fail("encoded"))
+    with pytest.raises(UsageError, match="--repeat nowhere: no such dataset; there are "):
+        write(work, repeat="nowhere=2")
+    with pytest.raises(UsageError, match="--repeat: every dataset has 0"):
+        write(work, repeat="rest=0", min_instances=1000)
 
 
 def test_groups_beyond_the_limit_are_one():
@@ -225,7 +254,9 @@ def test_instances_that_a_template_refuses_are_listed(work):
         write_module_encoder_reset()
         summary = write(work, tokenizer_model=str(work / "strict"), template="tokenizer")
         unwritten = list(read_jsonl(work / "blend" / "unwritten.jsonl"))
-        assert summary["refused_by_template"] == len(unwritten) == 60 - summary["instances"] > 0
+        assert (
+            summary["unwritten"] == sum(summary["reasons"].values()) == len(unwritten) == 60 - summary["instances"] > 0
+        )
         assert all(refused in row["reason"] for row in unwritten)
 
 
@@ -238,7 +269,7 @@ def test_template_that_refuses_every_instance_says_why(work, tmp_path):
     rows = [row for row in read_selection(work).tolist() if row % 5]
     chosen = [json.loads(line) for line in (work / "selection.jsonl").read_text(encoding="utf-8").splitlines()]
     write_jsonl(work / "selection.jsonl", (row for row in chosen if row["row"] in rows))
-    with pytest.raises(UsageError, match="refuses every instance, the first because no"):
+    with pytest.raises(UsageError, match="no instance can be written: 49 no "):
         write(work, tokenizer_model=str(tmp_path), template="tokenizer")
     write_jsonl(work / "selection.jsonl", chosen)
     assert not (work / "blend.partial").exists()

@@ -26,7 +26,7 @@ function showBranches() {
   });
   element("branches-title").textContent = `Branches of ${nodes.name[focus]} (${number.format(list.length)})`;
   element("branches-note").textContent = hasOwn
-    ? "Own: each instance counts in one branch, that of its dataset. With a tag: an instance counts in every branch that holds a tag of it."
+    ? data.own.note + " With a tag: an instance counts in every branch that holds a tag of it."
     : "An instance counts in every branch that holds a tag of it.";
   const head = make("tr"), body = make("tbody");
   columns.forEach(([title], i) => {

@@ -70,10 +70,14 @@ function showSources() {
 
 function fillTable(table, columns, rows) {
   const head = make("thead"), body = make("tbody"), titles = make("tr", undefined, head);
-  for (const title of columns) make("th", title, titles);
+  // Words to the left, numbers to the right.
+  columns.forEach((title, i) => { make("th", title, titles, rows.some((values) => typeof values[i] === "string") ? "words" : ""); });
   for (const values of rows) {
     const row = make("tr", undefined, body);
-    for (const value of values) make("td", typeof value === "number" ? number.format(value) : value, row, typeof value === "string" && value.length > 40 ? "text" : "");
+    for (const value of values) {
+      if (typeof value === "number") make("td", number.format(value), row);
+      else make("td", value, row, value.length > 40 ? "words text" : "words");
+    }
   }
   table.replaceChildren(head, body);
 }

@@ -20,14 +20,15 @@ function search() {
   if (!text) { matches = null; list.hidden = true; draw(); return; }
   const tags = [];
   for (let v = 0; v < total; v++) if (nodes.name[v].toLowerCase().includes(text)) tags.push(v);
-  matches = new Set();
+  // A text that only samples or ids have dims no tag.
+  matches = tags.length ? new Set() : null;
   for (const v of tags) for (let up = v; up >= 0 && !matches.has(up); up = nodes.parent[up]) matches.add(up);
   // The name itself first, then names that start with it, then the most frequent.
   const rank = (v) => { const name = nodes.name[v].toLowerCase(); return name === text ? 0 : name.startsWith(text) ? 1 : 2; };
   tags.sort((a, b) => rank(a) - rank(b) || nodes.pool[b] - nodes.pool[a]);
   if (tags.length) heading(`${number.format(tags.length)} branches and tags` + (tags.length > SHOWN_HITS.tags ? `, the first ${SHOWN_HITS.tags} shown` : ""), list);
   for (const v of tags.slice(0, SHOWN_HITS.tags)) {
-    hit(nodes.name[v], `${number.format(nodes.selected[v])} of ${number.format(nodes.pool[v])}`, list, () => { zoom(v); element("tree").scrollIntoView({ block: "start" }); });
+    hit(nodes.name[v], `${children[v].length ? "branch" : "tag"}, ${number.format(nodes.selected[v])} of ${number.format(nodes.pool[v])}`, list, () => { zoom(v); element("tree").scrollIntoView({ block: "start" }); });
   }
   const inTexts = [];
   texts.forEach((each, i) => { const at = each.indexOf(text); if (at >= 0) inTexts.push([i, at]); });

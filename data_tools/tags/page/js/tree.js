@@ -13,6 +13,8 @@ let view = { x: 0, width: nodes.pool_share[0] || 1, top: 0 };
 // Colours by rank: stops at quantiles of the values shown, so that no branch of the scale is one flat colour however skewed the
 // values are. The legend names the values at the stops.
 const STOPS = 8;
+// Narrower nodes are not drawn each by itself, pixels.
+const FINEST = 0.5;
 const QUANTITIES = {
   coverage: {
     title: "tags covered", value: (v) => nodes.coverage[v], text: percent, none: "no tags in the pool",
@@ -79,6 +81,16 @@ function isDark(colour) {
   return DARK.get(colour);
 }
 
+// Place of the first child that is too narrow to be drawn; children come by falling width.
+function firstFine(list, scale) {
+  let low = 0, high = list.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (nodes.pool_share[list[middle]] * scale < FINEST) high = middle; else low = middle + 1;
+  }
+  return low;
+}
+
 function draw() {
   const context = fit(canvas), width = canvas.clientWidth, height = canvas.clientHeight;
   context.fillStyle = style("--back"); context.fillRect(0, 0, width, height);
@@ -88,7 +100,7 @@ function draw() {
   for (let v = 0; v < total;) {
     const x = (left[v] - view.x) * scale, w = nodes.pool_share[v] * scale;
     // Nothing below a node is wider than it, so what is out of sight is skipped whole.
-    if (w < 0.5 || x > width || x + w < 0) { v = end[v]; continue; }
+    if (w < FINEST || x > width || x + w < 0) { v = end[v]; continue; }
     const y = (nodes.depth[v] - view.top) * row;
     if (y + row > 0) {
       const value = quantity.value(v), colour = value === null || value === undefined ? null : ramp.colour(value);
@@ -102,11 +114,14 @@ function draw() {
         while (name && context.measureText(name).width > shown - 10) name = name.slice(0, Math.floor(name.length * 0.85) - 1);
         if (name) context.fillText(name.length < nodes.name[v].length ? name + "…" : name, x0 + 5, y + row / 2, shown - 8);
       }
-      // Children finer than a pixel are shown as one block in the colour of their mean.
-      if (children[v].length && nodes.pool_share[children[v][0]] * scale < 0.7) {
+      // Children finer than half a pixel, which come last, are shown as one block in the colour of their mean.
+      const fine = firstFine(children[v], scale);
+      if (fine < children[v].length) {
+        const from = Math.max((left[children[v][fine]] - view.x) * scale, 0), last = children[v][children[v].length - 1];
+        const to = Math.min((left[last] + nodes.pool_share[last] - view.x) * scale, width);
         context.fillStyle = colour || empty;
         context.globalAlpha *= 0.55;
-        context.fillRect(x0, y + row, Math.max(shown - (w > 3 ? 1 : 0), 0.5), row - 1);
+        if (to > from) context.fillRect(from, y + row, Math.max(to - from - (to - from > 3 ? 1 : 0), 0.5), row - 1);
       }
       drawn++;
     }
