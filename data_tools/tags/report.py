@@ -24,7 +24,7 @@ from megatron_ksa.data_tools.tags.report_data import NodeStatistics, choose_samp
 from megatron_ksa.data_tools.tags.report_image import draw_report
 from megatron_ksa.data_tools.tags.report_page import node_columns, render
 from megatron_ksa.data_tools.tags.report_points import MOST_POINTS, point_columns, point_rows
-from megatron_ksa.data_tools.tags.selection import SELECTION, SUMMARY, read_selection, read_summary
+from megatron_ksa.data_tools.tags.selection import SELECTION, SUMMARY, UNWRITABLE, read_selection, read_summary
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tag import FAILED
 from megatron_ksa.data_tools.tags.tree import BRANCH_NAMES, TREE
@@ -384,6 +384,6 @@ def _check(context: Context, settings: ReportSettings) -> None:
 
 STEP = Step(
     "report", {"report": ReportSettings}, reads=(RECORDS, GROUNDING, TREE, BRANCH_NAMES, EMBEDDINGS, SELECTION, SUMMARY,
-    MERGES, REJECTED, FAILED, DUPLICATES, CONTAMINATED, UNPLACED, BLEND), writes=(REPORT,), run=_run,
+    MERGES, REJECTED, FAILED, DUPLICATES, CONTAMINATED, UNWRITABLE, UNPLACED, BLEND), writes=(REPORT,), run=_run,
     also_reads=_inputs, check=_check,
 )  # fmt: skip

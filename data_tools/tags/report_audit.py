@@ -29,6 +29,7 @@ from megatron_ksa.data_tools.tags.ground import UNPLACED
 from megatron_ksa.data_tools.tags.manifest import MANIFEST
 from megatron_ksa.data_tools.tags.read import RECORDS, REJECTED
 from megatron_ksa.data_tools.tags.records import message_text
+from megatron_ksa.data_tools.tags.selection import UNWRITABLE
 from megatron_ksa.data_tools.tags.tag import FAILED
 from megatron_ksa.data_tools.tags.write import BLEND, UNWRITTEN
 from megatron_ksa.files import LIST_BYTES, read_small
@@ -39,6 +40,7 @@ LEFT_OUT = {
     DUPLICATES: "near-duplicates",
     UNPLACED: "no tag on the tree",
     CONTAMINATED: "hold evaluation data",
+    UNWRITABLE: "cannot be written",
     f"{BLEND}/{UNWRITTEN}": "chosen, but not written",
 }
 # Those whose settings the report shows by their flags.

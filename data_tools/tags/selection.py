@@ -13,6 +13,7 @@ from megatron_ksa.data_tools.tags.branches import branch_of
 from megatron_ksa.data_tools.tags.budget import Budget, counts_tokens, parse_budget, parse_forms
 from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
 from megatron_ksa.data_tools.tags.chat_template import (
+    NO_RESPONSE,
     EncodingSettings,
     check_encoding,
     encode_records,
@@ -33,17 +34,26 @@ from megatron_ksa.data_tools.tags.tree import TREE
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import LIST_BYTES, read_small
 
-SELECTION, SUMMARY = "selection.jsonl", "selection.json"
+SELECTION, SUMMARY, UNWRITABLE = "selection.jsonl", "selection.json", "unwritable.jsonl"
+NO_FORM = "the template has no form for tools, tool calls and thoughts; use --template tokenizer"
 # Names of sources or branches that a message lists.
 NAMES = 10
 
 
-def count_tokens(work: Path, pool: Pool, settings: EncodingSettings, run: Callable = map) -> np.ndarray:
-    """int64 [instances], tokens of each instance as the write step will write it; 0 where the template refuses it."""
+def count_tokens(
+    work: Path, pool: Pool, settings: EncodingSettings, run: Callable = map
+) -> tuple[np.ndarray, dict[int, str]]:
+    """int64 [instances], tokens of each instance as the write step will write it, and why some have none, by row."""
     records = read_records(work, pool.record)
     encoded = encode_records(records, settings, run)
+    tokens, refused = np.zeros(pool.instances, np.int64), {}
     bar = tqdm(encoded, total=pool.instances, desc="count tokens", unit=" instances", mininterval=1.0)
-    return np.array([0 if isinstance(result, str) else len(result.ids) for result in bar], np.int64)
+    for row, result in enumerate(bar):
+        if isinstance(result, str):
+            refused[row] = result
+        else:
+            tokens[row] = len(result.ids)
+    return tokens, refused
 
 
 def _make_rules(
@@ -94,7 +104,7 @@ def _why_not(work: Path, name: str) -> str:
         if found is not None:
             return f"{file} has it" + (f", {found['kept'][:SHOWN]!r} stands for it" if "kept" in found else "")
     if any(record["id"] == name for record in read_jsonl(work / RECORDS)):
-        return "it has no response, or the template has no form for it"
+        return "it has no response, or the template refuses it"
     return f"no such id in {RECORDS}"
 
 
@@ -156,10 +166,10 @@ def sample_step(
     """
     constraints = constraints or ConstraintSettings()
     by_branch = any(bound.kind == "branch" for bound in constraints.bounds)
-    pool = load_pool(work, vectors=by_branch or settings.method in ("label-graph", "cluster-balanced"))
+    whole = pool = load_pool(work, vectors=by_branch or settings.method in ("label-graph", "cluster-balanced"))
     rows = np.flatnonzero(~np.isin(pool.record, contaminated_lines(work)))
-    counts = {"refused_by_template": 0, "without_response": 0, "contaminated": pool.instances - len(rows)}
-    if counts["contaminated"]:
+    reasons: dict[int, str] = {}
+    if len(rows) < pool.instances:
         if not len(rows):
             raise UsageError(
                 f"{work}: every instance holds a question of the evaluation data, as {CONTAMINATED} lists; "
@@ -167,37 +177,43 @@ def sample_step(
             )
         pool = pool.take(rows)
     if (responses or without_tools) and pool.instances:
-        writable = [
-            (not responses or has_response(record), not without_tools or has_form(record))
-            for record in read_records(work, pool.record)
-        ]
-        counts["without_response"] = sum(not answered for answered, _ in writable)
-        counts["refused_by_template"] = sum(answered and not formed for answered, formed in writable)
-        kept = np.flatnonzero([all(each) for each in writable])
-        if not len(kept):
-            raise UsageError(
-                f"{work}: no instance can be written: {counts['without_response']:,} without a response (--loss-on), "
-                f"{counts['refused_by_template']:,} with tools, tool calls or thoughts (--template tokenizer has them)"
-            )
-        pool, rows = pool.take(kept), rows[kept]
+        for row, record in zip(rows, read_records(work, pool.record), strict=True):
+            if responses and not has_response(record):
+                reasons[int(row)] = NO_RESPONSE
+            elif without_tools and not has_form(record):
+                reasons[int(row)] = NO_FORM
+        rows = _without(rows, reasons)
+        pool = whole.take(rows)
     if tokens is not None and pool.instances:
-        pool = replace(pool, tokens=count_tokens(work, pool, tokens, run))
-        written = np.flatnonzero(pool.tokens)
-        counts["refused_by_template"] += pool.instances - len(written)
-        pool, rows = pool.take(written), rows[written]
+        lengths, refused = count_tokens(work, pool, tokens, run)
+        reasons |= {int(rows[place]): reason for place, reason in refused.items()}
+        pool, rows = replace(pool, tokens=lengths).take(np.flatnonzero(lengths)), _without(rows, reasons)
+    if reasons and not len(rows):
+        said = "; ".join(f"{count:,} {reason}" for reason, count in Counter(reasons.values()).most_common(3))
+        raise UsageError(f"{work}: no instance can be written: {said} (--template, --loss-on, --max-length)")
+    no_response = sum(reason == NO_RESPONSE for reason in reasons.values())
+    counts = {
+        "refused_by_template": len(reasons) - no_response, "without_response": no_response,
+        "contaminated": whole.instances - len(rows) - len(reasons),
+    }  # fmt: skip
     wanted = None if target is None else load_pool(target, tree=work).shares.sum(axis=0)
     nested = [
         replace(found, chosen=rows[found.chosen], summary={**found.summary, **counts})
         for found in _nested(work, pool, settings, constraints, wanted, show_progress)
     ]
-    _write(work, nested, load_pool(work).record)
+    _write(work, nested, whole.record, reasons)
     return nested[-1]
 
 
-def _write(work: Path, nested: list[Sample], record: np.ndarray) -> None:
+def _without(rows: np.ndarray, reasons: dict[int, str]) -> np.ndarray:
+    return rows[~np.isin(rows, np.fromiter(reasons, np.int64, len(reasons)))]
+
+
+def _write(work: Path, nested: list[Sample], record: np.ndarray, reasons: dict[int, str]) -> None:
     found = nested[-1]
-    chosen = np.sort(found.chosen)
-    ids = dict(zip(chosen.tolist(), (each["id"] for each in read_records(work, record[chosen])), strict=True))
+    named = np.array(sorted({*found.chosen.tolist(), *reasons}), np.int64)
+    ids = dict(zip(named.tolist(), (each["id"] for each in read_records(work, record[named])), strict=True))
+    write_jsonl(work / UNWRITABLE, ({"id": ids[row], "reason": reasons[row]} for row in sorted(reasons)))
     budgets = {row: number for number, each in reversed(list(enumerate(nested, 1))) for row in each.chosen.tolist()}
     write_jsonl(work / SELECTION, (
         {"row": row, "id": ids[row], "gain": None if np.isnan(gain) else gain, "budget": budgets[row]}
@@ -319,6 +335,6 @@ def check_of_budget(settings: SampleSettings, of_budget: int) -> None:
 
 STEP = Step(
     "sample", {"sampling": SampleSettings, "constraints": ConstraintSettings, "encoding": EncodingSettings},
-    reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS, CONTAMINATED), writes=(SELECTION, SUMMARY),
+    reads=(RECORDS, GROUNDING, TREE, EMBEDDINGS, CONTAMINATED), writes=(SELECTION, SUMMARY, UNWRITABLE),
     run=_run, also_reads=_other_files, decides=_decides, check=_check,
 )  # fmt: skip

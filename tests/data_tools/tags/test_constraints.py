@@ -63,7 +63,7 @@ def test_bounds_in_tokens(work):
     found = sample_step(work, SampleSettings("2kt"), constraints, tokens=encoding, show_progress=False)
     from megatron_ksa.data_tools.tags.selection import count_tokens
 
-    tokens = count_tokens(work, load_pool(work), encoding)
+    tokens, _ = count_tokens(work, load_pool(work), encoding)
     spent = {name: int(tokens[found.chosen][SOURCE[found.chosen] == name].sum()) for name in set(SOURCE)}
     assert spent["source 0"] <= 300 and spent["source 1"] >= 1000 - tokens.max() and sum(spent.values()) <= 2000
 

@@ -113,6 +113,7 @@ def test_summary_counts_everything_left_out(work):
     assert summary["left_out"] == {
         "rejected.jsonl": {HOSTILE: 3}, "failed.jsonl": {"refused": 1},
         "duplicates.jsonl": {"near-duplicates": 1}, "blend/unwritten.jsonl": {}, "contaminated.jsonl": {},
+        "unwritable.jsonl": {},
     }  # fmt: skip
     assert [branch["name"] for branch in summary["branches"]][:1] == [HOSTILE]
     assert {branch["name"] for branch in summary["branches"]} == {HOSTILE, *TOPICS[1:]}

@@ -18,7 +18,7 @@ from megatron_ksa.data_tools.tags.selection import sample_step
 
 pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTHS = (800, 1400)
+WIDTHS = (800, 1280)
 READY = "document.documentElement.dataset.ready === 'true'"
 
 
@@ -168,8 +168,10 @@ def test_no_part_of_the_tree_is_blank(work, open_page):
     """Children finer than half a pixel left a gap where a wider one came before them."""
     page = open_page(work / "report" / "index.html")
     blank = page.evaluate("""() => {
-      const v = children[0][0], [wide, first, , , last] = children[v], share = nodes.pool_share[v], fine = share / 800;
-      children[v] = [wide, ...Array(399).fill(first), last];
+      const v = children[0][0], [wide, first, ...rest] = children[v], last = rest[0];
+      const share = nodes.pool_share[v], fine = share / 4000;
+      for (const v of rest) nodes.pool_share[v] = 0;
+      children[v] = [wide, ...Array(1999).fill(first), last];
       nodes.pool_share[wide] = share / 2;
       nodes.pool_share[first] = nodes.pool_share[last] = fine;
       [left[wide], left[first], left[last]] = [left[v], left[v] + share / 2, left[v] + share - fine];
@@ -287,6 +289,9 @@ def test_every_part_fits_the_width(width, scheme, work, open_page):
     for part in ("tree", "map", "comparison", "spread", "sources", "counts", "audit", "settings"):
         box = page.locator(f"#{part}").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["height"] > 20, part
+    # The branches' shares, on the right, were cut off at 1280 pixels.
+    scroll = page.evaluate("(({ scrollWidth, clientWidth }) => scrollWidth - clientWidth)(branches.parentElement)")
+    assert scroll <= 0, scroll
     picture = page.screenshot(full_page=True)
     assert len(picture) > 50_000
     if "SCREENSHOTS" in os.environ:

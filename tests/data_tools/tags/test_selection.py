@@ -49,6 +49,8 @@ def test_rows_stay_rows_where_a_template_refuses_instances(work):
     tokens = EncodingSettings(str(work / "strict"), "tokenizer")
     found = sample_step(work, SampleSettings("900t"), tokens=tokens, show_progress=False)
     assert found.summary["refused_by_template"] == 160
+    unwritable = list(read_jsonl(work / "unwritable.jsonl"))
+    assert len(unwritable) == 160 and unwritable[0] == {"id": "r2", "reason": "one turn only"}
     assert all(row % 5 == 0 for row in found.chosen) and found.chosen.max() > 40
     assert [row["id"] for row in read_jsonl(work / "selection.jsonl")] == [f"r{2 * row}" for row in found.chosen]
 
@@ -63,11 +65,15 @@ def test_what_a_template_has_no_form_for_is_not_chosen(tmp_path):
     write_jsonl(work / "records.jsonl", records)
     found = sample_step(work, SampleSettings("37"), without_tools=True, show_progress=False)
     assert found.summary["refused_by_template"] == 3 and not {1, 2, 3} & set(found.chosen.tolist())
+    # They were counted, and no file told which they were.
+    assert [(row["id"], row["reason"][:20]) for row in read_jsonl(work / "unwritable.jsonl")] == [
+        (name, "the template has no ") for name in ("r2", "r4", "r6")
+    ]  # fmt: skip
     assert sample_step(work, SampleSettings("40"), show_progress=False).summary["refused_by_template"] == 0
     for record in records:
         record["tools"] = [{"type": "function", "function": {"name": "look"}}]
     write_jsonl(work / "records.jsonl", records)
-    with pytest.raises(UsageError, match="no instance can be written: 0 without a response .* 40 with tools"):
+    with pytest.raises(UsageError, match="no instance can be written: 40 the template has no form for tools"):
         sample_step(work, SampleSettings("40"), without_tools=True, show_progress=False)
 
 
