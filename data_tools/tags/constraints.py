@@ -129,11 +129,13 @@ class Limit:
     Args:
         member: bool [instances].
         least, most: in the budget's unit.
+        name: for errors.
     """
 
     member: np.ndarray
     least: float = 0.0
     most: float = np.inf
+    name: str = "a group"
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,14 @@ class Rules:
         needed = float(cost[self.first].sum())
         if needed > budget:
             raise UsageError(f"--always: its records need {needed:,.0f} of a --budget of {budget:,.0f}")
-        # What is always chosen counts towards the floors.
-        missing = [max(limit.least - cost[self.first][limit.member[self.first]].sum(), 0.0) for limit in self.limits]
+        # What is always chosen counts towards the floors and the quotas.
+        held = [float(cost[self.first][limit.member[self.first]].sum()) for limit in self.limits]
+        for limit, amount in zip(self.limits, held, strict=True):
+            if amount > limit.most:
+                raise UsageError(
+                    f"--always: its records have {amount:,.0f} of {limit.name}, more than its --quota {limit.most:,.0f}"
+                )
+        missing = [max(limit.least - amount, 0.0) for limit, amount in zip(self.limits, held, strict=True)]
         if needed + sum(missing) > budget:
             needed += sum(missing)
             raise UsageError(f"--floor: needs {needed:,.0f} of a --budget of {budget:,.0f}, --always included")

@@ -98,6 +98,7 @@ def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engi
     """
     ids, count = _Ids(), 0
     reasons: Counter[str] = Counter()
+    first: dict[str, str] = {}
     sources: Counter[str] = Counter()
     total = sum(path.stat().st_size for path in files)
     tasks = batched(read_raw(files), DOCUMENTS_PER_TASK)
@@ -119,11 +120,13 @@ def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engi
                         continue
                     reason, detail = DUPLICATE, "the first one is kept"
                 reasons[reason] += 1
+                first.setdefault(reason, f"{parsed.origin}: {detail}" if detail else parsed.origin)
                 rejected.write(json_line({"origin": parsed.origin, "id": name, "reason": reason, "detail": detail}))
         if not count:
-            found = ", ".join(f"{each:,} {reason}" for reason, each in reasons.most_common()) or "no line"
+            said = [f"{each:,} {reason}, the first {first[reason]}" for reason, each in reasons.most_common(3)]
             raise UsageError(
-                f"--input: no record that can be used ({found}); see data_tools/tags/README.md for the schemas"
+                f"--input: no record that can be used ({'; '.join(said) or 'no line'}); data_tools/tags/README.md has "
+                "the schemas"
             )
     return {"records": count, "rejected": sum(reasons.values()), "reasons": dict(reasons), "sources": dict(sources)}
 

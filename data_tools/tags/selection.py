@@ -85,7 +85,7 @@ def _make_rules(
                 f" and {len(known) - NAMES:,} smaller ones" if len(known) > NAMES else ""
             )
             raise UsageError(f"{bound.flag} {bound.kind}:{bound.name[:SHOWN]}: the pool has none; it has {names}")
-        limit = limits.get((bound.kind, bound.name), Limit(member))
+        limit = limits.get((bound.kind, bound.name), Limit(member, name=f"{bound.kind} {bound.name[:SHOWN]}"))
         told, held = f"--floor {bound.kind}:{bound.name}", cost[member].sum()
         if bound.flag == "--floor" and amount > held:
             raise UsageError(f"{told}: the pool has {held:,.0f}, less than {amount:,.0f}")

@@ -161,6 +161,11 @@ def test_unknown_and_too_many_ids(work, tmp_path):
     (tmp_path / "ids.txt").write_text("r2\nr4\n", encoding="utf-8")
     with pytest.raises(UsageError, match="--always: its records need 2 of a --budget of 1"):
         chosen(work, "1", ConstraintSettings(always=str(tmp_path / "ids.txt")))
+    # The quota was exceeded without a word.
+    (tmp_path / "ids.txt").write_text("r0\nr6\nr12\n", encoding="utf-8")
+    constraints = ConstraintSettings(always=str(tmp_path / "ids.txt"), quota="source:source 0=2")
+    with pytest.raises(UsageError, match="--always: its records have 3 of source source 0, more than its --quota 2"):
+        chosen(work, constraints=constraints)
     with pytest.raises(UsageError, match="--parts: not with"):
         constraints = ConstraintSettings(quota="source:source 0=3")
         sample_step(work, SampleSettings("40", parts=2), constraints, show_progress=False)
