@@ -128,6 +128,7 @@ def main() -> None:
             raise UsageError(f"--work {args.work}: no such folder; the tag command makes it")
         stack.enter_context(exclusive_folder(args.work, "tools/preprocess_tags.py"))
         pipeline, target = make_pipelines(args)
+        stack.callback(pipeline.context.engine.close)
         names = commands(args.command)
         steps = {name: COMMANDS[name].steps for name in names}
         target_steps = {name: COMMANDS[name].target_steps for name in names}
@@ -159,4 +160,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues", file=sys.stderr, flush=True)
+        sys.exit(130)

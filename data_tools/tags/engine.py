@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -59,7 +61,7 @@ class Engine:
     def close(self) -> None:
         """End the processes that wait for more work; the next `map` starts others."""
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     def _in_processes(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
@@ -75,7 +77,8 @@ class Engine:
         pending: deque = deque()
         try:
             for task in tasks:
-                pending.append(pool.submit(call, task))
+                with _interrupts_later():  # it may start a worker
+                    pending.append(pool.submit(call, task))
                 if len(pending) >= TASKS_IN_FLIGHT * self.workers:
                     yield pending.popleft().result()
             while pending:
@@ -116,6 +119,16 @@ class Engine:
             raise UsageError(
                 f"--engine ray: a worker or the cluster failed ({type(error).__name__}); run again"
             ) from None
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold back Ctrl-C; processes that start meanwhile never see one, and end with this process instead."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _function: Callable | None = None

@@ -93,6 +93,24 @@ def test_workers_end_with_a_killed_parent():
     pytest.fail(f"{len(alive)} workers outlive their parent by 10 s")
 
 
+@pytest.mark.slow
+def test_an_interrupt_is_one_line(tmp_path):
+    """Ctrl-C, which the terminal sends to workers too, printed over a hundred lines of tracebacks."""
+    tool = Path(__file__).parents[3] / "tools" / "preprocess_tags.py"
+    pool = write_pool(tmp_path / "pool.jsonl", count=20_000)
+    run = subprocess.Popen(
+        [sys.executable, tool, "tag", "--work", tmp_path / "work", "--input", pool, "--workers", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert run.stdout.readline().startswith("read:")
+    os.killpg(run.pid, signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130 and error.splitlines()[-1] == "interrupted: the same command continues"
+    assert "Traceback" not in error and "Error" not in error
+    assert {"records.jsonl", "manifest.json"} <= {path.name for path in (tmp_path / "work").iterdir()}
+    assert not [path for path in (tmp_path / "work").iterdir() if path.name in ("run.lock", "tags.jsonl")]
+
+
 def _state(process: int) -> str:
     try:
         status = Path(f"/proc/{process}/status").read_text()
