@@ -57,10 +57,13 @@ def lay_out(vectors: np.ndarray) -> np.ndarray:
 def _spread_out(places: np.ndarray) -> np.ndarray:
     """Each coordinate from 0 to 1: half of it where it lies, half its rank, so that a far group leaves no empty map."""
     low, width = places.min(0), np.ptp(places, axis=0)
-    lies = (places - low) / np.where(width > 0, width, 1.0)
+    if not width.all():  # all on one line
+        low, width = np.where(width > 0, low, low - 0.5), np.where(width > 0, width, 1.0)
+    lies = (places - low) / width
     # Equal coordinates have one rank, the mean of theirs.
     ranks = rankdata(places, axis=0) - 1
-    ranks = (ranks - ranks.min(0)) / np.where(np.ptp(ranks, axis=0) > 0, np.ptp(ranks, axis=0), 1.0)
+    spread = np.ptp(ranks, axis=0)
+    ranks = np.where(spread > 0, (ranks - ranks.min(0)) / np.where(spread > 0, spread, 1.0), 0.5)
     return (lies + ranks) / 2
 
 

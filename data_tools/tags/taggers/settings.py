@@ -60,6 +60,8 @@ class EndpointSettings:
         for name in ("backoff", "timeout", "input_price", "output_price"):
             if not 0 <= getattr(self, name) <= 1e9:
                 raise UsageError(f"--llm-{name.replace('_', '-')} {getattr(self, name)}: from 0 to a thousand million")
+        if not self.timeout:
+            raise UsageError("--llm-timeout 0: above 0, seconds")
         if not 1 <= self.max_bytes <= MOST_REPLY_BYTES:
             raise UsageError(f"--llm-max-reply-bytes {self.max_bytes}: from 1 to {MOST_REPLY_BYTES:,}")
         try:

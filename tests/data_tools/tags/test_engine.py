@@ -97,7 +97,7 @@ def test_workers_end_with_a_killed_parent():
 def test_an_interrupt_is_one_line(tmp_path):
     """Ctrl-C, which the terminal sends to workers too, printed over a hundred lines of tracebacks."""
     tool = Path(__file__).parents[3] / "tools" / "preprocess_tags.py"
-    pool = write_pool(tmp_path / "pool.jsonl", count=20_000)
+    pool = write_pool(tmp_path / "pool.jsonl", count=6000)
     run = subprocess.Popen(
         [sys.executable, tool, "tag", "--work", tmp_path / "work", "--input", pool, "--workers", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

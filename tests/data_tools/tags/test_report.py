@@ -292,7 +292,8 @@ def test_one_far_group_leaves_the_map_no_empty_half():
     spread = _spread_out(places)
     assert spread.min() == 0 and spread.max() == 1 and np.median(spread[:, 0]) > 0.2
     assert (np.argsort(spread[:50, 0]) == np.argsort(places[:50, 0])).all() and spread[50, 0] == spread[51, 0]
-    assert (_spread_out(np.zeros((3, 2))) == 0).all()
+    # A pool of one lies in the middle, and not in a corner.
+    assert (_spread_out(np.zeros((3, 2))) == 0.5).all() and (_spread_out(places * [1, 0])[:, 1] == 0.5).all()
 
 
 @pytest.mark.parametrize(("flags", "message"), [(("--compare", "nowhere"), "--compare nowhere: no selection.jsonl"),

@@ -17,7 +17,7 @@ function showComparison() {
   element("overlap").textContent = overlap ? Object.entries(overlap).map(([name, count]) => `${name}: ${number.format(count)}`).join(" · ") : "Another run on this pool can be shown beside this one: preprocess_tags.py report --compare DIR.";
 }
 
-const HISTOGRAM = { width: 420, height: 190, left: 44, right: 8, top: 8, bottom: 34 };
+const HISTOGRAM = { width: 420, height: 190, left: 44, right: 16, top: 8, bottom: 34 };
 const TITLES = { quality: "quality", difficulty: "difficulty", characters: "length of an instance, characters", tokens: "length of a written sequence, tokens" };
 function histogram(name, { edges, counts, log }) {
   const { width, height, left, right, top, bottom } = HISTOGRAM, figure = make("figure", undefined, element("histograms"));

@@ -36,7 +36,9 @@ function drawMap() {
   const image = context.createImageData(width, height), pixel = new Uint32Array(image.data.buffer), back = rgb("--back");
   pixel.fill(whole(back));
   const sx = transform.k * width / GRID, sy = transform.k * height / GRID, ox = transform.x * ratio, oy = transform.y * ratio;
-  const size = Math.max(1, Math.round(ratio * Math.min(1.5 * Math.sqrt(transform.k), 5)));
+  // Dots of few instances are larger.
+  const least = Math.min(Math.max(1.5, 150 / Math.sqrt(points.count)), 4);
+  const size = Math.max(1, Math.round(ratio * Math.min(least * Math.sqrt(transform.k), 5)));
   let shown = 0;
   // Calls put(pixel, instance) for the corner of each dot in sight; stamp() fills a dot from its corner.
   function dots(at, members, wide, put) {
