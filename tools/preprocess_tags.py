@@ -101,6 +101,18 @@ def of_target() -> Iterator[None]:
         raise UsageError(f"--target{':' if said == str(error) else ''} {said.removeprefix(':').strip()}") from None
 
 
+def check_apart(work: Path, inputs: list[str], flag: str) -> None:
+    """Check that the work folder lies in no folder that is read: the next run would read what this one wrote.
+
+    Raises:
+        UsageError: it does.
+    """
+    for name in inputs:
+        folder = Path(name)
+        if folder.is_dir() and work.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"--work {work}: lies in {flag} {name}, so that its files would be read as data")
+
+
 def make_pipelines(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]:
     """The pool's pipeline, and the target's where one is given now or was given to the `tag` command before."""
     steps = [step for name in commands(args.command) for step in COMMANDS[name].steps]
@@ -126,6 +138,8 @@ def main() -> None:
         args = parse_arguments(sys.argv[1:])
         if "tag" not in commands(args.command) and not args.work.is_dir():
             raise UsageError(f"--work {args.work}: no such folder; the tag command makes it")
+        for flag in ("input", "target", "decontaminate"):
+            check_apart(args.work, getattr(args, flag, None) or [], f"--{flag}")
         stack.enter_context(exclusive_folder(args.work, "tools/preprocess_tags.py"))
         pipeline, target = make_pipelines(args)
         stack.callback(pipeline.context.engine.close)

@@ -69,10 +69,19 @@ def read_jsonl(path: Path) -> Iterator[dict]:
     Raises:
         UsageError: the file is missing or was changed into something else.
     """
+    for number, line in enumerate(read_lines(path), start=1):
+        yield row_of(line, f"{path}:{number}")
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of such a file, their ends included.
+
+    Raises:
+        UsageError: the file is missing, or a line is too long.
+    """
     try:
         with open(path, "rb") as stream:
-            for number, line in enumerate(lines_of(stream, path), start=1):
-                yield row_of(line, f"{path}:{number}")
+            yield from lines_of(stream, path)
     except FileNotFoundError:
         raise UsageError(
             f"{path} does not exist: run the step that writes it first (data_tools/tags/README.md)"

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from megatron_ksa.data_tools.tags.canonicalise import EMBEDDINGS
-from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl
+from megatron_ksa.data_tools.tags.files import read_arrays, read_jsonl, read_lines, row_of
 from megatron_ksa.data_tools.tags.ground import GROUNDING
 from megatron_ksa.data_tools.tags.objective import ancestors, tag_shares
 from megatron_ksa.data_tools.tags.read import RECORDS
@@ -111,12 +111,18 @@ def load_pool(work: Path, *, tree: Path | None = None, vectors: bool = False) ->
 
 
 def read_records(work: Path, lines: np.ndarray) -> Iterator[dict]:
-    """Records at the given lines of `records.jsonl`, int64 [lines], rising."""
+    """Records at the given lines of `records.jsonl`, int64 [lines], rising; other lines are not parsed."""
+    for number, line in zip(lines, record_lines(work, lines), strict=False):
+        yield row_of(line, f"{work / RECORDS}:{number + 1}")
+
+
+def record_lines(work: Path, lines: np.ndarray) -> Iterator[bytes]:
+    """The given lines of `records.jsonl`, int64 [lines], rising, as they lie there."""
     wanted = iter(lines)
     line = next(wanted, None)
-    for number, record in enumerate(read_jsonl(work / RECORDS)):
+    for number, content in enumerate(read_lines(work / RECORDS)):
         if line is None:
             return
         if number == line:
-            yield record
+            yield content
             line = next(wanted, None)

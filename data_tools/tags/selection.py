@@ -22,9 +22,9 @@ from megatron_ksa.data_tools.tags.chat_template import (
 )
 from megatron_ksa.data_tools.tags.constraints import SHOWN, ConstraintSettings, Limit, Rules
 from megatron_ksa.data_tools.tags.decontaminate import CONTAMINATED, contaminated_lines
-from megatron_ksa.data_tools.tags.files import read_jsonl, write_json, write_jsonl
+from megatron_ksa.data_tools.tags.files import read_jsonl, row_of, write_json, write_jsonl
 from megatron_ksa.data_tools.tags.ground import GROUNDING, UNPLACED
-from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records
+from megatron_ksa.data_tools.tags.pool import Pool, load_pool, read_records, record_lines
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.sample import PARTS_ALONE, Sample, SampleSettings, sample
 from megatron_ksa.data_tools.tags.step import Context, Step
@@ -36,6 +36,7 @@ from megatron_ksa.files import LIST_BYTES, read_small
 
 SELECTION, SUMMARY, UNWRITABLE = "selection.jsonl", "selection.json", "unwritable.jsonl"
 NO_FORM = "the template has no form for tools, tool calls and thoughts; use --template tokenizer"
+FORMLESS = (b'"tools"', b'"tool_calls"', b'"reasoning_content"')
 # Names of sources or branches that a message lists.
 NAMES = 10
 
@@ -177,7 +178,11 @@ def sample_step(
             )
         pool = pool.take(rows)
     if (responses or without_tools) and pool.instances:
-        for row, record in zip(rows, read_records(work, pool.record), strict=True):
+        for row, line in zip(rows, record_lines(work, pool.record), strict=True):
+            # Most lines need not be parsed to tell that there is nothing without a form.
+            if not responses and not any(name in line for name in FORMLESS):
+                continue
+            record = row_of(line, RECORDS)
             if responses and not has_response(record):
                 reasons[int(row)] = NO_RESPONSE
             elif without_tools and not has_form(record):

@@ -156,6 +156,17 @@ def test_a_work_folder_that_is_not_there_is_not_made(tmp_path, call):
     assert not (tmp_path / "typo").exists()
 
 
+@pytest.mark.parametrize("flag", ["--input", "--target", "--decontaminate"])
+def test_a_work_folder_among_the_data_is_refused(tmp_path, call, flag):
+    """A second run read records.jsonl, tags.jsonl and the rest of the first as data."""
+    (tmp_path / "data").mkdir()
+    pool = write_pool(tmp_path / "data" / "pool.jsonl")
+    flags = ("--input", tmp_path / "data") if flag == "--input" else ("--input", pool, flag, tmp_path / "data")
+    code, _, error = call("--work", tmp_path / "data" / "work", *flags, "--tokenizer-model", "x")
+    assert code == 2 and f"lies in {flag} {tmp_path / 'data'}" in error
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["pool.jsonl"]
+
+
 def test_counts_name_the_most_frequent():
     """Of many sources those that come first in the alphabet were told."""
     line = _sentence({"records": 1234, "sources": {f"s{number}": number for number in range(12)}})
