@@ -308,9 +308,9 @@ def _other_files(
 def _decides(
     context: Context, settings: SampleSettings, constraints: ConstraintSettings, encoding: EncodingSettings
 ) -> dict:
-    bounds = {"quota": constraints.quota, "floor": constraints.floor, "loss_on": encoding.loss_on}
-    bounds["without_tools"] = _without_tools(encoding)
-    return asdict(settings) | bounds | (encoding.decides() if _counted(settings, encoding) else {})
+    bounds = {"quota": constraints.quota, "floor": constraints.floor}
+    unwritable = {"loss_on": encoding.loss_on, "without_tools": _without_tools(encoding)}
+    return asdict(settings) | bounds | unwritable | (encoding.decides() if _counted(settings, encoding) else {})
 
 
 def _check(
