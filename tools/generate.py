@@ -27,18 +27,11 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 from tqdm import tqdm
 
+from megatron_ksa.config.options import OneLineParser
 from megatron_ksa.config.sampling import SamplingSettings
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.locks import exclusive
 from megatron_ksa.platform import prepare_platform
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> None:
-        """Argparse's, as bad input."""
-        raise UsageError(f"{message} (--help lists the flags)")
 
 
 def parser() -> OneLineParser:

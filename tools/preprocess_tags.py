@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 try:
-    from megatron_ksa.config.options import add_config_arguments, config_from_args
+    from megatron_ksa.config.options import OneLineParser, add_config_arguments, config_from_args
     from megatron_ksa.data_tools.tags.pipeline import (
         ADOPTING_STEPS,
         BATCH_STEPS,
@@ -83,12 +83,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; the command is `all` where none is named."""
     names = {**{name: command.help for name, command in COMMANDS.items()}, "all": ALL}
     if not arguments or (arguments[0] not in names and arguments[0] not in ("-h", "--help")):
+        if arguments and not arguments[0].startswith("-"):
+            raise UsageError(f"{arguments[0][:60]}: no command; there are {', '.join(names)}")
         arguments = ["all", *arguments]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in names.items():
         _add_arguments(subparsers.add_parser(name, help=description, description=description), name)
-    return parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        elsewhere = [name for name, each in subparsers.choices.items() if flag in each.format_help() and name != "all"]
+        known = f"of the {' and '.join(elsewhere)} command" if flag.startswith("--") and elsewhere else "no flag"
+        raise UsageError(f"{' '.join(unknown)[:100]}: {known} (--help lists those of {args.command})")
+    return args
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import types
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
+
+from megatron_ksa.errors import UsageError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -37,6 +39,14 @@ def _scalar_type(annotation: Any) -> type:
     if isinstance(annotation, types.UnionType):
         return next(member for member in get_args(annotation) if member is not type(None))
     return annotation
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Argparse's, as bad input."""
+        raise UsageError(f"{message} (--help lists the flags)")
 
 
 class _Words(argparse.Action):

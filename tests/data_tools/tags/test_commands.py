@@ -167,6 +167,23 @@ def test_a_work_folder_among_the_data_is_refused(tmp_path, call, flag):
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["pool.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: --work, --input"),
+        (("sampel", "--work", "x"), "sampel: no command; there are tag, tree, sample"),
+        (("tag", "--work", "x", "--input", "y", "--budget", "5%"), "--budget 5%: of the sample command"),
+        (("tag", "--work", "x", "--input", "y", "--badget=5%"), "--badget=5%: no flag"),
+        (("sample", "--work", "x", "--parts", "two"), "argument --parts: invalid int value: 'two'"),
+        (("sample", "--work", "x", "--method", "best"), "argument --method: invalid choice: 'best'"),
+    ],
+)  # fmt: skip
+def test_a_command_line_that_cannot_be_read_is_one_line(call, arguments, message):
+    """It was told below up to 78 lines of usage, and `sampel` was a run of every step without --input."""
+    code, out, error = call(*arguments)
+    assert code == 2 and error.startswith(f"error: {message}") and not out, error
+
+
 def test_counts_name_the_most_frequent():
     """Of many sources those that come first in the alphabet were told."""
     line = _sentence({"records": 1234, "sources": {f"s{number}": number for number in range(12)}})
