@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
     )
     sys.exit(2)
 from megatron_ksa.data_tools.tags.engine import ENGINES, Engine
-from megatron_ksa.data_tools.tags.formats import input_files
+from megatron_ksa.data_tools.tags.formats import check_utf8, input_files
 from megatron_ksa.data_tools.tags.groups import GroupSettings
 from megatron_ksa.data_tools.tags.manifest import MANIFEST
 from megatron_ksa.data_tools.tags.report import PAGE, REPORT
@@ -53,9 +53,16 @@ def _settings_of(steps: Iterator[Step]) -> dict[type, str]:
     return {config: title for step in steps for title, config in step.settings.items()}
 
 
+def _folder(text: str) -> Path:
+    """A folder. An empty text, from a variable that is not set, is not the current one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("empty")
+    return Path(text)
+
+
 def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """The flags of one command."""
-    parser.add_argument("--work", type=Path, required=True, help="folder of everything that is written")
+    parser.add_argument("--work", type=_folder, required=True, help="folder of everything that is written")
     parser.add_argument("--engine", choices=ENGINES, default="local", help="where records are handled (default: local)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     # None: the target is what was given to `tag`. Without --target `tag` itself has none.
@@ -143,6 +150,8 @@ def make_pipelines(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]
 def main() -> None:
     """Run; bad input costs one line and exit code 2."""
     with usage_errors_exit(), ExitStack() as stack:
+        for word in sys.argv[1:]:
+            check_utf8(word, "argument")
         args = parse_arguments(sys.argv[1:])
         if "tag" not in commands(args.command) and not args.work.is_dir():
             raise UsageError(f"--work {args.work}: no such folder; the tag command makes it")

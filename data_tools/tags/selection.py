@@ -101,7 +101,7 @@ def _why_not(work: Path, name: str) -> str:
     """Why the record of an id is none to choose from."""
     for file in (DUPLICATES, CONTAMINATED, FAILED, UNPLACED):
         rows = read_jsonl(work / file) if (work / file).exists() else iter(())
-        found = next((row for row in rows if row["id"] == name), None)
+        found = next((row for row in rows if row["id"] == name and row.get("left_out", True)), None)
         if found is not None:
             return f"{file} has it" + (f", {found['kept'][:SHOWN]!r} stands for it" if "kept" in found else "")
     if any(record["id"] == name for record in read_jsonl(work / RECORDS)):

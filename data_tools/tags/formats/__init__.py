@@ -88,7 +88,21 @@ def input_files(inputs: list[str], pattern: str | None = None, *, flag: str = "-
             files += _files(Path(name), pattern, WITH_GLOB if flag == "--input" else "name the files")
         except UsageError as error:
             raise UsageError(f"{flag} {error}") from None
+    for file in files:
+        check_utf8(str(file), flag)
     return files
+
+
+def check_utf8(text: str, flag: str) -> None:
+    """Check that a name can be written into the files between the steps.
+
+    Raises:
+        UsageError: it is no UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{flag} {text[:200]}: a name that is no UTF-8; rename it") from None
 
 
 def _files(path: Path, pattern: str | None, choose: str) -> list[Path]:

@@ -175,6 +175,7 @@ def test_a_work_folder_among_the_data_is_refused(tmp_path, call, flag):
         (("tag", "--work", "x", "--input", "y", "--budget", "5%"), "--budget 5%: of the sample command"),
         (("tag", "--work", "x", "--input", "y", "--badget=5%"), "--badget=5%: no flag"),
         (("sample", "--work", "x", "--parts", "two"), "argument --parts: invalid int value: 'two'"),
+        (("sample", "--work", ""), "argument --work: empty"),  # it was the current folder
         (("sample", "--work", "x", "--method", "best"), "argument --method: invalid choice: 'best'"),
     ],
 )  # fmt: skip
@@ -182,6 +183,15 @@ def test_a_command_line_that_cannot_be_read_is_one_line(call, arguments, message
     """It was told below up to 78 lines of usage, and `sampel` was a run of every step without --input."""
     code, out, error = call(*arguments)
     assert code == 2 and error.startswith(f"error: {message}") and not out, error
+
+
+def test_a_name_that_is_no_utf8_is_one_line(tmp_path, call):
+    """Every record was rejected as invalid UTF-8, since its source was the name, and then a traceback ended the run."""
+    (tmp_path / "data").mkdir()
+    write_pool(tmp_path / "data" / "\udcff.jsonl")
+    for name in ("data", "data/\udcff.jsonl"):
+        code, _, error = call("tag", "--work", tmp_path / "work", "--input", tmp_path / name)
+        assert code == 2 and "\\udcff.jsonl: a name that is no UTF-8; rename it" in error
 
 
 def test_counts_name_the_most_frequent():
