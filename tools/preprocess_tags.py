@@ -138,8 +138,6 @@ def make_pipelines(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]
     context = Context(args.work, engine, inputs, args.tree, folder if given else None)
     pipeline = Pipeline(context, settings, lambda line: print(line, flush=True))
     if not given:
-        if args.target is not None and forget_target(folder):
-            print("target: none is given; what an earlier run made of one is removed", flush=True)
         return pipeline, None
     with of_target():
         inputs = tuple(input_files(args.target, args.glob)) if args.target else ()
@@ -176,6 +174,8 @@ def main() -> None:
         if args.command == "all":
             check_of_budget(pipeline.settings[SampleSettings], pipeline.settings[GroupSettings].of_budget)
         try:
+            if target is None and args.target is not None and forget_target(args.work / TARGET):
+                print("target: none is given; what an earlier run made of one is removed", flush=True)
             for name in names:
                 pipeline.run(steps[name])
                 if target is not None:

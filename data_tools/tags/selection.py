@@ -187,8 +187,9 @@ def sample_step(
                 reasons[int(row)] = NO_RESPONSE
             elif without_tools and not has_form(record):
                 reasons[int(row)] = NO_FORM
-        rows = _without(rows, reasons)
-        pool = whole.take(rows)
+        if reasons:
+            rows = _without(rows, reasons)
+            pool = whole.take(rows)
     if tokens is not None and pool.instances:
         lengths, refused = count_tokens(work, pool, tokens, run)
         reasons |= {int(rows[place]): reason for place, reason in refused.items()}

@@ -70,6 +70,9 @@ def test_a_run_without_a_target_forgets_that_of_an_earlier_one(tmp_path, call):
     for command in ("tree", "sample"):
         assert call(command, "--work", tmp_path / "work")[0] == 0
     (tmp_path / "work" / "target" / "tag_cache").mkdir()
+    # A mistake in the flags forgets nothing.
+    assert call("tag", *flags, "--tagger", "llm")[0] == 2
+    assert (tmp_path / "work" / "target" / "manifest.json").exists()
     out = call("tag", *flags)[1]
     assert "what an earlier run made of one is removed" in out
     # A selection that follows the target stayed, and `write` took it.
