@@ -73,7 +73,7 @@ def _parsed(files: list[Path]) -> Iterator[tuple[str, str, dict | BadDocument]]:
         path = Path(document.origin.rpartition(":")[0] if document.is_json else document.origin)
         table = path.name.lower().endswith(TABLE_SUFFIXES)
         try:
-            record = parse_record(document, source_name(path), RecordSettings(), from_table=table)
+            record, _ = parse_record(document, source_name(path), RecordSettings(), from_table=table)
             yield str(path), document.origin, record
         except BadDocument as error:
             yield str(path), document.origin, error

@@ -21,6 +21,8 @@ from megatron_ksa.files import whole_file
 RECORDS, REJECTED = "records.jsonl", "rejected.jsonl"
 DUPLICATE = "duplicate id"
 DOCUMENTS_PER_TASK = 256
+# Fields of other names are counted together: a document may have any number.
+FIELDS, OTHERS = 1000, "(others)"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class _Parsed:
         file: its file.
         bytes_read: bytes of input that it took.
         record: None where it is left out.
+        left: names of its fields that the record does not hold.
         reason, detail: why it is left out.
     """
 
@@ -39,6 +42,7 @@ class _Parsed:
     file: str
     bytes_read: int
     record: dict | None = None
+    left: tuple[str, ...] = ()
     reason: str = ""
     detail: str = ""
 
@@ -50,10 +54,10 @@ def _parse(documents: tuple[RawDocument, ...], settings: RecordSettings) -> list
         place = document.origin, file, document.bytes_read
         from_table = file.lower().endswith(TABLE_SUFFIXES)
         try:
-            record = parse_record(document, source_name(Path(file)), settings, from_table=from_table)
-            results.append(_Parsed(*place, record))
+            record, left = parse_record(document, source_name(Path(file)), settings, from_table=from_table)
+            results.append(_Parsed(*place, record, tuple(left)))
         except BadDocument as error:
-            results.append(_Parsed(*place, None, error.reason, error.detail))
+            results.append(_Parsed(*place, reason=error.reason, detail=error.detail))
     return results
 
 
@@ -91,7 +95,7 @@ class _Ids:
 
 
 def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engine) -> dict:
-    """Write both files; returns counts: records, rejected, sources, and rejected by reason.
+    """Write both files; returns counts: records, rejected by reason, sources, and fields that records do not hold.
 
     Raises:
         UsageError: no record that can be used.
@@ -100,6 +104,7 @@ def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engi
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
     sources: Counter[str] = Counter()
+    left: Counter[str] = Counter()
     total = sum(path.stat().st_size for path in files)
     tasks = batched(read_raw(files), DOCUMENTS_PER_TASK)
     with (
@@ -116,6 +121,7 @@ def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engi
                     if ids.is_new(parsed.record, parsed.file):
                         count += 1
                         sources[parsed.record["source"]] += 1
+                        left.update(each if each in left or len(left) < FIELDS else OTHERS for each in parsed.left)
                         records.write(json_line(parsed.record))
                         continue
                     reason, detail = DUPLICATE, "the first one is kept"
@@ -128,7 +134,10 @@ def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engi
                 f"--input: no record that can be used ({'; '.join(said) or 'no line'}); data_tools/tags/README.md has "
                 "the schemas"
             )
-    return {"records": count, "rejected": sum(reasons.values()), "reasons": dict(reasons), "sources": dict(sources)}
+    return {
+        "records": count, "rejected": sum(reasons.values()), "reasons": dict(reasons), "sources": dict(sources),
+        "fields_not_carried": dict(left),
+    }  # fmt: skip
 
 
 def _run(context: Context, settings: RecordSettings) -> dict:

@@ -119,10 +119,30 @@ def _tags(value: Any) -> list[str] | None:
     return [tag for tag in value if isinstance(tag, str)]
 
 
+class _Fields(dict):
+    """The fields of a raw document; remembers which were read."""
+
+    def __init__(self, fields: dict) -> None:
+        super().__init__(fields)
+        self._read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def unread(self) -> list[str]:
+        """Names of fields with a value that nothing has read."""
+        return [name for name, value in self.items() if name not in self._read and value not in (None, "", [], {})]
+
+
 def parse_record(
     document: RawDocument, file_source: str, settings: RecordSettings, *, from_table: bool = False
-) -> dict:
-    """A record as `records.jsonl` holds it.
+) -> tuple[dict, list[str]]:
+    """A record as `records.jsonl` holds it, and the names of the document's fields of which nothing is in it.
 
     Args:
         file_source: the source of records that name none.
@@ -136,7 +156,8 @@ def parse_record(
             TOO_LARGE, f"{len(document.payload):,} bytes, more than --max-record-bytes {settings.max_bytes:,}"
         )
     fields = json_object(document.payload) if document.is_json else {"text": decoded(document.payload)}
-    body = _body(without_nulls(fields) if from_table else fields, settings)
+    fields = _Fields(without_nulls(fields) if from_table else fields)
+    body = _body(fields, settings)
     if not record_text(body).strip():
         raise BadDocument(EMPTY)
     own_source, own_id = field(fields, settings.source_field), field(fields, settings.id_field)
@@ -159,7 +180,7 @@ def parse_record(
     except ValueError as error:
         # Python reads NaN and Infinity, which are no JSON.
         raise BadDocument("invalid JSON", str(error)) from None
-    return record
+    return record, fields.unread()
 
 
 def clean_tags(tags: list, limit: int = MAX_TAGS) -> tuple[list[str], list[tuple[str, str]]]:

@@ -147,6 +147,18 @@ def test_every_line_is_a_record_or_listed_with_its_place(tmp_path):
     assert counts["records"] + counts["rejected"] == len(bad) + 3 and rejected[-2]["id"] == "in/1"
 
 
+def test_fields_that_records_do_not_hold_are_counted(tmp_path):
+    """`documents` and `choices` beside a question were left out, and nothing said so."""
+    asked = {"question": "Which?", "answer": "B", "quality": 3, "id": "1"}
+    pool = jsonl(
+        tmp_path / "pool.jsonl", {**asked, "choices": ["A", "B"], "documents": "Two", "note": None, "input": "Of two"},
+        {"messages": ASKED, "text": "Another", "choices": [], "id": "2"}, {"choices": ["A"]},
+    )  # fmt: skip
+    counts, records, _ = reading(tmp_path, pool)
+    assert len(records) == 2
+    assert counts["fields_not_carried"] == {"choices": 1, "documents": 1, "text": 1}
+
+
 def test_scores_and_tags_that_make_no_sense_do_not_count(tmp_path):
     path = jsonl(
         tmp_path / "in.jsonl",
