@@ -3,9 +3,9 @@
 It has run in Triton's interpreter and been compiled. A name leaves `FUSIONS` or `OPS` when a GPU has checked it.
 """
 
-# Of the fusions of megatron_ksa/config/kernels.py, which `dispatch.fuses` asks about.
+# Names of fusions, all of which megatron_ksa/config/kernels.py describes; `dispatch.fuses` asks about them.
 FUSIONS = frozenset({"activation", "residual", "optimizer", "embedding", "checks"})
-# Names that ops give themselves (`dispatch.by_device`).
+# Names of ops (`dispatch.by_device`).
 OPS = frozenset({"Adam", "SwiGLU", "column sums", "gradient of the embedding", "softmax merge"})
 _taken = False
 

@@ -38,8 +38,8 @@ RUN_LOCK = "run.lock"
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 60.0
 _POLL_SECONDS = 0.5
-# A rank waits for its first rank's lock so long: where there is none, which its file system may not show; where another
-# run holds it, which the first rank watches meanwhile.
+# Seconds that a rank waits for its first rank's lock: where it sees none, because its file system may show it late; and
+# where another run holds it, because the first rank may be watching that run.
 NO_LOCK_SECONDS, OTHERS_LOCK_SECONDS = 20.0, SILENT_SECONDS + 60.0
 _OF_A_START = (
     "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID",

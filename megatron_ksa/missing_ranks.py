@@ -82,7 +82,7 @@ def who_is_missing(before: list[Sign], after: list[Sign], seconds: float) -> str
     """A clause that names the ranks which the others wait for, or None where each could be waiting for another.
 
     Args:
-        before, after: the signs of all ranks, so many seconds apart.
+        before, after: the signs of all ranks, `seconds` apart.
     """
     silent = [new for old, new in zip(before, after, strict=True) if new.beat == old.beat]
     alive = [new for old, new in zip(before, after, strict=True) if new.beat != old.beat]

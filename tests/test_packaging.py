@@ -87,6 +87,18 @@ def test_entry_point_that_is_not_installed_says_how(name, where, copy, tmp_path)
     assert "is not installed here: run `pip install -e '.[train]'`" in done.stderr
 
 
+def test_every_example_imports_the_guard_first(copy):
+    """`examples/installed.py` is no use behind an import of the package."""
+    commands = [path for path in copy.glob("examples/*/*.py") if "import installed" in path.read_text()]
+    assert len(commands) > 10
+    done = subprocess.run([sys.executable, "-E", "-S", commands[0]], capture_output=True, text=True, cwd=copy)
+    assert done.returncode == 2 and done.stderr.startswith("error: megatron_ksa is not installed here: run `pip")
+    for command in commands:
+        text = command.read_text()
+        package = text.find("\nfrom megatron_ksa")
+        assert package < 0 or text.index("import installed") < package, command
+
+
 def fake_python(path, body):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{body}\n")

@@ -34,7 +34,7 @@ MODEL = [
 ]  # fmt: skip
 # Share of the files that TAGS selects.
 BUDGET = "60%"
-# Of one file in so many a tokenizer of VOCABULARY pieces still learns, and TAGS finds branches.
+# With this many files a tokenizer still learns VOCABULARY pieces, and TAGS finds branches.
 FEWEST_FILES = 8
 
 

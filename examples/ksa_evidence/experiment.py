@@ -95,7 +95,7 @@ class Stage:
     length: int = 1
 
     def folder(self, work: Path, seed: int) -> Path:
-        """Of its checkpoints."""
+        """The folder of the stage's checkpoints."""
         words = f"{self.part}-{self.arm}-{self.name}".replace(" ", "-").replace(":", "").replace(",", "")
         return work / f"seed{seed}" / words
 

@@ -27,7 +27,7 @@ from megatron_ksa.cost.live_memory import LiveMemory  # noqa: E402
 from megatron_ksa.files import whole_file  # noqa: E402
 from megatron_ksa.platform import prepare_platform  # noqa: E402
 
-# Of a GPU, left to its context and the allocator's fragments; a case that needs them is skipped.
+# Bytes of a GPU that are left to its context and the allocator's fragments; a case that needs them is skipped.
 RESERVED = 3 * 2**30
 
 

@@ -181,7 +181,7 @@ class StepShape:
             # Input and output; in the backward pass the gradients of output, residual and input, and the input.
             "norms": 2 * row * (2 * forward + 4),
             "residual": 2 * row * 3 * forward,
-            # Of both halves and their product; in the backward pass with all gradients.
+            # Both halves and their product; in the backward pass both halves and all three gradients.
             "activation": wide * (3 * forward + 5),
             "rotation": mixed * (2 * forward + 2) + normalised,
             # Logits are read, and read and overwritten.

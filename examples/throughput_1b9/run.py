@@ -36,7 +36,7 @@ from megatron_ksa.files import check_writable, whole_file, writing
 from megatron_ksa.platform.ranks import run_ranks
 
 HERE = Path(__file__).parent
-# Ranks have imported everything after so long. Of a launch that failed, so many characters are kept.
+# Seconds after which ranks have imported everything; last characters of its output that a failed launch leaves.
 START_SECONDS, LOG = 60, 100_000
 
 
@@ -74,9 +74,9 @@ def run_recorded(command: list[str], record: Path, limit: float) -> dict:
 
 
 def measure_ranks(runs: list[Run], options: argparse.Namespace) -> Iterator[dict]:
-    """Train runs of as many GPUs one after the other in one set of ranks; each one's result.
+    """Train runs that take the same number of GPUs in turn, in one set of ranks, and yield the result of each.
 
-    Where one fails, those after it go on in a new set.
+    Where a run fails, the runs after it go on in a new set.
     """
     left = list(runs)
     while left:
@@ -231,7 +231,7 @@ def wanted(options: argparse.Namespace, runs: list[dict]) -> list[Run]:
 
 
 def results(options: argparse.Namespace, left: list[Run]) -> Iterator[dict]:
-    """Measure, those of as many GPUs together."""
+    """Measure the runs, those that take the same number of GPUs together."""
     for gpus in dict.fromkeys(run.layout and run.layout.gpus for run in left):
         same = [run for run in left if (run.layout and run.layout.gpus) == gpus]
         for model, length, kind, layout in same:

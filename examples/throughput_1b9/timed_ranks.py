@@ -1,8 +1,8 @@
 """`timed_pretrain.py` for several GPUs: several runs in one set of ranks, with the communication of each.
 
 Usage: timed_ranks.py RUNS.json SECONDS, under torchrun; RUNS.json is a list of {"record": path, "warm_up": iterations,
-"flags": [...]}. The last iteration of each run is profiled and not counted. A run that takes more than so many SECONDS
-ends the ranks, each with its stacks on stderr. The last rank writes the records, after each iteration.
+"flags": [...]}. The last iteration of each run is profiled and not counted. A run that takes more than SECONDS ends
+the ranks, each with its stacks on stderr. The last rank writes the records, after each iteration.
 """
 
 import copy
@@ -33,7 +33,7 @@ class RanksMeasurement(Measurement):
         self.last = 0
 
     def begin(self, record: Path, warm_up: int, iterations: int) -> None:
-        """The next run; its last iteration, of so many, is profiled where there are more than warm-up and one."""
+        """Start the next run of `iterations`; the last one is profiled where there are more than warm_up + 1."""
         self.record, self.warm_up, self.last = record, warm_up, iterations
         self.iterations, self.backends, self.communication = [], {}, {}
         self.parts.open.clear()

@@ -28,8 +28,10 @@ class Constants(NamedTuple):
 
 
 class QuerySizes(NamedTuple):
-    """Of a kernel whose work items are queries: text queries, text keys and summaries; global position of the first
-    query and of the first text key, and chunk of the first summary; window in chunks.
+    """Sizes for a kernel whose work items are queries.
+
+    Numbers of text queries, text keys and summaries; global positions of the first query and of the first text key;
+    chunk of the first summary; window in chunks.
     """
 
     nq: Any
@@ -42,8 +44,10 @@ class QuerySizes(NamedTuple):
 
 
 class KeySizes(NamedTuple):
-    """Of a kernel whose work items are keys of one kind: text queries, summary queries (0 where it serves none) and
-    keys; global position of the first query; position of the first text key or chunk of the first summary; window.
+    """Sizes for a kernel whose work items are keys of one kind, text or summaries.
+
+    Numbers of text queries, of summary queries (0 where it serves none) and of keys; global position of the first
+    query; position of the first text key, or chunk of the first summary; window in chunks.
     """
 
     nq: Any
@@ -55,7 +59,7 @@ class KeySizes(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Work items: tiles of each head, all heads of the batch, how many of them take turns, parts of the queries."""
+    """Work items: tiles of each head, heads of the whole batch, heads that take turns, parts of the queries."""
 
     tiles: Any
     all_heads: Any

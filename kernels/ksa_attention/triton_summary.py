@@ -28,6 +28,13 @@ def _rows(p, i_b, i_h, o_n, m_n, o_d, stride_b, stride_n, stride_h, D: tl.conste
 
 
 @triton.jit
+def _load(p, i_b, i_h, o_n, m_n, o_d, stride_b, stride_n, stride_h, D: tl.constexpr):
+    """Rows o_n (any shape) of one head, [..., BD]; 0 where there is none."""
+    p_rows, m_rows = _rows(p, i_b, i_h, o_n, m_n, o_d, stride_b, stride_n, stride_h, D)
+    return tl.load(p_rows, mask=m_rows, other=0.0)
+
+
+@triton.jit
 def _chunk_offsets(
     p_start, i_c, i_b, chunks, key_start, stride_start,
     C: tl.constexpr, S: tl.constexpr, BC: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr,
@@ -82,19 +89,14 @@ def _summary_forward_kernel(
         p_start, tl.program_id(0), i_b, chunks, key_start, stride_start, C, S, BC, CP, SP, HAS_DOCUMENTS
     )
     # [BC, CP, BD] and [BC, SP, BD]
-    p_rows, m_rows = _rows(p_k, i_b, i_g, o_text, m_text, o_d, k_b, k_n, k_h, D)
-    b_k = tl.load(p_rows, mask=m_rows, other=0.0)
-    p_rows, m_rows = _rows(p_v, i_b, i_g, o_text, m_text, o_d, v_b, v_n, v_h, D)
-    b_v = tl.load(p_rows, mask=m_rows, other=0.0)
-    p_rows, m_rows = _rows(p_ks, i_b, i_g, o_summary, m_summary, o_d, ks_b, ks_n, ks_h, D)
-    b_ks = tl.load(p_rows, mask=m_rows, other=0.0)
-    p_rows, m_rows = _rows(p_vs, i_b, i_g, o_summary, m_summary, o_d, vs_b, vs_n, vs_h, D)
-    b_vs = tl.load(p_rows, mask=m_rows, other=0.0)
+    b_k = _load(p_k, i_b, i_g, o_text, m_text, o_d, k_b, k_n, k_h, D)
+    b_v = _load(p_v, i_b, i_g, o_text, m_text, o_d, v_b, v_n, v_h, D)
+    b_ks = _load(p_ks, i_b, i_g, o_summary, m_summary, o_d, ks_b, ks_n, ks_h, D)
+    b_vs = _load(p_vs, i_b, i_g, o_summary, m_summary, o_d, vs_b, vs_n, vs_h, D)
     for i_r in range(0, GROUP):
         for i_s in range(0, S):
             # [BC, BD]
-            p_head, m_head = _rows(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D)
-            b_q = tl.load(p_head, mask=m_head, other=0.0).to(tl.float32)
+            b_q = _load(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D).to(tl.float32)
             b_text, b_summary = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
             b_out = tl.sum(b_text[:, :, None] * b_v, axis=1) + tl.sum(b_summary[:, :, None] * b_vs, axis=1)
             p_head, m_head = _rows(p_out, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, out_b, out_n, out_h, D)
@@ -118,14 +120,10 @@ def _summary_backward_kernel(
         p_start, tl.program_id(0), i_b, chunks, key_start, stride_start, C, S, BC, CP, SP, HAS_DOCUMENTS
     )
     # [BC, CP, BD] and [BC, SP, BD]
-    p_rows, m_rows = _rows(p_k, i_b, i_g, o_text, m_text, o_d, k_b, k_n, k_h, D)
-    b_k = tl.load(p_rows, mask=m_rows, other=0.0)
-    p_rows, m_rows = _rows(p_v, i_b, i_g, o_text, m_text, o_d, v_b, v_n, v_h, D)
-    b_v = tl.load(p_rows, mask=m_rows, other=0.0)
-    p_rows, m_rows = _rows(p_ks, i_b, i_g, o_summary, m_summary, o_d, ks_b, ks_n, ks_h, D)
-    b_ks = tl.load(p_rows, mask=m_rows, other=0.0)
-    p_rows, m_rows = _rows(p_vs, i_b, i_g, o_summary, m_summary, o_d, vs_b, vs_n, vs_h, D)
-    b_vs = tl.load(p_rows, mask=m_rows, other=0.0)
+    b_k = _load(p_k, i_b, i_g, o_text, m_text, o_d, k_b, k_n, k_h, D)
+    b_v = _load(p_v, i_b, i_g, o_text, m_text, o_d, v_b, v_n, v_h, D)
+    b_ks = _load(p_ks, i_b, i_g, o_summary, m_summary, o_d, ks_b, ks_n, ks_h, D)
+    b_vs = _load(p_vs, i_b, i_g, o_summary, m_summary, o_d, vs_b, vs_n, vs_h, D)
     b_dk = tl.zeros([BC, CP, BD], dtype=tl.float32)
     b_dv = tl.zeros([BC, CP, BD], dtype=tl.float32)
     b_dks = tl.zeros([BC, SP, BD], dtype=tl.float32)
@@ -133,10 +131,8 @@ def _summary_backward_kernel(
     for i_r in range(0, GROUP):
         for i_s in range(0, S):
             # [BC, BD]
-            p_head, m_head = _rows(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D)
-            b_q = tl.load(p_head, mask=m_head, other=0.0).to(tl.float32)
-            p_head, m_head = _rows(p_do, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, do_b, do_n, do_h, D)
-            b_do = tl.load(p_head, mask=m_head, other=0.0).to(tl.float32)
+            b_q = _load(p_q, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, q_b, q_n, q_h, D).to(tl.float32)
+            b_do = _load(p_do, i_b, i_g * GROUP + i_r, o_c * S + i_s, m_c, o_d, do_b, do_n, do_h, D).to(tl.float32)
             # [BC, CP] and [BC, SP]
             b_text, b_summary = _probabilities(b_q, b_k, b_ks, m_seen, i_s, scale_log2, SP)
             b_dtext = tl.sum(b_do[:, None, :] * b_v, axis=2)

@@ -36,8 +36,8 @@ class DecodeTile(NamedTuple):
     programs: int
 
 
-# By 16-bit head dimension, and by float32's. Three programs of 70 KiB fit the shared memory of a Hopper multiprocessor.
-# Measured with these alone (docs/generation.md); no other tiles were tried.
+# Tiles for 16-bit rows (HALF) and for float32 ones (SINGLE), by padded head dimension. Three programs of 70 KiB fit the
+# shared memory of a Hopper multiprocessor. docs/generation.md has times with these tiles; no others were tried.
 HALF = {64: DecodeTile(128, 4, 3, 3), 128: DecodeTile(64, 4, 3, 3), 256: DecodeTile(32, 4, 3, 3)}
 SINGLE = {64: DecodeTile(64, 4, 2, 3), 128: DecodeTile(32, 4, 2, 3), 256: DecodeTile(16, 4, 2, 3)}
 

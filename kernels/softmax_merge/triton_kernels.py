@@ -13,7 +13,7 @@ BLOCK_ROWS, WARPS = 16, 4
 
 @triton.jit
 def _places(rows, heads, dim, batch_stride, row_stride, head_stride, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Offsets and mask [BLOCK_R, BLOCK_D] of this program's rows, with those of the rows' log-sum-exps [BLOCK_R]."""
+    """Offsets and mask of this program's rows [BLOCK_R, BLOCK_D], and of the rows' log-sum-exps [BLOCK_R]."""
     i_batch = tl.program_id(1).to(tl.int64)
     # A row of every head, then the next row, as they stand in memory.
     o_pair = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)

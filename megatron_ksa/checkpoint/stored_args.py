@@ -18,7 +18,7 @@ LEFT_OUT = (
     "use_rope_scaling",
     "rope_scaling_factor",
     "rotary_seq_len_interpolation_factor",
-    # Of a released checkpoint, which its export has again.
+    # Words of the text vocabulary, from a released checkpoint; an export writes the number again.
     "truncate_predict_nums",
 )
 

@@ -61,7 +61,7 @@ class Cluster:
 
     @classmethod
     def of_h100(cls, gpus: int) -> "Cluster":
-        """So many H100 of 80 GB in nodes of eight, with what is assumed of them where nothing else is said."""
+        """H100 of 80 GB in nodes of eight, with the rates and bandwidths that are assumed where none are given."""
         return cls(
             gpus, gpus_per_node=8, memory=80e9, flops=989e12, efficiency=0.4, node_bandwidth=450e9,
             network_bandwidth=50e9,

@@ -91,7 +91,7 @@ def stage_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) -> i
 
 
 def trained_parameters(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
-    """Of `stage_parameters`, those that have gradients and optimizer state: all, or the summary parameters."""
+    """The part of `stage_parameters` that has gradients and optimizer state: all, or the summary parameters."""
     every = stage_parameters(shape, layout, stage)
     if layout.train == "all":
         return every
@@ -189,10 +189,10 @@ def saved_activations(shape: ModelShape, layout: TrainingLayout, stage: int) -> 
 
 
 def _end_activations(shape: ModelShape, layout: TrainingLayout, stage: int) -> int:
-    """Of `saved_activations`, what one micro-batch saves behind the layers.
+    """The part of `saved_activations` that one micro-batch saves behind the last layer.
 
-    The final norm's input and output, over all rows; the labels; of every token two numbers of a loss in chunks, or the
-    teacher's final states.
+    It is the final norm's input and output over all rows, the labels, and for every token the two numbers of a loss in
+    chunks, or the teacher's final states.
     """
     if stage < layout.pipeline_parallel - 1:
         return 0

@@ -70,7 +70,10 @@ def bytes_sent(
     forwards: int = 1,
     backwards: int = 0,
 ) -> int:
-    """Bytes that the busiest rank sends in so many passes of one layer; `comm` is the layer's `--cp-comm-type`."""
+    """Bytes that the busiest rank sends in `forwards` forward and `backwards` backward passes of one layer.
+
+    `comm` is the layer's `--cp-comm-type`.
+    """
     full = layer.kind == LayerKind.FULL
     if comm == "a2a":
         summaries = ksa.rows.summary_rows(text_length) * layer.has_summaries

@@ -27,7 +27,7 @@ def write_corpus(prefix: Path, shortest: int, longest: int, tokens: int, reach: 
     Args:
         shortest, longest: tokens of a document.
         tokens: of the corpus, about.
-        reach: a question asks for needles at most so many tokens before it.
+        reach: tokens before a question that its needles stand within.
         pool: processes that make the documents; the bytes do not depend on their number.
     """
     if prefix.with_suffix(".idx").exists():

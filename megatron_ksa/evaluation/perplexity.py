@@ -46,7 +46,7 @@ def window_ends(sizes: Sequence[int], length: int, stride: int, windows: int) ->
     Args:
         sizes: tokens of each document.
         length: the longest context length.
-        windows: at most so many are returned.
+        windows: the most that are returned.
 
     Raises:
         UsageError: no document is long enough.

@@ -21,7 +21,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of a file, and all their documents, each once: distractors of the others."""
+    """The questions of a file, and all their documents, each once: a question's documents distract from the others'."""
 
     questions: tuple[Question, ...]
     documents: tuple[str, ...]

@@ -73,7 +73,7 @@ class Runs:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self.start
 
     def tell(self, what: str) -> None:

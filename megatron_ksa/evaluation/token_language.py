@@ -89,8 +89,7 @@ class TokenLanguage:
         """A training document: int32 [about tokens]; text, and blocks of a random needle form with its question.
 
         Args:
-            reach: a question asks for needles at most so many tokens before it; as far back as the document goes
-                without it.
+            reach: tokens before a question that its needles stand within; None for the whole document before it.
         """
         body = int(tokens * (1 - random.uniform(*INSERTS)))
         phrases = self.sentences("noise" if random.random() < 1 / len(FORMS) else "essay", body, random)

@@ -1,4 +1,4 @@
-"""The state of sequences that are decoded side by side: allocated once, for so many sequences of so many tokens.
+"""The state of sequences that are decoded side by side: allocated once, for a number of sequences and of tokens each.
 
 Each sequence has a slot. Sequences join and leave at any time; their lengths differ. Logits equal those of the full
 forward pass at every position.
@@ -153,7 +153,7 @@ class DecodingState:
         self._free.append(slot)
 
     def set_length(self, slot: int, length: int) -> None:
-        """Say that a slot has so many tokens; rows that were not computed are what the memory holds (measurements)."""
+        """Say that a slot holds `length` tokens, for measurements: rows that were not computed hold anything."""
         self.lengths[slot] = length
         self.device_lengths[slot] = length
 

@@ -77,17 +77,17 @@ class OutputShard:
         """[n, batch] -> [row shards, positions of a shard, batch], a view."""
         return tensor.unflatten(0, (self.row_shards, -1))
 
-    def own(self, labels: Tensor, words: int) -> Tensor:
+    def from_first_word(self, labels: Tensor, words: int) -> Tensor:
         """Labels counted from this rank's first word; those of other ranks are outside its `words`."""
         return labels - self.group.rank() * words
 
     def statistics(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Largest logit, sum(exp(logit - largest)) and the label's logit, of the words of all ranks."""
-        own_peak, total, picked = statistics(logits, self.own(labels, logits.shape[1]), self.scale)
+        rank_peak, total, picked = statistics(logits, self.from_first_word(labels, logits.shape[1]), self.scale)
         if self.group.size() == 1:
-            return own_peak, total, picked
-        peak = self.reduce(own_peak.clone(), dist.ReduceOp.MAX)
-        total, picked = self.reduce(torch.stack([total * (own_peak - peak).exp(), picked]), dist.ReduceOp.SUM)
+            return rank_peak, total, picked
+        peak = self.reduce(rank_peak.clone(), dist.ReduceOp.MAX)
+        total, picked = self.reduce(torch.stack([total * (rank_peak - peak).exp(), picked]), dist.ReduceOp.SUM)
         return peak, total, picked
 
     def reduce(self, tensor: Tensor, operation: dist.ReduceOp) -> Tensor:
@@ -144,11 +144,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             label, peak, total, d_loss = (
                 shard.by_shard(tensor)[:, chunk].reshape(-1) for tensor in (labels, peaks, totals, d_losses)
             )
-            own = shard.own(label, weight.shape[0])
+            label = shard.from_first_word(label, weight.shape[0])
             # What is kept becomes the gradients: a second backward pass computes it again.
             logits = ctx.logits.pop(chunk.start, None)
             logits = rows @ weight.t() if logits is None else logits
-            d_logits = gradients(logits, own, peak, total, d_loss, shard.scale)
+            d_logits = gradients(logits, label, peak, total, d_loss, shard.scale)
             del logits
             work = shard.return_rows(d_logits @ weight, d_hidden[chunk])
             if ctx.needs_input_grad[1]:

@@ -152,7 +152,7 @@ class KSACoreAttention(_CoreAttention):
         return window_geometry(self.layout, window, max_length)
 
     def _geometry(self, text_length: int) -> KSAGeometry:
-        """The geometry for a whole sequence of so much text."""
+        """The geometry for a whole sequence of text_length tokens."""
         chunks = -(-text_length // self.geometry.chunk_size)
         if not self.sees_all_text or chunks <= self.geometry.window_chunks:
             return self.geometry

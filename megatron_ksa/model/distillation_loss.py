@@ -43,14 +43,14 @@ class _ChunkedDistillation(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if trains else None
         for chunk in shard.chunks(hidden):
             label = shard.by_shard(labels)[:, chunk].reshape(-1)
-            own = shard.own(label, weight.shape[0])
+            label = shard.from_first_word(label, weight.shape[0])
             ours, theirs = (shard.whole_rows(part[chunk]) @ weight.t() for part in (hidden, teacher))
-            rows = _of_all_shards(statistics(ours, theirs, own, shard.scale), shard)
+            rows = _of_all_shards(statistics(ours, theirs, label, shard.scale), shard)
             for whole, part in zip(losses, (rows.cross_entropy(), rows.divergence()), strict=True):
                 target = shard.by_shard(whole)[:, chunk]
                 target.copy_(part.view_as(target))
             if trains:
-                d_logits = gradients(ours, theirs, own, rows, ce_weight, kl_weight, shard.scale)
+                d_logits = gradients(ours, theirs, label, rows, ce_weight, kl_weight, shard.scale)
                 work = shard.return_rows(d_logits @ weight, d_hidden[chunk])
                 if work is not None:
                     work.wait()

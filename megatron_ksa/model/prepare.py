@@ -13,7 +13,7 @@ from megatron_ksa.model.low_precision import check_rows_in_fp8, refused_in_fp8
 
 POSITION_TYPES = ("rope", "harpe", "none")
 CP_COMM_TYPES = ("p2p", "a2a")
-# Those that train to the same numbers as without (tests/training/gpu_check.py).
+# Values of `cuda_graph_impl` with which a model trains to the same numbers as without (tests/training/gpu_check.py).
 CUDA_GRAPHS = ("none", "full_iteration", "local")
 # Some settings are refused until tests/training/gpu_check.py, which lifts this, has seen them train right on a GPU.
 REFUSES_UNCHECKED = True
@@ -109,7 +109,7 @@ def prepare_config(
 def pipeline_rows(ksa: KSAConfig, seq_length: int, *, distils: bool = False) -> int:
     """Rows of a whole sequence of seq_length text tokens that pipeline stages exchange.
 
-    Those are the text and its summaries, and with distils the teacher's text besides.
+    They are the text and its summaries, and with `distils` also the teacher's text.
     """
     return ksa.rows.total_rows(seq_length) + seq_length * distils
 

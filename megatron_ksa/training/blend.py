@@ -7,6 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+
+from megatron_ksa.data_tools.indexed import sequence_lengths
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import LIST_BYTES, read_small
 
@@ -91,6 +97,37 @@ def data_path_prefixes(words: list[str]) -> list[str]:
     """
     blend = _blend("--data-path", words)
     return [] if blend is None else blend[0]
+
+
+def check_documents(args: argparse.Namespace) -> None:
+    """Refuse a split that gets no text of a dataset: Megatron would look for its samples without end.
+
+    Args:
+        args: Megatron's arguments after its validation, which sets `--split`; its datasets are whole.
+
+    Raises:
+        UsageError: naming the dataset and the split.
+    """
+    blend, per_split = blends_from_args(args)
+    blends, bounds = per_split or [None] * len(SPLITS), [(0.0, 1.0)] * len(SPLITS)
+    if blend is not None:
+        if args.split is None:  # Megatron refuses it
+            return
+        blends = [blend] * len(SPLITS)
+        bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    for split, named, shares in zip(SPLITS, blends, bounds, strict=True):
+        for prefix in [] if named is None or shares is None else named[0]:
+            lengths = sequence_lengths(prefix)
+            begin, end = (round(share * float(len(lengths))) for share in shares)  # as Megatron
+            if lengths[begin:end].any():
+                continue
+            where = f"{prefix} has no text for the {split} split"
+            if blend is None:
+                raise UsageError(f"{where}: leave it out of --{split}-data-path or of the file that names it")
+            raise UsageError(
+                f"{where}: --split {args.split} gives that {end - begin:,} of its {len(lengths):,} documents: give "
+                "other shares, such as 90,10,0, or more documents"
+            )
 
 
 def _read(flag: str, path: str) -> str:

@@ -26,7 +26,7 @@ from megatron_ksa.model.builder import dense_config_from_args, model_config_from
 from megatron_ksa.model.prepare import prepare_config
 from megatron_ksa.training.annealing import annealed, is_annealed_in_graphs
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
-from megatron_ksa.training.blend import dataset_prefixes
+from megatron_ksa.training.blend import check_documents, dataset_prefixes
 from megatron_ksa.training.flag_rules import check_flags, check_run, check_start
 from megatron_ksa.training.given import forget_given, given_flags
 from megatron_ksa.training.layer_choice import choose_layers
@@ -100,6 +100,7 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     # Every exception of its validation is a refusal.
     with megatron_refusals(args, (*REFUSALS, RuntimeError, ImportError)):
         validate_args(args)
+        check_documents(args)
         set_global_variables(args)
     # The tokenizer has told the rows of the embedding; training would end in an index error.
     if args.rank == 0 and args.padded_vocab_size is not None:

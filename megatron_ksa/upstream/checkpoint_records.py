@@ -61,7 +61,7 @@ class StoredItem:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor's elements."""
+        """Bytes of the tensor's elements."""
         return math.prod(self.shape) * self.torch_dtype.itemsize
 
 

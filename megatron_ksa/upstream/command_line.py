@@ -32,7 +32,7 @@ def _escape_percent(action: argparse.Action) -> None:
 
 
 PATCHES = (
-    # Takes what adds this project's flags to a parser.
+    # `given(extend)`: the function that adds this project's flags to a parser.
     Patch(
         "megatron.training.arguments:add_megatron_arguments",
         _extended,

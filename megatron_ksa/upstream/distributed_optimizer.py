@@ -103,7 +103,7 @@ PATCHES = (
 
 
 def patches() -> tuple[Patch, ...]:
-    """Those that make a run resumed with the distributed optimizer equal to an uninterrupted one.
+    """Patches that make a run resumed with the distributed optimizer equal to an uninterrupted one.
 
     None where a fused Adam is installed, which Megatron handles itself.
     """

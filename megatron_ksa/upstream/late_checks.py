@@ -106,7 +106,7 @@ PATCHES = (VALIDATE_RESULT,)
 
 
 def patches(checks: bool) -> tuple[Patch, ...]:
-    """Those of a run that checks losses and gradients; they share one state."""
+    """Patches for a run that checks losses and gradients, with a common `LateChecks`; none for another run."""
     if not checks:
         return ()
     late = LateChecks()

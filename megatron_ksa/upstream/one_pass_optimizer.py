@@ -254,5 +254,5 @@ PATCHES = (
 
 
 def patches() -> tuple[Patch, ...]:
-    """Those that make steps one pass; none where a fused optimizer of another library is installed."""
+    """Patches that make steps one pass; none where a fused optimizer of another library is installed."""
     return PATCHES if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm else ()

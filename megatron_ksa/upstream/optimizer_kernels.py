@@ -104,5 +104,5 @@ PATCHES = (
 
 
 def patches() -> tuple[Patch, ...]:
-    """Those that make the trainer use torch's kernels; none where a fused optimizer is installed."""
+    """Patches that make the trainer use torch's kernels; none where a fused optimizer is installed."""
     return PATCHES if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm else ()

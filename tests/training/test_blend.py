@@ -8,8 +8,9 @@ import pytest
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 from megatron_ksa.errors import UsageError
-from megatron_ksa.training.blend import blends_from_args, check_split, dataset_prefixes
+from megatron_ksa.training.blend import blends_from_args, check_documents, check_split, dataset_prefixes
 from megatron_ksa.training.flag_rules import check_start
 
 CASES = Path(__file__).parent / "cases"
@@ -125,3 +126,31 @@ def test_bad_splits_are_refused(split):
     """Megatron takes the digits that it finds: `90,abc5,5` was 90,5,5 and `-1,1,0` was 1,1,0, and `1e2,1` is 1,2,1."""
     with pytest.raises(UsageError, match="--split .*: give up to three numbers of 0 or more"):
         check_split(split)
+
+
+def dataset(path: Path, lengths: list[int]) -> str:
+    with IndexedDatasetWriter(str(path), 100) as writer:
+        for length in lengths:
+            writer.add_document([1] * length)
+    return str(path)
+
+
+def test_a_split_without_documents_is_refused(tmp_path):
+    """With fewer than 500 documents Megatron's default split gave none to the test set, and the start never ended."""
+    few, more = dataset(tmp_path / "few", [5] * 344), dataset(tmp_path / "more", [5] * 600)
+    with pytest.raises(UsageError, match="few has no text for the test split: --split 969, 30, 1 gives that 0 of its"):
+        check_documents(flags(data_path=[more, few], split="969, 30, 1"))
+    check_documents(flags(data_path=[more], split="969, 30, 1"))
+    check_documents(flags(data_path=[few], split="90,10,0"))
+    check_documents(flags(mock_data=True, split="969, 30, 1"))
+
+
+def test_a_split_of_empty_documents_is_refused(tmp_path):
+    full, empty = dataset(tmp_path / "full", [5, 5, 5]), dataset(tmp_path / "empty", [5, 5, 0])
+    check_documents(flags(data_path=[full], split="1,1,1"))
+    with pytest.raises(UsageError, match="empty has no text for the test split: --split 1,1,1 gives that 1 of its 3"):
+        check_documents(flags(data_path=[empty], split="1,1,1"))
+    nothing = dataset(tmp_path / "nothing", [0])
+    check_documents(flags(train_data_path=[full], test_data_path=[empty]))
+    with pytest.raises(UsageError, match="nothing has no text for the valid split: leave it out of --valid-data-path"):
+        check_documents(flags(train_data_path=[full], valid_data_path=[nothing]))
