@@ -42,7 +42,7 @@ def test_a_layout_that_hangs_is_named_and_those_after_it_go_on(tmp_path, monkeyp
     """A hang ended the whole check of a set of ranks: the layouts after it must run in a new set."""
     launches = []
 
-    def train(folder, runs, processes, limit):
+    def train(folder, runs, processes, limit, seconds):
         """The second layout of the first set of four ranks does not end."""
         launches.append((processes, len(runs)))
         first = processes == 4 and len(launches) == 2
@@ -67,7 +67,7 @@ def test_flags_that_the_trainer_refuses_are_skipped(tmp_path, monkeypatch):
     """Layers that another version takes are no failure of a layout."""
     name = "CP 4, Transformer Engine, FP8"
 
-    def train(folder, runs, processes, limit):
+    def train(folder, runs, processes, limit, seconds):
         runs[0][0].write_text(json.dumps({1: LOSS}))
         return 1, "error: --fp8-format hybrid: no", True
 
