@@ -64,16 +64,15 @@ def write_text(prefix: Path) -> int:
     return number
 
 
-def train(folder: Path, flags: list[str], steps: int, options: argparse.Namespace) -> dict[int, float] | str:
+def train(folder: Path, flags: list[str], steps: int, tiny: bool, limit: float) -> dict[int, float] | str:
     """Loss of each step, or what went wrong."""
-    tiny = options.tiny
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *MODEL, *(TINY if tiny else []), "--data-path"]
     command += [str(folder / "text"), "--train-iters", str(steps), "--lr-decay-iters", str(steps), *flags]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=options.limit)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=limit)
     except subprocess.TimeoutExpired:
-        return f"not done after {options.limit:.0f} s"
+        return f"not done after {limit:.0f} s"
     losses = {int(step): float(loss) for step, loss in LINE.findall(done.stdout)}
     if done.returncode or not losses:
         print(done.stderr[-3000:], file=sys.stderr)
@@ -89,13 +88,14 @@ def train(folder: Path, flags: list[str], steps: int, options: argparse.Namespac
 def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict:
     """A kind's losses, and those of a run that goes on from its checkpoint halfway."""
     half = options.steps // 2
-    flags, saved = KINDS[kind], ["--save", str(folder / kind), "--save-interval", str(half)]
-    whole = train(folder, [*flags, *saved], options.steps, options)
+    flags, saved = [*KINDS[kind]], ["--save", str(folder / kind), "--save-interval", str(half)]
+    whole = train(folder, [*flags, *saved], options.steps, options.tiny, options.limit)
     if isinstance(whole, str):
         return {"kind": kind, "error": whole}
     result = {"kind": kind, "losses": list(whole.values())}
     print(f"{kind}: loss {whole[options.steps]:.4f} after {options.steps} steps", flush=True)
-    again = train(folder, [*flags, "--load", saved[1], "--ckpt-step", str(half)], options.steps, options)
+    flags += ["--load", saved[1], "--ckpt-step", str(half)]
+    again = train(folder, flags, options.steps, options.tiny, options.limit)
     if isinstance(again, str):
         return {**result, "error": f"resumed: {again}"}
     result["resumed_losses"] = list(again.values())
