@@ -20,8 +20,8 @@ BF16 = "--bf16"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0"
 LOCAL, TE = "--transformer-impl local", "--transformer-impl transformer_engine"
 FP8 = "--fp8-format hybrid --fp8-recipe delayed"
-# Largest relative deviation of a loss or gradient norm: float32; 16-bit weights and activations, in the model of two
-# and four ranks and in that of eight; products whose factors have three bits of mantissa, scaled by what each rank sees.
+# Largest relative deviation of a loss or gradient norm: float32; 16-bit weights and activations, in the model of 2 and
+# 4 ranks and in that of 8; products whose factors have three bits of mantissa, scaled by what each rank sees.
 FLOAT32, SIXTEEN_BITS, SIXTEEN_BITS_OF_EIGHT, EIGHT_BITS = 1e-5, 5e-3, 1e-2, 2e-2
 # In bf16 at the first step, where all have the same weights: as far as one process in bf16 is from itself in float32,
 # over gloo 1.8e-3 in the model of eight ranks. CP 8 is 1.6e-4 from one process there, and at most 2.7e-4 at steps whose
