@@ -1,12 +1,13 @@
 """The parts that a GPU is asked for: their limits, what a failing one leaves, and what a second call goes on with."""
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import run_parts
@@ -104,6 +105,14 @@ def test_a_second_call_goes_on(monkeypatch, tmp_path):
         chosen("speed")
 
 
+def loaded(script: str) -> ModuleType:
+    """A script as a module; several folders of examples have one of this name."""
+    spec = importlib.util.spec_from_file_location(f"part_{Path(script).stem}", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def filled(one: Part) -> list[str]:
     words = {"OUT": "/tmp/out", "LEFT": "100", "COMMIT": "0123456789", "GPUS": "4"}
     return [run_parts._filled(word, words) for word in one.command]
@@ -125,7 +134,7 @@ def test_parts_can_start(name, monkeypatch):
     assert (ROOT / script).is_file()
     if script.startswith(THROUGHPUT):
         monkeypatch.setattr(sys, "argv", [script, *words])
-        options = importlib.import_module(Path(script).stem).parse_arguments()
+        options = loaded(script).parse_arguments()
         kinds = getattr(options, "kinds", ["local"])
         assert one.te or not {kind for kind in kinds if not kind.startswith("local")}
     elif script.endswith("gpu_check.py"):
@@ -137,7 +146,7 @@ def test_the_trainer_takes_the_flags_of_every_run(name, monkeypatch):
     """A GPU would find a kind of layers or a layout that the flags' checks refuse."""
     script, *words = filled(EVERY[name])
     monkeypatch.setattr(sys, "argv", [script, *words])
-    throughput = importlib.import_module("run")
+    throughput = loaded(script)
     options = throughput.parse_arguments()
     monkeypatch.setattr(prepare, "REFUSES_UNCHECKED", False)
     for one in throughput.wanted(options, []):

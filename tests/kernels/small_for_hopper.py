@@ -18,7 +18,7 @@ from triton.tools.disasm import get_sass
 sys.path.insert(0, str(Path(__file__).parent / "ksa_attention"))
 from compile_for_hopper import Driver, Utilities, calls, twice  # noqa: E402
 
-from megatron_ksa.kernels import column_sums, dispatch, embedding_gradient  # noqa: E402
+from megatron_ksa.kernels import column_sums, embedding_gradient, unchecked  # noqa: E402
 from megatron_ksa.kernels.adam import AdamTensors, triton_adam, triton_norm  # noqa: E402
 from megatron_ksa.kernels.cross_entropy import triton_kernels as cross_entropy  # noqa: E402
 from megatron_ksa.kernels.norm import triton_norm as rms  # noqa: E402
@@ -108,7 +108,7 @@ CASES = {
 if __name__ == "__main__":
     Driver.utils = Disassembler()
     triton.runtime.driver.set_active(Driver())
-    dispatch.take_unchecked()
+    unchecked.take_unchecked()
     for module in (triton_swiglu, rms):
         module._launch_forward = twice(module._launch_forward)
         module._launch_backward = twice(module._launch_backward)
