@@ -41,7 +41,7 @@ def column_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums over the first dimension in a fixed order, in one kernel where torch takes three.
 
     Args:
-        parts: float32 [parts, ...], contiguous.
+        parts: float32 [parts, ...].
         dtype: of the result; sums are float32.
 
     Returns:
@@ -51,5 +51,6 @@ def column_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
         return parts.sum(0).to(dtype)
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     if out.numel():
-        _launch((parts.flatten(1), out.flatten()), None)
+        # Views of every other row flatten to a view, whose rows are no neighbours.
+        _launch((parts.flatten(1).contiguous(), out.flatten()), None)
     return out

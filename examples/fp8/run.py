@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -64,12 +64,15 @@ def write_text(prefix: Path) -> int:
     return number
 
 
-def train(folder: Path, flags: list[str], steps: int, tiny: bool) -> dict[int, float] | str:
+def train(folder: Path, flags: list[str], steps: int, tiny: bool, limit: float) -> dict[int, float] | str:
     """Loss of each step, or what went wrong."""
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *MODEL, *(TINY if tiny else []), "--data-path"]
     command += [str(folder / "text"), "--train-iters", str(steps), "--lr-decay-iters", str(steps), *flags]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"not done after {limit:.0f} s"
     losses = {int(step): float(loss) for step, loss in LINE.findall(done.stdout)}
     if done.returncode or not losses:
         print(done.stderr[-3000:], file=sys.stderr)
@@ -85,13 +88,14 @@ def train(folder: Path, flags: list[str], steps: int, tiny: bool) -> dict[int, f
 def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict:
     """A kind's losses, and those of a run that goes on from its checkpoint halfway."""
     half = options.steps // 2
-    flags, saved = KINDS[kind], ["--save", str(folder / kind), "--save-interval", str(half)]
-    whole = train(folder, [*flags, *saved], options.steps, options.tiny)
+    flags, saved = [*KINDS[kind]], ["--save", str(folder / kind), "--save-interval", str(half)]
+    whole = train(folder, [*flags, *saved], options.steps, options.tiny, options.limit)
     if isinstance(whole, str):
         return {"kind": kind, "error": whole}
     result = {"kind": kind, "losses": list(whole.values())}
     print(f"{kind}: loss {whole[options.steps]:.4f} after {options.steps} steps", flush=True)
-    again = train(folder, [*flags, "--load", saved[1], "--ckpt-step", str(half)], options.steps, options.tiny)
+    flags += ["--load", saved[1], "--ckpt-step", str(half)]
+    again = train(folder, flags, options.steps, options.tiny, options.limit)
     if isinstance(again, str):
         return {**result, "error": f"resumed: {again}"}
     result["resumed_losses"] = list(again.values())
@@ -109,6 +113,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="what to train")
     parser.add_argument("--steps", type=int, default=200, help="steps of each kind")
     parser.add_argument("--at-once", type=int, default=3, help="kinds on the GPU at a time")
+    parser.add_argument("--limit", type=float, default=200, help="seconds after which a run is given up")
     parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")
     options = parser.parse_args()
     with usage_errors_exit():
@@ -127,17 +132,19 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> bool:
     """Train every kind, and write the losses after each; whether one of them failed."""
     with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(options.at_once) as pool:
-        folder, runs = Path(made), []
+        folder, runs = Path(made), {}
         tokens = write_text(folder / "text")
         import torch
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        for result in pool.map(lambda kind: measure(folder, kind, options), options.kinds):
-            runs.append(result)
+        for done in as_completed(pool.submit(measure, folder, kind, options) for kind in options.kinds):
+            result = done.result()
+            runs[result["kind"]] = result
             record = {"device": device, "torch": torch.__version__, "tokens": tokens, "steps": options.steps}
             with whole_file(options.out) as stream:
-                stream.write(json.dumps({**record, "runs": runs}, indent=1) + "\n")
-    return any("error" in run for run in runs)
+                known = [runs[kind] for kind in options.kinds if kind in runs]
+                stream.write(json.dumps({**record, "runs": known}, indent=1) + "\n")
+    return any("error" in run for run in runs.values())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ later cases change its recompute in place.
 
 import dataclasses
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -157,18 +158,18 @@ class Peaks:
             yield from (parameter for group in part.optimizer.param_groups for parameter in group["params"])
 
     def _case(self, run: Callable[[], tuple], length: int, recompute: Recompute, iterations: int) -> dict:
-        """Train some iterations; bytes are the largest of all ranks, the time is the last iteration's."""
+        """Train some iterations; bytes are the largest of all ranks, the time is the median after the first."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.phases = {}
-        state, losses = self.memory.live, []
+        state, losses, times = self.memory.live, [], []
         self.memory.begin_phase()
         for _ in range(iterations):
             torch.cuda.synchronize()
             begin = time.perf_counter()
             losses.append(float(run()[0]["lm loss"]))
             torch.cuda.synchronize()
-            seconds = time.perf_counter() - begin
+            times.append(time.perf_counter() - begin)
         found = {"state": state, "saved": self.saved - state, **self.phases}
         found["reserved"] = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
         most = torch.tensor(list(found.values()), device=torch.cuda.current_device())
@@ -177,7 +178,8 @@ class Peaks:
         return {
             "length": length, "recompute": dataclasses.asdict(recompute), "what": str(recompute), "bytes": found,
             "peak": max(found[phase] for phase in ("forward", "loss", "backward", "optimizer")),
-            "predicted": self._predicted(length, recompute), "seconds": seconds, "losses": losses,
+            "predicted": self._predicted(length, recompute), "losses": losses, "times": times,
+            "seconds": statistics.median(times[1:] or times),
         }  # fmt: skip
 
     @staticmethod

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -24,6 +25,7 @@ from model_1b9 import LAYERS, TINY_LAYERS, training_flags
 from megatron_ksa.config.recompute import CHEAP, FULL, MODULES, NONE, Recompute
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import whole_file
+from megatron_ksa.platform.ranks import run_ranks
 
 HERE = Path(__file__).parent
 LENGTHS = (8192, 32768, 131072)
@@ -68,21 +70,9 @@ def measure(options: argparse.Namespace) -> dict:
     record, listed = options.out.with_suffix(".part"), options.out.with_suffix(".cases")
     record.unlink(missing_ok=True)
     listed.write_text(json.dumps(cases(options)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
     more = ["--context-parallel-size", str(options.ranks)]
     flags = [*training_flags(options.model, max(options.lengths), 1, more, tiny=options.tiny), *options.extra]
-    command = [
-        sys.executable, *(launcher if options.ranks > 1 else []), str(HERE / "peaks_pretrain.py"), str(record),
-        str(listed), *flags,
-    ]  # fmt: skip
-    failure = None
-    try:
-        allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-        done = subprocess.run(command, timeout=options.limit, check=False, env={**os.environ, **allocator})
-        if done.returncode:
-            failure = f"exit code {done.returncode}"
-    except subprocess.TimeoutExpired:
-        failure = f"not done after {options.limit:.0f} s"
+    failure = _train([str(HERE / "peaks_pretrain.py"), str(record), str(listed), *flags], options)
     listed.unlink()
     if not record.exists():
         raise UsageError(f"nothing was measured ({failure}): the program's own lines above say why")
@@ -91,6 +81,27 @@ def measure(options: argparse.Namespace) -> dict:
     if options.commit:
         result["machine"]["commit"] = options.commit
     return {"model": options.model, **result, **({"error": failure} if failure else {})}
+
+
+def _train(script: list[str], options: argparse.Namespace) -> str | None:
+    """Run the script in as many processes as there are ranks; why it did not end well."""
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    late = f"not done after {options.limit:.0f} s"
+    if options.ranks > 1:
+        # A launcher that is killed leaves its ranks on the GPUs: this one is told to end.
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        began = time.monotonic()
+        done = run_ranks(script, options.ranks, seconds=options.limit, environment=environment)
+        print(done.stdout, done.stderr, sep="\n", flush=True)
+        if done.returncode and time.monotonic() - began >= options.limit:
+            return late
+    else:
+        try:
+            command = [sys.executable, *script]
+            done = subprocess.run(command, timeout=options.limit, check=False, env={**os.environ, **environment})
+        except subprocess.TimeoutExpired:
+            return late
+    return f"exit code {done.returncode}" if done.returncode else None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -107,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
         ":3+norms+heads+activation (the first 3 layers, and modules of the others)"
     )  # fmt: skip
     parser.add_argument("--ranks", type=int, default=1, help="GPUs, which context parallelism divides the text among")
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of a case; the last one is timed")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of a case; those after the first are timed")
     parser.add_argument("--limit", type=float, default=200, help="seconds after which the run is given up")
     parser.add_argument("--commit", help="commit of the code, where it is no git checkout")
     parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")

@@ -20,6 +20,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,8 @@ from megatron_ksa.platform.ranks import run_ranks
 HERE = Path(__file__).parent
 # Seconds after which ranks have imported everything; last characters of its output that a failed launch leaves.
 START_SECONDS, LOG = 60, 100_000
+# With less time left of `--seconds`, no run is started.
+SHORTEST = 20
 
 
 def measure(model: str, length: int, kind: str, options: argparse.Namespace) -> dict:
@@ -48,13 +51,18 @@ def measure(model: str, length: int, kind: str, options: argparse.Namespace) -> 
     warm_up, measured = iterations(length, kind, options)
     command = [sys.executable, str(HERE / "timed_pretrain.py"), str(record), str(warm_up), str(measured)]
     command += [str(options.profile / f"{name}.txt") if options.profile else "-", *flags]
-    result = run_recorded(command, record, options.limit)
+    result = run_recorded(command, record, min(options.limit, left_of(options)))
     if options.commit and "machine" in result:
         result["machine"]["commit"] = options.commit
     run = {"model": model, "length": length, "cuda_graphs": captures(kind, options)}
     if (options.shape, kind) != ("1b9", "default"):
         run |= {"shape": options.shape, "kind": kind}
     return {**result, **run}
+
+
+def left_of(options: argparse.Namespace) -> float:
+    """Seconds of `--seconds` that are left."""
+    return options.end - time.monotonic()
 
 
 def run_recorded(command: list[str], record: Path, limit: float) -> dict:
@@ -76,10 +84,15 @@ def run_recorded(command: list[str], record: Path, limit: float) -> dict:
 def measure_ranks(runs: list[Run], options: argparse.Namespace) -> Iterator[dict]:
     """Train runs that take the same number of GPUs in turn, in one set of ranks, and yield the result of each.
 
-    Where a run fails, the runs after it go on in a new set.
+    Where a run fails, the runs after it go on in a new set. A run that an earlier call left complete is not repeated.
     """
     left = list(runs)
-    while left:
+    for run in runs:
+        result = _result(run, _record(run, options), options)
+        if result.get("complete") and not options.again:
+            left.remove(run)
+            yield result
+    while left and left_of(options) > SHORTEST:
         records = [_record(run, options) for run in left]
         description = []
         for run, record in zip(left, records, strict=True):
@@ -91,14 +104,7 @@ def measure_ranks(runs: list[Run], options: argparse.Namespace) -> Iterator[dict
         stderr = _train_ranks(description, left[0].layout.gpus, options)
         for record in records:
             run = left.pop(0)
-            result = json.loads(record.read_text()) if record.exists() else {}
-            record.unlink(missing_ok=True)
-            if result and options.commit:
-                result["machine"]["commit"] = options.commit
-            result |= {
-                "model": run.model, "length": run.length, "cuda_graphs": captures(run.kind, options),
-                "layout": run.layout.name, "gpus": run.layout.gpus, "shape": options.shape, "kind": run.kind,
-            }  # fmt: skip
+            result = _result(run, record, options)
             if not result.get("complete"):
                 yield result | {"error": reason(stderr)}
                 break
@@ -106,11 +112,21 @@ def measure_ranks(runs: list[Run], options: argparse.Namespace) -> Iterator[dict
 
 
 def _record(run: Run, options: argparse.Namespace) -> Path:
-    """Where the ranks write what they measure, which is not there yet."""
+    """Where the ranks write what they measure."""
     name = f"{options.shape}-{run.model}-{run.length}-{run.kind}-{run.layout.name}"
-    record = options.out.with_suffix(f".{name}.part")
+    return options.out.with_suffix(f".{name}.part")
+
+
+def _result(run: Run, record: Path, options: argparse.Namespace) -> dict:
+    """What the ranks have written of a run, with what it was; the file is removed."""
+    result = json.loads(record.read_text()) if record.exists() else {}
     record.unlink(missing_ok=True)
-    return record
+    if result and options.commit:
+        result["machine"]["commit"] = options.commit
+    return result | {
+        "model": run.model, "length": run.length, "cuda_graphs": captures(run.kind, options),
+        "layout": run.layout.name, "gpus": run.layout.gpus, "shape": options.shape, "kind": run.kind,
+    }  # fmt: skip
 
 
 def _train_ranks(description: list[dict], gpus: int, options: argparse.Namespace) -> str:
@@ -121,7 +137,7 @@ def _train_ranks(description: list[dict], gpus: int, options: argparse.Namespace
     if gpus > 1:
         # Tensor and context parallelism want it before CUDA starts.
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    seconds = START_SECONDS + options.limit * len(description)
+    seconds = min(START_SECONDS + options.limit * len(description), left_of(options))
     script = [str(HERE / "timed_ranks.py"), str(file), str(options.limit)]
     done = run_ranks(script, gpus, seconds=seconds, environment=environment)
     file.unlink()
@@ -208,6 +224,9 @@ def parse_arguments() -> argparse.Namespace:
         "--kept-logits", type=float, default=3.0, help="GiB of logits that are kept for the backward pass at most"
     )
     parser.add_argument("--limit", type=float, default=200, help="seconds after which a run is given up")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="seconds after which nothing is started, and what runs is ended"
+    )
     parser.add_argument("--commit", help="commit of the code, where it is no git checkout")
     parser.add_argument("--again", action="store_true", help="measure what is in the results too")
     parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")
@@ -237,6 +256,9 @@ def results(options: argparse.Namespace, left: list[Run]) -> Iterator[dict]:
         for model, length, kind, layout in same:
             graphs = ", CUDA graphs" * captures(kind, options)
             where = f", {layout.name}" if layout else ""
+            if left_of(options) < SHORTEST:
+                print(f"-- the {options.seconds:.0f} s of --seconds are over: a second call goes on", flush=True)
+                return
             print(f"== {model}, {length} tokens, {options.shape}, {kind}{where}{graphs}", flush=True)
             if gpus is None:
                 yield measure(model, length, kind, options)
@@ -248,8 +270,10 @@ def main() -> None:
     """Measure what is missing, write after each run, and report."""
     with usage_errors_exit():
         options = parse_arguments()
-        if not 0 < options.limit < math.inf:
-            raise UsageError(f"--limit {options.limit:g}: a number of seconds above 0")
+        for flag in ("limit", "seconds"):
+            if not (value := getattr(options, flag)) > 0 or (flag == "limit" and value == math.inf):
+                raise UsageError(f"--{flag} {value:g}: a number of seconds above 0")
+        options.end = time.monotonic() + options.seconds
         for flag, value in (("lengths", min(options.lengths)), ("loss-rows", options.loss_rows)):
             if value < 1:
                 raise UsageError(f"--{flag} {value}: at least 1")
@@ -268,6 +292,7 @@ def main() -> None:
             runs = [run for run in runs if identity(run) != identity(result)] + [result]
             with whole_file(options.out) as stream:
                 stream.write(json.dumps(runs, indent=1) + "\n")
+        failed |= bool(wanted(options, runs))
         for line in compare_kinds(runs) if options.layouts is None else ():
             print(line)
         for line in compare_stages(runs):

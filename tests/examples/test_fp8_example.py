@@ -36,9 +36,9 @@ def test_losses_are_read_from_the_log_and_the_second_is_no_mean(example, monkeyp
     monkeypatch.setattr(run, "MODEL", [])
     monkeypatch.setattr(run, "ROOT", tmp_path)
     (tmp_path / "pretrain_gpt.py").write_text(f"print({text!r})")
-    assert run.train(tmp_path, [], 6, tiny=False) == {4: 5.0, 5: 4.0, 6: 3.0}
+    assert run.train(tmp_path, [], 6, tiny=False, limit=60) == {4: 5.0, 5: 4.0, 6: 3.0}
     (tmp_path / "pretrain_gpt.py").write_text("import sys; sys.exit('error: no GPU here')")
-    assert run.train(tmp_path, [], 6, tiny=False) == "error: no GPU here"
+    assert run.train(tmp_path, [], 6, tiny=False, limit=60) == "error: no GPU here"
 
 
 def test_a_recipe_stands_beside_16_bits(example, tmp_path):

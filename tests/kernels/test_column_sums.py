@@ -19,3 +19,11 @@ def test_sums_over_the_first_dimension(shape, dtype):
     got = column_sums(parts, dtype)
     assert got.dtype == dtype and got.shape == parts.shape[1:]
     torch.testing.assert_close(got, parts.double().sum(0).to(dtype))
+
+
+@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("view", [lambda parts: parts[::2], lambda parts: parts[:, :3], lambda parts: parts.mT])
+def test_parts_may_be_a_view(view):
+    """Every other row was taken for every row: the kernel knew the number of columns, and no stride."""
+    parts = view(torch.randn(6, 8, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE))
+    torch.testing.assert_close(column_sums(parts, torch.float32), parts.sum(0))

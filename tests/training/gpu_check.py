@@ -5,13 +5,16 @@
 Each kind trains a tiny model and is compared with another kind, step by step: plain PyTorch with the kernels, CUDA
 graphs with the run without, Transformer Engine's layers with local ones, FP8 with its bf16, a run that was interrupted
 with one that was not. Kinds of two ranks need two GPUs, Transformer Engine's need the package; where something is
-missing, the kind is named as skipped. Exit code 0 where all that ran agree, 1 where one does not.
+missing, the kind is named as skipped. A second call with the same --out goes on with the kinds that do not agree there.
+Exit code 0 where all that ran agree, 1 where one does not.
 """
 
 import argparse
 import json
+import math
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +181,11 @@ def with_compared(names: list[str]) -> list[str]:
     return [name for name in KINDS if name in wanted]
 
 
+def is_done(name: str, result: dict) -> bool:
+    """Whether a kind need not run again for itself; those that others are compared with run with these."""
+    return result.get("agrees", KINDS[name].like is None and "losses" in result)
+
+
 def groups(names: list[str]) -> list[list[str]]:
     """Kinds that train one after the other in the same processes; a graph a layer has processes of its own.
 
@@ -205,16 +213,20 @@ def runs_of(folder: Path, name: str) -> list[tuple[Path, str]]:
     ]
 
 
-def train(folder: Path, names: list[str]) -> dict[str, dict | str]:
+def train(folder: Path, names: list[str], limit: float, end: float) -> dict[str, dict | str]:
     """Losses and gradient norms of each kind's steps, or what went wrong; kinds of one group.
 
     A kind that fails takes the processes with it; those after it get new ones, and so does one that was not the first.
+
+    Args:
+        limit: seconds of a run.
+        end: of all runs, by `time.monotonic`.
     """
     folder.mkdir()
     done: dict[str, dict | str] = {}
-    while names:
+    while names and time.monotonic() < end:
         runs = [run for name in names for run in runs_of(folder, name)]
-        ended = launch(runs, KINDS[names[0]].ranks)
+        ended = launch(runs, KINDS[names[0]].ranks, limit=limit, seconds=end - time.monotonic())
         for name in names:
             trained = {}
             for path, last in ((folder / f"{name}.first.json", HALF), (folder / f"{name}.json", STEPS)):
@@ -225,7 +237,11 @@ def train(folder: Path, names: list[str]) -> dict[str, dict | str]:
             if len(trained) < STEPS:
                 print(f"{name}:\n{ended.stderr[-3000:]}", file=sys.stderr)
                 errors = [line for line in ended.stderr.splitlines() if line.startswith("error:") or "Error" in line]
-                done[name] = (errors or ["no result"])[-1][:400]
+                hung = [path for path in folder.glob("stacks*.txt") if path.stat().st_size]
+                for path in hung:
+                    print(f"{path.stem}:\n{path.read_text()}", file=sys.stderr)
+                errors = errors or ([f"no end within {limit:.0f} s"] if hung else ["no result"])
+                done[name] = errors[-1][:400]
                 break
             done[name] = trained
         names = [name for name in names if name not in done]
@@ -258,10 +274,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
                         help=f"of {', '.join(KINDS)}; those that they are compared with run too")  # fmt: skip
     parser.add_argument("--at-once", type=int, default=4, help="groups of processes at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for a run (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="seconds for all of them (default: unlimited)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: these checks need a GPU")
-    asked = with_compared(args.only)
+    end = time.monotonic() + args.seconds
+    earlier = json.loads(args.out.read_text(encoding="utf-8"))["results"] if args.out and args.out.exists() else {}
+    asked = with_compared([name for name in args.only if not is_done(name, earlier.get(name, {}))])
     results: dict[str, dict] = {name: {"skipped": why} for name in asked if (why := missing(KINDS[name]))}
     trained: dict[str, dict | str] = {}
 
@@ -273,15 +293,20 @@ def main() -> None:
         if args.out:
             with whole_file(args.out) as stream:
                 stream.write(
-                    json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results},
-                               indent=1) + "\n"
+                    json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                                "results": earlier | results}, indent=1) + "\n"
                 )  # fmt: skip
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once) as pool:
         parts = groups([name for name in asked if name not in results])
-        for done in as_completed(pool.submit(train, Path(folder) / str(i), part) for i, part in enumerate(parts)):
+        sets = [pool.submit(train, Path(folder) / str(i), part, args.limit, end) for i, part in enumerate(parts)]
+        for done in as_completed(sets):
             trained |= done.result()
             write()
+    for name in asked:
+        if name not in results:
+            results[name] = {"failed": "the time of --seconds is over", "agrees": False}
+    write()
     print(json.dumps({name: result.get("agrees", result.get("skipped")) for name, result in results.items()}))
     sys.exit(not all(result.get("agrees", True) for result in results.values()))
 

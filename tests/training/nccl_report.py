@@ -20,9 +20,14 @@ def text(record: dict) -> str:
             skipped[result["skipped"]].append(name)
             continue
         found = result.get("failed") or f"{result['largest_relative_deviation']:.1e}"
-        rows.append([name, found, f"{result['allowed']:.0e}" if "allowed" in result else "", _yes(result["agrees"])])
+        numbers = [
+            f"{result[key]:{form}}" if key in result else ""
+            for key, form in (("allowed", ".0e"), ("first_step_deviation", ".1e"), ("allowed_first", ".0e"))
+        ]
+        rows.append([name, found, *numbers, _yes(result["agrees"])])
+    columns = ["layout", "largest relative deviation", "allowed", "at the first step", "allowed", "agrees"]
     where = f"{record['processes']} {record['device']}, torch {record['torch']}, {record['steps']} steps:"
-    parts = [where, table(["layout", "largest relative deviation", "allowed", "agrees"], rows)]
+    parts = [where, table(columns, rows)]
     return "\n\n".join([*parts, *(f"Not run ({why}): {'; '.join(names)}." for why, names in skipped.items())])
 
 

@@ -1,6 +1,7 @@
 """The GPU checks' kinds, as far as a machine without a GPU can tell."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -57,7 +58,7 @@ def test_a_kind_that_fails_behind_others_gets_processes_of_its_own(monkeypatch, 
     """What a run leaves in its process may be what fails the next one; a kind that fails first has failed."""
     launched = []
 
-    def launch(runs, ranks):
+    def launch(runs, ranks, limit, seconds):
         launched.append([record.stem for record, _ in runs])
         for number, (record, _) in enumerate(runs):
             if record.stem == "reference" or (record.stem == "anneal" and number):
@@ -66,7 +67,7 @@ def test_a_kind_that_fails_behind_others_gets_processes_of_its_own(monkeypatch, 
         return SimpleNamespace(stderr="error: it failed")
 
     monkeypatch.setattr(gpu_check, "launch", launch)
-    done = gpu_check.train(tmp_path / "0", ["kernels", "anneal", "reference", "distil"])
+    done = gpu_check.train(tmp_path / "0", ["kernels", "anneal", "reference", "distil"], 120, math.inf)
     assert launched == [["kernels", "anneal", "reference", "distil"], ["anneal", "reference", "distil"],
                         ["reference", "distil"], ["distil"]]  # fmt: skip
     assert done["reference"] == "error: it failed" and all(len(done[name]) == 8 for name in ("kernels", "anneal"))

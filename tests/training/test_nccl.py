@@ -42,7 +42,7 @@ def test_a_layout_that_hangs_is_named_and_those_after_it_go_on(tmp_path, monkeyp
     """A hang ended the whole check of a set of ranks: the layouts after it must run in a new set."""
     launches = []
 
-    def train(folder, runs, processes, limit):
+    def train(folder, runs, processes, limit, seconds):
         """The second layout of the first set of four ranks does not end."""
         launches.append((processes, len(runs)))
         first = processes == 4 and len(launches) == 2
@@ -67,7 +67,7 @@ def test_flags_that_the_trainer_refuses_are_skipped(tmp_path, monkeypatch):
     """Layers that another version takes are no failure of a layout."""
     name = "CP 4, Transformer Engine, FP8"
 
-    def train(folder, runs, processes, limit):
+    def train(folder, runs, processes, limit, seconds):
         runs[0][0].write_text(json.dumps({1: LOSS}))
         return 1, "error: --fp8-format hybrid: no", True
 
@@ -75,6 +75,34 @@ def test_flags_that_the_trainer_refuses_are_skipped(tmp_path, monkeypatch):
     checked = nccl_check.Check(tmp_path, 4, 50, lambda results: None)
     checked.run({name: LAYOUTS[4][name]})
     assert checked.results[name]["skipped"] == "single process: error: --fp8-format hybrid: no"
+
+
+def test_results_of_a_set_whose_time_is_over_are_kept(tmp_path, monkeypatch):
+    """A set that was ended lost what its first layouts had trained."""
+
+    def train(folder, runs, processes, limit, seconds):
+        complete = 1 if processes == 4 else len(runs)
+        for record, _ in runs[:complete]:
+            record.write_text(json.dumps({1: LOSS}))
+        return complete, nccl_check.TIME_IS_OVER if processes == 4 else "", False
+
+    monkeypatch.setattr(nccl_check, "train", train)
+    names = ["TP 2 x CP 2", "PP 2 x CP 2", "CP 4, all-to-all"]
+    checked = nccl_check.Check(tmp_path, 4, 50, lambda results: None, 100)
+    checked.run({name: LAYOUTS[4][name] for name in names})
+    assert [checked.results[name]["agrees"] for name in names] == [True, False, False]
+    assert "failed" in checked.results[names[2]]
+
+
+def test_bf16_must_agree_at_the_first_step(tmp_path):
+    """The limit of later steps, which Adam's signs need, let a fault of 1 % at the first one pass."""
+    checked = nccl_check.Check(tmp_path, 8, 50, lambda results: None)
+    name = "CP 8, distributed optimizer, bf16"
+    for first, later, agrees in ((1.001, 1.009, True), (1.009, 1.001, False), (1.001, 1.02, False)):
+        trained = {1: {"loss": 2.0, "grad_norm": first}, 2: {"loss": 2.0, "grad_norm": later}}
+        checked._compare(name, LAYOUTS[8][name], trained, {1: LOSS, 2: LOSS})
+        assert checked.results[name]["agrees"] == agrees
+    assert {layout.allowed_first for layout in LAYOUTS[8].values()} == {1e-5, 2e-3, 2e-2}
 
 
 def test_layouts_by_what_they_need():

@@ -1,6 +1,7 @@
 """The trainer on a tiny model of every layer kind, in processes of its own; its losses and gradient norms."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,9 @@ def write_documents(prefix: Path) -> None:
 
 
 def launch(
-    runs: list[tuple[Path, str]], processes: int, entry: str = "recorded_pretrain.py", limit: float | None = None
-) -> warm_processes.Done | subprocess.CompletedProcess:
+    runs: list[tuple[Path, str]], processes: int, entry: str = "recorded_pretrain.py", limit: float | None = None,
+    seconds: float = math.inf,
+) -> warm_processes.Done | subprocess.CompletedProcess:  # fmt: skip
     """Train once for each (record, flags), one after the other in the same processes.
 
     The ranks are forks that have Megatron imported; with a limit, and where there are GPUs, torchrun starts them.
@@ -52,6 +54,7 @@ def launch(
     Args:
         limit: seconds of a run after which each rank writes its stacks to stacksRANK.txt beside the first record, and
             is ended.
+        seconds: with a limit, after which all runs are ended.
     """
     folder = runs[0][0].parent
     if not (folder / "documents.idx").exists():
@@ -72,7 +75,9 @@ def launch(
         hung_for[0] += any(path.exists() and path.stat().st_size for path in stacks)
         return hung_for[0] > STACKS_SECONDS
 
-    return run_ranks(script, processes, seconds=limit and len(runs) * limit + START_SECONDS, ended=hung)
+    if limit is not None:
+        seconds = min(seconds, len(runs) * limit + START_SECONDS)
+    return run_ranks(script, processes, seconds=seconds, ended=hung)
 
 
 def selected(request: pytest.FixtureRequest, name: str) -> list:
