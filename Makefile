@@ -6,8 +6,9 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 # Three workers for two cores: ranks and Slurm's daemons wait for each other half of the time. Modules that start ranks
 # stay in one of them (tests/groups.py). WORKERS=0 runs the tests in one process.
+# Compiled modules are kept, also where PYTHONDONTWRITEBYTECODE is set: every process would compile the project again.
 WORKERS ?= 3
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 CANDIDATES := $(PYTHON) python3.12 python3.13 python3 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 
 help:  ## list the targets

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from docstrings_once import read_docstrings_once  # noqa: E402
 from groups import group, place  # noqa: E402
-from language_once import patch_language_once  # noqa: E402
+from interpreter_once import interpret_once  # noqa: E402
 
 
 def pytest_configure(config):
@@ -23,6 +23,8 @@ def pytest_configure(config):
     """
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return
+    # Until everything is imported: what is imported stays, and the collector would visit it again and again.
+    gc.disable()
     if "megatron" in sys.modules:
         raise pytest.UsageError("a conftest.py imports Megatron before the CPU platform is there: import in fixtures")
     import hypothesis
@@ -36,6 +38,8 @@ def pytest_configure(config):
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
+    from gloo_once import share_device
+
     from megatron_ksa.kernels.unchecked import take_unchecked
     from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 
@@ -43,6 +47,7 @@ def pytest_configure(config):
     take_unchecked()
     # Megatron's random-state tracker and recompute ask for CUDA; the trainer activates this platform in the same way.
     activate_cpu_platform()
+    share_device()
 
 
 def pytest_itemcollected(item):
@@ -69,7 +74,7 @@ def pytest_collection_finish(session):
         UsageError: it has not. Then tests are dealt out one by one, and every worker makes every module's fixtures.
     """
     read_docstrings_once()
-    patch_language_once()
+    interpret_once()
     if "megatron" in sys.modules:
         # A test that configures the trainer does this to its process; whichever tests ran before, Megatron is the same.
         from megatron_ksa.platform.process import prepare_process
@@ -78,9 +83,9 @@ def pytest_collection_finish(session):
     grouped = hasattr(session.config, "workerinput") and session.config.getoption("loadgroup")
     if grouped and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("pytest-xdist does not group tests with this pytest: install those of constraints.txt")
-    # What is imported stays: no collection need visit it again.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

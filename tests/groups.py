@@ -42,6 +42,8 @@ FORKS = frozenset(
     """
     examples/test_from_dense.py
     examples/test_memory_1b9.py
+    examples/test_step_parts.py
+    examples/test_throughput.py
     huggingface/test_bad_input.py
     huggingface/test_folders.py
     huggingface/test_like.py
@@ -50,6 +52,7 @@ FORKS = frozenset(
     training/test_arguments.py
     training/test_loss_mask.py
     training/test_refused_runs.py
+    upstream/test_weight_gradients.py
     """.split()
 )
 GROUPS = {"world": WORLD, "slurm": SLURM, "forks": FORKS}
@@ -58,7 +61,7 @@ ORDER = (
     *GROUPS, "kernels/benchmarks/test_runner.py", "data_tools/tags/test_kill.py",
     "kernels/ksa_attention/test_triton.py", "kernels/ksa_attention/test_features.py", "inference/test_state.py",
     "huggingface/test_modeling.py", "data_tools/test_preprocess.py", "data_tools/tags/test_report_page.py",
-    "examples/test_library.py", "examples/test_throughput.py", "kernels/test_alone.py",
+    "examples/test_library.py", "kernels/test_alone.py",
     "kernels/ksa_attention/test_gluon.py", "kernels/rotation/test_rotation.py",
     "kernels/ksa_decode/test_decode_attention.py",
 )  # fmt: skip

@@ -98,6 +98,11 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
+def run_with_forks(script: str | Path, *arguments: object) -> Done:
+    """Run a Python script whose commands are forks as well (`commands_in_forks.py`)."""
+    return run_script(Path(__file__).with_name("commands_in_forks.py"), ROOT / script, *arguments)
+
+
 def run_script(script: str | Path, *arguments: object, ranks: int = 0) -> Done:
     """Run a Python script in a fork, or in several that are the ranks of one world.
 

@@ -34,6 +34,7 @@ def warm_up() -> None:
     """Import what the trainer imports."""
     from megatron_ksa.platform import prepare_platform
 
+    gc.disable()
     before = dict(os.environ)
     prepare_platform([])
     # 0.75 s of every rank's time: Megatron's tokenizers import transformers, and the optimizer what follows it.
@@ -41,6 +42,7 @@ def warm_up() -> None:
     import megatron.core.tokenizers.text.models  # noqa: F401
     import megatron.training.checkpointing  # noqa: F401
     from docstrings_once import read_docstrings_once
+    from gloo_once import share_device
     from megatron.training.arguments import add_megatron_arguments
 
     import megatron_ksa.checkpoint.run_folder  # noqa: F401
@@ -50,12 +52,14 @@ def warm_up() -> None:
     import megatron_ksa.training.step  # noqa: F401
 
     read_docstrings_once()
+    share_device()
     add_megatron_arguments(argparse.ArgumentParser())
     os.environ.clear()
     os.environ.update(before)
     # A fork's collector would visit all of it again, and copy its pages.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def become(request: dict, rank: int) -> None:

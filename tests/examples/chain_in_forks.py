@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from warm_server import become
+from commands_in_forks import forked
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "ksa_from_dense" / "run.py"
@@ -33,16 +33,6 @@ class Killer:
             self.left -= 1
             if not self.left:
                 os.killpg(0, signal.SIGKILL)
-
-
-def forked(command: list[str], **_: object) -> subprocess.CompletedProcess:
-    """`subprocess.run` of a Python script."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        become({"script": str(ROOT / command[1]), "arguments": command[2:], "environment": dict(os.environ), "ranks": 0,
-                "folder": str(ROOT), "out": "/dev/stdout", "error": "/dev/stderr"}, 0)  # fmt: skip
-    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def main() -> None:

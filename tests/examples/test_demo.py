@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from warm import run_script
+from warm import run_script, run_with_forks
 
 pytestmark = pytest.mark.slow
 DEMO = Path("examples/demo/run.py")
@@ -14,8 +14,8 @@ SMALL = ("--one-file-in", 8, "--global-batch-size", 2, "--evaluation-sequences",
 
 
 def demo(output: Path, *arguments: object) -> str:
-    """What the demo prints. It runs in a fork; the commands that it calls are processes as a user starts them."""
-    done = run_script(DEMO, "--output", output, *arguments)
+    """What the demo prints. It runs in a fork, and so do the commands that it calls, in place of new processes."""
+    done = run_with_forks(DEMO, "--output", output, *arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

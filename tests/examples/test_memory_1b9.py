@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from warm import Done, run_script
+from warm import Done, run_with_forks
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = ("memory_1b9", "memory_1b9_throughput", "recompute_to_fit_1b9")
@@ -18,7 +18,7 @@ def page(tmp_path):
 
 
 def run(script: str, *arguments: object) -> Done:
-    return run_script(f"examples/memory_1b9/{script}", *arguments)
+    return run_with_forks(f"examples/memory_1b9/{script}", *arguments)
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
 """The throughput script on several GPUs: layouts by name, exposed communication, the report; two ranks on a CPU."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from warm import run_with_forks
 
 FOLDER = Path(__file__).parents[2] / "examples" / "throughput_1b9"
 sys.path.append(str(FOLDER))
@@ -85,10 +85,8 @@ def test_full_attention_of_longer_sequences_is_arithmetic():
 def test_two_ranks_send_what_the_formula_says(tmp_path):
     out, page = tmp_path / "results.json", tmp_path / "page.md"
     page.write_text("<!-- throughput_1b9_ranks -->\n<!-- /throughput_1b9_ranks -->\n")
-    command = [sys.executable, FOLDER / "run.py", "--tiny", "--layouts", "cp2", "--models", "ksa", "--lengths", "64"]
-    done = subprocess.run(
-        [*command, "--iterations", "1", "--out", out, "--report", page], capture_output=True, text=True, check=False
-    )
+    flags = "--tiny --layouts cp2 --models ksa --lengths 64 --iterations 1".split()
+    done = run_with_forks(FOLDER / "run.py", *flags, "--out", out, "--report", page)
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = json.loads(out.read_text())
     sent = [rank["profile"]["sent_gb"] for rank in result["ranks"]]

@@ -1,11 +1,11 @@
 """The script that divides a step into parts: how kernels are told apart, and a run at a size that a CPU trains."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from warm import run_script
 
 FOLDER = Path(__file__).parents[2] / "examples" / "throughput_1b9"
 sys.path.insert(0, str(FOLDER))
@@ -81,11 +81,8 @@ def test_products_multiply_what_they_do_not_add_or_write():
 def test_variants_and_parts_of_a_small_model(tmp_path):
     out, page = tmp_path / "parts.json", tmp_path / "page.md"
     page.write_text("before\n<!-- step_parts -->\nold\n<!-- /step_parts -->\nafter\n")
-    command = [
-        sys.executable, FOLDER / "step_parts.py", "--tiny", "--lengths", "64", "--models", "ksa", "--measured", "1",
-        "--variants", "before", "all", "--out", out, "--report", page,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    flags = "--tiny --lengths 64 --models ksa --measured 1 --variants before all".split()
+    done = run_script(FOLDER / "step_parts.py", *flags, "--out", out, "--report", page)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = json.loads(out.read_text())
     assert set(run["iteration_ms"]) == {"before", "all"}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm import run_with_forks
 
 pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parents[2] / "examples" / "throughput_1b9"
@@ -15,12 +16,10 @@ FOLDER = Path(__file__).parents[2] / "examples" / "throughput_1b9"
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("throughput")
     (folder / "page.md").write_text("before\n<!-- throughput_1b9 -->\nold\n<!-- /throughput_1b9 -->\nafter\n")
-    command = [sys.executable, FOLDER / "run.py", "--tiny", "--lengths", "64", "--iterations", "1"]
     out = folder / "results.json"
+    flags = "--tiny --lengths 64 --iterations 1".split()
     for _ in range(2):
-        done = subprocess.run(
-            [*command, "--out", out, "--report", folder / "page.md"], capture_output=True, text=True, check=False
-        )
+        done = run_with_forks(FOLDER / "run.py", *flags, "--out", out, "--report", folder / "page.md")
         assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text()), (folder / "page.md").read_text(), done.stdout
 

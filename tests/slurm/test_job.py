@@ -95,8 +95,8 @@ def assert_same_where_both_trained(first: dict[int, float], second: dict[int, fl
 
 def test_job_saves_requeues_resumes_and_finishes(slurm, tmp_path):
     """A save before the signal is part of it: see test_sigterm_to_every_process_saves."""
-    job = Job(slurm, tmp_path, 40, 2)
-    job.wait(lambda: 3 in job.losses(0), 90)
+    job = Job(slurm, tmp_path, 20, 3)
+    job.wait(lambda: 4 in job.losses(0), 90)
     # What Slurm does to the steps of a job that reaches --signal's time.
     slurm("scancel", "--signal=TERM", job.id)
     job.wait(lambda: "requeueing" in job.told(), 40)
@@ -104,10 +104,10 @@ def test_job_saves_requeues_resumes_and_finishes(slurm, tmp_path):
     job.wait(lambda: job.state() in ENDED, 90)
     assert job.state() == "COMPLETED", job.told()
     first, second = job.losses(0), job.losses(1)
-    assert sorted(first) + sorted(second) == list(range(1, 41))
-    assert 3 <= len(first) < 40
-    assert f"saved at iteration {len(first)} of 40, requeueing" in job.told()
-    assert "finished at iteration 40" in job.told()
+    assert sorted(first) + sorted(second) == list(range(1, 21))
+    assert 4 <= len(first) < 20
+    assert f"saved at iteration {len(first)} of 20, requeueing" in job.told()
+    assert "finished at iteration 20" in job.told()
     assert len(list(job.run.glob("logs/*-1/rank-*.log"))) == 2
 
 

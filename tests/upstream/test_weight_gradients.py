@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from compare import assert_close
+from warm import run_script
 
 from megatron_ksa.kernels import weight_gradient
 from megatron_ksa.kernels.weight_gradient import add_product
@@ -29,7 +30,7 @@ def test_the_product_is_added_to_what_is_there(device, dtype, total_dtype):
 
 
 @pytest.mark.slow
-def test_megatron_finds_the_stand_in_where_apex_is_missing():
+def test_megatron_finds_the_stand_in_where_apex_is_missing(tmp_path):
     if importlib.util.find_spec(weight_gradients.NAME) is not None:
         pytest.skip("apex's module is installed")
     install = (
@@ -41,8 +42,10 @@ def test_megatron_finds_the_stand_in_where_apex_is_missing():
         "assert layers._grad_accum_fusion_available;"
         "assert layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32 is add_product"
     )
-    for code in (install + megatron + found, megatron + install + found):
-        subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", install + megatron + found], check=True)
+    # A fork of a process that has Megatron imported.
+    (tmp_path / "after.py").write_text(megatron + install + found)
+    assert (done := run_script(tmp_path / "after.py")).returncode == 0, done.stderr
 
 
 def test_an_installed_module_is_left_alone(monkeypatch):
