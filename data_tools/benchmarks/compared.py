@@ -5,8 +5,7 @@ for all alike cancels. A difference counts where the 95 % interval of its mean b
 freedom) leaves out zero. With three seeds that asks for 2.5 times the deviation of the differences.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.stats import t as student
@@ -33,29 +32,17 @@ def mean_and_deviation(values: Sequence[float], scale: float = 1.0, digits: int 
     return f"{mean} ± {found.std(ddof=1):.{digits}f}" if len(found) > 1 else mean
 
 
-def differs(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether first - second, paired by seed, is away from zero by more than the seeds say. Never with one seed."""
-    difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    if len(difference) < 2:
+def differs(difference: Sequence[float]) -> bool:
+    """Whether differences by seed are away from zero by more than the seeds say. Never with one seed."""
+    found = np.asarray(difference, np.float64)
+    if len(found) < 2:
         return False
-    half = student.ppf((1 + LEVEL) / 2, len(difference) - 1) * difference.std(ddof=1) / np.sqrt(len(difference))
-    return bool(abs(difference.mean()) > half)
+    half = student.ppf((1 + LEVEL) / 2, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found))
+    return bool(abs(found.mean()) > half)
 
 
-def verdict(measured: Mapping[str, Sequence[float]], higher_is_better: bool, scale: float, digits: int) -> str:
-    """The pairs that differ by more than the seeds, the better one first with by how much, and how many do not.
-
-    Args:
-        measured: name -> values by seed, the seeds in the same order for all.
-        scale: what values are multiplied with.
-        digits: after the point.
-    """
-    clear, pairs = [], list(combinations(measured, 2))
-    for first, second in pairs:
-        values = np.asarray(measured[first], np.float64), np.asarray(measured[second], np.float64)
-        if (values[0].mean() < values[1].mean()) == higher_is_better:
-            first, second, values = second, first, values[::-1]
-        if differs(*values):
-            clear.append(f"{first} before {second} ({mean_and_deviation(values[0] - values[1], scale, digits, '+')})")
-    others = f"the other {len(pairs) - len(clear)} of {len(pairs)} pairs do not."
-    return f"{'; '.join(clear)}; {others}" if clear else f"none of {len(pairs)} pairs."
+def difference(measured: Sequence[float], reference: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
+    """Mean ± standard deviation of measured - reference, by seed; in bold where it is more than the seeds say."""
+    found = np.asarray(measured, np.float64) - np.asarray(reference, np.float64)
+    text = mean_and_deviation(found, scale, digits, "+")
+    return f"**{text}**" if differs(found) else text
