@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,8 @@ def planted(originals: np.ndarray, topics: np.ndarray) -> dict:
 
 def train(folder: Path, work: Path, seed: int) -> float:
     """Loss on the held-out set after training, nats a token."""
+    # Megatron knows a cached index by the path of its dataset, where another choice may have been.
+    shutil.rmtree(work / "cache", ignore_errors=True)
     blend = (work / "blend" / "blend.txt").read_text().split()
     printed = call(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "pretrain_gpt.py", *MODEL,
@@ -201,7 +204,9 @@ def prepare(folder: Path, seed: int, instances: int) -> None:
 
 def measure(folder: Path, seed: int, instances: int, name: str) -> dict:
     """One choice on the pool of a seed: what was chosen, the loss after training, and processor seconds."""
-    work, (_, method, deduplicate, share) = folder / name, CHOICES[name]
+    _, method, deduplicate, share = CHOICES[name]
+    # Choices from the same instances share what comes before sampling.
+    work = folder / ("distinct" if deduplicate else "all")
     start = _seconds()
     chosen = choose(folder, work, seed, method, deduplicate, round(share * instances))
     loss = train(folder, work, seed)
