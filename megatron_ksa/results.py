@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Lock
 
@@ -110,10 +110,17 @@ def machine(commit: str | None = None, packages: Sequence[str] = ()) -> dict[str
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     found = {"device": device, "processor": processor(), "python": platform.python_version()}
     found |= {"torch": torch.__version__, "triton": triton.__version__}
-    found |= {name: version(name) for name in packages}
+    found |= {name: _version(name) for name in packages}
     command = ["git", "-C", str(Path(__file__).resolve().parents[1]), "rev-parse", "--short", "HEAD"]
     read = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return found | {"commit": commit or read or "unknown"}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def processor() -> str:

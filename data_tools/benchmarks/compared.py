@@ -5,12 +5,20 @@ for all alike cancels. A difference counts where the 95 % interval of its mean b
 freedom) leaves out zero. With three seeds that asks for 2.5 times the deviation of the differences.
 """
 
+import argparse
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.stats import t as student
 
 LEVEL = 0.95
+
+
+def seed_number(text: str) -> int:
+    """A seed of a command line."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
 
 
 def by_choice(runs: Iterable[dict], choices: Iterable[str], seeds: Sequence[int]) -> dict[str, list[dict]]:

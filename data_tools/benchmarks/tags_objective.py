@@ -219,8 +219,7 @@ def main() -> None:
                 row = results.setdefault(name, {"labels": int(labels.max()) + 1})
                 row[tagger] = {"instances": pool.instances, "methods": compare(pool, labels)}
                 write_json(
-                    args.out,
-                    {"share": SHARE, "draws_of_scores": DRAWS, "settings": defaults(), "pools": results},
+                    args.out, {"share": SHARE, "draws_of_scores": DRAWS, "settings": defaults(), "pools": results}
                 )
                 print(f"{name}, {TAGGERS[tagger]} tags: {json.dumps(row[tagger]['methods'])}", flush=True)
         text = section({name: results[name] for name in args.pools})

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ksa.data_tools.benchmarks.compared import by_choice, difference, mean_and_deviation
+from megatron_ksa.data_tools.benchmarks.compared import by_choice, difference, mean_and_deviation, seed_number
 from megatron_ksa.data_tools.benchmarks.tags_objective import defaults
 from megatron_ksa.data_tools.tags.files import write_json, write_jsonl
 from megatron_ksa.errors import UsageError, usage_errors_exit
@@ -254,7 +254,9 @@ def main() -> None:
         )
         parser.add_argument("--out", type=Path, required=True, help="JSON file of the results; what it has stays")
         parser.add_argument("--instances", type=int, default=8000, help="of each pool (default: 8000)")
-        parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pool, selection and training")
+        parser.add_argument(
+            "--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="of pool, selection and training"
+        )
         parser.add_argument(
             "--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="what to compare (default: all)"
         )

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ksa.data_tools.benchmarks.compared import by_choice, difference, mean_and_deviation
+from megatron_ksa.data_tools.benchmarks.compared import by_choice, difference, mean_and_deviation, seed_number
 from megatron_ksa.data_tools.benchmarks.tags_objective import SHARE, defaults, judge, prepare
 from megatron_ksa.data_tools.benchmarks.tags_pools import draw_scores
 from megatron_ksa.data_tools.benchmarks.tags_tasks import NAME, SETS, make_tasks
@@ -232,7 +232,7 @@ def main() -> None:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--work", type=Path, required=True, help="folder of the pool and its tags")
         parser.add_argument("--out", type=Path, required=True, help="JSON file to write; a rerun goes on")
-        parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2])
         parser.add_argument("--steps", type=int, default=STEPS, help=f"of training (default: {STEPS})")
         parser.add_argument(
             "--choices", nargs="+", choices=CHOICES, default=list(CHOICES), help="what to compare (default: all)"
