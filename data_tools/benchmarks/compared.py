@@ -51,6 +51,6 @@ def differs(difference: Sequence[float]) -> bool:
 
 def difference(measured: Sequence[float], reference: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
     """Mean ± standard deviation of measured - reference, by seed; in bold where it is more than the seeds say."""
-    found = np.asarray(measured, np.float64) - np.asarray(reference, np.float64)
+    found = [here - there for here, there in zip(measured, reference, strict=True)]
     text = mean_and_deviation(found, scale, digits, "+")
     return f"**{text}**" if differs(found) else text

@@ -44,9 +44,9 @@ def test_a_difference_counts_where_the_paired_t_test_says_so(seeds):
     generator, verdicts = np.random.default_rng(seeds), set()
     for shift in np.linspace(0, 20, 60):
         first, second = generator.normal(size=(2, seeds)) + [[shift], [0]]
-        verdict = differs(first - second)
+        verdict = differs((first - second).tolist())
         assert verdict == bool(ttest_rel(first, second).pvalue < 0.05)
-        assert difference(first, second).startswith("**+") == verdict or not verdict
+        assert difference(first.tolist(), second.tolist()).startswith("**+") == verdict or not verdict
         verdicts.add(verdict)
     assert verdicts == {True, False}
 
