@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json
 from megatron_ksa.data_tools.tags.greedy import greedy
 from megatron_ksa.data_tools.tags.objective import (
+    SHARE_EXPONENT,
     Coverage,
     default_share_exponent,
     node_weights,
@@ -40,6 +41,7 @@ from megatron_ksa.data_tools.tags.step import Context
 from megatron_ksa.data_tools.tags.tag import TaggerSettings
 from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.markdown import replace_section, table
+from megatron_ksa.results import check_settings
 
 TUNED, KEPT_BACK = ("debian", "wordnet", "reasoning-a", "sections"), ("webster", "sayings")
 # Seen under earlier defaults, which they were judged by then; the present ones were not chosen on them.
@@ -66,6 +68,11 @@ OLDEST = "the oldest default: levels of equal worth, power 0.8, exponents 0"
 RELATIVE = "log(1 + x / x0), x0 a tenth of the mass sought"
 # Of the mass that a selection like the pool has.
 RELATIVE_SCALE = 0.1
+
+
+def defaults() -> dict:
+    """What a selection is made with where nothing else is said: measurements of other defaults are other ones."""
+    return asdict(SampleSettings()) | {"share_exponent_of_many_tags": SHARE_EXPONENT}
 
 
 def prepare(work: Path, pool: str, tagger: str) -> tuple[Pool, np.ndarray]:
@@ -199,7 +206,11 @@ def main() -> None:
         parser.add_argument("--pools", nargs="+", default=[*TUNED, *JUDGED, *KEPT_BACK])
         parser.add_argument("--readme", type=Path, help="file with a section tags_objective that takes the tables")
         args = parser.parse_args()
-        results = json.loads(args.out.read_text(encoding="utf-8"))["pools"] if args.out.exists() else {}
+        results = {}
+        if args.out.exists():
+            there = json.loads(args.out.read_text(encoding="utf-8"))
+            check_settings(args.out, there.get("settings"), defaults())
+            results = there["pools"]
         for name in args.pools:
             for tagger in TAGGERS:
                 if tagger in results.get(name, {}):
@@ -207,7 +218,9 @@ def main() -> None:
                 pool, labels = prepare(args.work, name, tagger)
                 row = results.setdefault(name, {"labels": int(labels.max()) + 1})
                 row[tagger] = {"instances": pool.instances, "methods": compare(pool, labels)}
-                write_json(args.out, {"share": SHARE, "draws_of_scores": DRAWS, "pools": results})
+                write_json(
+                    args.out, {"share": SHARE, "draws_of_scores": DRAWS, "settings": defaults(), "pools": results}
+                )
                 print(f"{name}, {TAGGERS[tagger]} tags: {json.dumps(row[tagger]['methods'])}", flush=True)
         text = section({name: results[name] for name in args.pools})
         print(text)

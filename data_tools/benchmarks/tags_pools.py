@@ -33,7 +33,7 @@ import subprocess
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -258,25 +258,28 @@ def rows_of(pool: str, work: Path) -> list[dict]:
     return [*reasoning(1, 150, 2), *verbs(wordnet), *debian(work, tagged=False)]
 
 
-def make_pool(pool: str, work: Path) -> Path:
-    """Write `pool.jsonl` of one pool into its folder, unless it is there; returns the folder."""
-    folder = work / pool
-    if (folder / "pool.jsonl").exists():
-        return folder
-    generator = np.random.default_rng(_seed(pool))
+def drawn(rows: Iterable[dict], generator: np.random.Generator) -> list[dict]:
+    """Rows with scores, in any order, labels as frequent as rank^-1; labels of fewer than 8 rows are left out."""
     by_label = defaultdict(list)
-    for row in rows_of(pool, work):
+    for row in rows:
         by_label[row["label"]].append(row)
-    labels = generator.permutation(sorted(label for label, rows in by_label.items() if len(rows) >= 8))
+    labels = generator.permutation(sorted(label for label, found in by_label.items() if len(found) >= 8))
     wanted = INSTANCES / (1.0 + np.arange(len(labels))) / (1 / (1.0 + np.arange(len(labels)))).sum()
     chosen = []
     for label, count in zip(labels, wanted, strict=True):
-        rows, offset = by_label[label], generator.normal(0, LABEL_SPREAD)
-        for number in generator.permutation(len(rows))[: max(8, round(count))]:
+        found, offset = by_label[label], generator.normal(0, LABEL_SPREAD)
+        for number in generator.permutation(len(found))[: max(8, round(count))]:
             score = float(np.clip(round(generator.normal(QUALITY + offset, NOISE)), 1, 10))
-            chosen.append({**rows[number], "quality": score})
-    order = generator.permutation(len(chosen))
-    write_jsonl(folder / "pool.jsonl", ({"id": n, "source": pool, **chosen[k]} for n, k in enumerate(order.tolist())))
+            chosen.append({**found[number], "quality": score})
+    return [chosen[k] for k in generator.permutation(len(chosen)).tolist()]
+
+
+def make_pool(pool: str, work: Path) -> Path:
+    """Write `pool.jsonl` of one pool into its folder, unless it is there; returns the folder."""
+    folder = work / pool
+    if not (folder / "pool.jsonl").exists():
+        rows = drawn(rows_of(pool, work), np.random.default_rng(_seed(pool)))
+        write_jsonl(folder / "pool.jsonl", ({"id": n, "source": pool, **row} for n, row in enumerate(rows)))
     return folder
 
 

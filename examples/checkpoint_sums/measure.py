@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,9 +22,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 import installed  # noqa: F401
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
-from megatron_ksa.evaluation.runs import Results, machine
 from megatron_ksa.files import check_writable
 from megatron_ksa.platform.ports import free_port
+from megatron_ksa.results import Results, machine, processor
 
 HERE = Path(__file__).parent
 WAYS = ("plain", "sizes", "sums")
@@ -137,16 +136,6 @@ def told(row: dict) -> str:
         shares = [row[f"{way}_bytes_from_disk"] / row["bytes"] for way in ("plain", "sums")]
         line += f"; {shares[0]:.0%} and {shares[1]:.0%} of the bytes came from the disk"
     return line
-
-
-def processor() -> str:
-    """The processor's name and number of cores."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 def parse_args() -> argparse.Namespace:

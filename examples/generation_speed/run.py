@@ -23,9 +23,9 @@ from report import GIB, tables
 
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError, usage_errors_exit
-from megatron_ksa.evaluation.runs import stored_runs
 from megatron_ksa.files import check_writable, read_json, whole_file
 from megatron_ksa.platform import prepare_platform
+from megatron_ksa.results import stored_runs
 
 # Left to activations, graphs and the allocator where as many sequences as fit are wanted.
 RESERVE_GIB = 3.0

@@ -24,8 +24,9 @@ from report import write_beside
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.evaluation.corpora import write_corpus
-from megatron_ksa.evaluation.runs import Results, Runs, iterations_done
+from megatron_ksa.evaluation.runs import Runs, iterations_done
 from megatron_ksa.files import writing
+from megatron_ksa.results import Results
 
 HEAD_DIM = 64
 BASE = 10_000

@@ -18,8 +18,8 @@ import installed  # noqa: F401
 
 from megatron_ksa import KSAConfig, KSAGPTModel, activate_cpu_platform
 from megatron_ksa.errors import UsageError, usage_errors_exit
-from megatron_ksa.evaluation.runs import Results
 from megatron_ksa.markdown import cell, table
+from megatron_ksa.results import Results
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,9 @@ from experiment import BASE, HEAD_DIM, SCRATCH
 
 from megatron_ksa import KSAConfig, KSAGPTModel, activate_cpu_platform
 from megatron_ksa.errors import UsageError, usage_errors_exit
-from megatron_ksa.evaluation.runs import machine
 from megatron_ksa.files import whole_file
 from megatron_ksa.markdown import table
+from megatron_ksa.results import machine
 
 WARM_UP = 3
 

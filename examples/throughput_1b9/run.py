@@ -32,9 +32,9 @@ from layouts import parse_layout
 from runs import KINDS, LAYERS, LENGTHS, MODELS, SHAPES, STAGES, Run, captures, iterations, training_flags
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
-from megatron_ksa.evaluation.runs import stored_runs
 from megatron_ksa.files import check_writable, whole_file, writing
 from megatron_ksa.platform.ranks import run_ranks
+from megatron_ksa.results import stored_runs
 
 HERE = Path(__file__).parent
 # Seconds after which ranks have imported everything; last characters of its output that a failed launch leaves.

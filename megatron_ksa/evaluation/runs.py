@@ -1,22 +1,19 @@
-"""Experiments made of the repository's own commands: side by side on the GPUs at hand, resumable, results that grow.
+"""Experiments made of the repository's own commands: side by side on the GPUs at hand, resumable.
 
 An experiment trains and scores many small models. Each command runs in a process of its own with its output in a log;
-what a folder already holds is not done again.
+what a folder already holds is not done again. Results go to a file as `megatron_ksa/results.py` writes it.
 """
 
-import json
 import os
 import queue
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 
 from megatron_ksa.errors import UsageError
-from megatron_ksa.files import MAX_JSON_BYTES, read_small, whole_file, writing
+from megatron_ksa.files import writing
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -81,66 +78,7 @@ class Runs:
         print(f"{self.seconds:6.0f} s  {what}", flush=True)
 
 
-def stored_runs(path: Path) -> list[dict]:
-    """The measurements in a file of results; none where there is no file.
-
-    Raises:
-        UsageError: a file of something else.
-    """
-    try:
-        content = json.loads(read_small(path, limit=MAX_JSON_BYTES)) if path.exists() else []
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
-    runs = content.get("runs") if isinstance(content, dict) else content
-    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-        raise UsageError(f"{path} holds no results of this program: choose another output")
-    return runs
-
-
-class Results:
-    """A JSON file: settings, machine, and a list of measurements that are told apart by their keys.
-
-    Args:
-        report: called after each measurement, by one thread at a time.
-    """
-
-    def __init__(
-        self, path: Path, settings: dict, keys: Sequence[str], commit: str | None = None,
-        report: Callable[[], object] = lambda: None,
-    ) -> None:  # fmt: skip
-        self.path, self.keys, self._report = path, tuple(keys), report
-        self._head = {"settings": settings, "machine": machine(commit)}
-        self._lock = Lock()
-
-    def add(self, found: dict) -> None:
-        """Add a measurement, in the place of one with the same keys."""
-        with self._lock:
-            known = stored_runs(self.path)
-            same = [found[key] for key in self.keys]
-            runs = [run for run in known if [run[key] for key in self.keys] != same] + [found]
-            with whole_file(self.path) as stream:
-                json.dump(self._head | {"runs": runs}, stream)
-                stream.write("\n")
-            self._report()
-
-
 def iterations_done(checkpoint: Path) -> int:
     """Iterations of the newest checkpoint in a folder, 0 without one."""
     tracker = checkpoint / TRACKER
     return int(tracker.read_text(encoding="utf-8")) if tracker.exists() else 0
-
-
-def machine(commit: str | None = None) -> dict[str, str]:
-    """The device, the versions and the commit that a result comes from.
-
-    Args:
-        commit: of the code, where it is no git checkout.
-    """
-    import torch
-    import triton
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    found = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
-    command = ["git", "-C", str(Path(__file__).resolve().parents[2]), "rev-parse", "--short", "HEAD"]
-    read = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return found | {"commit": commit or read or "unknown"}
