@@ -108,6 +108,10 @@ def measure(work: Path, instances: int, workers: int, engine: str, before: list[
     folder, steps = work / f"work-{instances}", list(before)
     if not before:
         shutil.rmtree(folder, ignore_errors=True)
+    for written in (folder / name for step in STEPS[len(before) :] for name in step.writes):
+        # What stands would not be done again.
+        shutil.rmtree(written, ignore_errors=True)
+        written.unlink(missing_ok=True)
     for number in range(len(before), len(STEPS)):
         # Not a daemon: a step starts workers of its own.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
@@ -142,7 +146,7 @@ def main() -> None:
         for instances in args.instances:
             stands = sizes[instances]["steps"][:first] if first and instances in sizes else []
             if len(stands) < first:
-                raise UsageError(f"--first {args.first}: {args.out} has no figures of the steps before, {instances:,}")
+                raise UsageError(f"--first {args.first}: {args.out} lacks the steps before it of {instances:,}")
             for found in measure(args.work, instances, args.workers, args.engine, stands):
                 sizes[instances] = found
                 result = {"cpus": len(os.sched_getaffinity(0)), "sizes": [sizes[key] for key in sorted(sizes)]}
