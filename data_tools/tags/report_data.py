@@ -123,7 +123,8 @@ def typical_rows(pool: Pool, branch: np.ndarray, is_chosen: np.ndarray) -> np.nd
         rows = np.flatnonzero(branch == node)
         # A large branch may hold most of the pool: its vectors are made twice, never all at once.
         held = list(instance_vectors(pool, rows)) if len(rows) <= HELD_ROWS else None
-        total = sum(vectors.sum(0, dtype=np.float64) for _, vectors in held or instance_vectors(pool, rows))
+        blocks = held or instance_vectors(pool, rows)
+        total = np.sum([vectors.sum(0, dtype=np.float64) for _, vectors in blocks], axis=0)
         middle = unit((total / len(rows))[None])[0]
         near = np.concatenate([vectors @ middle for _, vectors in held or instance_vectors(pool, rows)])
         order = rows[np.argsort(-near, kind="stable")]

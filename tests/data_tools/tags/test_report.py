@@ -220,7 +220,7 @@ def test_the_map_puts_like_instances_together_and_is_the_same_again(work):
 
 
 def test_typical_instances_come_first_from_every_branch(work, monkeypatch):
-    """The vectors of all instances of a branch were in memory together: with a million, a third of the report's peak."""
+    """The vectors of all instances of a branch were in memory together: a third of the peak at a million."""
     pool = load_pool(work, vectors=True)
     branch = np.arange(200) % 4
     is_chosen = np.arange(200) % 3 == 0
