@@ -62,7 +62,9 @@ def test_lazy_and_plain_greedy_choose_the_same_of_copies(window, alone):
         if alone in ("limits", "all"):
             one, other = generator.integers(0, 3, (2, count))
             limits = (Limit(one == 0, most=budget / 6), Limit(one == 1, least=budget / 3), Limit(other == 1, most=4.0))
-        first = generator.permutation(count)[:5] if alone in ("first", "all") else np.empty(0, np.int64)
+        first = generator.permutation(count)[:5] if alone == "first" else np.empty(0, np.int64)
+        if alone == "all":
+            first = np.argsort(cost)[:2]
         rules = Rules(first, limits)
         lazy = greedy(coverage, budget, cost, window=window, rules=rules)
         plain = greedy(coverage, budget, cost, lazy=False, rules=rules)
