@@ -5,8 +5,9 @@
 The pool is synthetic: conversations of 60 words of a topic, topics as frequent as rank^-0.8, with five tags of 100,000,
 a score, and every tenth one a near-copy of an earlier one. 5 % are chosen, and written by a tokenizer of bytes with the
 loss on responses. Each step, from reading to the report, runs in a process of its own, so that its peak of memory is
-its own; memory is the resident set of that process, and of the largest of its workers. The load average tells whether
-seconds are those of an idle machine.
+its own; memory is the resident set of that process, and of the largest of its workers. The load average, told for each
+step as it ends, tells whether seconds are those of an idle machine. What is measured is written after each step;
+`--first STEP` goes on from there in the work folder that an earlier run left, whose figures stay.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline
 from megatron_ksa.data_tools.tags.step import Context
 from megatron_ksa.data_tools.tags.tag import TaggerSettings
 from megatron_ksa.data_tools.tokenizers import write_byte_level
-from megatron_ksa.errors import usage_errors_exit
+from megatron_ksa.errors import UsageError, usage_errors_exit
 
 TOPICS, TOPIC_TAGS, TAGS, WORDS, TOPIC_WORDS, LENGTH = 1000, 100, 5, 30_000, 300, 60
 COPIES, TOKENIZER = 0.1, "tokenizer"
@@ -93,25 +95,35 @@ def run_step(work: Path, pool: Path, number: int, workers: int, engine: str) -> 
     }  # fmt: skip
 
 
-def measure(work: Path, instances: int, workers: int, engine: str) -> dict:
-    """Every step once on one pool, each in a process of its own."""
+def measure(work: Path, instances: int, workers: int, engine: str, before: list[dict]) -> Iterator[dict]:
+    """Every step once on one pool, each in a process of its own: what is known after each step.
+
+    Args:
+        before: the figures of steps that stand in the work folder.
+    """
     work.mkdir(parents=True, exist_ok=True)
     pool = work / f"pool-{instances}.jsonl"
     write_pool(pool, instances)
     write_byte_level(work / TOKENIZER)
-    folder, steps = work / f"work-{instances}", []
-    shutil.rmtree(folder, ignore_errors=True)
-    for number in range(len(STEPS)):
+    folder, steps = work / f"work-{instances}", list(before)
+    if not before:
+        shutil.rmtree(folder, ignore_errors=True)
+    for written in (folder / name for step in STEPS[len(before) :] for name in step.writes):
+        # What stands would not be done again.
+        shutil.rmtree(written, ignore_errors=True)
+        written.unlink(missing_ok=True)
+    for number in range(len(before), len(STEPS)):
         # Not a daemon: a step starts workers of its own.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
             steps.append(alone.submit(run_step, folder, pool, number, workers, engine).result())
+        steps[-1]["load_average"] = round(os.getloadavg()[0], 1)
         print(f"{instances:,} instances: {steps[-1]}", flush=True)
-    total = {key: round(sum(step[key] for step in steps), 1) for key in ("seconds", "cpu_seconds")}
-    peak = max(step[key] for step in steps for key in ("peak_gib", "worker_peak_gib"))
-    return {
-        "instances": instances, "workers": workers, "engine": engine, "steps": steps, **total, "peak_gib": peak,
-        "load_average": round(os.getloadavg()[1], 1),
-    }  # fmt: skip
+        total = {key: round(sum(step[key] for step in steps), 1) for key in ("seconds", "cpu_seconds")}
+        peak = max(step[key] for step in steps for key in ("peak_gib", "worker_peak_gib"))
+        yield {
+            "instances": instances, "workers": workers, "engine": engine, "steps": steps, **total, "peak_gib": peak,
+            "load_average": round(os.getloadavg()[1], 1),
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -123,13 +135,22 @@ def main() -> None:
         parser.add_argument("--instances", type=int, nargs="+", default=[1_000_000, 2_000_000])
         parser.add_argument("--workers", type=int, default=2)
         parser.add_argument("--engine", default="local")
+        parser.add_argument(
+            "--first", choices=[step.name for step in STEPS], default=STEPS[0].name,
+            help="step to begin at; those before it stand in --work, and their figures in --out",
+        )  # fmt: skip
         args = parser.parse_args()
         before = json.loads(args.out.read_text(encoding="utf-8"))["sizes"] if args.out.exists() else []
         sizes = {row["instances"]: row for row in before}
+        first = [step.name for step in STEPS].index(args.first)
         for instances in args.instances:
-            sizes[instances] = measure(args.work, instances, args.workers, args.engine)
-            result = {"cpus": len(os.sched_getaffinity(0)), "sizes": [sizes[key] for key in sorted(sizes)]}
-            write_json(args.out, result)
+            stands = sizes[instances]["steps"][:first] if first and instances in sizes else []
+            if len(stands) < first:
+                raise UsageError(f"--first {args.first}: {args.out} lacks the steps before it of {instances:,}")
+            for found in measure(args.work, instances, args.workers, args.engine, stands):
+                sizes[instances] = found
+                result = {"cpus": len(os.sched_getaffinity(0)), "sizes": [sizes[key] for key in sorted(sizes)]}
+                write_json(args.out, result)
 
 
 if __name__ == "__main__":

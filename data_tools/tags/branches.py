@@ -6,6 +6,8 @@ tags, the one whose mean is nearest to the mean of its tags. Counting tags decid
 instances of a real pool have as many tags in two branches (`examples/tags/README.md` has the comparison).
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from scipy.sparse import csr_array, diags_array
 
@@ -29,6 +31,19 @@ def branch_means(pool: Pool, nodes: np.ndarray) -> np.ndarray:
     return unit(below @ (diags_array(count[leaves].astype(np.float64)) @ pool.leaf_vectors))
 
 
+def instance_vectors(pool: Pool, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Unit vectors of instances, the means of their tags, a block of rows at a time: [block, dimensions].
+
+    Args:
+        pool: with `leaf_vectors`.
+        rows: int64 [rows].
+    """
+    leaves = pool.leaf_nodes
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        block = slice(first, min(first + ROWS_AT_ONCE, len(rows)))
+        yield block, unit(pool.shares[rows[block]][:, leaves] @ pool.leaf_vectors)
+
+
 def branch_of(pool: Pool, nodes: np.ndarray) -> np.ndarray:
     """The branch of each instance among `nodes`: int64 [instances], -1 for an instance without a tag below them.
 
@@ -44,15 +59,13 @@ def branch_of(pool: Pool, nodes: np.ndarray) -> np.ndarray:
     means, found = branch_means(pool, nodes), np.full(pool.instances, -1, np.int64)
     held = csr_array(pool.shares @ ancestors(pool.parent)[:, nodes])
     held.sort_indices()
-    for first in range(0, pool.instances, ROWS_AT_ONCE):
-        last = min(first + ROWS_AT_ONCE, pool.instances)
-        vectors = unit(pool.shares[first:last][:, pool.leaf_nodes] @ pool.leaf_vectors)
-        bounds = held.indptr[first : last + 1]
-        row = np.repeat(np.arange(last - first), np.diff(bounds))
+    for block, vectors in instance_vectors(pool, np.arange(pool.instances)):
+        bounds = held.indptr[block.start : block.stop + 1]
+        row = np.repeat(np.arange(len(vectors)), np.diff(bounds))
         column = held.indices[bounds[0] : bounds[-1]]
         near = np.einsum("kd,kd->k", vectors[row], means[column])
         # Rows in order, the nearest first, then the first node.
         order = np.lexsort((column, -near, row))
         rows, best = np.unique(row[order], return_index=True)
-        found[first + rows] = nodes[column[order][best]]
+        found[block.start + rows] = nodes[column[order][best]]
     return found

@@ -188,21 +188,20 @@ class Ledger:
 
     def __init__(self, rules: Rules, cost: np.ndarray, budget: float) -> None:
         self.open = np.ones(len(cost), bool)
-        self._limits, self._cost, self._left = rules.limits, cost, budget
+        self.limits, self._cost, self._left = rules.limits, cost, budget
         self._spent = [0.0] * len(rules.limits)
-        self._dearest = float(cost.max(initial=0))
-        # What rows were closed for last: bounds close more only when less room is left.
-        self._room = [np.inf] * len(rules.limits)
-        self._rest: tuple[float, int] | None = None
+        # Bounds close the dearest first; each instance is closed once, so that closing costs little for a choice.
+        self._members = [_Dearest(np.flatnonzero(limit.member), cost) for limit in rules.limits]
+        self._needy, self._others = -1, _Dearest(np.empty(0, np.int64), cost)
         self._close()
 
     def take(self, row: int) -> bool:
         """Count a row that is chosen; returns whether others were closed by it."""
         self.open[row] = False
         self._left -= self._cost[row]
-        if not self._limits:
+        if not self.limits:
             return False
-        for number, limit in enumerate(self._limits):
+        for number, limit in enumerate(self.limits):
             if limit.member[row]:
                 self._spent[number] += self._cost[row]
         return self._close()
@@ -210,16 +209,36 @@ class Ledger:
     def _close(self) -> bool:
         closed, rest = False, self._left
         needy: list[np.ndarray] = []
-        for number, (limit, spent) in enumerate(zip(self._limits, self._spent, strict=True)):
-            room = limit.most - spent
-            if room < self._dearest and room < self._room[number]:
-                self.open &= ~limit.member | (self._cost <= room)
-                self._room[number], closed = room, True
+        for members, limit, spent in zip(self._members, self.limits, self._spent, strict=True):
+            closed |= members.close(limit.most - spent, self.open)
             if spent < limit.least:
                 rest -= limit.least - spent
                 needy.append(limit.member)
         # What is left is kept for the floors; a floor that is reached needs nothing any more.
-        if needy and rest < self._dearest and (rest, len(needy)) != self._rest:
-            self.open &= np.any(needy, axis=0) | (self._cost <= rest)
-            self._rest, closed = (rest, len(needy)), True
+        if len(needy) != self._needy:
+            outside = ~np.any(needy, axis=0) if needy else np.empty(0, bool)
+            self._needy, self._others = len(needy), _Dearest(np.flatnonzero(outside), self._cost)
+        return self._others.close(rest, self.open) or closed
+
+
+class _Dearest:
+    """Some instances, the dearest first, of which those that cost more than there is room for are closed.
+
+    Args:
+        rows: int64 [rows].
+        cost: [instances].
+    """
+
+    def __init__(self, rows: np.ndarray, cost: np.ndarray) -> None:
+        self._rows = rows[np.argsort(-cost[rows], kind="stable")]
+        self._falling = -np.asarray(cost[self._rows], np.float64)
+        self._closed = 0
+
+    def close(self, room: float, is_open: np.ndarray) -> bool:
+        """Mark in `is_open`, bool [instances], those that cost more than `room`; returns whether that closed any."""
+        end = int(np.searchsorted(self._falling, -room))
+        closed = end > self._closed
+        if closed:
+            is_open[self._rows[self._closed : end]] = False
+            self._closed = end
         return closed

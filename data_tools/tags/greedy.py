@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from megatron_ksa.data_tools.tags.alike import Alike
 from megatron_ksa.data_tools.tags.constraints import Ledger, Rules
+from megatron_ksa.data_tools.tags.ladder import Ladder
 from megatron_ksa.data_tools.tags.objective import Coverage
 
 WINDOW = 8192
@@ -40,7 +42,11 @@ class _Progress:
 
     def candidates(self) -> np.ndarray:
         """int64 [rows], what may be chosen and fits."""
-        return np.flatnonzero(self.ledger.open & (self.cost <= self.left))
+        return np.flatnonzero(self.usable(np.arange(len(self.cost))))
+
+    def usable(self, rows: np.ndarray) -> np.ndarray:
+        """Which of some rows, int64 [rows], may be chosen and fit: bool [rows]."""
+        return self.ledger.open[rows] & (self.cost[rows] <= self.left)
 
     def refresh(self, rows: np.ndarray) -> np.ndarray:
         """Gain for each unit of cost, float64 [rows]."""
@@ -84,64 +90,95 @@ def _plain(progress: _Progress) -> Selection:
         progress.add(rows[best], ratio[best])
 
 
-def _top(bound: np.ndarray, rows: np.ndarray, size: int) -> tuple[np.ndarray, float]:
-    """The rows with the largest bounds, in rising order, and the largest bound left out (-inf if none)."""
-    if len(rows) <= size:
-        return rows, -np.inf
-    order = np.argpartition(-bound[rows], size)
-    return np.sort(rows[order[:size]]), float(bound[rows[order[size]]])
+@dataclass
+class _Window:
+    """The groups with the largest bounds, in the state of the search for the next choice.
+
+    Args:
+        groups: int64 [groups].
+        bound: float64 [groups], at least the gain of each; -inf where none of the group may be chosen.
+        fresh: bool [groups], whether the bound is the gain since the last choice.
+    """
+
+    groups: np.ndarray
+    bound: np.ndarray
+    fresh: np.ndarray
 
 
 def _lazy(progress: _Progress, base: int) -> Selection:
     """Stale gains bound fresh ones from above, so only rows whose bound reaches the best fresh gain are computed anew.
 
-    The queue is a window of the largest bounds, small enough to search as an array, renewed when the best fresh gain no
-    longer beats what is outside of it.
+    Of equal rows only the next one is looked at. The queue is a window of the largest bounds, small enough to search as
+    an array, renewed from a ladder when the best fresh gain no longer beats what is outside of it. Each row that leaves
+    a window with a lower bound was computed anew there, so renewing costs O(log rows) for each gain computed.
     """
-    bound = progress.refresh(np.arange(progress.coverage.instances))
+    alike = Alike(progress.coverage.mass, progress.cost, progress.ledger.limits)
+    everyone = np.arange(len(alike.head))
+    ladder = Ladder(np.full(len(everyone), -np.inf))
+    live = alike.advance(everyone, progress.usable)
+    ladder.bound[live] = progress.refresh(alike.head[live])
+    # How many were chosen when a group's gain was last computed.
+    known = np.full(len(everyone), len(progress.chosen), np.int32)
     size = base
     while True:
-        rows = progress.candidates()
-        if not len(rows) or bound[rows].max() <= 0:
-            progress.fill(rows)
+        groups, outside = ladder.take(size)
+        groups = groups[alike.advance(groups, progress.usable)]
+        if not len(groups) and outside > -np.inf:
+            continue
+        if not len(groups) or ladder.bound[groups].max() <= 0:
+            progress.fill(progress.candidates())
             return progress.selection()
-        window, outside = _top(bound, rows, size)
-        taken = _spend_window(progress, window, bound, outside)
-        # Many equal bounds can outnumber a window; a larger one holds them all.
-        size = base if taken else 4 * size
+        before = len(progress.chosen), progress.evaluations
+        window = _Window(groups, ladder.bound[groups], known[groups] == len(progress.chosen))
+        _spend(progress, alike, window, outside, base)
+        known[groups[window.fresh]] = len(progress.chosen)
+        left = window.bound > -np.inf
+        ladder.bound[groups] = window.bound
+        ladder.put(groups[left])
+        # More equal bounds than a window holds: a larger one has them all.
+        size = base if before != (len(progress.chosen), progress.evaluations) else 4 * size
 
 
-def _spend_window(progress: _Progress, window: np.ndarray, bound: np.ndarray, outside: float) -> int:
-    """Choose from the window while its best beats the bound `outside`; returns how many were chosen."""
-    local, cost, taken = bound[window], progress.cost[window], 0
-    dearest = cost.max()
+def _best(progress: _Progress, heads: np.ndarray, window: _Window, slack: float) -> float:
+    """The largest gain in a window, computed anew where a bound may hide a larger one; -inf where none is above 0.
+
+    Args:
+        heads: int64 [groups], the instance of each group that would be chosen.
+    """
+    best = float(window.bound[window.fresh].max(initial=-np.inf))
+    size = FIRST_REFRESH
     while True:
-        if progress.left < dearest:
-            local[cost > progress.left] = -np.inf
-            dearest = progress.left
+        due = np.flatnonzero(~window.fresh & (window.bound > 0) & (window.bound + slack >= best))
+        if not len(due):
+            return best
+        if len(due) > size:
+            due = due[np.argpartition(-window.bound[due], size)[:size]]
+        window.bound[due] = progress.refresh(heads[due])
+        window.fresh[due] = True
+        best = max(best, float(window.bound[due].max()))
+        size *= 4
+
+
+def _spend(progress: _Progress, alike: Alike, window: _Window, outside: float, base: int) -> None:
+    """Choose from the window while its best beats the bound `outside`, or until a large window is no longer needed."""
+    heads = alike.head[window.groups]
+    dearest = progress.cost[heads].max()
+    while True:
         slack = SLACK * (1.0 + progress.value)
-        stale = np.ones(len(window), bool)
-        best = -1
-        due = (
-            np.argpartition(-local, FIRST_REFRESH)[:FIRST_REFRESH]
-            if len(local) > FIRST_REFRESH
-            else np.arange(len(local))
-        )
-        due = due[local[due] > 0]
-        while len(due):
-            local[due] = progress.refresh(window[due])
-            stale[due] = False
-            best = int(np.where(stale, -np.inf, local).argmax())
-            due = np.flatnonzero(stale & (local > 0) & (local + slack >= local[best]))
-        if best < 0 or local[best] <= outside + slack or local[best] <= 0:
-            fits = local > -np.inf
-            bound[window[fits]] = local[fits]
-            return taken
-        closed = progress.add(window[best], local[best])
-        local[best] = -np.inf
-        if closed:
-            local[~progress.ledger.open[window]] = -np.inf
-        taken += 1
+        best = _best(progress, heads, window, slack)
+        if best <= outside + slack or best <= 0:
+            return
+        ties = np.flatnonzero(window.fresh & (window.bound == best))
+        first = ties[[heads[ties].argmin()]]
+        closed = progress.add(int(heads[first[0]]), best)
+        window.fresh[:] = False
+        # Whose head may be out of the game now.
+        changed = np.flatnonzero(window.bound > -np.inf) if closed or progress.left < dearest else first
+        window.bound[changed[~alike.advance(window.groups[changed], progress.usable)]] = -np.inf
+        heads[changed] = alike.head[window.groups[changed]]
+        dearest = min(max(dearest, progress.cost[heads[first[0]]]), progress.left)
+        if len(window.groups) > base and np.count_nonzero(window.bound >= best) <= base:
+            return
 
 
 def greedy(

@@ -15,6 +15,18 @@ PHI = ("power", "log1p")
 ROWS_AT_ONCE = 1 << 16
 
 
+def entries_of(matrix: csr_array, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the entries of `rows`, int64 [rows], lie in the matrix's arrays, and how many each has.
+
+    Returns:
+        int64 [entries], row after row; int64 [rows].
+    """
+    starts = matrix.indptr[rows]
+    lengths = matrix.indptr[rows + 1] - starts
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum()), lengths
+
+
 @dataclass(frozen=True)
 class Coverage:
     """f(S) = sum_v weight[v] * phi_v(sum_{i in S} mass[i, v]).
@@ -69,10 +81,7 @@ class Coverage:
         result = np.empty(len(rows))
         for first in range(0, len(rows), ROWS_AT_ONCE):
             part = rows[first : first + ROWS_AT_ONCE]
-            starts = self.mass.indptr[part]
-            lengths = self.mass.indptr[part + 1] - starts
-            before = np.cumsum(lengths) - lengths
-            entries = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+            entries, lengths = entries_of(self.mass, part)
             nodes = self.mass.indices[entries]
             gain = self.weight[nodes] * self._rise(nodes, self.mass.data[entries], total, reached)
             owner = np.repeat(np.arange(len(part)), lengths)

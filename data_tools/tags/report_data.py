@@ -5,12 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
+from megatron_ksa.data_tools.tags.branches import instance_vectors
 from megatron_ksa.data_tools.tags.embed import unit
 from megatron_ksa.data_tools.tags.objective import ancestors
 from megatron_ksa.data_tools.tags.pool import Pool
 
 # Instances nearest to the mean of a branch that are shown, of those chosen and of those left out.
 TYPICAL = 6
+# Rows of a branch whose vectors are held together.
+HELD_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,12 @@ def typical_rows(pool: Pool, branch: np.ndarray, is_chosen: np.ndarray) -> np.nd
     found: list[np.ndarray] = []
     for node in np.unique(branch[branch >= 0]):
         rows = np.flatnonzero(branch == node)
-        vectors = unit(pool.shares[rows][:, pool.leaf_nodes] @ pool.leaf_vectors)
-        near = vectors @ unit(vectors.mean(0, keepdims=True))[0]
+        # A large branch may hold most of the pool: its vectors are made twice, never all at once.
+        held = list(instance_vectors(pool, rows)) if len(rows) <= HELD_ROWS else None
+        blocks = held or instance_vectors(pool, rows)
+        total = np.sum([vectors.sum(0, dtype=np.float64) for _, vectors in blocks], axis=0)
+        middle = unit((total / len(rows))[None])[0]
+        near = np.concatenate([vectors @ middle for _, vectors in held or instance_vectors(pool, rows)])
         order = rows[np.argsort(-near, kind="stable")]
         found += [order[is_chosen[order]][:TYPICAL], order[~is_chosen[order]][:TYPICAL]]
     return np.concatenate(found) if found else np.zeros(0, np.int64)

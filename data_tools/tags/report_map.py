@@ -8,8 +8,7 @@ import numpy as np
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 
-from megatron_ksa.data_tools.tags.branches import ROWS_AT_ONCE, branch_means
-from megatron_ksa.data_tools.tags.embed import unit
+from megatron_ksa.data_tools.tags.branches import branch_means, instance_vectors
 from megatron_ksa.data_tools.tags.pool import Pool
 
 ANCHORS = 1000
@@ -87,11 +86,8 @@ class Map:
             rows: int64 [rows].
         """
         found = np.zeros((len(rows), 2))
-        leaves = pool.leaf_nodes
         nearest = min(NEAREST, len(self._vectors))
-        for first in range(0, len(rows), ROWS_AT_ONCE):
-            block = slice(first, first + ROWS_AT_ONCE)
-            vectors = unit(pool.shares[rows[block]][:, leaves] @ pool.leaf_vectors)
+        for block, vectors in instance_vectors(pool, rows):
             near = vectors @ self._vectors.T
             best = np.sort(np.argpartition(-near, nearest - 1, axis=1)[:, :nearest], axis=1)
             weight = np.exp(SHARPNESS * (np.take_along_axis(near, best, 1) - near.max(1, keepdims=True)))

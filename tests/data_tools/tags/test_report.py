@@ -219,7 +219,8 @@ def test_the_map_puts_like_instances_together_and_is_the_same_again(work):
     assert within < between and np.ptp(places, axis=0).min() > 20_000
 
 
-def test_typical_instances_come_first_from_every_branch(work):
+def test_typical_instances_come_first_from_every_branch(work, monkeypatch):
+    """The vectors of all instances of a branch were in memory together: a third of the peak at a million."""
     pool = load_pool(work, vectors=True)
     branch = np.arange(200) % 4
     is_chosen = np.arange(200) % 3 == 0
@@ -228,6 +229,9 @@ def test_typical_instances_come_first_from_every_branch(work):
     assert Counter(zip(branch[rows].tolist(), is_chosen[rows].tolist(), strict=True)).keys() == {
         (node, chosen) for node in range(4) for chosen in (True, False)
     }
+    monkeypatch.setattr("megatron_ksa.data_tools.tags.report_data.HELD_ROWS", 8)
+    monkeypatch.setattr("megatron_ksa.data_tools.tags.branches.ROWS_AT_ONCE", 8)
+    np.testing.assert_array_equal(typical_rows(pool, branch, is_chosen), rows)
     picked, _ = choose_samples(pool, np.flatnonzero(is_chosen), 60, rows)
     assert np.isin(rows, picked).all()
 
