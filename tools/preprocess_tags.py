@@ -191,8 +191,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    interrupted = False
     try:
         main()
     except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
+        # Progress bars that were cut end with the exception's frames, so before this line.
         print("\ninterrupted: the same command continues", file=sys.stderr, flush=True)
         sys.exit(130)
