@@ -13,20 +13,29 @@ from megatron_ksa.errors import UsageError
 from megatron_ksa.files import MAX_JSON_BYTES, read_small, whole_file
 
 
+def _content(path: Path) -> tuple[object, list[dict]]:
+    """What a file of results says of its settings, None where it says nothing, and its measurements.
+
+    Raises:
+        UsageError: a file of something else.
+    """
+    try:
+        content = json.loads(read_small(path, limit=MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
+    settings, runs = (content.get("settings"), content.get("runs")) if isinstance(content, dict) else (None, content)
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise UsageError(f"{path} holds no results of this program: choose another output")
+    return settings, runs
+
+
 def stored_runs(path: Path) -> list[dict]:
     """The measurements in a file of results; none where there is no file.
 
     Raises:
         UsageError: a file of something else.
     """
-    try:
-        content = json.loads(read_small(path, limit=MAX_JSON_BYTES)) if path.exists() else []
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
-    runs = content.get("runs") if isinstance(content, dict) else content
-    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-        raise UsageError(f"{path} holds no results of this program: choose another output")
-    return runs
+    return _content(path)[1] if path.exists() else []
 
 
 def check_settings(path: Path, there: object, here: dict) -> None:
@@ -76,13 +85,10 @@ class Results:
         Raises:
             UsageError: the file is of other settings.
         """
-        runs = stored_runs(self.path)
         if not self.path.exists():
-            return runs
-        content = json.loads(read_small(self.path, limit=MAX_JSON_BYTES))
-        check_settings(
-            self.path, content.get("settings") if isinstance(content, dict) else None, self._head["settings"]
-        )
+            return []
+        settings, runs = _content(self.path)
+        check_settings(self.path, settings, self._head["settings"])
         return runs
 
     def add(self, found: dict) -> None:
