@@ -222,6 +222,24 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, shard)
 
 
+def weight_of(output_layer: ColumnParallelLinear, shared: Tensor | None) -> Tensor:
+    """The weight of the output layer, for a product that is not a call of the layer.
+
+    With `--overlap-param-gather`, Megatron's hooks on a module's calls wait until its parameters are gathered. They run
+    here, because without them the weight may still be the one before the last step.
+
+    Args:
+        output_layer: the layer, which has no weight of its own where the embedding's stands in.
+        shared: [words / tp, hidden], the weight in place of the layer's own, or None.
+
+    Returns:
+        [words / tp, hidden].
+    """
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, ())
+    return output_layer.weight if shared is None else shared
+
+
 class ChunkedLoss:
     """Megatron's `output_processor` (an argument of GPTModel's forward): hidden states to losses, in chunks."""
 
@@ -241,7 +259,7 @@ class ChunkedLoss:
         **_unused: Any,
     ) -> Tensor:
         """Losses, float32 [batch, n]; Megatron's own where all tokens go at once. Arguments are GPTModel's."""
-        weight = output_layer.weight if output_weight is None else output_weight
+        weight = weight_of(output_layer, output_weight)
         tokens, words = labels.numel(), weight.shape[0]
         rows = self.loss.rows_at_a_time(tokens, words)
         keeps = torch.is_grad_enabled() and self.loss.keeps_logits(tokens, words, weight.element_size())

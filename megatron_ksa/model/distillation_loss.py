@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.kernels.distillation import RowStatistics, gradients, statistics
-from megatron_ksa.model.chunked_loss import OutputShard
+from megatron_ksa.model.chunked_loss import OutputShard, weight_of
 
 
 class TokenLosses(NamedTuple):
@@ -129,7 +129,7 @@ class DistillationLoss:
         **_unused: Any,
     ) -> TokenLosses:
         """Losses of every token. Arguments are GPTModel's; `context` is the teacher's hidden states."""
-        weight = output_layer.weight if output_weight is None else output_weight
+        weight = weight_of(output_layer, output_weight)
         return chunked_distillation(
             hidden_states,
             context,

@@ -16,6 +16,8 @@ INTERLEAVED = f"{PP} --num-virtual-stages-per-pipeline-rank 2"
 CP, CP_4 = "--context-parallel-size 2", "--context-parallel-size 4"
 OPTIMIZER = "--use-distributed-optimizer"
 OVERLAP = f"{OPTIMIZER} --overlap-grad-reduce --overlap-param-gather"
+# Each parameter is gathered by itself: one that is read without Megatron's hooks on calls of its module is stale.
+ALONE = "--ddp-bucket-size 1"
 ASYNC = "--async-save"
 # Of the 64 tokens of a micro-batch; not a divisor of any rank's share.
 CHUNKS = "--loss-chunk-rows 20"
@@ -25,6 +27,7 @@ LAYOUTS = [
     (1, RECOMPUTE, [PACKED]),
     (1, CHUNKS, EITHER),
     (2, OPTIMIZER, [PACKED]),
+    (2, f"{OVERLAP} {ALONE} {CHUNKS}", [PACKED]),
     (2, TP, [""]),
     (2, f"{TP} {SP} {RECOMPUTE}", [""]),
     (2, f"{PP} {RECOMPUTE}", [""]),
