@@ -88,6 +88,13 @@ def pytest_collection_finish(session):
     gc.enable()
 
 
+def pytest_runtest_teardown(item):
+    """Workers share a GPU: none keeps what a large test took."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and item.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="module")
 def megatron_flags():
     """This project's flags on Megatron's parser, for the tests of a module."""

@@ -17,6 +17,8 @@ from megatron_ksa.upstream.patches import Patch, apply, signature
 Spans = list[tuple[float, float]]
 # Ranges on the device's timeline, which hold kernels that are counted by themselves.
 RANGES = ("Optimizer.", "nccl:", "ProfilerStep", "## ", "Torch-Compiled")
+# Kernels that are named with their time.
+LONGEST = 25
 LINK = re.compile(r"Data Tx:\s*(\d+)\s*KiB")
 
 
@@ -48,7 +50,7 @@ def overlap(a: Spans, b: Spans) -> float:
     return total
 
 
-def exposure(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+def exposure(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float | dict[str, float]]:
     """How much of the communication of one device runs beside computation.
 
     A communication kernel that waits for another rank counts as communication for as long.
@@ -59,16 +61,17 @@ def exposure(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
     Returns:
         Milliseconds: `communication` in which any communication kernel ran, `exposed` those in which nothing else did,
         `computation`, `idle` in which nothing ran between the first kernel and the last; `hidden`, the share of
-        communication that is not exposed (1 where there is none); and `ms of KERNEL` for each communication kernel,
-        which may overlap.
+        communication that is not exposed (1 where there is none); `ms of KERNEL` for each communication kernel, which
+        may overlap; and `kernels`, those of the computation that take longest, by name.
     """
-    communication, computation, by_name = [], [], Counter()
+    communication, computation, by_name, computing = [], [], Counter(), Counter()
     for name, begin, end in kernels:
         if name.startswith("ncclDevKernel"):
             communication.append((begin, end))
             by_name[name.split("(")[0].removeprefix("ncclDevKernel_")] += (end - begin) / 1e3
         else:
             computation.append((begin, end))
+            computing[name.split("<")[0][:60]] += (end - begin) / 1e3
     communication, computation = merged(communication), merged(computation)
     every = merged([*communication, *computation])
     sent = length(communication)
@@ -78,6 +81,7 @@ def exposure(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
         "communication": sent / 1e3, "exposed": exposed / 1e3, "hidden": 1 - exposed / sent if sent else 1.0,
         "computation": length(computation) / 1e3, "idle": (whole - length(every)) / 1e3,
         **{f"ms of {name}": ms for name, ms in by_name.most_common()},
+        "kernels": dict(computing.most_common(LONGEST)),
     }  # fmt: skip
 
 

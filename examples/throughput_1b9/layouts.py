@@ -8,6 +8,8 @@ from megatron_ksa.errors import UsageError
 PART = re.compile(r"(tp|cp)([1-9]\d*)")
 # Gradients are reduced while the backward pass runs, parameters gathered while the next forward pass does.
 OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+# A rank whose collector runs stops all ranks: every rank's runs at the same iterations.
+COLLECTOR = ["--manual-gc", "--manual-gc-interval", "100"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Layout:
     @property
     def flags(self) -> list[str]:
         """The layout's own flags of `pretrain_gpt.py`."""
-        flags = [] if self.gpus == 1 else list(OVERLAP)
+        flags = [] if self.gpus == 1 else [*OVERLAP, *COLLECTOR]
         if self.tensor > 1:
             flags += ["--tensor-model-parallel-size", str(self.tensor), "--sequence-parallel"]
         if self.context > 1:

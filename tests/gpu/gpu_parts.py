@@ -19,8 +19,8 @@ KERNEL_TESTS = (
 )  # fmt: skip
 # Of one GPU in `gpu_check.py`: kernels apart and together, graphs, Transformer Engine, FP8, runs that go on.
 FIRST_CHECKS = (
-    "reference", "apart", "full_iteration", "te", "te_full_iteration", "te_fp8_delayed", "te_fp8_tensorwise",
-    "te_fp8_blockwise", "te_fp8_delayed_full_iteration", "te_fuser", "te_fp8_fuser", "te_resumed",
+    "reference", "apart", "float32_apart", "full_iteration", "te", "te_full_iteration", "te_fp8_delayed",
+    "te_fp8_tensorwise", "te_fp8_blockwise", "te_fp8_delayed_full_iteration", "te_fuser", "te_fp8_fuser", "te_resumed",
     "te_fp8_delayed_resumed", "te_to_local", "local_to_te",
 )  # fmt: skip
 CHECKS_OF_TWO = (
@@ -41,6 +41,7 @@ class Part:
         command: a Python script with its arguments, or a module after -m.
         te: it needs Transformer Engine; None: it is measured as a machine without it, which has other optimizers.
         together: it measures no times, and runs beside its neighbours that measure none.
+        own_gpu: it needs one of several GPUs, and runs beside its neighbours of that kind, which have one each.
         gpus: the least number.
     """
 
@@ -51,6 +52,7 @@ class Part:
     command: tuple[str, ...]
     te: bool | None = None
     together: bool = False
+    own_gpu: bool = False
     gpus: int = 1
 
 
@@ -68,10 +70,15 @@ def _parts(*words: str) -> tuple[str, ...]:
     return (*script, "--limit", "LEFT", *words)
 
 
+def _kernels(processes: int) -> Part:
+    """Tests with their names: a run that is cut says which have failed."""
+    words = ("-m", "(gpu or not slow) and not long", "-n", str(processes), "-vv", "-p", "no:cacheprovider")
+    what = "every kernel against its reference, in its final form"
+    return Part("kernels", what, 150, 300, ("-m", "pytest", *KERNEL_TESTS, *words), together=True)
+
+
 ONE_GPU = (
-    Part("kernels", "every kernel against its reference, in its final form", 90, 240,
-         ("-m", "pytest", *KERNEL_TESTS, "-m", "(gpu or not slow) and not long", "-n", "6", "-v", "-p",
-          "no:cacheprovider"), together=True),
+    _kernels(6),
     Part("checks", "the trainer with each kind of layers trains to the same losses", 150, 280,
          _checks("gpu_check.json", *FIRST_CHECKS), te=True, together=True),
     Part("fp8_curve", "FP8 over 200 steps beside 16 bits, and resumed", 170, 280,
@@ -83,7 +90,7 @@ ONE_GPU = (
                      "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "te_fuser", *UNCHECKED), te=True),
     Part("fp8_8b", "8 layers of the 8B shape: FP8 / 16 bits", 160, 260,
          _throughput("results_8b_h100.json", "--shape", "8b_8layers", "--models", "ksa", "--lengths", "8192", "--kinds",
-                     "te", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", *UNCHECKED), te=True),
+                     "te+graph", "fp8_delayed+graph", "fp8_tensorwise+graph", *UNCHECKED), te=True),
     Part("memory", "recompute to fit / full recompute at 32k, peaks beside the predicted ones", 90, 200,
          ("examples/memory_1b9/run.py", "--out", "OUT/memory_h100.json", "--commit", "COMMIT", "--limit", "LEFT",
           "--iterations", "4", "--cases", "32768:full", "8192:none", "131072:full", "32768:fit", "131072:fit",
@@ -93,9 +100,9 @@ ONE_GPU = (
     Part("graphs_8k", "8k in CUDA graphs of whole iterations", 160, 260,
          _throughput("results_kinds_graphs_h100.json", "--models", "ksa", "--lengths", "8192", "--kinds", "local+graph",
                      "te+graph", "fp8_delayed+graph", "fp8_tensorwise+graph", *UNCHECKED), te=True),
-    Part("full_te_8k", "8k: KSA / full attention with Transformer Engine", 45, 100,
-         _throughput("results_kinds_h100.json", "--models", "full", "--lengths", "8192", "--kinds", "te", *UNCHECKED),
-         te=True),
+    Part("full_8k", "8k: KSA / full attention in CUDA graphs, in 16 bits and in FP8", 160, 260,
+         _throughput("results_full_graphs_h100.json", "--lengths", "8192", "--kinds", "local+graph",
+                     "fp8_delayed+graph", *UNCHECKED), te=True),
     Part("parts_32k", "parts of a step at 32k and 128k", 200, 320,
          _parts("--lengths", "32768", "131072", "--models", "ksa", "--variants", "before", "all")),
     Part("local_long", "32k and 128k: KSA / full attention", 190, 300,
@@ -114,8 +121,16 @@ def _ranks(*words: str, flags: tuple[str, ...] = UNCHECKED) -> tuple[str, ...]:
     return _throughput("results_ranks.json", "--kinds", "local", *words, *flags)
 
 
+def _of_one_gpu(*names: str) -> list[Part]:
+    """Parts of one GPU, each on one of several."""
+    return [replace(part, own_gpu=True, together=False) for name in names for part in ONE_GPU if part.name == name]
+
+
 def several_gpus(gpus: int) -> tuple[Part, ...]:
-    """The parts for so many GPUs of one host: a power of 2."""
+    """The parts for so many GPUs of one host: a power of 2.
+
+    Those of one GPU stand last and are run where they are named: on several GPUs they take the time of one of them.
+    """
     every, half = f"cp{gpus}", gpus // 2
     fewer = [f"cp{size}" for size in (4, 2) if size < gpus]
     other = [f"{every}-a2a", *([f"tp2-cp{half}"] if half > 1 else [])]
@@ -130,7 +145,7 @@ def several_gpus(gpus: int) -> tuple[Part, ...]:
         Part("million", "a step of 1,048,576 tokens, context parallelism alone", 120, 180,
              _ranks("--layouts", every, *million, flags=short), gpus=4),
         Part("nccl", "losses and gradient norms of each layout as one process", 110, 240,
-             (*nccl, "--without", "transformer_engine", "fp8")),
+             (*nccl, "--without", "transformer_engine", "fp8"), together=True),
         Part("other_speed", "128k: all-to-all, tensor with context parallelism", 70, 150,
              _ranks("--layouts", *other, "--models", "ksa", *long)),
         Part("million_tp", "a step of 1,048,576 tokens with tensor parallelism, which leaves more room", 120, 180,
@@ -142,6 +157,8 @@ def several_gpus(gpus: int) -> tuple[Part, ...]:
              ("examples/memory_1b9/run.py", "--out", "OUT/memory_h100.json", "--commit", "COMMIT", "--limit", "LEFT",
               "--ranks", "2", "--cases", "8192:none", "32768:full", "32768:fit", "131072:full", *UNCHECKED)),
     ]  # fmt: skip
+    checks = [part for part in ONE_GPU if part.name == "checks"]
+    parts += [_kernels(6 * gpus), *checks, *_of_one_gpu("fp8_curve", "graphs_8k", "full_8k", "fp8_8b")]
     if gpus == 8:
         parts.insert(1, Part(
             "speed_8b", "128k: the 8B model with tensor and context parallelism", 150, 300,

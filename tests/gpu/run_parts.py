@@ -57,18 +57,18 @@ class Runner:
         self.record: dict[str, dict] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
     def run(self, parts: list[Part]) -> None:
-        """Run parts beside each other."""
+        """Run parts beside each other; parts with a GPU of their own each on another one."""
         left = self.end - time.monotonic()
         if left < SHORTEST:
             for part in parts:
                 self._keep(part, {"state": "not run", "why": "the time is over", "seconds": 0})
             return
         with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(lambda part: self._run(part, min(part.limit, left)), parts))
+            list(pool.map(lambda part, gpu: self._run(part, min(part.limit, left), gpu), parts, range(len(parts))))
 
-    def _run(self, part: Part, limit: float) -> None:
+    def _run(self, part: Part, limit: float, gpu: int) -> None:
         began = time.monotonic()
-        environment = self._environment(part)
+        environment = self._environment(part, gpu)
         if part.te and not _importable("transformer_engine", environment):
             self._keep(part, {"state": "skipped", "why": "Transformer Engine is not installed", "seconds": 0})
             return
@@ -90,9 +90,10 @@ class Runner:
         done = {"state": state, "why": why, "seconds": round(time.monotonic() - began), "takes": part.takes}
         self._keep(part, done, [] if state == "ok" else lines[-15:])
 
-    def _environment(self, part: Part) -> dict[str, str]:
+    def _environment(self, part: Part, gpu: int) -> dict[str, str]:
         folders = [str(ROOT), *([str(self.te)] if part.te and self.te else []), os.environ.get("PYTHONPATH", "")]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONUNBUFFERED": "1"}
+        visible = {"CUDA_VISIBLE_DEVICES": str(gpu)} if part.own_gpu else {}
+        return {**os.environ, **visible, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONUNBUFFERED": "1"}
 
     def _keep(self, part: Part, done: dict, lines: list[str] | None = None) -> None:
         with self.lock:
@@ -146,12 +147,14 @@ def pack(folder: Path, archive: Path) -> None:
     new.replace(archive)
 
 
-def sets(parts: list[Part]) -> list[list[Part]]:
-    """Parts in their order, neighbours that run together in one list."""
+def sets(parts: list[Part], gpus: int) -> list[list[Part]]:
+    """Parts in their order, neighbours that run together in one list: as many as there are GPUs, if each needs one."""
     found: list[list[Part]] = []
     for part in parts:
-        if found and part.together and found[-1][-1].together:
-            found[-1].append(part)
+        before = found[-1] if found else [part]
+        alike = part.own_gpu and before[0].own_gpu and len(before) < gpus
+        if found and (alike or (part.together and before[0].together)):
+            before.append(part)
         else:
             found.append([part])
     return found
@@ -162,7 +165,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("machine", choices=("one_gpu", "several_gpus"), help="which parts")
     parser.add_argument("out", type=Path, help="folder of the results, which a second call goes on with")
-    parser.add_argument("parts", nargs="*", metavar="PART", help="these alone, again where they went well")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="these alone, in this order, and again")
     parser.add_argument("--gpus", type=int, choices=(2, 4, 8), help="unset: those of this machine")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which nothing runs; unset: no limit")
     parser.add_argument("--te", type=Path, help="folder with Transformer Engine, for the parts that need it")
@@ -175,20 +178,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def chosen(options: argparse.Namespace, gpus: int, record: dict[str, dict]) -> list[Part]:
-    """The parts that are to run.
+def chosen(parts: tuple[Part, ...], options: argparse.Namespace, record: dict[str, dict]) -> list[Part]:
+    """Those of the machine's parts that are to run.
 
     Raises:
         SystemExit: another name.
     """
-    parts = ONE_GPU if options.machine == "one_gpu" else several_gpus(gpus)
     if unknown := sorted(set(options.parts) - {part.name for part in parts}):
         raise SystemExit(f"error: part {unknown[0]}: use some of {', '.join(part.name for part in parts)}")
-    parts = [
-        part for part in parts
-        if part.name in options.parts or (not options.parts and record.get(part.name, {}).get("state") != "ok")
-    ]  # fmt: skip
-    return [small for part in parts if (small := tiny(part))] if options.tiny else parts
+    if options.parts:
+        wanted = [part for name in options.parts for part in parts if part.name == name]
+    else:
+        wanted = [part for part in parts if not part.own_gpu and record.get(part.name, {}).get("state") != "ok"]
+    return [small for part in wanted if (small := tiny(part))] if options.tiny else wanted
 
 
 def main() -> None:
@@ -201,8 +203,9 @@ def main() -> None:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if options.machine == "several_gpus" and gpus not in (2, 4, 8):
         raise SystemExit(f"error: {gpus} GPUs are here: give their number, --gpus 2, 4 or 8")
+    available = ONE_GPU if options.machine == "one_gpu" else several_gpus(gpus)
     if options.list:
-        for part in chosen(options, gpus, {}):
+        for part in available:
             print(f"{part.name:12} {part.takes:4} s, at most {part.limit:3}  {part.what}")
         return
     check_writable(options.out.parent)
@@ -220,8 +223,8 @@ def main() -> None:
     )
     end = time.monotonic() + options.seconds
     runner = Runner(out, end, options.te, {"COMMIT": commit, "GPUS": str(gpus)}, options.pack)
-    parts = chosen(options, gpus, runner.record)
-    for together in sets(parts):
+    parts = chosen(available, options, runner.record)
+    for together in sets(parts, gpus):
         print(f"== {', '.join(part.name for part in together)}", flush=True)
         runner.run(together)
     print(*(line(part.name, runner.record[part.name]) for part in parts), sep="\n")

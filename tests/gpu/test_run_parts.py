@@ -85,8 +85,18 @@ def test_transformer_engine_is_on_the_path_of_its_parts_alone(tmp_path):
 
 
 def test_neighbours_that_measure_no_times_run_together():
-    names = [[part.name for part in together] for together in run_parts.sets([*ONE_GPU])]
+    names = [[part.name for part in together] for together in run_parts.sets([*ONE_GPU], 1)]
     assert names[0] == ["kernels", "checks", "fp8_curve"] and ["te_8k"] in names
+
+
+def test_parts_of_one_gpu_have_one_of_several(runner):
+    code = "import os; print('GPU', os.environ['CUDA_VISIBLE_DEVICES'])"
+    parts = [part(name, code, own_gpu=True) for name in ("first", "second", "third")]
+    pair, last = run_parts.sets(parts, 2)
+    runner.run(pair)
+    runner.run(last)
+    said = {one.name: (runner.out / f"{one.name}.log").read_text().split()[-1] for one in parts}
+    assert said == {"first": "0", "second": "1", "third": "0"}
 
 
 def test_a_second_call_goes_on(monkeypatch, tmp_path):
@@ -95,9 +105,8 @@ def test_a_second_call_goes_on(monkeypatch, tmp_path):
     def chosen(*words):
         monkeypatch.setattr(sys, "argv", ["run_parts.py", "one_gpu", str(tmp_path), *words])
         options = run_parts.parse_arguments()
-        return [
-            part.name for part in run_parts.chosen(options, 1, {"kernels": {"state": "ok"}, "checks": {"state": "cut"}})
-        ]
+        record = {"kernels": {"state": "ok"}, "checks": {"state": "cut"}}
+        return [part.name for part in run_parts.chosen(ONE_GPU, options, record)]
 
     assert chosen("--seconds", "5")[:2] == ["checks", "fp8_curve"]
     assert chosen("--seconds", "5", "kernels") == ["kernels"]
