@@ -88,21 +88,21 @@ ONE_GPU = (
     Part("te_8k", "8k: Transformer Engine / local, FP8 / 16 bits", 240, 400,
          _throughput("results_kinds_h100.json", "--models", "ksa", "--lengths", "8192", "--kinds", "local", "te",
                      "fp8_delayed", "fp8_tensorwise", "fp8_blockwise", "te_fuser", *UNCHECKED), te=True),
-    Part("fp8_8b", "8 layers of the 8B shape: FP8 / 16 bits", 160, 260,
+    Part("fp8_8b", "8 layers of the 8B shape: FP8 / 16 bits", 120, 200,
          _throughput("results_8b_h100.json", "--shape", "8b_8layers", "--models", "ksa", "--lengths", "8192", "--kinds",
-                     "te+graph", "fp8_delayed+graph", "fp8_tensorwise+graph", *UNCHECKED), te=True),
+                     "te+graph", "fp8_delayed+graph", *UNCHECKED), te=True),
     Part("memory", "recompute to fit / full recompute at 32k, peaks beside the predicted ones", 90, 200,
          ("examples/memory_1b9/run.py", "--out", "OUT/memory_h100.json", "--commit", "COMMIT", "--limit", "LEFT",
           "--iterations", "4", "--cases", "32768:full", "8192:none", "131072:full", "32768:fit", "131072:fit",
           *UNCHECKED)),
     Part("parts_8k", "parts of a step at 8k, what each change brings", 70, 150,
          _parts("--lengths", "8192", "--models", "ksa", "full")),
-    Part("graphs_8k", "8k in CUDA graphs of whole iterations", 160, 260,
-         _throughput("results_kinds_graphs_h100.json", "--models", "ksa", "--lengths", "8192", "--kinds", "local+graph",
-                     "te+graph", "fp8_delayed+graph", "fp8_tensorwise+graph", *UNCHECKED), te=True),
-    Part("full_8k", "8k: KSA / full attention in CUDA graphs, in 16 bits and in FP8", 160, 260,
-         _throughput("results_full_graphs_h100.json", "--lengths", "8192", "--kinds", "local+graph",
-                     "fp8_delayed+graph", *UNCHECKED), te=True),
+    Part("graphs_8k", "8k in CUDA graphs: Transformer Engine / local, KSA / full attention", 120, 200,
+         _throughput("results_kinds_graphs_h100.json", "--lengths", "8192", "--kinds", "local+graph", "te+graph",
+                     *UNCHECKED), te=True),
+    Part("fp8_graphs_8k", "8k in CUDA graphs: FP8 / 16 bits, KSA / full attention in FP8", 120, 200,
+         _throughput("results_fp8_graphs_h100.json", "--lengths", "8192", "--kinds", "fp8_delayed+graph", "te+graph",
+                     *UNCHECKED), te=True),
     Part("parts_32k", "parts of a step at 32k and 128k", 200, 320,
          _parts("--lengths", "32768", "131072", "--models", "ksa", "--variants", "before", "all")),
     Part("local_long", "32k and 128k: KSA / full attention", 190, 300,
@@ -158,7 +158,8 @@ def several_gpus(gpus: int) -> tuple[Part, ...]:
               "--ranks", "2", "--cases", "8192:none", "32768:full", "32768:fit", "131072:full", *UNCHECKED)),
     ]  # fmt: skip
     checks = [part for part in ONE_GPU if part.name == "checks"]
-    parts += [_kernels(6 * gpus), *checks, *_of_one_gpu("fp8_curve", "graphs_8k", "full_8k", "fp8_8b")]
+    one = Part("one", "128k on one GPU", 75, 150, _ranks("--layouts", "one", "--models", "ksa", *long), own_gpu=True)
+    parts += [_kernels(6 * gpus), *checks, *_of_one_gpu("fp8_curve", "graphs_8k", "fp8_graphs_8k", "fp8_8b"), one]
     if gpus == 8:
         parts.insert(1, Part(
             "speed_8b", "128k: the 8B model with tensor and context parallelism", 150, 300,

@@ -24,6 +24,7 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 
 from gpu_parts import ONE_GPU, Part, several_gpus, tiny
@@ -46,29 +47,42 @@ class Runner:
         out: folder of the results.
         end: when all must be over, by `time.monotonic`.
         te: folder with Transformer Engine, or None where it is on the path already or nowhere.
-        words: what stands for COMMIT and GPUS in commands.
+        words: what stands for COMMIT in commands.
         pack: archive of `out`, written after each part.
+        gpus: their number, which stands for GPUS in commands.
     """
 
-    def __init__(self, out: Path, end: float, te: Path | None, words: dict[str, str], pack: Path | None) -> None:
-        self.out, self.end, self.te, self.words, self.pack = out, end, te, words, pack
+    def __init__(
+        self, out: Path, end: float, te: Path | None, words: dict[str, str], pack: Path | None, gpus: int = 1
+    ) -> None:
+        self.out, self.end, self.te, self.pack, self.gpus = out, end, te, pack, gpus
+        self.words = {**words, "GPUS": str(gpus)}
         self.lock = Lock()
         record = out / RECORD
         self.record: dict[str, dict] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
     def run(self, parts: list[Part]) -> None:
-        """Run parts beside each other; parts with a GPU of their own each on another one."""
+        """Run parts beside each other; those that have a GPU of their own as GPUs are free, in their order."""
+        free: SimpleQueue[int] = SimpleQueue()
+        for gpu in range(self.gpus):
+            free.put(gpu)
+        with ThreadPoolExecutor(self.gpus if parts[0].own_gpu else len(parts)) as pool:
+            list(pool.map(lambda part: self._run_on(part, free), parts))
+
+    def _run_on(self, part: Part, free: SimpleQueue[int]) -> None:
         left = self.end - time.monotonic()
         if left < SHORTEST:
-            for part in parts:
-                self._keep(part, {"state": "not run", "why": "the time is over", "seconds": 0})
+            self._keep(part, {"state": "not run", "why": "the time is over", "seconds": 0})
             return
-        with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(lambda part, gpu: self._run(part, min(part.limit, left), gpu), parts, range(len(parts))))
+        gpu = free.get() if part.own_gpu else None
+        try:
+            self._run(part, min(part.limit, left), self._environment(part, gpu))
+        finally:
+            if gpu is not None:
+                free.put(gpu)
 
-    def _run(self, part: Part, limit: float, gpu: int) -> None:
+    def _run(self, part: Part, limit: float, environment: dict[str, str]) -> None:
         began = time.monotonic()
-        environment = self._environment(part, gpu)
         if part.te and not _importable("transformer_engine", environment):
             self._keep(part, {"state": "skipped", "why": "Transformer Engine is not installed", "seconds": 0})
             return
@@ -90,9 +104,9 @@ class Runner:
         done = {"state": state, "why": why, "seconds": round(time.monotonic() - began), "takes": part.takes}
         self._keep(part, done, [] if state == "ok" else lines[-15:])
 
-    def _environment(self, part: Part, gpu: int) -> dict[str, str]:
+    def _environment(self, part: Part, gpu: int | None) -> dict[str, str]:
         folders = [str(ROOT), *([str(self.te)] if part.te and self.te else []), os.environ.get("PYTHONPATH", "")]
-        visible = {"CUDA_VISIBLE_DEVICES": str(gpu)} if part.own_gpu else {}
+        visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
         return {**os.environ, **visible, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONUNBUFFERED": "1"}
 
     def _keep(self, part: Part, done: dict, lines: list[str] | None = None) -> None:
@@ -147,13 +161,12 @@ def pack(folder: Path, archive: Path) -> None:
     new.replace(archive)
 
 
-def sets(parts: list[Part], gpus: int) -> list[list[Part]]:
-    """Parts in their order, neighbours that run together in one list: as many as there are GPUs, if each needs one."""
+def sets(parts: list[Part]) -> list[list[Part]]:
+    """Parts in their order, neighbours that run together in one list."""
     found: list[list[Part]] = []
     for part in parts:
         before = found[-1] if found else [part]
-        alike = part.own_gpu and before[0].own_gpu and len(before) < gpus
-        if found and (alike or (part.together and before[0].together)):
+        if found and ((part.own_gpu and before[0].own_gpu) or (part.together and before[0].together)):
             before.append(part)
         else:
             found.append([part])
@@ -222,9 +235,9 @@ def main() -> None:
         or "unknown"
     )
     end = time.monotonic() + options.seconds
-    runner = Runner(out, end, options.te, {"COMMIT": commit, "GPUS": str(gpus)}, options.pack)
+    runner = Runner(out, end, options.te, {"COMMIT": commit}, options.pack, max(gpus, 1))
     parts = chosen(available, options, runner.record)
-    for together in sets(parts, gpus):
+    for together in sets(parts):
         print(f"== {', '.join(part.name for part in together)}", flush=True)
         runner.run(together)
     print(*(line(part.name, runner.record[part.name]) for part in parts), sep="\n")

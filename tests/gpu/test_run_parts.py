@@ -36,7 +36,7 @@ def part(name, code, **changes) -> Part:
 @pytest.fixture
 def runner(tmp_path):
     return run_parts.Runner(
-        tmp_path, time.monotonic() + 100, None, {"COMMIT": "0", "GPUS": "1"}, tmp_path / "../pack.tar.gz"
+        tmp_path, time.monotonic() + 100, None, {"COMMIT": "0"}, tmp_path / "../pack.tar.gz", gpus=2
     )
 
 
@@ -85,18 +85,19 @@ def test_transformer_engine_is_on_the_path_of_its_parts_alone(tmp_path):
 
 
 def test_neighbours_that_measure_no_times_run_together():
-    names = [[part.name for part in together] for together in run_parts.sets([*ONE_GPU], 1)]
+    names = [[part.name for part in together] for together in run_parts.sets([*ONE_GPU])]
     assert names[0] == ["kernels", "checks", "fp8_curve"] and ["te_8k"] in names
 
 
 def test_parts_of_one_gpu_have_one_of_several(runner):
-    code = "import os; print('GPU', os.environ['CUDA_VISIBLE_DEVICES'])"
-    parts = [part(name, code, own_gpu=True) for name in ("first", "second", "third")]
-    pair, last = run_parts.sets(parts, 2)
-    runner.run(pair)
-    runner.run(last)
+    """The third of them waits until one of two GPUs is free."""
+    code = "import os, time; time.sleep({}); print('GPU', os.environ['CUDA_VISIBLE_DEVICES'])"
+    seconds = {"first": 4, "second": 0, "third": 0}
+    parts = [part(name, code.format(sleep), own_gpu=True) for name, sleep in seconds.items()]
+    (together,) = run_parts.sets(parts)
+    runner.run(together)
     said = {one.name: (runner.out / f"{one.name}.log").read_text().split()[-1] for one in parts}
-    assert said == {"first": "0", "second": "1", "third": "0"}
+    assert said == {"first": "0", "second": "1", "third": "1"}
 
 
 def test_a_second_call_goes_on(monkeypatch, tmp_path):
