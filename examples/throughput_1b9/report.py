@@ -16,54 +16,71 @@ NAMES = {"ksa": "KSA", "full": "full attention"}
 
 
 def tables(runs: list[dict]) -> str:
-    """Markdown of both tables, and a line that says where and how."""
-    measured = [run for run in runs if "error" not in run]
-    if measured and all("kind" in run for run in measured):
-        return kind_table(measured)
-    done = {(run["length"], run.get("cuda_graphs", False), run["model"]): run for run in measured if "kind" not in run}
+    """Markdown of both tables, and a line that says where and how; runs that failed are left out."""
+    done = sorted((run for run in runs if "error" not in run), key=_order)
     if not done:
         return "Not measured yet."
-    summary, parts = [], []
-    for length, graphs in sorted({kind[:2] for kind in done}):
-        full = done.get((length, graphs, "full"))
-        for model in NAMES:
-            run = done.get((length, graphs, model))
-            if run is None:
-                continue
-            name = NAMES[model] + ", CUDA graph" * graphs
-            ratio = run["tokens_per_second"] / full["tokens_per_second"] if full and model == "ksa" else None
-            mfu = run["mfu"]
-            summary.append([
-                f"{length:,}", name, f"{run['tokens_per_second']:,.0f}", f"{ratio:.2f}" if ratio else "",
-                f"{run['peak_gib']:.1f}", f"{mfu * 100:.1f} %" if mfu else "",
-            ])  # fmt: skip
-            if not graphs:
-                parts.append([f"{length:,}", name, *(f"{ms:,.0f}" for ms in _parts(run))])
-    return "\n\n".join([
-        _where(list(done.values())),
-        table(["text tokens", "attention", "tokens/s", "KSA / full", "peak GiB", "MFU"], summary),
-        "Milliseconds of an iteration by part, without CUDA graphs; with recompute the forward pass counts twice:",
-        table(
-            ["text tokens", "attention", "all", "attention forward", "backward", "output layer, loss", "optimizer",
-             "other layers"], parts,
-        ),
-    ])  # fmt: skip
+    columns: dict[str, list[str]] = {
+        "model": [run.get("shape", "1b9") for run in done],
+        "text tokens": [f"{run['length']:,}" for run in done],
+        "attention": [NAMES.get(run["model"], run["model"]) for run in done],
+        "layers": [_layers(run) for run in done],
+        "tokens/s": [f"{run['tokens_per_second']:,.0f}" for run in done],
+        "KSA / full": [_ratio(run, done, model="full") if run["model"] == "ksa" else "" for run in done],
+        "/ te": [_ratio(run, done, kind="te" + "+graph" * run.get("cuda_graphs", False)) for run in done],
+        "peak GiB": [f"{run['peak_gib']:.1f}" for run in done],
+        "MFU": [f"{run['mfu'] * 100:.1f} %" if run["mfu"] else "" for run in done],
+    }
+    # What is the same everywhere, or not there at all, needs no column.
+    for name in ("model", "layers", "KSA / full", "/ te"):
+        if not any(columns[name]) or (name in ("model", "layers") and set(columns[name]) <= {"1b9", "default"}):
+            del columns[name]
+    text = [_where(done), table(list(columns), list(zip(*columns.values(), strict=True)))]
+    # Inside a CUDA graph, events tell no time.
+    timed = [run for run in done if "attention forward" in run["parts_ms"]]
+    if timed:
+        head = ["text tokens", "attention", "layers", "all", "attention forward", "backward", "output layer, loss",
+                "optimizer", "other layers"]  # fmt: skip
+        rows = [
+            [f"{run['length']:,}", NAMES.get(run["model"], run["model"]), _layers(run),
+             *(f"{ms:,.0f}" for ms in _parts(run))]
+            for run in timed
+        ]  # fmt: skip
+        said = (
+            "Milliseconds of an iteration by part, without CUDA graphs; with recompute the forward pass counts twice:"
+        )
+        text += [said, table(head, rows)]
+    return "\n\n".join(text)
 
 
-def kind_table(runs: list[dict]) -> str:
-    """Markdown of runs of several kinds of layers and precision, each beside the bf16 run of Transformer Engine."""
-    rows = []
-    for run in runs:
-        same = [other for other in runs if all(other[name] == run[name] for name in ("shape", "model", "length"))]
-        base = next((other for other in same if other["kind"] == "te" + "+graph" * run["cuda_graphs"]), None)
-        ratio = f"{run['tokens_per_second'] / base['tokens_per_second']:.2f}" if base else ""
-        mfu = f"{run['mfu'] * 100:.1f} %" if run["mfu"] else ""
-        rows.append([
-            run["shape"], f"{run['length']:,}", NAMES.get(run["model"], run["model"]), run["kind"],
-            f"{run['tokens_per_second']:,.0f}", ratio, f"{run['peak_gib']:.1f}", mfu,
-        ])  # fmt: skip
-    head = ["model", "text tokens", "attention", "layers", "tokens/s", "/ te", "peak GiB", "MFU"]
-    return f"{_where(runs)}\n\n{table(head, rows)}"
+def _layers(run: dict) -> str:
+    """Kind of layers; CUDA graphs are a flag of the run in files of earlier versions."""
+    kind = run.get("kind", "default")
+    return kind + "+graph" * (bool(run.get("cuda_graphs")) and not kind.endswith("+graph"))
+
+
+def _order(run: dict) -> tuple:
+    """Lengths, then kinds of layers, KSA before what it is compared with."""
+    models = list(NAMES)
+    place = models.index(run["model"]) if run["model"] in models else len(models)
+    kind = run.get("kind", "default")
+    return run.get("shape", ""), run["length"], run.get("cuda_graphs", False), kind.startswith("fp8"), kind, place
+
+
+def _ratio(run: dict, runs: list[dict], **other: str) -> str:
+    """Tokens/s over those of the same run with another model or kind of layers, on the same machine."""
+    wanted = {name: run.get(name) for name in ("shape", "model", "length", "kind", "cuda_graphs")} | other
+    wanted["machine"] = _machine(run)
+    for base in runs:
+        if all((_machine(base) if name == "machine" else base.get(name)) == value for name, value in wanted.items()):
+            return f"{run['tokens_per_second'] / base['tokens_per_second']:.2f}"
+    return ""
+
+
+def _machine(run: dict) -> tuple:
+    """What says that two runs can be compared."""
+    machine = run["machine"]
+    return machine.get("gpu") or machine.get("device"), machine["commit"]
 
 
 def _parts(run: dict) -> list[float]:
@@ -76,8 +93,15 @@ def _where(runs: list[dict]) -> str:
     machine = runs[0]["machine"]
     recomputed = sorted({run["length"] for run in runs if run["recompute"]})
     kernel = sorted({run["attention"]["full attention"] for run in runs if "full attention" in run["attention"]})
+    lengths: dict[str, set[int]] = {}
+    for run in runs:
+        lengths.setdefault(run["machine"]["commit"][:9], set()).add(run["length"])
+    commits = [
+        commit if len(lengths) == 1 else f"{commit} ({' and '.join(f'{length:,}' for length in sorted(of))} tokens)"
+        for commit, of in lengths.items()
+    ]
     text = f"One {machine.get('gpu') or machine.get('device')}, torch {machine['torch']}, triton {machine['triton']}, "
-    text += f"commit {machine['commit'][:9]}, bf16, micro-batch 1"
+    text += f"commit {', '.join(commits)}, bf16, micro-batch 1"
     if kernel:
         text += f", full attention by {', '.join(kernel)}"
     if recomputed:

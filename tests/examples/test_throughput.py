@@ -1,5 +1,6 @@
 """The throughput script of the 1.9B model, at a size that a CPU trains in seconds."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -58,3 +59,24 @@ def test_distillation_is_measured_against_the_plain_step(tmp_path):
     assert 1.3 < distil["model_flops"] / summary["model_flops"] < 1.5
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("64 tokens: ")]
     assert "GiB by the teacher; teacher's attention forward" in line
+
+
+def test_report_compares_runs_of_one_machine_and_kind():
+    """KSA's ratios are of the run with the same layers, commit and graphs; columns without meaning are left out."""
+
+    def run(model, kind, speed, commit="0123", **more):
+        machine = {"gpu": "G", "torch": "2", "triton": "3", "commit": commit}
+        common = {"length": 8192, "peak_gib": 1.0, "mfu": None, "recompute": None, "attention": {}, "parts_ms": {}}
+        return common | {"model": model, "kind": kind, "tokens_per_second": speed, "machine": machine} | more
+
+    runs = [run("full", "local", 100.0), run("ksa", "local", 120.0), run("ksa", "te", 150.0)]
+    spec = importlib.util.spec_from_file_location("throughput_report", FOLDER / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    lines = report.tables(runs).splitlines()
+    head, local, _, te = lines[2], *lines[4:7]
+    assert head == "| text tokens | attention | layers | tokens/s | KSA / full | / te | peak GiB | MFU |"
+    assert local == "| 8,192 | KSA | local | 120 | 1.20 | 0.80 | 1.0 |  |"
+    assert te == "| 8,192 | KSA | te | 150 |  | 1.00 | 1.0 |  |"
+    other = [run("full", "local", 100.0, commit="4567"), run("ksa", "local", 120.0)]
+    assert "KSA / full" not in report.tables(other) and "0123 (8,192 tokens), 4567" in report.tables(other)
