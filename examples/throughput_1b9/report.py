@@ -64,7 +64,7 @@ def _order(run: dict) -> tuple:
     models = list(NAMES)
     place = models.index(run["model"]) if run["model"] in models else len(models)
     kind = run.get("kind", "default")
-    return run.get("shape", ""), run["length"], run.get("cuda_graphs", False), kind.startswith("fp8"), kind, place
+    return run.get("shape", "1b9"), run["length"], run.get("cuda_graphs", False), kind.startswith("fp8"), kind, place
 
 
 def _ratio(run: dict, runs: list[dict], **other: str) -> str:
