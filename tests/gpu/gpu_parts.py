@@ -109,7 +109,7 @@ ONE_GPU = (
          _throughput("results_h100.json", "--lengths", "32768", "131072", "--kinds", "local", *UNCHECKED)),
     Part("baselines", "KSA beside NSA, MoBA, FlashAttention 4 and cuDNN", 150, 240,
          ("-m", "megatron_ksa.kernels.benchmarks", "--out", "OUT/baselines", "--commit", "COMMIT", "--limit", "LEFT",
-          "--op", "ksa", "window", "full_attention", "nsa", "moba", "flash_attention_4")),
+          "--heads", "32/2", "32/8", "--op", "ksa", "full_attention", "nsa", "window", "moba", "flash_attention_4")),
     Part("other_checks", "the other kinds of the trainer", 280, 480, _checks("gpu_check.json"), te=True, together=True),
     Part("attention", "the plain Triton kernels of attention, with every feature", 120, 300,
          ("-m", "pytest", "tests/kernels/ksa_attention/test_triton.py", "tests/kernels/ksa_attention/test_features.py",
@@ -119,6 +119,12 @@ ONE_GPU = (
 
 def _ranks(*words: str, flags: tuple[str, ...] = UNCHECKED) -> tuple[str, ...]:
     return _throughput("results_ranks.json", "--kinds", "local", *words, *flags)
+
+
+# Those that take longest first.
+ON_ONE_OF_SEVERAL = (
+    "parts_32k", "local_long", "fp8_curve", "baselines", "graphs_8k", "fp8_graphs_8k", "fp8_8b", "memory", "parts_8k",
+)  # fmt: skip
 
 
 def _of_one_gpu(*names: str) -> list[Part]:
@@ -159,7 +165,7 @@ def several_gpus(gpus: int) -> tuple[Part, ...]:
     ]  # fmt: skip
     checks = [part for part in ONE_GPU if part.name == "checks"]
     one = Part("one", "128k on one GPU", 75, 150, _ranks("--layouts", "one", "--models", "ksa", *long), own_gpu=True)
-    parts += [_kernels(6 * gpus), *checks, *_of_one_gpu("fp8_curve", "graphs_8k", "fp8_graphs_8k", "fp8_8b"), one]
+    parts += [_kernels(6 * gpus), *checks, *_of_one_gpu(*ON_ONE_OF_SEVERAL), one]
     if gpus == 8:
         parts.insert(1, Part(
             "speed_8b", "128k: the 8B model with tensor and context parallelism", 150, 300,
