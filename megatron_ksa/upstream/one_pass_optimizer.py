@@ -1,8 +1,9 @@
-"""Clipping, Adam and the copy to 16-bit parameters in one pass, where Megatron steps torch's Adam.
+"""Clipping, Adam and the copy to 16-bit parameters in one pass, where Megatron steps an Adam of float32 state.
 
 Megatron 0.19.2 clips gradients in a pass of its own (8 bytes of memory traffic a parameter), steps Adam (28) and
 copies the parameters to 16 bits (6); one kernel does it in 30. The scale stays on the device: the host does not wait
-for the gradients' norm before it launches the step.
+for the gradients' norm before it launches the step. The Adam is torch's, or where Transformer Engine or NVIDIA's apex
+is installed, the `FusedAdam` that Megatron takes from there.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from functools import wraps
 from weakref import WeakKeyDictionary
 
 import torch
-from megatron.core import utils
+from megatron.core import optimizer as megatrons
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
@@ -18,7 +19,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
     MixedPrecisionOptimizer,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_ksa.kernels.adam import AdamTensors, adam_step
@@ -27,9 +28,10 @@ from megatron_ksa.upstream.patches import Patch
 
 
 class OnePass:
-    """The steps of one of Megatron's mixed-precision optimizers around torch's Adam.
+    """The steps of one of Megatron's mixed-precision optimizers around an Adam.
 
-    The state is torch's, so that checkpoints are those of torch's Adam.
+    The state is that Adam's own, so that its checkpoints stay what they are: torch's counts steps in a tensor for each
+    parameter, `FusedAdam` in a Python number for each group.
 
     Attributes:
         scale: factor of the gradients in the next step, from clipping: float32 of one element, or None for 1.
@@ -39,6 +41,9 @@ class OnePass:
 
     def __init__(self, optimizer: MixedPrecisionOptimizer) -> None:
         self.adam = optimizer.optimizer
+        self.counts_by_group = is_fused_adam(self.adam)
+        # Step counts of groups as the kernel reads them, float32 []: by group.
+        self._device_counts: dict[int, Tensor] = {}
         self.scale: Tensor | None = None
         # (name of a norm, ids of the parameters with gradients) -> those whose gradients count in the norm.
         self._counted: dict[tuple, list[Tensor]] = {}
@@ -53,14 +58,47 @@ class OnePass:
         """Float32, in the order of Adam's groups."""
         return [parameter for group in self.adam.param_groups for parameter in group["params"]]
 
+    @property
+    def decoupled(self) -> bool:
+        """Weight decay as in AdamW."""
+        return bool(self.adam.adam_w_mode) if self.counts_by_group else isinstance(self.adam, torch.optim.AdamW)
+
     def is_ready(self) -> bool:
-        """Whether the next step can be this one; not the first, in which torch makes Adam's state."""
-        state = self.adam.state
-        return (
-            fuses("optimizer")
-            and not any(group[name] for group in self.adam.param_groups for name in ("capturable", "amsgrad"))
-            and all("step" in state.get(parameter, ()) for parameter in self.parameters if parameter.grad is not None)
-        )
+        """Whether the next step can be this one; not the first, in which Adam makes its state."""
+        if not fuses("optimizer"):
+            return False
+        groups, state = self.adam.param_groups, self.adam.state
+        if self.counts_by_group:
+            # A step on the device is that of a `capturable` Adam.
+            counted = [group for group in groups if group["params"]]
+            fits = all(group["bias_correction"] and isinstance(group.get("step"), int) for group in counted)
+            made = "exp_avg"
+        else:
+            fits = not any(group[name] for group in groups for name in ("capturable", "amsgrad"))
+            made = "step"
+        return fits and all(made in state.get(p, ()) for p in self.parameters if p.grad is not None)
+
+    def _count(self, i_group: int, parameters: list[Tensor]) -> list[Tensor]:
+        """Count a step of a group.
+
+        Returns:
+            The count for each of `parameters`, float32 [].
+        """
+        if not self.counts_by_group:
+            counts = [self.adam.state[parameter]["step"] for parameter in parameters]
+            if counts:
+                torch._foreach_add_(counts, 1)
+            return counts
+        group = self.adam.param_groups[i_group]
+        # A group without parameters on this rank may have no count: whether it gets one differs between versions.
+        if "step" in group:
+            group["step"] += 1
+        if not parameters:
+            return []
+        if i_group not in self._device_counts:
+            self._device_counts[i_group] = torch.empty((), dtype=torch.float32, device=parameters[0].device)
+        # A fill is launched with the number: the host does not wait.
+        return [self._device_counts[i_group].fill_(group["step"])] * len(parameters)
 
     def gradients(self, filtered: Callable[[str | None], list[Tensor]], norm: str | None) -> list[Tensor]:
         """The gradients that count in a norm, as Megatron's `get_grads_for_grad_norm` (`filtered`) lists them.
@@ -96,13 +134,12 @@ class OnePass:
             for groups in zip(self.mains, self.models, strict=True)
             for main, model in zip(*groups, strict=True)
         }
-        for group in self.adam.param_groups:
+        for i_group, group in enumerate(self.adam.param_groups):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            steps = self._count(i_group, parameters)
             if not parameters:
                 continue
             states = [self.adam.state[parameter] for parameter in parameters]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
             tensors = AdamTensors(
                 parameters, [parameter.grad for parameter in parameters], [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states], [copies.get(id(parameter)) for parameter in parameters],
@@ -110,7 +147,7 @@ class OnePass:
             )  # fmt: skip
             adam_step(
                 parameters, tensors, self.scale, lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                weight_decay=group["weight_decay"], decoupled=isinstance(self.adam, torch.optim.AdamW),
+                weight_decay=group["weight_decay"], decoupled=self.decoupled,
             )  # fmt: skip
         self.scale = None
 
@@ -119,12 +156,34 @@ _of_optimizer: WeakKeyDictionary[MixedPrecisionOptimizer, OnePass] = WeakKeyDict
 _of_parameter = WeakTensorKeyDictionary()
 
 
+TORCHS = (torch.optim.Adam, torch.optim.AdamW)
+# Attributes of a `FusedAdam` with which it keeps or reads other tensors than float32 state and gradients.
+OTHER_TENSORS = ("capturable", "master_weights", "use_decoupled_grad", "store_param_remainders")
+
+
+def is_fused_adam(adam: object) -> bool:
+    """Whether it is the `FusedAdam` of Transformer Engine or apex, from where Megatron takes it."""
+    fused = megatrons.Adam
+    return fused not in TORCHS and type(adam) is fused
+
+
+def _has_float32_state(adam: object) -> bool:
+    """Whether it is an Adam whose state the kernel takes, counted as `OnePass` counts."""
+    if type(adam) in TORCHS:
+        return True
+    if not is_fused_adam(adam) or any(getattr(adam, name, False) for name in OTHER_TENSORS):
+        return False
+    return all(
+        getattr(adam, f"{name}_dtype", torch.float32) == torch.float32 for name in ("exp_avg", "exp_avg_sq")
+    )
+
+
 def take_over(optimizer: object) -> None:
     """Make the steps of one of Megatron's optimizers one pass, if `OnePass` knows its kind."""
     if type(optimizer) not in (Float16OptimizerWithFloat16Params, DistributedOptimizer):
         return
     adam, config = optimizer.optimizer, optimizer.config
-    if type(adam) not in (torch.optim.Adam, torch.optim.AdamW) or config.use_precision_aware_optimizer:
+    if not _has_float32_state(adam) or config.use_precision_aware_optimizer:
         return
     if config.reuse_grad_buf_for_mxfp8_param_ag:
         return
@@ -133,6 +192,9 @@ def take_over(optimizer: object) -> None:
         if ddp.use_megatron_fsdp or ddp.fp8_param_gather or ddp.fp4_param_gather:
             return
     one_pass = OnePass(optimizer)
+    # Parameters that are kept in 8 bits are a class of their own, which the kernel cannot write.
+    if any(type(model) not in (Tensor, nn.Parameter) for group in one_pass.models for model in group):
+        return
     _of_optimizer[optimizer] = one_pass
     for parameter in one_pass.parameters:
         _of_parameter[parameter] = one_pass
@@ -218,6 +280,12 @@ def _step(original: Callable) -> Callable:
 
 CLIP = "(parameters, max_norm, total_norm, use_decoupled_grad=False)"
 OPTIMIZER = "megatron.core.optimizer"
+SCALE = Patch(
+    f"{OPTIMIZER}.clip_grads:multi_tensor_scale_tensor_impl",
+    lambda original: scale_tensor,
+    why="without it Megatron waits for the gradients' norm",
+    expects="NoneType",
+)
 PATCHES = (
     Patch(
         "megatron.training.training:get_megatron_optimizer",
@@ -226,12 +294,7 @@ PATCHES = (
         expects="(config, model_chunks, config_overrides=None, use_gloo_process_groups=True, pg_collection=None, "
         "dump_param_to_param_group_map=None)",
     ),
-    Patch(
-        f"{OPTIMIZER}.clip_grads:multi_tensor_scale_tensor_impl",
-        lambda original: scale_tensor,
-        why="without it Megatron waits for the gradients' norm",
-        expects="NoneType",
-    ),
+    SCALE,
     Patch(
         f"{OPTIMIZER}.optimizer:clip_grad_by_total_norm_fp32",
         _clip,
@@ -254,5 +317,5 @@ PATCHES = (
 
 
 def patches() -> tuple[Patch, ...]:
-    """Patches that make steps one pass; none where a fused optimizer of another library is installed."""
-    return PATCHES if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm else ()
+    """Patches that make steps one pass; Transformer Engine's way to scale by a number on the device stays."""
+    return tuple(patch for patch in PATCHES if patch is not SCALE or clip_grads.multi_tensor_scale_tensor_impl is None)
