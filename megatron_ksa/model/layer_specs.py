@@ -8,18 +8,20 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.transformer.attention import LinearQkvBuilder
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import MlpBuilder, get_transformer_layer_offset
 
 from megatron_ksa.config.ksa import KSAConfig, KSALayer, LayerKind
 from megatron_ksa.layout.rows import RowLayout
 from megatron_ksa.model.attention import KSASelfAttention, KSASelfAttentionSubmodules
 from megatron_ksa.model.core_attention import KSACoreAttention, TextCoreAttention
 from megatron_ksa.model.layers import BypassTransformerLayer, SplitLayerNorm, residual_sum
-from megatron_ksa.model.norm import Norm, ResidualNorm
+from megatron_ksa.model.norm import Norm, ResidualNorm, fits_kernel
+from megatron_ksa.model.norm_of_linear import DecoderLayer, NormOfLinear, holding_norm
 from megatron_ksa.model.rotated_attention import RotatedSelfAttention
 
 
@@ -35,18 +37,46 @@ def _backend(config: TransformerConfig) -> BackendSpecProvider:
     return TESpecProvider()
 
 
-def _projection(config: TransformerConfig, apart: bool) -> tuple[LinearQkvBuilder, LayerNormBuilder]:
-    """What projects rows to heads, and the norm before it.
+@dataclasses.dataclass(frozen=True)
+class _Projection:
+    """A column-parallel projection of normalised rows: `norm` stands before it, and before its summary rows' own."""
 
-    Transformer Engine's module normalises too: its kernel writes what the product reads, 8-bit numbers in FP8.
+    norm: LayerNormBuilder
+    linear: LinearQkvBuilder
+    summary: LinearQkvBuilder
 
-    Args:
-        apart: the norm is a module of its own in any case.
+
+def _runs_norm_apart(config: TransformerConfig) -> bool:
+    """Whether Transformer Engine's norm before a product does what this project's norm does in less time.
+
+    In 16 bits Transformer Engine's module runs a norm and then a product; this project's norm adds the residual
+    connection's gradient in its backward kernel. In FP8 the norm writes the 8-bit numbers that the product reads; which
+    layers are in FP8 may be decided in each pass. Communication that overlaps and fused MLPs need the module too.
     """
+    in_eight_bits = config.fp8 or config.fp4 or config.quant_recipe is not None
+    needs_module = config.tp_comm_overlap or config.use_transformer_engine_op_fuser
+    return fits_kernel(config, config.hidden_size) and not in_eight_bits and not needs_module
+
+
+def _projection(config: TransformerConfig) -> _Projection:
+    """What projects rows, with the norm in the module that has its parameter in checkpoints' order."""
     backend = _backend(config)
-    if backend.fuse_layernorm_and_linear() and not apart:
-        return backend.column_parallel_layer_norm_linear(), IdentityOp
-    return backend.column_parallel_linear(), Norm
+    plain = backend.column_parallel_linear()
+    if not backend.fuse_layernorm_and_linear():
+        return _Projection(ResidualNorm, plain, plain)
+    if _runs_norm_apart(config):
+        return _Projection(NormOfLinear, holding_norm(plain), plain)
+    fused = backend.column_parallel_layer_norm_linear()
+    return _Projection(IdentityOp, fused, fused)
+
+
+def _dense_mlp(mlp: MlpBuilder, linear_fc1: type) -> MlpBuilder | None:
+    """Megatron's dense MLP with another first projection; None of experts."""
+    parts = mlp.keywords.get("submodules") if isinstance(mlp, partial) else None
+    if not isinstance(parts, MLPSubmodules):
+        return None
+    parts = dataclasses.replace(parts, linear_fc1=linear_fc1)
+    return partial(mlp.func, *mlp.args, **{**mlp.keywords, "submodules": parts})
 
 
 def _layer_spec(
@@ -58,16 +88,21 @@ def _layer_spec(
     """
     # Summary rows with a norm of their own may be projected by the text's projection: no fused module has two norms.
     splits_norm = layer.has_summaries and ksa.independent_layernorm
-    linear_qkv, norm = _projection(config, apart=splits_norm)
+    projection = _projection(config)
+    plain = _backend(config).column_parallel_linear()
+    linear_qkv, linear_qkv_summary = (plain, plain) if splits_norm else (projection.linear, projection.summary)
     heads = {"q_layernorm": Norm, "k_layernorm": Norm} if config.qk_layernorm else {}
     # Checkpoints have one name for the input norm whatever the layers are made of: that of the fused module.
     names = base.submodules.sharded_state_dict_keys_map | {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    before_attention = ResidualNorm if norm is Norm else norm
     submodules = dataclasses.replace(
-        base.submodules, input_layernorm=before_attention, sharded_state_dict_keys_map=names,
+        base.submodules, input_layernorm=projection.norm, sharded_state_dict_keys_map=names,
         self_attn_bda=residual_sum, mlp_bda=residual_sum,
     )  # fmt: skip
-    if not uses_transformer_engine(config):
+    if projection.norm is NormOfLinear:
+        # Experts keep Megatron's norm before their router.
+        if (mlp := _dense_mlp(submodules.mlp, projection.linear)) is not None:
+            submodules.mlp, submodules.pre_mlp_layernorm = mlp, NormOfLinear
+    elif not uses_transformer_engine(config):
         submodules.pre_mlp_layernorm = ResidualNorm
     elif config.use_transformer_engine_op_fuser:
         submodules.mlp = get_mlp_module_spec_for_backend(_backend(config), use_te_op_fuser=True)
@@ -84,18 +119,18 @@ def _layer_spec(
         )  # fmt: skip
         module, params = KSASelfAttention, {"layout": layout}
         if ksa.independent_projections:
-            attention["linear_qkv_summary"] = linear_qkv
+            attention["linear_qkv_summary"] = linear_qkv_summary
         if ksa.independent_qk_norm and config.qk_layernorm:
             attention |= {"q_layernorm_summary": Norm, "k_layernorm_summary": Norm}
         attention = KSASelfAttentionSubmodules(core_attention=core, **attention)
         if splits_norm:
-            submodules.input_layernorm = partial(SplitLayerNorm, norm=norm, layout=layout)
+            submodules.input_layernorm = partial(SplitLayerNorm, norm=Norm, layout=layout)
     submodules.self_attention = ModuleSpec(
         module=module, params={"attn_mask_type": AttnMaskType.causal, **params}, submodules=attention
     )
     if ksa.has_summaries and not layer.has_summaries:
         return ModuleSpec(module=BypassTransformerLayer, params={"layout": layout}, submodules=submodules)
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    return ModuleSpec(module=DecoderLayer, submodules=submodules)
 
 
 def ksa_block_spec(

@@ -7,11 +7,11 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ksa.kernels.dispatch import fuses
 from megatron_ksa.layout.rows import RowLayout
+from megatron_ksa.model.norm_of_linear import DecoderLayer
 
 
 def residual_sum(training: bool, fused: bool) -> Callable[..., Tensor]:
@@ -30,7 +30,7 @@ def residual_sum(training: bool, fused: bool) -> Callable[..., Tensor]:
     return add
 
 
-class BypassTransformerLayer(TransformerLayer):
+class BypassTransformerLayer(DecoderLayer):
     """A full-attention or window layer of a hybrid model: text rows pass through it, summary rows skip it."""
 
     def __init__(self, *args, layout: RowLayout, **kwargs) -> None:

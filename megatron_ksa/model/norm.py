@@ -13,6 +13,11 @@ from megatron_ksa.kernels.norm import OP, rms_norm
 FUSED_SIZES = range(512, 16385)
 
 
+def fits_kernel(config: TransformerConfig, size: int) -> bool:
+    """Whether norms of rows of this size run in the fused kernel on a GPU."""
+    return config.normalization == "RMSNorm" and size in FUSED_SIZES and fuses("norm")
+
+
 class Norm(nn.Module):
     """Normalisation over the last dimension, as `config.normalization` says.
 
@@ -91,8 +96,8 @@ class Norm(nn.Module):
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether the backward pass reads rows once, in this project's kernel."""
-        fits = self.is_rms and self.hidden_size in FUSED_SIZES and x.dtype != torch.float64
-        return fits and fuses("norm") and not torch.compiler.is_compiling() and uses_triton(OP, x)
+        fits = fits_kernel(self.config, self.hidden_size) and x.dtype != torch.float64
+        return fits and not torch.compiler.is_compiling() and uses_triton(OP, x)
 
     def _normalize(self, x: Tensor, shape: tuple[int], weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.is_rms:

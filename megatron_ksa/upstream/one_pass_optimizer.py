@@ -173,9 +173,7 @@ def _has_float32_state(adam: object) -> bool:
         return True
     if not is_fused_adam(adam) or any(getattr(adam, name, False) for name in OTHER_TENSORS):
         return False
-    return all(
-        getattr(adam, f"{name}_dtype", torch.float32) == torch.float32 for name in ("exp_avg", "exp_avg_sq")
-    )
+    return all(getattr(adam, f"{name}_dtype", torch.float32) == torch.float32 for name in ("exp_avg", "exp_avg_sq"))
 
 
 def take_over(optimizer: object) -> None:
