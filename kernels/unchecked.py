@@ -6,7 +6,10 @@ It has run in Triton's interpreter and been compiled. A name leaves `FUSIONS` or
 # Names of fusions, all of which megatron_ksa/config/kernels.py describes; `dispatch.fuses` asks about them.
 FUSIONS = frozenset({"activation", "residual", "optimizer", "embedding", "checks"})
 # Names of ops (`dispatch.by_device`).
-OPS = frozenset({"Adam", "SwiGLU", "column sums", "gradient of the embedding", "softmax merge"})
+OPS = frozenset(
+    {"Adam", "SwiGLU", "Transformer Engine's weight gradients", "column sums", "gradient of the embedding",
+     "softmax merge"}
+)  # fmt: skip
 _taken = False
 
 

@@ -1,5 +1,7 @@
 """The gradient of a linear layer's weight, added to its buffer in one product, or written there by the first one."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,22 @@ class UnwrittenBuffers:
     """
 
     def __init__(self) -> None:
-        # By address: what products have been added to, and what counts as zeros.
+        # By address: whose zeros are this object's matter, what products have been added to, what counts as zeros.
+        self._owned: set[int] = set()
         self._known: set[int] = set()
         self._unwritten: set[int] = set()
 
     def __bool__(self) -> bool:
         """Whether any buffer counts as zeros."""
         return bool(self._unwritten)
+
+    def own(self, buffers: Iterable[Tensor]) -> None:
+        """Take note that each iteration begins with zeros in these buffers, or with what counts as zeros."""
+        self._owned.update([buffer.data_ptr() for buffer in buffers])
+
+    def owns(self, buffer: Tensor) -> bool:
+        """Whether an iteration's gradients are summed in the buffer, from zeros on."""
+        return buffer.data_ptr() in self._owned
 
     def mark(self, buffer: Tensor) -> bool:
         """Let the buffer count as zeros; False, and nothing done, where no product was ever added to it."""
@@ -30,7 +41,11 @@ class UnwrittenBuffers:
     def take(self, buffer: Tensor) -> bool:
         """Whether the buffer counts as zeros, before a product is written to it."""
         address = buffer.data_ptr()
-        self._known.add(address)
+        if address not in self._known:
+            # A CUDA graph goes on adding if it is captured before any product: its buffer must be zeroed.
+            if not torch.cuda.is_current_stream_capturing():
+                self._known.add(address)
+            return False
         if address not in self._unwritten:
             return False
         self._unwritten.discard(address)

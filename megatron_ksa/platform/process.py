@@ -38,11 +38,12 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False, checkpoint_sums
         gradient_buffers,
         one_pass_optimizer,
         optimizer_kernels,
+        te_gradients,
         weight_gradients,
     )
 
     fused = weight_gradients.patches() if torch.cuda.is_available() and not fsdp2 else ()
-    gradients = (*fused, *gradient_buffers.PATCHES)
+    gradients = (*fused, *gradient_buffers.PATCHES, *te_gradients.patches())
     pickles = () if trust_checkpoint else checkpoint_pickle.PATCHES
     optimizer = (*distributed_optimizer.patches(), *optimizer_kernels.patches(), *one_pass_optimizer.patches())
     comparisons = checkpoint_comparison.PATCHES if checkpoint_sums else ()

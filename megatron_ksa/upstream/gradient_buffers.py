@@ -26,6 +26,7 @@ def _reset(original: Callable) -> Callable:
 
     @wraps(original)
     def reset(self: Any) -> None:
+        unwritten.own([param.main_grad for param in self.params])
         if not fuses("gradients") or self.extra_main_grads:
             original(self)
             return

@@ -5,6 +5,7 @@ import torch
 
 from megatron_ksa.config.kernels import FUSIONS
 from megatron_ksa.kernels import adam, column_sums, dispatch, embedding_gradient, softmax_merge, swiglu, unchecked
+from megatron_ksa.upstream import te_gradients
 
 
 @pytest.fixture(params=[False, True])
@@ -38,4 +39,5 @@ def test_a_fusion_is_on(taken, on_gpu, monkeypatch):
 def test_every_name_is_a_fusion_or_an_op():
     """A name that nothing has would check nothing."""
     assert unchecked.FUSIONS.issubset(FUSIONS)
-    assert {each.OP for each in (adam, column_sums, embedding_gradient, softmax_merge, swiglu)} == unchecked.OPS
+    ops = (adam, column_sums, embedding_gradient, softmax_merge, swiglu, te_gradients)
+    assert {each.OP for each in ops} == unchecked.OPS
