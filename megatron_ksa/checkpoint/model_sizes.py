@@ -32,10 +32,35 @@ def check_model(stored: StoredCheckpoint, args: argparse.Namespace, only_weights
     for name in NOTED if args.rank == 0 else ():
         if None not in (saved.get(name), given.get(name)) and saved[name] != given[name]:
             print(f"note: {_flag(name)} is {given[name]}, the checkpoint was trained with {saved[name]}", flush=True)
-    # A release, such as an import, is weights alone.
-    without = only_weights or args.no_load_optim or stored.folder.name == RELEASE
-    for name in () if without else OPTIMIZER:
+    for name in OPTIMIZER if _takes_optimizer(stored, args, only_weights) else ():
         _compare(name, saved, given, "give what it was written with, or --no-load-optim to begin with a new optimizer")
+
+
+def check_order(stored: StoredCheckpoint, args: argparse.Namespace, only_weights: bool) -> None:
+    """Refuse an optimizer's state in the order of other layers' parameters, after the layers are chosen.
+
+    `--use-distributed-optimizer` stores its state, float32 parameters too, bucket by bucket in the order in which
+    layers register parameters; local layers register a norm before the projections, Transformer Engine's in one of
+    them.
+
+    Args:
+        only_weights: the optimizer's state is not loaded.
+
+    Raises:
+        UsageError: the checkpoint's `--transformer-impl` is another.
+    """
+    saved = vars(stored.args)
+    by_order = saved.get("use_distributed_optimizer") and not saved.get("dist_ckpt_optim_fully_reshardable")
+    if by_order and _takes_optimizer(stored, args, only_weights):
+        _compare(
+            "transformer_impl", saved, vars(args), "give the checkpoint's, whose optimizer's state is in the order of "
+            "its layers' parameters (not with --dist-ckpt-optim-fully-reshardable), or --no-load-optim"
+        )  # fmt: skip
+
+
+def _takes_optimizer(stored: StoredCheckpoint, args: argparse.Namespace, only_weights: bool) -> bool:
+    # A release, such as an import, is weights alone.
+    return not (only_weights or args.no_load_optim or stored.folder.name == RELEASE)
 
 
 def _values(args: argparse.Namespace) -> dict[str, object]:

@@ -8,10 +8,11 @@ from megatron_ksa.kernels import unchecked as waiting
 
 # What is done in one pass over memory where it was several, by name: what it joins.
 FUSIONS = {
-    "norm": "RMS norm, its weight's gradient and the sum with the residual's gradient",
+    "norm": "RMS norm, its weight's gradient and the sum with the residual's gradient; in 16 bits of Transformer "
+    "Engine's layers too",
     "activation": "SwiGLU without torch.compile",
     "residual": "the sum with the residual without torch.compile",
-    "optimizer": "clipping, Adam and the 16-bit copy of the parameters",
+    "optimizer": "clipping, Adam (torch's, Transformer Engine's or apex's) and the 16-bit copy of the parameters",
     "gradients": "the first micro-batch's weight gradients overwrite what is in their buffers, which are not zeroed",
     "embedding": "the embedding's gradient is added to its buffer by the rows that occur",
     "checks": "losses and gradients are looked at for NaN once an iteration",

@@ -13,9 +13,10 @@ from megatron.training.global_vars import set_global_variables
 from megatron_ksa.checkpoint.checked_load import checked_load
 from megatron_ksa.checkpoint.checked_save import checked_finalize, checked_save
 from megatron_ksa.checkpoint.dense import check_checkpoint, dense_start
+from megatron_ksa.checkpoint.model_sizes import check_order
 from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
-from megatron_ksa.checkpoint.to_load import checkpoint_to_load
+from megatron_ksa.checkpoint.to_load import checkpoint_to_load, only_weights
 from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_ids, check_indexed_dataset
@@ -88,8 +89,11 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     difference = check_checkpoint(args, settings)
     if difference and args.rank == 0:
         print(difference, flush=True)
-    if not settings.is_megatron and (chosen := choose_layers(args, checkpoint_to_load(args))) and args.rank == 0:
+    stored = checkpoint_to_load(args)
+    if not settings.is_megatron and (chosen := choose_layers(args, stored)) and args.rank == 0:
         print(chosen, flush=True)
+    if stored is not None:
+        check_order(stored, args, only_weights(args))
     settings = resolve_start(args, settings)
     prefixes = dataset_prefixes(args)
     for prefix in prefixes:

@@ -1,4 +1,4 @@
-"""Weight gradients of Transformer Engine's linear layers: added to their buffers, or written there by the first product.
+"""Weight gradients of Transformer Engine's linear layers: the first product is written to the buffer, others added.
 
 Transformer Engine 2.20.2 decides in the forward pass whether a product overwrites its buffer: in FP8 that of a module's
 first call in an iteration, in 16 bits that of its first call ever. A projection that is called twice in a micro-batch

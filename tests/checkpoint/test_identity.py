@@ -9,7 +9,7 @@ from huggingface.models import save_family
 from megatron_ksa.checkpoint import identity, stored_args
 from megatron_ksa.checkpoint.dense import check_checkpoint
 from megatron_ksa.checkpoint.load import StoredCheckpoint
-from megatron_ksa.checkpoint.model_sizes import check_model
+from megatron_ksa.checkpoint.model_sizes import check_model, check_order
 from megatron_ksa.checkpoint.stored_args import take_stored_args
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.settings import RunSettings
@@ -140,6 +140,26 @@ def test_an_optimizer_is_compared_where_its_state_is_loaded(change):
                 check_model(stored, args, only_weights=False)
         with pytest.raises(UsageError, match="--hidden-size: the checkpoint was written with 32, the flags say 64"):
             check_model(stored, argparse.Namespace(**plain | {"hidden_size": 64, "no_load_optim": True}), True)
+
+
+@pytest.mark.parametrize(
+    "saved, given, refused",
+    [({}, {}, True), ({"dist_ckpt_optim_fully_reshardable": True}, {}, False), ({}, {"no_load_optim": True}, False),
+     ({"use_distributed_optimizer": False}, {"use_distributed_optimizer": False}, False),
+     ({}, {"transformer_impl": "local"}, False)],
+)  # fmt: skip
+def test_an_optimizers_state_in_the_order_of_other_layers_is_refused(saved, given, refused):
+    """Float32 parameters and moments went to other parameters, silently: the buckets of both kinds have one size."""
+    plain = {"use_distributed_optimizer": True, "rank": 0}
+    stored = argparse.Namespace(**plain | {"transformer_impl": "local"} | saved)
+    stored = StoredCheckpoint(Path("saved", "iter_0000001"), 1, stored, None)
+    args = argparse.Namespace(**plain | {"transformer_impl": "transformer_engine", "no_load_optim": False} | given)
+    check_order(stored, args, only_weights=True)
+    if refused:
+        with pytest.raises(UsageError, match="--transformer-impl: the checkpoint was written with local, .*order"):
+            check_order(stored, args, only_weights=False)
+    else:
+        check_order(stored, args, only_weights=False)
 
 
 def test_biases_are_compared_as_validation_leaves_them(capsys):

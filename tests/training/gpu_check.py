@@ -45,6 +45,13 @@ ANNEAL = f"{FROM_1} --ksa-initial-coefficient 0.9"
 APART = f"{LOCAL} --kernels-apart norm activation residual optimizer gradients embedding checks --loss-kept-logits 0"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 FUSER = "--use-transformer-engine-op-fuser"
+NORMS_AGAIN = "--recompute-granularity selective --recompute-modules layernorm"
+# Rows that the kernel of norms takes: Transformer Engine's layers have their norms beside the products then.
+WIDE = "--hidden-size 512 --ffn-hidden-size 1024"
+# Fused modules of norm and product, FusedAdam's own steps, zeroed gradients: what these layers were before.
+AS_BEFORE = "--kernels-apart norm optimizer gradients"
+DISTRIBUTED = "--use-distributed-optimizer"
+SHARED = "--no-ksa-independent-projections"
 CP, TP = "--context-parallel-size 2", "--tensor-model-parallel-size 2"
 A2A = f"{CP} --cp-comm-type a2a"
 
@@ -118,6 +125,28 @@ KINDS = {
     ),
     "te_fp8_blockwise_fuser": Kind(f"{fp8('blockwise')} {FUSER}", like="te", limit=1e-2),
     "te_recompute": Kind(f"{TE} {RECOMPUTE}", like="te", norms=True),
+    "te_optimizer_apart": Kind(f"{TE} --kernels-apart optimizer", like="te", norms=True),
+    "te_distributed": Kind(f"{TE} {DISTRIBUTED}", like="te", norms=True),
+    "te_distributed_resumed": Kind(
+        f"{TE} {DISTRIBUTED}", like="te_distributed", first=f"{TE} {DISTRIBUTED}", limit=1e-6, norms=True
+    ),
+    "wide": Kind(f"{LOCAL} {WIDE}", like=None),
+    "te_wide": Kind(f"{TE} {WIDE}", like="wide"),
+    "te_wide_as_before": Kind(f"{TE} {WIDE} {AS_BEFORE}", like="te_wide", norms=True),
+    "te_wide_from_before": Kind(f"{TE} {WIDE}", like="te_wide", first=f"{TE} {WIDE} {AS_BEFORE}", norms=True),
+    "te_wide_distributed_from_before": Kind(
+        f"{TE} {WIDE} {DISTRIBUTED}", like="te_wide", first=f"{TE} {WIDE} {DISTRIBUTED} {AS_BEFORE}", norms=True
+    ),
+    "te_wide_resumed": Kind(f"{TE} {WIDE}", like="te_wide", first=f"{TE} {WIDE}", limit=1e-6, norms=True),
+    "te_wide_norms_again": Kind(f"{TE} {WIDE} {NORMS_AGAIN}", like="te_wide", norms=True),
+    "te_wide_full_iteration": Kind(f"{TE} {WIDE} {GRAPH}", like="te_wide", norms=True),
+    "te_wide_to_fp8": Kind(f"{fp8('delayed')} {WIDE}", like="te_wide", first=f"{TE} {WIDE}", limit=1e-2),
+    "te_wide_from_fp8": Kind(f"{TE} {WIDE}", like="te_wide", first=f"{fp8('delayed')} {WIDE}", limit=1e-2),
+    # A projection of text and of summary rows is called twice in a micro-batch.
+    "shared": Kind(f"{LOCAL} {SHARED}", like=None),
+    "te_shared": Kind(f"{TE} {SHARED}", like="shared", limit=1e-2, norms=True),
+    "te_fp8_shared": Kind(f"{fp8('delayed')} {SHARED}", like="te_shared", limit=1e-2),
+    "te_fp8_shared_recompute": Kind(f"{fp8('delayed')} {SHARED} {RECOMPUTE}", like="te_fp8_shared", norms=True),
     **{
         f"te_fp8_{recipe}": Kind(fp8(recipe), like="te", limit=1e-2)
         for recipe in ("delayed", "tensorwise", "blockwise")

@@ -21,7 +21,7 @@ def general_gemm(A, B, out_dtype=None, *, accumulate=False, layout="TN", out=Non
 
 
 class Product(torch.autograd.Function):
-    """Transformer Engine's linear layer: the forward pass knows whether it is the first, the backward pass believes it."""
+    """Transformer Engine's linear layer: the forward pass decides whether the product overwrites its buffer."""
 
     @staticmethod
     def forward(ctx, rows, weight, is_first):
