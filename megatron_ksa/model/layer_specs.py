@@ -39,7 +39,13 @@ def _backend(config: TransformerConfig) -> BackendSpecProvider:
 
 @dataclasses.dataclass(frozen=True)
 class _Projection:
-    """A column-parallel projection of normalised rows: `norm` stands before it, and before its summary rows' own."""
+    """Modules of a column-parallel projection.
+
+    Attributes:
+        norm: stands before the projection; nothing where the projection normalises.
+        linear: the projection, of all rows or of text rows.
+        summary: the projection of summary rows alone.
+    """
 
     norm: LayerNormBuilder
     linear: LinearQkvBuilder
@@ -47,10 +53,10 @@ class _Projection:
 
 
 def _runs_norm_apart(config: TransformerConfig) -> bool:
-    """Whether Transformer Engine's norm before a product does what this project's norm does in less time.
+    """Whether this project's norm stands before Transformer Engine's products, in place of the norm in their modules.
 
-    In 16 bits Transformer Engine's module runs a norm and then a product; this project's norm adds the residual
-    connection's gradient in its backward kernel. In FP8 the norm writes the 8-bit numbers that the product reads; which
+    In 16 bits such a module runs a norm and then a product; this project's norm adds the residual connection's
+    gradient in its backward kernel. In FP8 the module's norm writes the 8-bit numbers that the product reads; which
     layers are in FP8 may be decided in each pass. Communication that overlaps and fused MLPs need the module too.
     """
     in_eight_bits = config.fp8 or config.fp4 or config.quant_recipe is not None
