@@ -79,7 +79,7 @@ def _kernels(processes: int) -> Part:
 
 ONE_GPU = (
     _kernels(6),
-    Part("checks", "the trainer with each kind of layers trains to the same losses", 150, 280,
+    Part("checks", "the trainer with each kind of layers trains to the same losses", 200, 320,
          _checks("gpu_check.json", *FIRST_CHECKS), te=True, together=True),
     Part("fp8_curve", "FP8 over 200 steps beside 16 bits, and resumed", 170, 280,
          ("examples/fp8/run.py", "--out", "OUT/fp8.json", "--at-once", "5"), te=True, together=True),
