@@ -21,7 +21,8 @@ KERNEL_TESTS = (
 FIRST_CHECKS = (
     "reference", "apart", "float32_apart", "full_iteration", "te", "te_full_iteration", "te_fp8_delayed",
     "te_fp8_tensorwise", "te_fp8_blockwise", "te_fp8_delayed_full_iteration", "te_fuser", "te_fp8_fuser", "te_resumed",
-    "te_fp8_delayed_resumed", "te_to_local", "local_to_te",
+    "te_fp8_delayed_resumed", "te_to_local", "local_to_te", "te_optimizer_apart", "te_wide", "te_wide_as_before",
+    "te_wide_distributed_from_before", "te_wide_full_iteration", "te_fp8_shared_recompute",
 )  # fmt: skip
 CHECKS_OF_TWO = (
     "cp2", "cp2_full_iteration", "cp2_local", "cp2_a2a", "cp2_a2a_full_iteration", "tp2", "tp2_full_iteration",
@@ -70,15 +71,11 @@ def _parts(*words: str) -> tuple[str, ...]:
     return (*script, "--limit", "LEFT", *words)
 
 
-def _kernels(processes: int) -> Part:
-    """Tests with their names: a run that is cut says which have failed."""
-    words = ("-m", "(gpu or not slow) and not long", "-n", str(processes), "-vv", "-p", "no:cacheprovider")
-    what = "every kernel against its reference, in its final form"
-    return Part("kernels", what, 150, 300, ("-m", "pytest", *KERNEL_TESTS, *words), together=True)
-
-
 ONE_GPU = (
-    _kernels(6),
+    # With the tests' names: a run that is cut says which have failed.
+    Part("kernels", "every kernel against its reference, in its final form", 150, 300,
+         ("-m", "pytest", *KERNEL_TESTS, "-m", "(gpu or not slow) and not long", "-n", "6", "-vv", "-p",
+          "no:cacheprovider"), together=True),
     Part("checks", "the trainer with each kind of layers trains to the same losses", 200, 320,
          _checks("gpu_check.json", *FIRST_CHECKS), te=True, together=True),
     Part("fp8_curve", "FP8 over 200 steps beside 16 bits, and resumed", 170, 280,
@@ -123,7 +120,8 @@ def _ranks(*words: str, flags: tuple[str, ...] = UNCHECKED) -> tuple[str, ...]:
 
 # Those that take longest first.
 ON_ONE_OF_SEVERAL = (
-    "parts_32k", "local_long", "fp8_curve", "baselines", "graphs_8k", "fp8_graphs_8k", "fp8_8b", "memory", "parts_8k",
+    "checks", "parts_32k", "local_long", "fp8_curve", "kernels", "baselines", "graphs_8k", "fp8_graphs_8k", "fp8_8b",
+    "memory", "parts_8k",
 )  # fmt: skip
 
 
@@ -163,9 +161,8 @@ def several_gpus(gpus: int) -> tuple[Part, ...]:
              ("examples/memory_1b9/run.py", "--out", "OUT/memory_h100.json", "--commit", "COMMIT", "--limit", "LEFT",
               "--ranks", "2", "--cases", "8192:none", "32768:full", "32768:fit", "131072:full", *UNCHECKED)),
     ]  # fmt: skip
-    checks = [part for part in ONE_GPU if part.name == "checks"]
     one = Part("one", "128k on one GPU", 75, 150, _ranks("--layouts", "one", "--models", "ksa", *long), own_gpu=True)
-    parts += [_kernels(6 * gpus), *checks, *_of_one_gpu(*ON_ONE_OF_SEVERAL), one]
+    parts += [*_of_one_gpu(*ON_ONE_OF_SEVERAL), one]
     if gpus == 8:
         parts.insert(1, Part(
             "speed_8b", "128k: the 8B model with tensor and context parallelism", 150, 300,
