@@ -28,6 +28,7 @@ from megatron_ksa.model.prepare import prepare_config
 from megatron_ksa.training.annealing import annealed, is_annealed_in_graphs
 from megatron_ksa.training.arguments import adapt_trainer, settings_from_args
 from megatron_ksa.training.blend import check_documents, dataset_prefixes
+from megatron_ksa.training.first_scales import FirstScales
 from megatron_ksa.training.flag_rules import check_flags, check_run, check_start
 from megatron_ksa.training.given import forget_given, given_flags
 from megatron_ksa.training.layer_choice import choose_layers
@@ -176,6 +177,7 @@ def trainer_patches(
         still_writes: raises where another run took `--save` over; called before a checkpoint becomes the newest.
     """
     in_graphs = is_annealed_in_graphs(args, settings.ksa)
+    delayed = bool(args.fp8) and args.fp8_recipe == "delayed"
     return [
         LOAD_CHECKPOINT.given(lambda load: checked_load(dense_start(load, args, settings), args, settings)),
         SAVE_CHECKPOINT.given(lambda save: checked_save(save, args)),
@@ -188,5 +190,7 @@ def trainer_patches(
         *flops.patches(settings),
         *late_checks.patches(args.check_for_nan_in_loss_and_grad),
         *([TRAINING_LOG.given(log.extended)] if log.is_needed else []),
+        # Its passes run inside what writes the coefficient, and outside what looks at a step's passes.
+        *([TRAIN_STEP.given(FirstScales(args, log).train_step)] if delayed else []),
         *([TRAIN_STEP.given(lambda step: annealed(step, args, settings.ksa))] if in_graphs else []),
     ]

@@ -39,7 +39,7 @@ FINALIZE_SAVE = Patch(
 TRAIN_STEP = Patch(
     "megatron.training.training:train_step",
     lambda original, wrap: wrap(original),
-    why="iterations are measured, and what CUDA graphs read is written between them",
+    why="iterations are measured, what CUDA graphs read is written between them, and FP8 finds its first scales",
     expects="(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, forward_backward_func, "
     "iteration=None, pg_collection=None, p2p_communicator=None)",
 )
