@@ -90,7 +90,7 @@ def test_the_trainer_sets_the_coefficient_between_iterations(graphs, ksa, patche
     """A forward step, which set it, does not come by where an iteration is a graph's."""
     args = argparse.Namespace(
         cuda_graph_impl=graphs, curr_iteration=3, async_save=False, padded_vocab_size=64,
-        check_for_nan_in_loss_and_grad=False,
+        check_for_nan_in_loss_and_grad=False, fp8=None,
     )  # fmt: skip
     settings = RunSettings(ksa, None)
     patches = trainer_patches(args, settings, SimpleNamespace(is_needed=False))
