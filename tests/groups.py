@@ -23,6 +23,7 @@ WORLD = frozenset(
     tools/test_plan_cluster.py
     training/test_dense_start.py
     training/test_distill.py
+    training/test_dropped_passes.py
     training/test_experts.py
     training/test_failure.py
     training/test_kills.py

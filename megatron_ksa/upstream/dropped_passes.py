@@ -14,6 +14,7 @@ from megatron.core.transformer.experimental_attention_variant.dsa import DSAInde
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.utils import unwrap_model
 
 
 class Repeated:
@@ -85,7 +86,7 @@ def without_trace(chunks: list[MegatronModule]) -> Iterator[None]:
     Losses and gradients in it are not looked at: the rerun state machine is between two iterations.
     """
     machine = get_rerun_state_machine()
-    buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in chunk.buffers()]
+    buffers = [(buffer, buffer.clone()) for chunk in unwrap_model(chunks) for buffer in chunk.buffers()]
     machine.validate_result = _accept
     try:
         with _random_states_kept():
