@@ -54,6 +54,9 @@ DISTRIBUTED = "--use-distributed-optimizer"
 SHARED = "--no-ksa-independent-projections"
 CP, TP = "--context-parallel-size 2", "--tensor-model-parallel-size 2"
 A2A = f"{CP} --cp-comm-type a2a"
+# FP8's products round to 2 and 3 bits. Of the 1.9B model's first gradient norm tensorwise was 0.2 % and blockwise 1.2 %
+# from 16 bits; delayed was 82 % below while its scales began at 1.
+FIRST_GRADIENT = 5e-2
 
 
 def fp8(recipe: str) -> str:
@@ -69,6 +72,7 @@ class Kind:
         like: the kind whose losses it must have; None for a run that others are compared with alone.
         limit: largest relative deviation. Kernels and PyTorch round 16-bit numbers elsewhere; FP8 rounds to 3 bits.
         norms: gradient norms are compared too.
+        gradient: largest relative deviation of the gradient norm of this run's own first step.
         first: flags of a run that is saved halfway, from where this one goes on.
         ranks: GPUs.
         precision: of parameters and activations.
@@ -78,6 +82,7 @@ class Kind:
     like: str | None = "kernels"
     limit: float = 1e-3
     norms: bool = False
+    gradient: float | None = None
     first: str | None = None
     ranks: int = 1
     precision: str = "--bf16"
@@ -148,16 +153,19 @@ KINDS = {
     "te_fp8_shared": Kind(f"{fp8('delayed')} {SHARED}", like="te_shared", limit=1e-2),
     "te_fp8_shared_recompute": Kind(f"{fp8('delayed')} {SHARED} {RECOMPUTE}", like="te_fp8_shared", norms=True),
     **{
-        f"te_fp8_{recipe}": Kind(fp8(recipe), like="te", limit=1e-2)
+        f"te_fp8_{recipe}": Kind(fp8(recipe), like="te", limit=1e-2, gradient=FIRST_GRADIENT)
         for recipe in ("delayed", "tensorwise", "blockwise")
     },
     "te_fp8_ends_bf16": Kind(f"{fp8('tensorwise')} --first-last-layers-bf16", like="te", limit=1e-2),
     "te_fp8_history": Kind(
-        f"{fp8('delayed')} --fp8-amax-history-len 16 --fp8-amax-compute-algo max", like="te", limit=1e-2
+        f"{fp8('delayed')} --fp8-amax-history-len 16 --fp8-amax-compute-algo max",
+        like="te",
+        limit=1e-2,
+        gradient=FIRST_GRADIENT,
     ),
     "te_fp8_recompute": Kind(f"{fp8('delayed')} {RECOMPUTE}", like="te_fp8_delayed", norms=True),
     "te_fp8_tensorwise_recompute": Kind(f"{fp8('tensorwise')} {RECOMPUTE}", like="te_fp8_tensorwise", norms=True),
-    "te_fp8_anneal": Kind(f"{fp8('delayed')} {ANNEAL}", like="te_anneal", limit=1e-2),
+    "te_fp8_anneal": Kind(f"{fp8('delayed')} {ANNEAL}", like="te_anneal", limit=1e-2, gradient=FIRST_GRADIENT),
     "te_fp8_distil": Kind(f"{fp8('delayed')} --ksa-distill", like="te_distil", limit=1e-2),
     "te_fp8_tensorwise_distil": Kind(f"{fp8('tensorwise')} --ksa-distill", like="te_distil", limit=1e-2),
     **{
@@ -175,7 +183,7 @@ KINDS = {
         )
         for recipe in ("delayed", "tensorwise", "blockwise")
     },
-    "te_to_fp8": Kind(fp8("delayed"), like="te", first=TE, limit=1e-2),
+    "te_to_fp8": Kind(fp8("delayed"), like="te", first=TE, limit=1e-2, gradient=FIRST_GRADIENT),
     "fp8_to_local": Kind(LOCAL, like="te", first=fp8("delayed"), limit=1e-2),
     "cp2": Kind(f"{LOCAL} {CP}", ranks=2),
     "cp2_full_iteration": Kind(f"{LOCAL} {CP} {GRAPH}", like="cp2", norms=True, ranks=2),
@@ -190,8 +198,10 @@ KINDS = {
     "te_cp2": Kind(f"{TE} {CP}", like="cp2", ranks=2),
     "te_cp2_full_iteration": Kind(f"{TE} {CP} {GRAPH}", like="te_cp2", norms=True, ranks=2),
     "te_cp2_local": Kind(f"{TE} {CP} {LAYER_GRAPHS}", like="te_cp2", norms=True, ranks=2),
-    "te_fp8_tp2": Kind(f"{fp8('delayed')} {TP} --sequence-parallel", like="te_tp2", limit=1e-2, ranks=2),
-    "te_fp8_cp2": Kind(f"{fp8('delayed')} {CP}", like="te_cp2", limit=1e-2, ranks=2),
+    "te_fp8_tp2": Kind(
+        f"{fp8('delayed')} {TP} --sequence-parallel", like="te_tp2", limit=1e-2, gradient=FIRST_GRADIENT, ranks=2
+    ),
+    "te_fp8_cp2": Kind(f"{fp8('delayed')} {CP}", like="te_cp2", limit=1e-2, gradient=FIRST_GRADIENT, ranks=2),
     "te_fp8_cp2_full_iteration": Kind(f"{fp8('delayed')} {CP} {GRAPH}", like="te_fp8_cp2", norms=True, ranks=2),
 }
 
@@ -298,6 +308,10 @@ def compare(name: str, trained: dict[str, dict | str]) -> dict:
     }
     compared = ("loss", "grad_norm") if kind.norms else ("loss",)
     agrees = all(deviations[value] <= kind.limit for value in compared)
+    if kind.gradient is not None:
+        norm, expected = (run[1 if kind.first is None else HALF + 1]["grad_norm"] for run in (own, other))
+        deviations["first_grad_norm"] = abs(norm / expected - 1)
+        agrees = agrees and deviations["first_grad_norm"] <= kind.gradient
     return {**result, "like": kind.like, "deviations": deviations, "limit": kind.limit, "agrees": agrees}
 
 

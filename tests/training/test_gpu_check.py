@@ -25,7 +25,7 @@ def test_every_kind_has_flags_that_are_accepted(name, monkeypatch):
     for flags in (kind.flags, kind.first):
         if flags is None:
             continue
-        words = [*MODEL, *TRAINING, "--mock-data", *gpu_check.COMMON.split(), *flags.split()]
+        words = [*MODEL, *TRAINING, "--mock-data", *gpu_check.COMMON.split(), *kind.precision.split(), *flags.split()]
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words])
         with install_arguments(trainer_defaults()):
             args = megatron_arguments.parse_args()
@@ -52,6 +52,19 @@ def test_a_kind_agrees_where_its_deviation_is_within_the_limit():
     failed = gpu_check.compare("te", {"te": run, "kernels": "error: no GPU"})
     assert not failed["agrees"] and "no GPU" in failed["failed"]
     assert not gpu_check.compare("te", {"te": "error: no GPU", "kernels": run})["agrees"]
+
+
+def test_fp8_has_the_first_gradient_of_16_bits():
+    """Delayed scaling's first gradient norm was a fifth of that in 16 bits, and no loss of eight steps showed it."""
+    norms = dict.fromkeys(range(1, 9), 1.0)
+    run, lost, lost_later = (
+        {step: {"loss": 6.0, "grad_norm": norm} for step, norm in (norms | low).items()}
+        for low in ({}, {1: 0.2}, {5: 0.2})
+    )
+    found = gpu_check.compare("te_fp8_delayed", {"te_fp8_delayed": lost, "te": run})
+    assert not found["agrees"] and found["deviations"]["first_grad_norm"] == pytest.approx(0.8)
+    assert gpu_check.compare("te_fp8_delayed", {"te_fp8_delayed": lost_later, "te": run})["agrees"]
+    assert not gpu_check.compare("te_to_fp8", {"te_to_fp8": lost_later, "te": run})["agrees"]
 
 
 def test_a_kind_that_fails_behind_others_gets_processes_of_its_own(monkeypatch, tmp_path):
