@@ -41,6 +41,7 @@ SLURM = frozenset({"slurm/test_job.py", "slurm/test_torchrun.py"})
 # in one worker and not in each of them.
 FORKS = frozenset(
     """
+    examples/test_fp8_example.py
     examples/test_from_dense.py
     examples/test_memory_1b9.py
     examples/test_step_parts.py

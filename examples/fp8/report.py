@@ -10,38 +10,63 @@ from megatron_ksa.markdown import replace_section, report_command, table
 
 CURVES = "losses.png"
 NAMES = {
-    "local": "16 bits, local layers", "te": "16 bits, Transformer Engine", "fp8_delayed": "FP8, delayed",
-    "fp8_tensorwise": "FP8, tensorwise", "fp8_blockwise": "FP8, blockwise",
+    "local": "16 bits, local layers", "te": "16 bits, Transformer Engine",
+    "te_noise_1": "16 bits, Transformer Engine, noise 1", "te_noise_2": "16 bits, Transformer Engine, noise 2",
+    "fp8_delayed": "FP8, delayed", "fp8_tensorwise": "FP8, tensorwise", "fp8_blockwise": "FP8, blockwise",
 }  # fmt: skip
 COLOURS = {
-    "local": "#888888", "te": "#222222", "fp8_delayed": "#1b7837", "fp8_tensorwise": "#2166ac",
-    "fp8_blockwise": "#d6604d",
+    "local": "#888888", "te": "#222222", "te_noise_1": "#b8b8b8", "te_noise_2": "#d0d0d0",
+    "fp8_delayed": "#1b7837", "fp8_tensorwise": "#2166ac", "fp8_blockwise": "#d6604d",
 }  # fmt: skip
 # Steps whose mean loss is compared at the end.
 LAST = 20
 
 
 def deviations(runs: list[dict]) -> list[list[str]]:
-    """A row a kind: its last losses, and its deviation from Transformer Engine's 16 bits."""
-    base = next((np.array(run["losses"]) for run in runs if run["kind"] == "te" and "losses" in run), None)
+    """A row a kind: its first gradient norm, its last losses, and its deviation from Transformer Engine's 16 bits."""
+    base = _base(runs)
     rows = []
     for run in runs:
+        norm = run.get("first_norm")
+        cells = [NAMES[run["kind"]], "" if norm is None else f"{norm:.3f}"]
         if "losses" not in run:
-            rows.append([NAMES[run["kind"]], run["error"], "", "", ""])
+            rows.append([*cells, run["error"], "", "", ""])
             continue
-        losses, cells = np.array(run["losses"]), ["", ""]
+        losses = np.array(run["losses"])
+        cells.append(f"{losses[-LAST:].mean():.4f}")
         if base is not None and run["kind"] != "te":
-            last = losses[-LAST:].mean() / base[-LAST:].mean() - 1
-            cells = [f"{np.abs(losses / base - 1).max() * 100:.2f} %", f"{last * 100:+.2f} %"]
-        resumed = f"{run['resumed_deviation']:.1e}" if "resumed_deviation" in run else run.get("error", "")
-        rows.append([NAMES[run["kind"]], f"{losses[-LAST:].mean():.4f}", *cells, resumed])
+            cells += [f"{np.abs(losses / base - 1).max() * 100:.2f} %", f"{_last(losses, base):+.2f} %"]
+        else:
+            cells += ["", ""]
+        rows.append([*cells, f"{run['resumed_deviation']:.1e}" if "resumed_deviation" in run else run.get("error", "")])
     return rows
+
+
+def spread(runs: list[dict]) -> str:
+    """How far runs in 16 bits are from each other by chance; empty where there is one of them or none."""
+    base, others = _base(runs), [run for run in runs if not run["kind"].startswith("fp8") and run["kind"] != "te"]
+    found = [_last(np.array(run["losses"]), base) for run in others if base is not None and "losses" in run]
+    if not found:
+        return ""
+    return (
+        f"{len(found) + 1} runs in 16 bits that differ by chance: the last mean is {min(0.0, *found):+.2f} % to "
+        f"{max(0.0, *found):+.2f} % from that of Transformer Engine's layers without noise."
+    )
+
+
+def _base(runs: list[dict]) -> np.ndarray | None:
+    return next((np.array(run["losses"]) for run in runs if run["kind"] == "te" and "losses" in run), None)
+
+
+def _last(losses: np.ndarray, base: np.ndarray) -> float:
+    """Per cent by which the mean of the last losses is above that of `base`."""
+    return float(100 * (losses[-LAST:].mean() / base[-LAST:].mean() - 1))
 
 
 def draw(results: dict, output: Path) -> None:
     """Losses of every kind, and their difference from Transformer Engine's 16 bits."""
     runs = [run for run in results["runs"] if "losses" in run]
-    base = next((np.array(run["losses"]) for run in runs if run["kind"] == "te"), None)
+    base = _base(runs)
     with chart(output, rows=2, figsize=(7, 6), sharex=True, layout="constrained") as (_, (above, below)):
         for run in runs:
             losses, steps = np.array(run["losses"]), np.arange(1, len(run["losses"]) + 1)
@@ -59,11 +84,12 @@ def write_report(results: Path, path: Path) -> None:
     """Put the table into the section `results` of a Markdown file, and the curves beside the results."""
     measured = json.loads(results.read_text(encoding="utf-8"))
     head = [
-        "kind", f"loss, mean of the last {LAST} steps", "largest deviation of a step", "deviation of that mean",
-        "resumed halfway, largest relative deviation",
+        "kind", "first gradient norm", f"loss, mean of the last {LAST} steps", "largest deviation of a step",
+        "deviation of that mean", "resumed halfway, largest relative deviation",
     ]  # fmt: skip
     where = f"{measured['device']}, torch {measured['torch']}, {measured['steps']} steps, {measured['tokens']:,} bytes."
-    replace_section(path, "results", f"{where}\n\n{table(head, deviations(measured['runs']))}\n\n![losses]({CURVES})")
+    parts = [where, table(head, deviations(measured["runs"])), spread(measured["runs"]), f"![losses]({CURVES})"]
+    replace_section(path, "results", "\n\n".join(part for part in parts if part))
     draw(measured, results.with_name(CURVES))
 
 

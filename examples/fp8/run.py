@@ -3,9 +3,11 @@
     python examples/fp8/run.py --out examples/fp8/results.json
     python examples/fp8/report.py examples/fp8/results.json examples/fp8/README.md
 
-Every kind trains on the same sequences from the same weights: the bytes of this repository's files. The two kinds in 16
-bits differ by rounding alone, which is what a recipe's deviation is to be compared with. Each recipe then goes on from
-its checkpoint halfway. A machine with Transformer Engine and a GPU with FP8 is needed.
+Every kind trains on the same sequences: the bytes of this repository's files. The kinds in 16 bits differ by what makes
+no run better: the order of roundings (`local`), or noise in the initial weights as large as FP8's rounding
+(`te_noise_...`). How far they end from each other is what a recipe's deviation is to be compared with. Each kind
+without noise then goes on from its checkpoint halfway. A machine with Transformer Engine and a GPU with FP8 is needed.
+A second call with the same --out keeps the kinds that it does not train.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -24,7 +27,7 @@ import numpy as np
 
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter
 from megatron_ksa.errors import UsageError, usage_errors_exit
-from megatron_ksa.files import check_writable, whole_file
+from megatron_ksa.files import check_writable, read_json, whole_file
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("megatron_ksa", "kernels", "data_tools", "docs", "examples", "tests", "tools")
@@ -44,11 +47,21 @@ TINY = (
 ).split()
 LOCAL, TE = ["--transformer-impl", "local"], ["--transformer-impl", "transformer_engine"]
 RECIPES = ("delayed", "tensorwise", "blockwise")
+# Kinds whose initial weights have noise, and its seed.
+NOISES = {f"te_noise_{seed}": seed for seed in (1, 2)}
 KINDS = {
-    "local": LOCAL, "te": TE,
+    "local": LOCAL, "te": TE, **dict.fromkeys(NOISES, TE),
     **{f"fp8_{recipe}": [*TE, "--fp8-format", "hybrid", "--fp8-recipe", recipe] for recipe in RECIPES},
 }  # fmt: skip
-LINE = re.compile(r"iteration\s+(\d+)/.*lm loss: ([0-9.]+E[+-]\d+)")
+LINE = re.compile(r"iteration\s+(\d+)/.*lm loss: ([0-9.]+E[+-]\d+)(?:.*grad norm: ([0-9.]+))?")
+
+
+@dataclass
+class Trained:
+    """A run's loss at each of its steps, and the gradient norm of the first, None where the log has none."""
+
+    losses: dict[int, float]
+    first_norm: float | None
 
 
 def write_text(prefix: Path) -> int:
@@ -64,42 +77,46 @@ def write_text(prefix: Path) -> int:
     return number
 
 
-def train(folder: Path, flags: list[str], steps: int, tiny: bool, limit: float) -> dict[int, float] | str:
-    """Loss of each step, or what went wrong."""
-    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *MODEL, *(TINY if tiny else []), "--data-path"]
-    command += [str(folder / "text"), "--train-iters", str(steps), "--lr-decay-iters", str(steps), *flags]
+def train(folder: Path, kind: str, flags: list[str], options: argparse.Namespace) -> Trained | str:
+    """What a run of a kind logs, or what went wrong."""
+    noise = [str(Path(__file__).with_name("with_noise.py")), str(NOISES[kind])] if kind in NOISES else []
+    command = [sys.executable, *(noise or [str(ROOT / "pretrain_gpt.py")]), *MODEL, *(TINY if options.tiny else [])]
+    command += ["--data-path", str(folder / "text"), "--train-iters", str(options.steps)]
+    command += ["--lr-decay-iters", str(options.steps), *KINDS[kind], *flags]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=limit)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=options.limit)
     except subprocess.TimeoutExpired:
-        return f"not done after {limit:.0f} s"
-    losses = {int(step): float(loss) for step, loss in LINE.findall(done.stdout)}
-    if done.returncode or not losses:
+        return f"not done after {options.limit:.0f} s"
+    lines = LINE.findall(done.stdout)
+    if done.returncode or not lines:
         print(done.stderr[-3000:], file=sys.stderr)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error:") or "Error" in line]
         return (errors or [f"exit code {done.returncode}"])[-1][:400]
-    first = min(losses)
+    losses, first = {int(step): float(loss) for step, loss, _ in lines}, int(lines[0][0])
     if first + 1 in losses:
         # Megatron logs the first step of a run without starting its sum again: the second line is the mean of both.
         losses[first + 1] = round(2 * losses[first + 1] - losses[first], 6)
-    return losses
+    return Trained(losses, float(lines[0][2]) if lines[0][2] else None)
 
 
 def measure(folder: Path, kind: str, options: argparse.Namespace) -> dict:
     """A kind's losses, and those of a run that goes on from its checkpoint halfway."""
     half = options.steps // 2
-    flags, saved = [*KINDS[kind]], ["--save", str(folder / kind), "--save-interval", str(half)]
-    whole = train(folder, [*flags, *saved], options.steps, options.tiny, options.limit)
+    saved = ["--save", str(folder / kind), "--save-interval", str(half)]
+    whole = train(folder, kind, [] if kind in NOISES else saved, options)
     if isinstance(whole, str):
         return {"kind": kind, "error": whole}
-    result = {"kind": kind, "losses": list(whole.values())}
-    print(f"{kind}: loss {whole[options.steps]:.4f} after {options.steps} steps", flush=True)
-    flags += ["--load", saved[1], "--ckpt-step", str(half)]
-    again = train(folder, flags, options.steps, options.tiny, options.limit)
+    losses = whole.losses
+    result = {"kind": kind, "first_norm": whole.first_norm, "losses": list(losses.values())}
+    print(f"{kind}: loss {losses[options.steps]:.4f} after {options.steps} steps", flush=True)
+    if kind in NOISES:
+        return result
+    again = train(folder, kind, ["--load", saved[1], "--ckpt-step", str(half)], options)
     if isinstance(again, str):
         return {**result, "error": f"resumed: {again}"}
-    result["resumed_losses"] = list(again.values())
-    result["resumed_deviation"] = max(abs(loss / whole[step] - 1) for step, loss in again.items())
+    result["resumed_losses"] = list(again.losses.values())
+    result["resumed_deviation"] = max(abs(loss / losses[step] - 1) for step, loss in again.losses.items())
     print(f"{kind}: resumed at step {half}, largest relative deviation {result['resumed_deviation']:.1e}", flush=True)
     return result
 
@@ -132,19 +149,39 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> bool:
     """Train every kind, and write the losses after each; whether one of them failed."""
     with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(options.at_once) as pool:
-        folder, runs = Path(made), {}
+        folder = Path(made)
         tokens = write_text(folder / "text")
         import torch
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        for done in as_completed(pool.submit(measure, folder, kind, options) for kind in options.kinds):
+        record = {"device": device, "torch": torch.__version__, "tokens": tokens, "steps": options.steps}
+        runs = kept_runs(options.out, record, options.kinds)
+        for done in as_completed([pool.submit(measure, folder, kind, options) for kind in options.kinds]):
             result = done.result()
             runs[result["kind"]] = result
-            record = {"device": device, "torch": torch.__version__, "tokens": tokens, "steps": options.steps}
             with whole_file(options.out) as stream:
-                known = [runs[kind] for kind in options.kinds if kind in runs]
+                known = [runs[kind] for kind in KINDS if kind in runs]
                 stream.write(json.dumps({**record, "runs": known}, indent=1) + "\n")
-    return any("error" in run for run in runs.values())
+    return any("error" in runs[kind] for kind in options.kinds)
+
+
+def kept_runs(path: Path, record: dict, kinds: list[str]) -> dict[str, dict]:
+    """Kinds of an earlier call that this one does not train.
+
+    Raises:
+        UsageError: they were trained on another text or machine, or for other steps.
+    """
+    if not path.exists():
+        return {}
+    earlier = read_json(path)
+    kept = {run["kind"]: run for run in earlier["runs"] if run["kind"] not in kinds}
+    for key, value in record.items():
+        if kept and earlier[key] != value:
+            raise UsageError(
+                f"{path} has {', '.join(kept)} of {key} {earlier[key]}, here it is {value}: choose another --out, or "
+                f"train these too"
+            )
+    return kept
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from megatron_ksa.config.settings import RunSettings
 from megatron_ksa.training import first_scales
 from megatron_ksa.training.configure import trainer_patches
 from megatron_ksa.training.first_scales import FirstScales
+from megatron_ksa.upstream import dropped_passes
 from megatron_ksa.upstream.trainer import TRAIN_STEP
 
 WIDTH, LAYERS, TOKENS, MICRO_BATCHES = 32, 6, 64, 2
@@ -280,6 +281,18 @@ def test_the_step_is_what_it_would_be(machine):
     assert get_moe_metrics_tracker().metrics["aux"].values.sum().item() == pytest.approx(sum(run.losses[-2:]))
     assert run.taken == [1], "values that are logged of a step"
     assert "validate_result" not in vars(machine)
+
+
+def test_random_states_that_graphs_hold_keep_their_objects(machine, monkeypatch):
+    """Beside CUDA graphs the tracker's states are generators: a reference to one keeps none of its numbers."""
+    generator = torch.Generator().manual_seed(3)
+    states = {"model-parallel-rng": generator}
+    tracker = SimpleNamespace(get_states=lambda: dict(states), set_states=states.update)
+    monkeypatch.setattr(dropped_passes, "get_cuda_rng_tracker", lambda: tracker)
+    with dropped_passes.without_trace([Model()]):
+        dropped = torch.rand(3, generator=generator)
+    assert states["model-parallel-rng"] is generator
+    torch.testing.assert_close(torch.rand(3, generator=generator), dropped, rtol=0, atol=0)
 
 
 def test_passes_are_not_counted_by_a_graph_of_whole_iterations(machine):
