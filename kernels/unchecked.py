@@ -1,15 +1,13 @@
 """What no GPU has run yet in its final form: on a GPU it is off until `take_unchecked` asks for it.
 
-It has run in Triton's interpreter and been compiled. A name leaves `FUSIONS` or `OPS` when a GPU has checked it.
+A kernel or fusion that has run in Triton's interpreter and been compiled is named here first, and leaves when a GPU has
+checked it (`tests/gpu/run_parts.py one_gpu OUT kernels checks`). Nothing waits now.
 """
 
 # Names of fusions, all of which megatron_ksa/config/kernels.py describes; `dispatch.fuses` asks about them.
-FUSIONS = frozenset({"activation", "residual", "optimizer", "embedding", "checks"})
+FUSIONS: frozenset[str] = frozenset()
 # Names of ops (`dispatch.by_device`).
-OPS = frozenset(
-    {"Adam", "SwiGLU", "Transformer Engine's weight gradients", "column sums", "gradient of the embedding",
-     "softmax merge"}
-)  # fmt: skip
+OPS: frozenset[str] = frozenset()
 _taken = False
 
 

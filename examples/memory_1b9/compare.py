@@ -30,6 +30,14 @@ SHAPE = ModelShape(
     ksa=KSAConfig(enabled=True, window_chunks="([128]*3+[1024])*6"), num_layers=24, hidden=2048, ffn=6144, heads=16,
     kv_heads=16, head_dim=128, vocabulary=151936, qk_norm=True,
 )  # fmt: skip
+# The shapes of `examples/throughput_1b9/run.py --shape`.
+SHAPES = {
+    "1b9": SHAPE,
+    "8b_8layers": dataclasses.replace(
+        SHAPE, ksa=KSAConfig(enabled=True, window_chunks="([128]*3+[1024])*2"), num_layers=8, hidden=4096, ffn=12288,
+        heads=32, kv_heads=8,
+    ),
+}  # fmt: skip
 
 
 def predicted(run: dict, offloads: bool) -> MemoryReport:
@@ -38,12 +46,12 @@ def predicted(run: dict, offloads: bool) -> MemoryReport:
     Args:
         offloads: distillation's teacher waits in host memory.
     """
-    shape = SHAPE
+    shape = SHAPES[run.get("shape", "1b9")]
     if run["model"] == "full":
-        shape = dataclasses.replace(SHAPE, ksa=KSAConfig(), angles_per_head=True)
+        shape = dataclasses.replace(shape, ksa=KSAConfig(), angles_per_head=True)
     layout = TrainingLayout(
         text_length=run["length"], recompute=FULL if run["recompute"] == "full" else NONE,
-        loss=LossConfig(run["loss_rows"]), distributed_optimizer=False, fused_rotation=True, fused_gradient=True,
+        loss=LossConfig(run["loss_rows"], run.get("kept_logits", 0.0)), distributed_optimizer=False, fused_rotation=True, fused_gradient=True,
         train="summary" if run["model"] in ("summary", "distil") else "all", distills=run["model"] == "distil",
         teacher_on_host=offloads,
     )  # fmt: skip
@@ -62,6 +70,7 @@ def rows(files: list[Path]) -> list[list[str]]:
             said = memory.total / 2**30
             name = NAMES[run["model"]] + ", teacher on the host" * offloads
             name += ", CUDA graph" * run.get("cuda_graphs", False)
+            name += ", 8 layers of the 8B shape" * (run.get("shape") == "8b_8layers")
             kind = run.get("kind", "local")
             found.append([
                 run["machine"]["gpu"].removeprefix("NVIDIA "), run["machine"]["commit"][:9], name,

@@ -278,6 +278,7 @@ class Measurement:
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
             "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
             "attention": self.backends, "recompute": args.recompute_granularity, "loss_rows": args.loss_chunk_rows,
+            "kept_logits": args.loss_kept_logits,
             "iterations": self.iterations, "warm_up": self.warm_up,
             "machine": machine(),
         }  # fmt: skip

@@ -33,8 +33,8 @@ class KernelConfig:
         + "; ".join(f"{name} ({what})" for name, what in FUSIONS.items()) + "."
     )  # fmt: skip
     unchecked: bool = option(
-        False, "On a GPU, take what no GPU has run yet in its final form: the fusions "
-        f"{', '.join(sorted(waiting.FUSIONS))}; the kernels of {', '.join(sorted(waiting.OPS))}."
+        False, "On a GPU, take what no GPU has run yet in its final form: "
+        f"{', '.join(sorted(waiting.FUSIONS | waiting.OPS)) or 'nothing in this version'}."
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -95,8 +95,8 @@ class Kind:
 KINDS = {
     "kernels": Kind(LOCAL, like=None),
     "reference": Kind(f"{LOCAL} --kernels-reference"),
-    # In bf16 both round elsewhere: gradient norms were 1.4e-3 apart on an H100, those of PyTorch alone 2.4e-3. Whether
-    # the numbers are the same shows in float32.
+    # In bf16 both round elsewhere: gradient norms were 1.4e-3 and 1.6e-3 apart on two H100, those of PyTorch alone
+    # 2.4e-3. Whether the numbers are the same shows in float32: there they were 1.7e-6 apart.
     "apart": Kind(APART),
     "float32": Kind(LOCAL, like=None, precision=""),
     "float32_apart": Kind(APART, like="float32", limit=1e-5, norms=True, precision=""),
@@ -130,20 +130,22 @@ KINDS = {
     ),
     "te_fp8_blockwise_fuser": Kind(f"{fp8('blockwise')} {FUSER}", like="te", limit=1e-2),
     "te_recompute": Kind(f"{TE} {RECOMPUTE}", like="te", norms=True),
-    "te_optimizer_apart": Kind(f"{TE} --kernels-apart optimizer", like="te", norms=True),
+    # Other roundings, in 16 bits: losses were 6.5e-6 to 7.5e-5 apart on an H100, gradient norms up to 3.1e-3 after some
+    # steps, where those of Transformer Engine's layers are 2.4e-3 from those of local ones.
+    "te_optimizer_apart": Kind(f"{TE} --kernels-apart optimizer", like="te", gradient=1e-3),
     "te_distributed": Kind(f"{TE} {DISTRIBUTED}", like="te", norms=True),
     "te_distributed_resumed": Kind(
         f"{TE} {DISTRIBUTED}", like="te_distributed", first=f"{TE} {DISTRIBUTED}", limit=1e-6, norms=True
     ),
     "wide": Kind(f"{LOCAL} {WIDE}", like=None),
     "te_wide": Kind(f"{TE} {WIDE}", like="wide"),
-    "te_wide_as_before": Kind(f"{TE} {WIDE} {AS_BEFORE}", like="te_wide", norms=True),
-    "te_wide_from_before": Kind(f"{TE} {WIDE}", like="te_wide", first=f"{TE} {WIDE} {AS_BEFORE}", norms=True),
+    "te_wide_as_before": Kind(f"{TE} {WIDE} {AS_BEFORE}", like="te_wide", gradient=1e-3),
+    "te_wide_from_before": Kind(f"{TE} {WIDE}", like="te_wide", first=f"{TE} {WIDE} {AS_BEFORE}", gradient=5e-3),
     "te_wide_distributed_from_before": Kind(
-        f"{TE} {WIDE} {DISTRIBUTED}", like="te_wide", first=f"{TE} {WIDE} {DISTRIBUTED} {AS_BEFORE}", norms=True
+        f"{TE} {WIDE} {DISTRIBUTED}", like="te_wide", first=f"{TE} {WIDE} {DISTRIBUTED} {AS_BEFORE}", gradient=5e-3
     ),
     "te_wide_resumed": Kind(f"{TE} {WIDE}", like="te_wide", first=f"{TE} {WIDE}", limit=1e-6, norms=True),
-    "te_wide_norms_again": Kind(f"{TE} {WIDE} {NORMS_AGAIN}", like="te_wide", norms=True),
+    "te_wide_norms_again": Kind(f"{TE} {WIDE} {NORMS_AGAIN}", like="te_wide", gradient=1e-3),
     "te_wide_full_iteration": Kind(f"{TE} {WIDE} {GRAPH}", like="te_wide", norms=True),
     "te_wide_to_fp8": Kind(f"{fp8('delayed')} {WIDE}", like="te_wide", first=f"{TE} {WIDE}", limit=1e-2),
     "te_wide_from_fp8": Kind(f"{TE} {WIDE}", like="te_wide", first=f"{fp8('delayed')} {WIDE}", limit=1e-2),
@@ -151,7 +153,8 @@ KINDS = {
     "shared": Kind(f"{LOCAL} {SHARED}", like=None),
     "te_shared": Kind(f"{TE} {SHARED}", like="shared", limit=1e-2, norms=True),
     "te_fp8_shared": Kind(f"{fp8('delayed')} {SHARED}", like="te_shared", limit=1e-2),
-    "te_fp8_shared_recompute": Kind(f"{fp8('delayed')} {SHARED} {RECOMPUTE}", like="te_fp8_shared", norms=True),
+    # Scales see the rows of a second forward pass too: norms were 5.8e-3 apart on an H100.
+    "te_fp8_shared_recompute": Kind(f"{fp8('delayed')} {SHARED} {RECOMPUTE}", like="te_fp8_shared", gradient=1e-2),
     **{
         f"te_fp8_{recipe}": Kind(fp8(recipe), like="te", limit=1e-2, gradient=FIRST_GRADIENT)
         for recipe in ("delayed", "tensorwise", "blockwise")
@@ -297,6 +300,7 @@ def compare(name: str, trained: dict[str, dict | str]) -> dict:
     if isinstance(own, str):
         return {"failed": own, "agrees": False}
     result: dict = {"losses": [step["loss"] for step in own.values()]}
+    result["grad_norms"] = [step["grad_norm"] for step in own.values()]
     if kind.like is None:
         return result
     other = trained[kind.like]

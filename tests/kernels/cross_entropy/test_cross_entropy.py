@@ -29,10 +29,10 @@ def case(rows, words, dtype, scale=1.0, size=4.0):
     return logits, labels, d_loss, scale
 
 
-def assert_close(actual, expected, dtype):
+def assert_close(actual, expected, dtype, rounding=0.0):
     assert not actual.isnan().any()
     error = (actual.double() - expected).abs().max() / expected.abs().max()
-    assert error <= TOLERANCES[dtype], float(error)
+    assert error <= TOLERANCES[dtype] + rounding, float(error)
 
 
 @needs_kernels
@@ -42,13 +42,16 @@ def test_kernels_are_the_reference(dtype, rows, words, scale, size):
     logits, labels, d_loss, scale = case(rows, words, dtype, scale, size)
     expected = reference.statistics(logits.double(), labels, scale)
     actual = triton_kernels.statistics(logits, labels, scale)
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e, torch.float32)
     peak, total, _ = expected
+    # Half the spacing of float32 at the largest logit: a GPU rounds the peak, and not the product that it is taken
+    # from. Every exponential is off by as much, 1e-5 at 170: 4e-6 of the sum here.
+    rounding = float(peak.abs().max()) * 2**-24
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, torch.float32, rounding)
     wanted = reference.gradients(logits.double(), labels, peak, total, d_loss.double(), scale)
     got = triton_kernels.gradients(logits, labels, peak.float(), total.float(), d_loss, scale)
     assert got.dtype == dtype and got.data_ptr() == logits.data_ptr()
-    assert_close(got, wanted, dtype)
+    assert_close(got, wanted, dtype, rounding)
 
 
 @needs_kernels

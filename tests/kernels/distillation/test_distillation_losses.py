@@ -45,8 +45,11 @@ def test_kernels_are_the_reference(dtype, rows, words, scale, size):
     student, teacher, labels = case(rows, words, dtype, size)
     expected = reference.statistics(student.double(), teacher.double(), labels, scale)
     actual = triton_kernels.statistics(student, teacher, labels, scale)
-    for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e, TOLERANCES[torch.float32])
+    # A sum of differences of both signs is as exact as its terms.
+    x, t = student.double() * scale, teacher.double() * scale
+    terms = ((t - expected.teacher_peak[:, None]).exp() * (t - x).abs()).sum(-1).max()
+    for name, a, e in zip(expected._fields, actual, expected, strict=True):
+        assert_close(a, e, TOLERANCES[torch.float32], terms if name == "cross" else None)
     wanted = reference.gradients(student.double(), teacher.double(), labels, expected, CE, KL, scale)
     given = RowStatistics(*(part.float() for part in expected))
     student_before = student.double()
