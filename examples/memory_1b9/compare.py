@@ -59,11 +59,11 @@ def predicted(run: dict, offloads: bool) -> MemoryReport:
 
 
 def rows(files: list[Path]) -> list[list[str]]:
-    """A row for each run that has ended."""
+    """A row for each run on one GPU that has ended; those of several are in a table of their own."""
     found = []
     for path in files:
         for run in json.loads(path.read_text(encoding="utf-8")):
-            if "error" in run:
+            if "error" in run or "layout" in run:
                 continue
             offloads = "offload" in path.stem and run["model"] == "distil"
             measured, memory = run["peak_gib"], predicted(run, offloads)
