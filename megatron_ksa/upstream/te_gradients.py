@@ -15,12 +15,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from megatron_ksa.kernels.unchecked import is_taken
 from megatron_ksa.kernels.weight_gradient import unwritten
 from megatron_ksa.upstream.patches import Patch, signature
 
-# Its name in `unchecked.OPS`: until it is taken, products add to zeroed buffers.
-OP = "Transformer Engine's weight gradients"
 MODULES = ("transformer_engine.pytorch.module.linear", "transformer_engine.pytorch.module.layernorm_linear")
 NEEDED = frozenset({"out", "accumulate", "grad"})
 
@@ -32,11 +29,7 @@ def general_gemm(original: Callable) -> Callable:
     def run(*args: Any, **options: Any) -> Any:
         out = options.get("out")
         if out is not None and options.get("grad") and "accumulate" in options and unwritten.owns(out):
-            if is_taken(OP):
-                options["accumulate"] = not unwritten.take(out)
-            else:
-                unwritten.fill(out)
-                options["accumulate"] = True
+            options["accumulate"] = not unwritten.take(out)
         return original(*args, **options)
 
     return run

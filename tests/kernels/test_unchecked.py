@@ -5,7 +5,6 @@ import torch
 
 from megatron_ksa.config.kernels import FUSIONS
 from megatron_ksa.kernels import adam, column_sums, dispatch, embedding_gradient, softmax_merge, swiglu, unchecked
-from megatron_ksa.upstream import te_gradients
 
 
 @pytest.fixture(params=[False, True])
@@ -42,5 +41,5 @@ def test_a_fusion_is_on(taken, on_gpu, monkeypatch):
 def test_every_name_is_a_fusion_or_an_op():
     """A name that nothing has would check nothing."""
     assert unchecked.FUSIONS.issubset(FUSIONS)
-    ops = (adam, column_sums, embedding_gradient, softmax_merge, swiglu, te_gradients)
+    ops = (adam, column_sums, embedding_gradient, softmax_merge, swiglu)
     assert unchecked.OPS.issubset(each.OP for each in ops)
