@@ -51,7 +51,8 @@ def predicted(run: dict, offloads: bool) -> MemoryReport:
         shape = dataclasses.replace(shape, ksa=KSAConfig(), angles_per_head=True)
     layout = TrainingLayout(
         text_length=run["length"], recompute=FULL if run["recompute"] == "full" else NONE,
-        loss=LossConfig(run["loss_rows"], run.get("kept_logits", 0.0)), distributed_optimizer=False, fused_rotation=True, fused_gradient=True,
+        loss=LossConfig(run["loss_rows"], run.get("kept_logits", 0.0)),
+        distributed_optimizer=False, fused_rotation=True, fused_gradient=True,
         train="summary" if run["model"] in ("summary", "distil") else "all", distills=run["model"] == "distil",
         teacher_on_host=offloads,
     )  # fmt: skip

@@ -63,8 +63,8 @@ class Cluster:
     def of_h100(cls, gpus: int) -> "Cluster":
         """H100 of 80 GB in nodes of eight, with the rates and bandwidths that are assumed where none are given.
 
-        The efficiency is that of the 1.9B model (docs/results.md): at 131,072 tokens 0.54 on one GPU and 0.51 with CP 2,
-        at 1,048,576 with CP 4 0.48, at 8,192 without recompute 0.49 in CUDA graphs and 0.43 without.
+        The efficiency is that of the 1.9B model (docs/results.md): at 131,072 tokens 0.54 on one GPU and 0.51 with
+        CP 2, at 1,048,576 with CP 4 0.48, at 8,192 without recompute 0.49 in CUDA graphs and 0.43 without.
         """
         return cls(
             gpus, gpus_per_node=8, memory=80e9, flops=989e12, efficiency=0.5, node_bandwidth=450e9,
