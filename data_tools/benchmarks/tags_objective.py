@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ksa.data_tools.benchmarks.tags_pools import draw_scores, labels_of, make_pool
+from megatron_ksa.data_tools.tags.canonicalise import CanonicalSettings
 from megatron_ksa.data_tools.tags.duplicates import DuplicateSettings
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import read_jsonl, write_json
@@ -75,13 +76,19 @@ def defaults() -> dict:
     return asdict(SampleSettings()) | {"share_exponent_of_many_tags": SHARE_EXPONENT}
 
 
-def prepare(work: Path, pool: str, tagger: str) -> tuple[Pool, np.ndarray]:
-    """A pool on its tree, and the label of each instance, int64 [instances]. Duplicates stay."""
+def prepare(work: Path, pool: str, tagger: str, rare: int | None = None) -> tuple[Pool, np.ndarray]:
+    """A pool on its tree, and the label of each instance, int64 [instances]. Duplicates stay.
+
+    Args:
+        rare: `--rare-tags`; None for the default.
+    """
     folder = make_pool(pool, work)
     steps = [*COMMANDS["tag"].steps, *COMMANDS["tree"].steps]
     settings = {config: config() for step in steps for config in step.settings.values()}
     settings |= {TaggerSettings: TaggerSettings(kind=tagger), DuplicateSettings: DuplicateSettings(similarity=0)}
-    target = folder / tagger
+    if rare is not None:
+        settings[CanonicalSettings] = CanonicalSettings(rare=rare)
+    target = folder / (tagger if rare is None else f"{tagger}-rare-{rare}")
     Pipeline(Context(target, Engine(), (folder / "pool.jsonl",)), settings, lambda line: None).run(steps)
     grounded, labels = load_pool(target, vectors=True), labels_of(folder)
     ids = [record["id"] for record in read_jsonl(target / "records.jsonl")]
