@@ -6,8 +6,9 @@ The pool is synthetic: conversations of 60 words of a topic, topics as frequent 
 a score, and every tenth one a near-copy of an earlier one. 5 % are chosen, and written by a tokenizer of bytes with the
 loss on responses. Each step, from reading to the report, runs in a process of its own, so that its peak of memory is
 its own; memory is the resident set of that process, and of the largest of its workers. The load average, told for each
-step as it ends, tells whether seconds are those of an idle machine. What is measured is written after each step;
-`--first STEP` goes on from there in the work folder that an earlier run left, whose figures stay.
+step as it ends, tells whether seconds are those of an idle machine. What is measured is written after each step, with
+the settings of the pool and of all steps, the machine, and the commit of each step; `--first STEP` goes on from there
+in the work folder that an earlier run left, whose figures stay. A file of other settings is not gone on with.
 """
 
 import argparse
@@ -17,9 +18,11 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +30,15 @@ from megatron_ksa.data_tools.tags.chat_template import EncodingSettings
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import write_json
 from megatron_ksa.data_tools.tags.pipeline import COMMANDS, Pipeline
-from megatron_ksa.data_tools.tags.step import Context
+from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.data_tools.tags.tag import TaggerSettings
 from megatron_ksa.data_tools.tokenizers import write_byte_level
 from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.results import check_settings, machine
 
 TOPICS, TOPIC_TAGS, TAGS, WORDS, TOPIC_WORDS, LENGTH = 1000, 100, 5, 30_000, 300, 60
-COPIES, TOKENIZER = 0.1, "tokenizer"
+SKEW, COPIES, TOKENIZER = -0.8, 0.1, "tokenizer"
+PACKAGES = ("numpy", "scipy", "scikit-learn", "ray")
 STEPS = [step for command in ("tag", "tree", "sample", "write", "report") for step in COMMANDS[command].steps]
 
 
@@ -44,7 +49,7 @@ def write_pool(path: Path, instances: int) -> None:
     generator = np.random.default_rng(0)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     words = ["".join(generator.choice(syllables, 3)) for _ in range(WORDS)]
-    frequency = (1.0 + np.arange(TOPICS)) ** -0.8
+    frequency = (1.0 + np.arange(TOPICS)) ** SKEW
     partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as stream:
         before: list[tuple[str, str]] = []
@@ -72,15 +77,43 @@ def write_pool(path: Path, instances: int) -> None:
     partial.rename(path)
 
 
-def run_step(work: Path, pool: Path, number: int, workers: int, engine: str) -> dict:
-    """One step in this process: seconds, seconds of CPU, and GiB of this process and of its largest worker."""
-    step = STEPS[number]
+def step_settings(step: Step, tokenizer: str) -> dict[type, Any]:
+    """What a step is run with: the defaults but for the tagger and the text that is written."""
     settings = {config: config() for config in step.settings.values()}
     if TaggerSettings in settings:
         settings[TaggerSettings] = TaggerSettings(kind="data")
     if EncodingSettings in settings:
-        tokenizer = str(pool.with_name(TOKENIZER))
         settings[EncodingSettings] = EncodingSettings(tokenizer, template="chatml", loss_on="responses")
+    return settings
+
+
+def settings_of() -> dict:
+    """What decides the figures beside the machine, the commit and what each size tells itself: as JSON."""
+    pool = {
+        "topics": TOPICS, "tags_of_a_topic": TOPIC_TAGS, "tags": TAGS, "words": WORDS, "words_of_a_topic": TOPIC_WORDS,
+        "length": LENGTH, "skew": SKEW, "copies": COPIES,
+    }  # fmt: skip
+    steps = {step.name: {} for step in STEPS}
+    for step in STEPS:
+        for config, values in step_settings(step, TOKENIZER).items():
+            steps[step.name][config.__name__] = asdict(values)
+    return json.loads(json.dumps({"pool": pool, "steps": steps}, default=str))
+
+
+def _apart(function: Callable, *arguments: Any) -> Any:
+    """What a function returns in a process of its own, which is no daemon: a step starts workers of its own.
+
+    The peak that a new process tells begins with that of the one which starts it. So what loads much, such as torch,
+    runs here, and the process that starts the steps stays small.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+        return alone.submit(function, *arguments).result()
+
+
+def run_step(work: Path, pool: Path, number: int, workers: int, engine: str) -> dict:
+    """One step in this process: seconds, seconds of CPU, and GiB of this process and of its largest worker."""
+    step = STEPS[number]
+    settings = step_settings(step, str(pool.with_name(TOKENIZER)))
     printed: list[str] = []
     runner, start = Engine(engine, workers), time.monotonic()
     Pipeline(Context(work, runner, (pool,)), settings, printed.append).run([step])
@@ -95,16 +128,17 @@ def run_step(work: Path, pool: Path, number: int, workers: int, engine: str) -> 
     }  # fmt: skip
 
 
-def measure(work: Path, instances: int, workers: int, engine: str, before: list[dict]) -> Iterator[dict]:
+def measure(work: Path, instances: int, workers: int, engine: str, before: list[dict], commit: str) -> Iterator[dict]:
     """Every step once on one pool, each in a process of its own: what is known after each step.
 
     Args:
         before: the figures of steps that stand in the work folder.
+        commit: of the code that runs.
     """
     work.mkdir(parents=True, exist_ok=True)
     pool = work / f"pool-{instances}.jsonl"
     write_pool(pool, instances)
-    write_byte_level(work / TOKENIZER)
+    _apart(write_byte_level, work / TOKENIZER)
     folder, steps = work / f"work-{instances}", list(before)
     if not before:
         shutil.rmtree(folder, ignore_errors=True)
@@ -113,10 +147,8 @@ def measure(work: Path, instances: int, workers: int, engine: str, before: list[
         shutil.rmtree(written, ignore_errors=True)
         written.unlink(missing_ok=True)
     for number in range(len(before), len(STEPS)):
-        # Not a daemon: a step starts workers of its own.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            steps.append(alone.submit(run_step, folder, pool, number, workers, engine).result())
-        steps[-1]["load_average"] = round(os.getloadavg()[0], 1)
+        found = _apart(run_step, folder, pool, number, workers, engine)
+        steps.append(found | {"load_average": round(os.getloadavg()[0], 1), "commit": commit})
         print(f"{instances:,} instances: {steps[-1]}", flush=True)
         total = {key: round(sum(step[key] for step in steps), 1) for key in ("seconds", "cpu_seconds")}
         peak = max(step[key] for step in steps for key in ("peak_gib", "worker_peak_gib"))
@@ -140,17 +172,21 @@ def main() -> None:
             help="step to begin at; those before it stand in --work, and their figures in --out",
         )  # fmt: skip
         args = parser.parse_args()
-        before = json.loads(args.out.read_text(encoding="utf-8"))["sizes"] if args.out.exists() else []
-        sizes = {row["instances"]: row for row in before}
+        settings, sizes = settings_of(), {}
+        if args.out.exists():
+            there = json.loads(args.out.read_text(encoding="utf-8"))
+            check_settings(args.out, there.get("settings"), settings)
+            sizes = {row["instances"]: row for row in there["sizes"]}
+        head = {"settings": settings, "machine": _apart(machine, None, PACKAGES)}
         first = [step.name for step in STEPS].index(args.first)
         for instances in args.instances:
             stands = sizes[instances]["steps"][:first] if first and instances in sizes else []
             if len(stands) < first:
                 raise UsageError(f"--first {args.first}: {args.out} lacks the steps before it of {instances:,}")
-            for found in measure(args.work, instances, args.workers, args.engine, stands):
+            for found in measure(args.work, instances, args.workers, args.engine, stands, head["machine"]["commit"]):
                 sizes[instances] = found
-                result = {"cpus": len(os.sched_getaffinity(0)), "sizes": [sizes[key] for key in sorted(sizes)]}
-                write_json(args.out, result)
+                cpus = len(os.sched_getaffinity(0))
+                write_json(args.out, head | {"cpus": cpus, "sizes": [sizes[key] for key in sorted(sizes)]})
 
 
 if __name__ == "__main__":
