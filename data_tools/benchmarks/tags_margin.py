@@ -18,6 +18,7 @@ selection with MIG's mean score could have. Variants other than the default are 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def measure(variant: Variant, pool: Pool, labels: np.ndarray, qualities: list[fl
     """What a variant's selections have at the given mean scores, by draw."""
     found = []
     for each, quality in zip(drawn(pool, labels), qualities, strict=True):
-        found.append(at_quality(lambda exponent, each=each: variant.choose(each, exponent), each, labels, quality))
+        found.append(at_quality(partial(variant.choose, each), each, labels, quality))
     return {key: [of_draw[key] for of_draw in found] for key in (*MEASURED, "quality")}
 
 

@@ -93,7 +93,7 @@ def settings_of() -> dict:
         "topics": TOPICS, "tags_of_a_topic": TOPIC_TAGS, "tags": TAGS, "words": WORDS, "words_of_a_topic": TOPIC_WORDS,
         "length": LENGTH, "skew": SKEW, "copies": COPIES,
     }  # fmt: skip
-    steps = {step.name: {} for step in STEPS}
+    steps: dict[str, dict] = {step.name: {} for step in STEPS}
     for step in STEPS:
         for config, values in step_settings(step, TOKENIZER).items():
             steps[step.name][config.__name__] = asdict(values)
