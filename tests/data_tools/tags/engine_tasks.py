@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from megatron_ksa.errors import UsageError
 
@@ -28,3 +30,16 @@ def own_process(number: int) -> int:
     """Where the task runs; it takes a while, so that every worker has one."""
     time.sleep(0.1)
     return os.getpid()
+
+
+def held(work: Path, function: Callable, task: object) -> object:
+    """The function's result; once the read step has ended it waits, and writes a file `held`, until one is `released`.
+
+    Args:
+        work: the tool's work folder; both files lie beside it.
+    """
+    if (work / "records.jsonl").exists():
+        (work.parent / "held").touch()
+        while not (work.parent / "released").exists():
+            time.sleep(0.01)
+    return function(task)

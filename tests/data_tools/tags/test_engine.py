@@ -95,15 +95,21 @@ def test_workers_end_with_a_killed_parent():
 
 @pytest.mark.slow
 def test_an_interrupt_is_one_line(tmp_path):
-    """Ctrl-C, which the terminal sends to workers too, printed over a hundred lines of tracebacks."""
-    tool = Path(__file__).parents[3] / "tools" / "preprocess_tags.py"
-    pool = write_pool(tmp_path / "pool.jsonl", count=6000)
+    """Ctrl-C, which the terminal sends to workers too, printed over a hundred lines of tracebacks.
+
+    It comes while the tool waits for its workers: their tasks are held until it was sent.
+    """
+    pool, tool = write_pool(tmp_path / "pool.jsonl"), Path(__file__).with_name("held_tool.py")
     run = subprocess.Popen(
-        [sys.executable, tool, "tag", "--work", tmp_path / "work", "--input", pool, "--workers", "2"],
+        [sys.executable, tool, tmp_path / "work", "tag", "--input", pool, "--workers", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert run.stdout.readline().startswith("read:")
+    while not (tmp_path / "held").exists():
+        assert run.poll() is None
+        time.sleep(0.02)
     os.killpg(run.pid, signal.SIGINT)
+    (tmp_path / "released").touch()
     _, error = run.communicate(timeout=60)
     assert run.returncode == 130 and error.splitlines()[-1] == "interrupted: the same command continues"
     assert "Traceback" not in error and "Error" not in error
