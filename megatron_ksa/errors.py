@@ -28,6 +28,9 @@ def usage_errors_exit() -> Iterator[None]:
 
     So does a name that is too long for a file: whoever looks for such a file is told so by an `OSError`.
 
+    Ranks write whole lines: torchrun starts them with `python -u`, where a line and its end are two writes, between
+    which another rank writes.
+
     Wrap the body of every entry point in it. torchrun ends all ranks of a node when one of them ends: a rank that is
     not the node's first waits to be ended so, and prints the line itself where the first rank did not come to it.
     """
@@ -36,6 +39,8 @@ def usage_errors_exit() -> Iterator[None]:
             # Names of files and fields need not be UTF-8.
             with suppress(OSError):  # it was redirected below Python, and has no place to go back to
                 stream.reconfigure(errors="backslashreplace")
+                if "RANK" in os.environ and stream.write_through:
+                    stream.reconfigure(line_buffering=True, write_through=False)
     try:
         yield
     except (UsageError, OSError) as error:

@@ -1,6 +1,7 @@
 """One line a node for what all its ranks refuse, whichever of them comes to it first."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,20 @@ def test_names_that_are_not_utf8_are_printed():
     )  # fmt: skip
     assert done.returncode == 2
     assert (done.stdout, done.stderr) == (b"\\udcfe.md\n", b"error: \\udcfe.md\n")
+
+
+@pytest.mark.parametrize("rank", ["0", None])
+def test_a_rank_writes_a_line_at_once(rank):
+    """Under torchrun's `python -u` a line and its end were two writes: lines of two ranks stood in one."""
+    script = "from megatron_ksa.errors import *\nwith usage_errors_exit():\n    print('said')\n    raise UsageError('no')"
+    environment = {**os.environ} | ({} if rank is None else {"RANK": rank})
+    # Each write is a datagram.
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        command = [sys.executable, "-u", "-c", script]
+        assert subprocess.run(command, stdout=theirs, stderr=theirs, env=environment).returncode == 2
+        assert ours.recv(100) == (b"said" if rank is None else b"said\n")
+        assert ours.recv(100) == (b"\n" if rank is None else b"error: no\n")
 
 
 def test_a_name_too_long_for_a_file_is_one_line(capsys):

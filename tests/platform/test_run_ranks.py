@@ -7,11 +7,11 @@ import pytest
 from megatron_ksa.platform.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
-# Neither rank imports torch.
+# Neither rank imports torch. A line is one write, as where `usage_errors_exit` is around it.
 SCRIPT = """
 import os, sys, time
-print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has {os.environ['GIVEN']}", flush=True)
-print("to stderr", file=sys.stderr)
+sys.stdout.write(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has {os.environ['GIVEN']}\\n")
+sys.stderr.write("to stderr\\n")
 open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").close()
 time.sleep(float(sys.argv[2]))
 """
