@@ -5,7 +5,8 @@ from trainer import assert_same, launch, steps
 
 pytestmark = pytest.mark.slow
 EXPERTS = (
-    "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0 --train-iters 3"
+    "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0 --train-iters 3 "
+    "--global-batch-size 2"
 )
 TOLERANCE = 1e-5
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"

@@ -22,6 +22,8 @@ ASYNC = "--async-save"
 # Of the 64 tokens of a micro-batch; not a divisor of any rank's share.
 CHUNKS = "--loss-chunk-rows 20"
 EITHER = ("", PACKED)
+# Micro-batches of an iteration: two gradients are summed; four where stages or data-parallel ranks share them.
+TWO, FOUR = "--global-batch-size 2", "--global-batch-size 4"
 # Processes, flags of a layout, and the documents to train it on.
 LAYOUTS = [
     (1, RECOMPUTE, [PACKED]),
@@ -62,7 +64,12 @@ RESUMES = [
     (4, f"{TP} {SP} {CP}", f"{PP} {CP}"),
     (4, f"{CP_4} {ANY_LAYOUT}", f"{TP} {PP} {ANY_LAYOUT}"),
 ]
-REFERENCES = [(1, "", documents) for documents in EITHER]
+REFERENCES = [(1, batch, documents) for batch in (TWO, FOUR) for documents in EITHER]
+
+
+def batch(layout: str) -> str:
+    """The flag of a layout's batch."""
+    return FOUR if PP in layout or OPTIMIZER in layout else TWO
 
 
 def cases(layouts: list[tuple]) -> list[tuple]:
@@ -84,11 +91,11 @@ class Runs:
         self.checkpoint, self.outcome = folder / "checkpoint", {}
         runs = {(1, "start"): f"--train-iters 1 --save {self.checkpoint} --save-interval 1"}
         train = f"--train-iters {ITERATIONS} --load {self.checkpoint} --finetune"
-        runs |= {case: f"{train} {case[1]} {case[2]}" for case in [*REFERENCES, *layouts]}
+        runs |= {case: f"{train} {batch(case[1])} {case[1]} {case[2]}" for case in [*layouts, *REFERENCES]}
         for number, (size, before, after) in enumerate(resumes):
             saved = folder / f"checkpoint{number}"
-            runs[size, before, after, "whole"] = f"--train-iters 4 --save {saved} --save-interval 2 {before}"
-            runs[size, before, after, "resumed"] = f"--train-iters 4 --load {saved} --ckpt-step 2 {after}"
+            runs[size, before, after, "whole"] = f"--train-iters 4 {TWO} --save {saved} --save-interval 2 {before}"
+            runs[size, before, after, "resumed"] = f"--train-iters 4 {TWO} --load {saved} --ckpt-step 2 {after}"
         self.runs = {run: (folder / f"{number}.json", flags) for number, (run, flags) in enumerate(runs.items())}
 
     def make(self, processes: int) -> subprocess.CompletedProcess:
@@ -113,12 +120,12 @@ class Runs:
     "case", [*cases(LAYOUTS), *(pytest.param(case, marks=pytest.mark.long) for case in cases(LONG_LAYOUTS))], ids=str
 )
 def test_every_layout_trains_as_one_process(case, trained):
-    assert_same(trained(case), trained((1, "", case[2])), range(1, ITERATIONS + 1), TOLERANCE)
+    assert_same(trained(case), trained((1, batch(case[1]), case[2])), range(1, ITERATIONS + 1), TOLERANCE)
 
 
 def test_documents_change_the_numbers(trained):
     """Otherwise the packed runs above compare nothing."""
-    assert trained((1, "", ""))[1]["loss"] != pytest.approx(trained((1, "", PACKED))[1]["loss"], rel=TOLERANCE)
+    assert trained((1, TWO, ""))[1]["loss"] != pytest.approx(trained((1, TWO, PACKED))[1]["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("resume", RESUMES, ids=str)
