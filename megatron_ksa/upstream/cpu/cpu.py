@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from megatron_ksa.upstream.cpu import cuda_calls, gloo
-from megatron_ksa.upstream.cpu.devices import CudaMeansCpu
+from megatron_ksa.upstream.cpu import cuda_calls, devices, gloo
 from megatron_ksa.upstream.patches import Patch, apply_for_good
 
-_MODE = CudaMeansCpu()
 _state = {"active": False}
 
 
@@ -22,8 +20,8 @@ def activate_cpu_platform() -> bool:
     """Make the rest of the process train on the CPU if, and only if, it has no CUDA device.
 
     Call it before Megatron is imported; it imports Megatron itself. It lasts as long as the process: device arguments
-    are redirected in the calling thread, `torch.cuda` calls of the trainer are replaced, and `torch.compile` is turned
-    off, since Megatron's jitted functions do not survive the redirection and gain nothing on a CPU.
+    are redirected, `torch.cuda` calls of the trainer are replaced, and `torch.compile` is turned off, since Megatron's
+    jitted functions do not survive the redirection and gain nothing on a CPU.
 
     Returns:
         True on the CPU platform, False where a GPU is present (nothing is changed then).
@@ -39,7 +37,7 @@ def activate_cpu_platform() -> bool:
     apply_for_good((*PATCHES, *gloo.PATCHES))
     apply_for_good(cuda_calls.PATCHES)
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_not_about_one_generator)
-    _MODE.__enter__()
+    apply_for_good(devices.PATCHES)
     if os.environ.get("RANK", "0") == "0":
         threads = torch.get_num_threads()
         # Not on stdout, where a program may write its results.

@@ -201,6 +201,6 @@ PATCHES = (
     Patch("torch.cuda.nvtx:range_pop", _instead(_ignore), why=WHY, expects="()"),
     Patch("torch.cuda.nvtx:mark", _instead(_ignore), why=WHY, expects="(msg)"),
     Patch("torch.cuda.nvtx:range", _instead(_nvtx_range), why=WHY, expects="(msg, *args, **kwargs)"),
-    # Here and not in the function mode, since torch refuses a stand-in for a stream before it asks the mode.
+    # torch refuses a stand-in for a stream.
     Patch("torch:Tensor.record_stream", _instead(_ignore), why=WHY, expects="method_descriptor"),
 )

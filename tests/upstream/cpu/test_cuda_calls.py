@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the platform 
 
 
 def test_streams_keep_their_place():
-    """`record_stream` took no stand-in for a stream: torch checks the argument before any function mode sees it."""
+    """`record_stream` took no stand-in for a stream: torch checks the argument itself."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream) as entered:
         assert entered is stream

@@ -1,4 +1,4 @@
-"""The function mode that puts `cuda` tensors on the CPU; tests/conftest.py has turned it on, as the trainer does."""
+"""Constructors and moves that put `cuda` tensors on the CPU, replaced by tests/conftest.py as by the trainer."""
 
 import threading
 
@@ -73,7 +73,7 @@ def test_gradients_flow_through_moves():
 
 
 def test_backward_passes_ask_for_cuda():
-    """torch.autograd.backward left the mode, so recomputed layers with sequence parallelism found no CUDA device."""
+    """They found no CUDA device where layers with sequence parallelism are recomputed."""
 
     class OnCuda(torch.autograd.Function):
         @staticmethod
@@ -89,11 +89,12 @@ def test_backward_passes_ask_for_cuda():
     assert x.grad.tolist() == [2.0, 2.0, 2.0]
 
 
-def test_backward_works_in_other_threads():
-    """Autograd may run a backward pass, and checkpointing a forward pass, outside the mode's thread."""
+def test_other_threads_work_alike():
+    """Autograd may run a backward pass, and checkpointing a forward pass, in a thread of its own: it asked for CUDA."""
     x, result = torch.ones(3, requires_grad=True), []
 
     def work():
+        torch.zeros(3, device="cuda")
         result.append(torch.utils.checkpoint.checkpoint(torch.exp, x, use_reentrant=True).sum())
         result[0].backward()
 
