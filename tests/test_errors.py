@@ -50,7 +50,9 @@ def test_names_that_are_not_utf8_are_printed():
 @pytest.mark.parametrize("rank", ["0", None])
 def test_a_rank_writes_a_line_at_once(rank):
     """Under torchrun's `python -u` a line and its end were two writes: lines of two ranks stood in one."""
-    script = "from megatron_ksa.errors import *\nwith usage_errors_exit():\n    print('said')\n    raise UsageError('no')"
+    script = (
+        "from megatron_ksa.errors import *\nwith usage_errors_exit():\n    print('said')\n    raise UsageError('no')"
+    )
     environment = {**os.environ} | ({} if rank is None else {"RANK": rank})
     # Each write is a datagram.
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -44,6 +44,8 @@ def measured() -> dict[str, list[int]]:
             out.sum().backward()
             dist.barrier()
             sent[name] = [counts[1] - counts[0], bytes_sent() - counts[1]]
+    # Connections of a rank that has ended are closed here too, and their bytes count no more.
+    dist.barrier()
     return sent
 
 

@@ -1,4 +1,7 @@
-"""`tools/preprocess_tags.py`, whose workers hold the tasks of `tag` (`engine_tasks.held`): held_tool.py WORK COMMAND..."""
+"""`tools/preprocess_tags.py`, whose workers hold the tasks of `tag` (`engine_tasks.held`).
+
+Usage: held_tool.py WORK COMMAND...
+"""
 
 import runpy
 import sys
