@@ -88,8 +88,8 @@ def test_helpers_of_a_killed_rank_end(tmp_path):
 
 
 def iterations_of(kills: int) -> int:
-    """Of a run that is killed so often: it saves ten times for one kill."""
-    return ITERATIONS if kills > 1 else ITERATIONS // 2
+    """Of a run that is killed so often: it saves six times for one kill."""
+    return ITERATIONS if kills > 1 else 12
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from megatron_ksa.cost.cluster_plan import bytes_on_the_wire
 from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 
 pytestmark = pytest.mark.slow
-STEPS = 2
+STEPS, MICRO_BATCHES = 2, 2
 SIZE = "--hidden-size 128 --ffn-hidden-size 256 --kv-channels 32 --seq-length 256 --max-position-embeddings 256"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 TP, CP = "--tensor-model-parallel-size 2 --sequence-parallel", "--context-parallel-size 2"
@@ -33,7 +33,7 @@ LAYOUTS = {
 def sent(tmp_path_factory) -> dict[str, list[int]]:
     """Bytes that each rank sends in the last step of each layout."""
     folder = tmp_path_factory.mktemp("wire")
-    train = f"--train-iters {STEPS} {SIZE}"
+    train = f"--train-iters {STEPS} --global-batch-size {MICRO_BATCHES} {SIZE}"
     runs = [(folder / f"{number}.json", f"{train} {flags}") for number, flags in enumerate(LAYOUTS)]
     done = launch(runs, 2, entry="counted_pretrain.py")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -48,7 +48,9 @@ def test_a_step_sends_what_the_planner_says(sent, flags):
     changes, kinds = LAYOUTS[flags]
     ksa = KSAConfig(enabled=True, layer_pattern="kwlf", window_chunks="2")
     shape = ModelShape(ksa, 4, 128, 256, 4, 2, 32, 128, qk_norm=True, angles_per_head=True)
-    layout = TrainingLayout(256, num_micro_batches=4 // changes.get("data_parallel", 1), parameter_bytes=4, **changes)
+    layout = TrainingLayout(
+        256, num_micro_batches=MICRO_BATCHES // changes.get("data_parallel", 1), parameter_bytes=4, **changes
+    )
     planned = bytes_on_the_wire(shape, layout)
     assert {kind for kind, number in planned.items() if number} == set(kinds.split())
     # Beside it go gloo's headers, the batch to tensor-parallel ranks, the loss's maxima and sums, norms and logs.
