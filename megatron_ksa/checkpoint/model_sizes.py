@@ -58,6 +58,26 @@ def check_order(stored: StoredCheckpoint, args: argparse.Namespace, only_weights
         )  # fmt: skip
 
 
+def check_adam(stored: StoredCheckpoint, args: argparse.Namespace, only_weights: bool) -> None:
+    """Refuse the state of an Adam that this machine has not: torch's counts steps for each parameter, others by group.
+
+    Args:
+        args: `adam_library` is the package from where Megatron takes Adam: torch, transformer_engine or apex.
+        only_weights: the optimizer's state is not loaded.
+
+    Raises:
+        UsageError: one is torch's and the other is not.
+    """
+    saved, here = getattr(stored.args, "adam_library", None), args.adam_library
+    if saved is None or args.optimizer != "adam" or not _takes_optimizer(stored, args, only_weights):
+        return
+    if (saved == "torch") != (here == "torch"):
+        raise UsageError(
+            f"the checkpoint's optimizer is the Adam of {saved}, this machine's that of {here}, which counts steps in "
+            f"another form: go on where Megatron takes that of {saved}, or give --no-load-optim to begin with a new one"
+        )
+
+
 def _takes_optimizer(stored: StoredCheckpoint, args: argparse.Namespace, only_weights: bool) -> bool:
     # A release, such as an import, is weights alone.
     return not (only_weights or args.no_load_optim or stored.folder.name == RELEASE)

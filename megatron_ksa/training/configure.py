@@ -5,6 +5,7 @@ import contextlib
 import io
 from collections.abc import Callable
 
+from megatron.core.optimizer import Adam
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.config import PretrainConfigContainer
@@ -13,7 +14,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron_ksa.checkpoint.checked_load import checked_load
 from megatron_ksa.checkpoint.checked_save import checked_finalize, checked_save
 from megatron_ksa.checkpoint.dense import check_checkpoint, dense_start
-from megatron_ksa.checkpoint.model_sizes import check_order
+from megatron_ksa.checkpoint.model_sizes import check_adam, check_order
 from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
 from megatron_ksa.checkpoint.to_load import checkpoint_to_load, only_weights
@@ -93,8 +94,11 @@ def read_settings(args: argparse.Namespace) -> RunSettings:
     stored = checkpoint_to_load(args)
     if not settings.is_megatron and (chosen := choose_layers(args, stored)) and args.rank == 0:
         print(chosen, flush=True)
+    # Among the arguments of this run's checkpoints.
+    args.adam_library = Adam.__module__.partition(".")[0]
     if stored is not None:
         check_order(stored, args, only_weights(args))
+        check_adam(stored, args, only_weights(args))
     settings = resolve_start(args, settings)
     prefixes = dataset_prefixes(args)
     for prefix in prefixes:

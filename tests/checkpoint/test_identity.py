@@ -9,7 +9,7 @@ from huggingface.models import save_family
 from megatron_ksa.checkpoint import identity, stored_args
 from megatron_ksa.checkpoint.dense import check_checkpoint
 from megatron_ksa.checkpoint.load import StoredCheckpoint
-from megatron_ksa.checkpoint.model_sizes import check_model, check_order
+from megatron_ksa.checkpoint.model_sizes import check_adam, check_model, check_order
 from megatron_ksa.checkpoint.stored_args import take_stored_args
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.settings import RunSettings
@@ -160,6 +160,24 @@ def test_an_optimizers_state_in_the_order_of_other_layers_is_refused(saved, give
             check_order(stored, args, only_weights=False)
     else:
         check_order(stored, args, only_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "refused"),
+    [("torch", "transformer_engine", True), ("apex", "torch", True), ("apex", "transformer_engine", False),
+     ("torch", "torch", False), (None, "torch", False)],
+)  # fmt: skip
+def test_another_librarys_adam(saved, here, refused):
+    """Megatron would step an Adam whose state counts steps as the other one does."""
+    stored = argparse.Namespace(**({} if saved is None else {"adam_library": saved}))
+    stored = StoredCheckpoint(Path("saved", "iter_0000001"), 1, stored, None)
+    args = argparse.Namespace(adam_library=here, optimizer="adam", no_load_optim=False)
+    check_adam(stored, args, only_weights=True)
+    if refused:
+        with pytest.raises(UsageError, match=f"is the Adam of {saved}, this machine's that of {here}.*--no-load-optim"):
+            check_adam(stored, args, only_weights=False)
+    else:
+        check_adam(stored, args, only_weights=False)
 
 
 def test_biases_are_compared_as_validation_leaves_them(capsys):
