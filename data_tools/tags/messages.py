@@ -25,7 +25,9 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}
 # Fields that say whether a message counts in the loss where they are true or false: axolotl's and ms-swift's.
 TRAINED = ("train", "loss")
-_MOVED = ("role", "from", "content", "value", "tool_calls", "function_call", "reasoning", "reasoning_content", "weight")
+THOUGHTS = ("reasoning_content", "reasoning")
+MEDIA_FIELDS = ("image", "images", "image_url", "video", "videos", "audio", "audios")
+_MOVED = ("role", "from", "content", "value", "refusal", "tool_calls", "function_call", *THOUGHTS, "weight")
 
 
 def parsed(value: Any) -> Any:
@@ -45,6 +47,17 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(each) for each in value]
     return value
+
+
+def check_media(fields: dict) -> None:
+    """Refuse a record or a message with pictures, sound or film: a text without them would be another one.
+
+    Raises:
+        BadDocument: there are some.
+    """
+    for name in MEDIA_FIELDS:
+        if fields.get(name) not in (None, "", [], {}):
+            raise BadDocument(MEDIA, f"its field {name!r}")
 
 
 def _content(value: Any) -> tuple[str, str]:
@@ -104,6 +117,20 @@ def _calls(message: dict, role: str, content: str) -> tuple[str, list[dict]]:
     return content, [_call(call) for call in calls]
 
 
+def _first(message: dict, names: tuple[str, ...]) -> Any:
+    """The first of the fields that is not null."""
+    return next((message[name] for name in names if message.get(name) is not None), None)
+
+
+def _thoughts(message: dict) -> str:
+    """Thoughts beside the content."""
+    for name in THOUGHTS:
+        given = message.get(name)
+        if given is not None and not isinstance(given, str):
+            raise BadDocument(NO_FIELDS, f"a message's {name} is a {type(given).__name__}")
+    return next((given for name in THOUGHTS if (given := message.get(name)) and given.strip()), "")
+
+
 def _counts(message: dict) -> bool:
     """Whether a message counts in the loss, as far as the message tells."""
     weight = message.get("weight")
@@ -124,14 +151,14 @@ def message_of(value: Any) -> dict:
     role = role.lower() if isinstance(role, str) else role
     if not isinstance(role, str) or role not in ROLES:
         raise BadDocument(NO_FIELDS, f"a message's role is {str(role)[:40]!r}, none of {', '.join(ROLES)}")
-    given = value.get("content") if value.get("content") is not None else value.get("value")
-    content, thoughts = _content(given)
+    check_media(value)
+    content, thoughts = _content(_first(value, ("content", "value")))
+    content = "\n".join(text for text in (content, _content(value.get("refusal"))[0]) if text)
     content, calls = _calls(value, role, content)
     message: dict[str, Any] = {"role": ROLES[role], "content": content}
     if calls:
         message["tool_calls"] = calls
-    reasoning = value.get("reasoning_content", value.get("reasoning"))
-    thoughts = reasoning if isinstance(reasoning, str) and reasoning.strip() else thoughts
+    thoughts = _thoughts(value) or thoughts
     if thoughts.strip():
         message["reasoning_content"] = thoughts
     if not _counts(value):

@@ -7,11 +7,10 @@ from typing import Any
 
 from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.documents import BadDocument, RawDocument, decoded, json_object
-from megatron_ksa.data_tools.tags.messages import NO_FIELDS, messages_of, without_nulls
+from megatron_ksa.data_tools.tags.messages import NO_FIELDS, check_media, messages_of, without_nulls
 from megatron_ksa.data_tools.tags.schemas import (
     SYSTEMS,
     TOOLS,
-    check_media,
     exchange,
     field,
     recognised,

@@ -8,7 +8,7 @@ question and its answer, `text`.
 from typing import Any
 
 from megatron_ksa.data_tools.documents import BadDocument
-from megatron_ksa.data_tools.tags.messages import MEDIA, NO_FIELDS, message_of, messages_of, parsed, tools_of
+from megatron_ksa.data_tools.tags.messages import NO_FIELDS, message_of, messages_of, parsed, tools_of
 
 LISTS = ("messages", "conversations", "conversation")
 PAIRS = (
@@ -21,7 +21,6 @@ PROMPTS = ("prompt", "instruction", "question", "query")
 CONTEXTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
-MEDIA_FIELDS = ("image", "images", "image_url", "video", "videos", "audio", "audios")
 BAD_HISTORY, NOT_PREFERRED = "history that is no list of pairs", "marked as not preferred"
 
 
@@ -122,17 +121,6 @@ def recognised(fields: dict) -> dict:
     if isinstance(fields.get("text"), str):
         return {"text": fields["text"]}
     raise BadDocument(NO_FIELDS, f"its fields: {', '.join(map(repr, fields))[:200] or 'none'}")
-
-
-def check_media(fields: dict) -> None:
-    """Refuse a record with pictures, sound or film: a text without them would be another record.
-
-    Raises:
-        BadDocument: there are some.
-    """
-    for name in MEDIA_FIELDS:
-        if fields.get(name) not in (None, "", [], {}):
-            raise BadDocument(MEDIA, f"its field {name!r}")
 
 
 def with_beside(body: dict, system: Any, tools: Any) -> dict:

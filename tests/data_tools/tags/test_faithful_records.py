@@ -152,6 +152,20 @@ def test_older_and_other_forms_of_tool_calls(tmp_path, row, messages):
             ]}]},
             [WHY, {"role": "assistant", "content": "Be\ncause.", "reasoning_content": "Hm."}],
         ),
+        # Thoughts under the second name beside a first one that is null or empty were once lost.
+        *(
+            (
+                {"messages": [WHY, {**BECAUSE, "reasoning_content": nothing, "reasoning": "Hm."}]},
+                [WHY, {**BECAUSE, "reasoning_content": "Hm."}],
+            )
+            for nothing in (None, "")
+        ),
+        # An answer that stands under `refusal`, with a content that is null, was once lost with its turn.
+        (
+            {"messages": [WHY, {"role": "assistant", "content": None, "refusal": "I can't say."}]},
+            [WHY, {"role": "assistant", "content": "I can't say."}],
+        ),
+        ({"messages": [WHY, {**BECAUSE, "refusal": None}]}, [WHY, BECAUSE]),
         # A field that no schema names stays for templates that look at it.
         ({"messages": [{**WHY, "name": "Ann"}, BECAUSE]}, [{**WHY, "name": "Ann"}, BECAUSE]),
         ({"messages": [WHY, BECAUSE, {"role": "assistant", "content": " "}]}, [WHY, BECAUSE]),
@@ -217,6 +231,10 @@ def test_fields_by_a_path_with_dots(tmp_path, settings, row):
         ),
         ({"messages": [WHY, BECAUSE], "images": ["a.png"]}, "images or other media"),
         ({"conversations": [WHY, BECAUSE], "image": {"bytes": "", "path": "a.png"}}, "images or other media"),
+        # Sound or pictures beside a message's content: the turn was once lost, or kept without them.
+        ({"messages": [WHY, {"role": "assistant", "content": None, "audio": {"id": "a"}}]}, "images or other media"),
+        ({"messages": [{**WHY, "images": ["a.png"]}, BECAUSE]}, "images or other media"),
+        ({"messages": [WHY, {**BECAUSE, "reasoning": ["Hm."]}]}, "no recognised fields"),
         (
             {"messages": [WHY, {**BECAUSE, "tool_calls": [{"function": {"arguments": "{}"}}]}]},
             "tool call without a name",
