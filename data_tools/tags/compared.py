@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -17,18 +18,25 @@ OUTSIDE = ("id", "source", "quality", "difficulty", "tags")
 # Fields of a message that are not what was said.
 MARKS = ("role", "content", "weight", "name", "id", "tool_call_id")
 _ANSWERED = 0x9E3779B97F4A7C15
-_BLANKS = re.compile(r"\s+")
 _DENIED = re.compile(r"n['\u2019]t\b")
 _CONTRACTED = re.compile(r"['\u2019](?:s|m|d|re|ve|ll)\b")
 # A and I are words of prose.
 _TELLING = re.compile(rf"[b-hj-z]|[{minhash.OPERATORS}!]+|\w*\d\w*|no|not|none|nor|never|cannot|yes|true|false|without")
 
 
+def _one_blank(value: Any) -> Any:
+    """A value whose texts have no white space at their ends and one blank for any between words."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, dict):
+        return {name: _one_blank(each) for name, each in value.items()}
+    return [_one_blank(each) for each in value] if isinstance(value, list) else value
+
+
 def exact_key(record: dict) -> bytes:
     """16 bytes of the content's hash; Unicode composition and the amount of white space do not matter."""
-    content = {name: value for name, value in record.items() if name not in OUTSIDE}
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    folded = _BLANKS.sub(" ", unicodedata.normalize("NFC", text.replace("\\n", " ").replace("\\t", " ")))
+    content = _one_blank({name: value for name, value in record.items() if name not in OUTSIDE})
+    folded = unicodedata.normalize("NFC", json.dumps(content, ensure_ascii=False, sort_keys=True))
     return hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -143,9 +143,12 @@ def test_the_best_scored_copy_stays_and_among_equals_the_first(tmp_path):
 
 
 def test_exact_copies_are_found_whatever_the_white_space_and_with_system_turns_that_differ_kept_apart(tmp_path):
-    bodies = [chat("a  question", "an\nanswer", "be kind"), chat("a question", "an answer", "be kind")]
+    """A blank at the end of a turn once made two contents of one, and `\\nu` was `\\tu`, as if they had line ends and tabs."""
+    bodies = [chat("a  question", "an\nanswer ", "be kind"), chat("a question", "an answer", "be kind")]
     write_records(tmp_path, bodies)
     assert left_out(tmp_path, 2, similarity=1.0) == {1: 0}
+    write_records(tmp_path, [chat("a question", "the \\nu x"), chat("a question", "the \\tu x")])
+    assert left_out(tmp_path, 2, similarity=1.0) == {}
     write_records(tmp_path, [chat("a question", "an answer", "be kind"), chat("a question", "an answer", "be brief")])
     assert left_out(tmp_path, 2, similarity=1.0) == {}
 
