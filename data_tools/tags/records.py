@@ -8,15 +8,7 @@ from typing import Any
 from megatron_ksa.config.options import option
 from megatron_ksa.data_tools.documents import BadDocument, RawDocument, decoded, json_object
 from megatron_ksa.data_tools.tags.messages import NO_FIELDS, check_media, messages_of, without_nulls
-from megatron_ksa.data_tools.tags.schemas import (
-    SYSTEMS,
-    TOOLS,
-    exchange,
-    field,
-    recognised,
-    turns_or_text,
-    with_beside,
-)
+from megatron_ksa.data_tools.tags.schemas import SYSTEMS, TOOLS, exchange, field, recognised, turns_or_text, with_beside
 from megatron_ksa.errors import UsageError
 
 EMPTY, TOO_LARGE = "empty", "too large"

@@ -143,7 +143,7 @@ def test_the_best_scored_copy_stays_and_among_equals_the_first(tmp_path):
 
 
 def test_exact_copies_are_found_whatever_the_white_space_and_with_system_turns_that_differ_kept_apart(tmp_path):
-    """A blank at the end of a turn once made two contents of one, and `\\nu` was `\\tu`, as if they had line ends and tabs."""
+    """A blank at the end of a turn once made two contents of one; `\\nu` was `\\tu`, taken for white space."""
     bodies = [chat("a  question", "an\nanswer ", "be kind"), chat("a question", "an answer", "be kind")]
     write_records(tmp_path, bodies)
     assert left_out(tmp_path, 2, similarity=1.0) == {1: 0}
