@@ -128,7 +128,8 @@ def _state(process: int) -> str:
 @pytest.fixture
 def ray_engine(monkeypatch):
     ray = pytest.importorskip("ray", reason="--engine ray needs ray")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # Ray's workers import `engine_tasks`
+    # Ray's workers import `engine_tasks`, and ray itself from where this process has it.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     yield Engine("ray", 2)
     ray.shutdown()
 
