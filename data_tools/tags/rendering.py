@@ -97,7 +97,8 @@ class Template:
             try:
                 return self._one_rendering(taken, tools, with_responses)
             except ChatTemplateError as error:
-                refusal = refusal or error
+                # The last form has every field: a template that fails on an earlier one only lacks that form.
+                refusal = error
         raise refusal
 
     def _one_rendering(self, messages: list[dict], tools: list[dict], with_responses: bool) -> Rendering:

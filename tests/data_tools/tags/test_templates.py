@@ -195,9 +195,12 @@ def test_tool_calls_case(tmp_path, tokenizer):
         ("llama 3", {"messages": [TURNS[0], {**WITH_CALL[1], "tool_calls": [CALL, CALL]}]}, "one call a turn"),
         ("mistral", {"messages": [SYSTEM, *TURNS]}, "no role system"),
         ("llama 2", {"messages": [TURNS[0], *TURNS]}, "turns must alternate"),
+        ("phi", {"messages": WITH_CALL, "tools": TOOLS}, "leaves out"),
+        ("deepseek", {"messages": WITH_CALL, "tools": TOOLS}, "leaves out the tools"),
     ],
 )
 def test_what_a_template_leaves_out_refuses_the_record(tokenizer, kind, record, message):
+    """The reason of the last two was once "'dict object' has no attribute 'content'" and of an addition in Python."""
     with pytest.raises(ChatTemplateError, match=message):
         DocumentEncoder(tokenizer(*KINDS[kind]), "tokenizer").encode(record)
 
