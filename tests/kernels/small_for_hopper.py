@@ -7,6 +7,7 @@ tests/kernels/ksa_attention/compile_for_hopper.py, whose stand-in for the driver
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -97,13 +98,19 @@ CASES = {
     "loss": loss,
 }
 
-if __name__ == "__main__":
+
+def main(cases: Iterable[str] = ()) -> None:
+    """Compile and report these cases, or all."""
     triton.runtime.driver.set_active(Driver())
     unchecked.take_unchecked()
     for module in (triton_swiglu, rms):
         module._launch_forward = twice(module._launch_forward)
         module._launch_backward = twice(module._launch_backward)
     column_sums._launch = twice(column_sums._launch)
-    for Utilities.case in sys.argv[1:] or CASES:
+    for Utilities.case in cases or CASES:
         CASES[Utilities.case]()
-    report(accesses)
+    report("small", accesses)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 
 import torch
@@ -116,11 +116,13 @@ def disassembled(binaries: list[bytes]) -> list[list[str]]:
     return words
 
 
-def report(counts: Callable[[list[str]], dict]) -> None:
-    """Print each kernel that was loaded, with what `counts` says of its instructions."""
+def report(kernels: str, counts: Callable[[list[str]], dict]) -> None:
+    """Print each kernel that was loaded since the last report, with what `counts` says of its instructions."""
     rows, binaries = zip(*Utilities.loaded, strict=True)
+    Utilities.loaded.clear()
+    Utilities.case = ""
     for row, words in zip(rows, disassembled(list(binaries)), strict=True):
-        print(json.dumps(row | counts(words)), flush=True)
+        print(json.dumps({"kernels": kernels} | row | counts(words)), flush=True)
 
 
 def products_and_waits(words: list[str]) -> dict:
@@ -187,12 +189,18 @@ CASES = {
     "summaries": summaries,
 }
 
-if __name__ == "__main__":
+
+def main(cases: Iterable[str] = ()) -> None:
+    """Compile and report these cases, or all."""
     triton.runtime.driver.set_active(Driver())
     gluon_common._multiprocessors = lambda device: 132
     for module in (triton_joint, triton_text, triton_summary):
         module._launch_forward = twice(module._launch_forward)
         module._launch_backward = twice(module._launch_backward)
-    for Utilities.case in sys.argv[1:] or CASES:
+    for Utilities.case in cases or CASES:
         CASES[Utilities.case]()
-    report(products_and_waits)
+    report("attention", products_and_waits)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

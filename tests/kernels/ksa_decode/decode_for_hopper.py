@@ -31,11 +31,16 @@ def step(geometry, rows):
     triton_decode.decode_attention(q, k, v, key, value, places, places, geometry)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compile and report."""
     triton.runtime.driver.set_active(Driver())
     triton_decode._multiprocessors = lambda device: 132
     triton_decode._launch = twice(triton_decode._launch)
     for rows in (2, 1):
         step(CacheGeometry(8, 1, 1032, 256), rows)
     step(CacheGeometry(1, 0, 2048, 0), 1)
-    report(copies_and_spills)
+    report("decode", copies_and_spills)
+
+
+if __name__ == "__main__":
+    main()
