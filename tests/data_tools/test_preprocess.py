@@ -1,6 +1,5 @@
 """Preprocessing: the same bytes for any number of workers, ids that training agrees with, and nothing half-written."""
 
-import contextlib
 import gzip
 import json
 import os
@@ -20,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 from run_tool import refusal, run_tool
+from sessions import processes_of
 
 from megatron_ksa.data_tools import indexed
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_dataset
@@ -67,17 +67,6 @@ def jsonl(tmp_path_factory) -> Path:
         "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)), encoding="utf-8"
     )
     return path
-
-
-def running(session: int) -> set[int]:
-    """Processes of a session that run: without those that have ended and that no parent has asked about yet."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its_session, *_ = path.read_text().rpartition(")")[2].split()
-            if state not in "ZX" and int(its_session) == session:
-                found.add(int(path.parent.name))
-    return found
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "json"])
@@ -182,12 +171,12 @@ def test_killed_run_leaves_no_dataset_and_no_process_and_can_be_repeated(tokeniz
     assert (
         f"out is being written by tools/preprocess_data.py (host {socket.gethostname()}, process {process.pid}" in line
     )
-    assert len(running(process.pid)) >= 4  # the tool, the process whose forks workers are, two workers
+    assert len(processes_of(process.pid)) >= 4  # the tool, the process whose forks workers are, two workers
     process.kill()
     process.wait()
     assert not (tmp_path / "out.idx").exists()
     end = time.monotonic() + 30
-    while (left := running(process.pid)) and time.monotonic() < end:
+    while (left := processes_of(process.pid)) and time.monotonic() < end:
         time.sleep(0.05)
     for worker in left:
         os.kill(worker, signal.SIGKILL)
