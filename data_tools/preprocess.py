@@ -1,12 +1,11 @@
 """Documents to an indexed dataset: worker processes tokenise, one process writes, in the order of the input."""
 
-import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megatron_ksa.data_tools.readers import read_documents
 from megatron_ksa.data_tools.released import is_released, open_released, released_documents
 from megatron_ksa.data_tools.skipped import SkipLog
 from megatron_ksa.data_tools.tokenizers import Tokenizer, load_tokenizer
+from megatron_ksa.data_tools.workers import TASKS_IN_FLIGHT, results_in_order, start_pool
 from megatron_ksa.errors import UsageError
 from megatron_ksa.locks import exclusive
 
@@ -146,34 +146,34 @@ def _results(task: list[RawDocument], results: list[np.ndarray | tuple[str, str]
             yield _Document(document.origin, document.bytes_read, tokens=result)
 
 
-def _tokenised(documents: Iterable[RawDocument], settings: PreprocessSettings) -> Iterator[_Document]:
+def _tokenised(
+    documents: Iterable[RawDocument], settings: PreprocessSettings, tokenizer: Tokenizer
+) -> Iterator[_Document]:
     """Documents with their ids, in order; a bounded number is in flight."""
     if settings.workers == 1:
         _start_worker(settings.tokenizer_model)
         for task in _tasks(documents):
             yield from _results(task, _tokenise(task, settings.json_key))
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        settings.workers, mp_context=context, initializer=_start_worker, initargs=(settings.tokenizer_model,)
-    ) as pool:
-        pending: deque[tuple[list[RawDocument], Future]] = deque()
-        try:
-            for task in _tasks(documents):
-                pending.append((task, pool.submit(_tokenise, task, settings.json_key)))
-                if len(pending) >= 4 * settings.workers:
-                    task, future = pending.popleft()
-                    yield from _results(task, future.result())
-            while pending:
-                task, future = pending.popleft()
-                yield from _results(task, future.result())
-        except BrokenProcessPool:
-            raise UsageError(
-                f"--workers {settings.workers}: a worker died, out of memory perhaps; use fewer, or a lower "
-                "--max-document-bytes"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    taken: deque[list[RawDocument]] = deque()
+
+    def tasks() -> Iterator[list[RawDocument]]:
+        for task in _tasks(documents):
+            taken.append(task)
+            yield task
+
+    tokenise = partial(_tokenise, json_key=settings.json_key)
+    pool = start_pool(settings.workers, [__name__, *tokenizer.imports], _start_worker, (settings.tokenizer_model,))
+    try:
+        for results in results_in_order(pool, tokenise, tasks(), TASKS_IN_FLIGHT * settings.workers):
+            yield from _results(taken.popleft(), results)
+    except BrokenProcessPool:
+        raise UsageError(
+            f"--workers {settings.workers}: a worker died, out of memory perhaps; use fewer, or a lower "
+            "--max-document-bytes"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _released(files: Iterable[Path], tokenizer: Tokenizer) -> Iterator[_Document]:
@@ -191,7 +191,7 @@ def _documents(settings: PreprocessSettings, tokenizer: Tokenizer) -> Iterator[_
             yield from _released(files, tokenizer)
             continue
         raw = read_documents(list(files), max_bytes=settings.max_document_bytes, text_column=settings.json_key)
-        for document in _tokenised(raw, settings):
+        for document in _tokenised(raw, settings, tokenizer):
             if document.tokens is not None and len(document.tokens) and settings.append_eod:
                 tokens = np.append(document.tokens, np.int32(tokenizer.end_of_document))
                 document = _Document(document.origin, document.bytes_read, tokens)

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from megatron_ksa.data_tools.content_encoder import ContentEncoder, encoded_or_none
 from megatron_ksa.data_tools.plain_encoding import ChatTemplateError, NoTokenError, plain_encoding, without_losses
@@ -35,9 +35,10 @@ class Tokenizer(Protocol):
     """What preprocessing needs of a tokenizer.
 
     `vocab_size` counts its tokens; every id is below it. `unknown` is the id that stands for what the tokenizer cannot
-    write, or None. `training_flags` are those of `pretrain_gpt.py`.
+    write, or None. `training_flags` are those of `pretrain_gpt.py`. `imports` are the modules that loading it imports.
     """
 
+    imports: ClassVar[tuple[str, ...]]
     vocab_size: int
     unknown: int | None
     training_flags: str
@@ -87,6 +88,8 @@ def _check_ids(path: Path, largest: int, vocab_size: int) -> None:
 
 class SentencePieceTokenizer:
     """A SentencePiece model file; documents end with its `</s>`."""
+
+    imports: ClassVar[tuple[str, ...]] = ("sentencepiece.sentencepiece_model_pb2",)
 
     def __init__(self, path: Path) -> None:
         from google.protobuf.message import DecodeError
@@ -153,6 +156,8 @@ def _without_dropout(tokenizer: "FastTokenizer") -> "FastTokenizer":
 
 class HuggingFaceTokenizer:
     """A folder with `tokenizer.json`; documents end with the `eos_token` of its `tokenizer_config.json`."""
+
+    imports: ClassVar[tuple[str, ...]] = ("transformers.models.auto.tokenization_auto",)
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer

@@ -64,7 +64,7 @@ ORDER = (
     "kernels/ksa_attention/test_triton.py", "kernels/ksa_attention/test_features.py", "inference/test_state.py",
     "huggingface/test_modeling.py", "data_tools/test_preprocess.py", "data_tools/tags/test_report_page.py",
     "examples/test_library.py", "kernels/test_alone.py",
-    "kernels/ksa_attention/test_gluon.py", "kernels/rotation/test_rotation.py",
+    "kernels/test_for_hopper.py", "kernels/rotation/test_rotation.py",
     "kernels/ksa_decode/test_decode_attention.py",
 )  # fmt: skip
 

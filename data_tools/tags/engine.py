@@ -1,26 +1,21 @@
 """Where steps that handle each record by itself run: this process, worker processes, or Ray; in order either way."""
 
-import multiprocessing
-import os
 import pickle
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from megatron_ksa.data_tools.workers import TASKS_IN_FLIGHT, results_in_order, start_pool
 from megatron_ksa.errors import UsageError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 ENGINES = ("local", "ray")
-TASKS_IN_FLIGHT = 4
-# The module that imports every step's.
+# The module that imports every step's: importing takes 2.5 s of processor time.
 STEPS = "megatron_ksa.data_tools.tags.pipeline"
 # A pickled function of so many bytes goes with each task to workers that stay; a larger one has workers of its own.
 SMALL_FUNCTION = 64 * 1024
@@ -68,39 +63,22 @@ class Engine:
 
     def _in_processes(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         pickled = pickle.dumps(function)
-        call: Callable[[Task], object]
+        call: Callable[[Task], Any]
         if len(pickled) <= SMALL_FUNCTION:
             if self._pool is None:
-                self._pool = self._start()
+                self._pool = start_pool(self.workers, [STEPS])
             pool, call = self._pool, partial(_run_pickled, pickled)
         else:
             # Sent to every worker once, not with every task.
-            pool, call = self._start(_start_worker_for, (pickled,)), _run
-        pending: deque = deque()
+            pool, call = start_pool(self.workers, [STEPS], _start_worker_for, (pickled,)), _run
         try:
-            for task in tasks:
-                with _interrupts_later():  # it may start a worker
-                    pending.append(pool.submit(call, task))
-                if len(pending) >= TASKS_IN_FLIGHT * self.workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from results_in_order(pool, call, tasks, TASKS_IN_FLIGHT * self.workers)
         except BrokenProcessPool:
             self._pool = None
             raise UsageError(f"--workers {self.workers}: a worker died, out of memory perhaps; use fewer") from None
         finally:
-            for future in pending:
-                future.cancel()
             if pool is not self._pool:
                 pool.shutdown(cancel_futures=True)
-
-    def _start(self, initializer: Callable | None = None, arguments: tuple = ()) -> ProcessPoolExecutor:
-        # Workers are forks of a process that has imported all steps: importing takes 2.5 s of processor time.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([STEPS])
-        return ProcessPoolExecutor(
-            self.workers, context, initializer=initializer or _start_worker, initargs=arguments
-        )  # fmt: skip
 
     def _on_ray(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         import ray
@@ -125,40 +103,19 @@ class Engine:
             ) from None
 
 
-@contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Hold back Ctrl-C; processes that start meanwhile never see one, and end with this process instead."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 _function: Callable | None = None
-
-
-def _start_worker() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _start_worker_for(pickled: bytes) -> None:
     global _function
     _function = pickle.loads(pickled)
-    _start_worker()
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed tells its workers nothing: they would wait for tasks for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _run(task: object) -> object:
+def _run(task: object) -> Any:
     return _function(task)
 
 
-def _run_pickled(pickled: bytes, task: object) -> object:
+def _run_pickled(pickled: bytes, task: object) -> Any:
     return pickle.loads(pickled)(task)
 
 

@@ -6,17 +6,14 @@ threads have written is told within the process.
 """
 
 import multiprocessing
-import os
 import queue
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, wraps
 from multiprocessing.managers import SyncManager
 
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
+from megatron_ksa.rank_helpers import serve_one_rank, sigterm_blocked
 from megatron_ksa.upstream import checkpoint_sums
 from megatron_ksa.upstream.patches import Patch, apply_for_good
 
@@ -40,45 +37,11 @@ def _manager() -> SyncManager:
     return manager
 
 
-@contextmanager
-def sigterm_blocked() -> Iterator[None]:
-    """Start helpers in the body: their threads have SIGTERM blocked from the first one on, which may be numpy's.
-
-    A SIGTERM that comes meanwhile is delivered at the end.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _write_saves(*args: object) -> None:
     """Megatron's worker, which lives as long as the trainer; in a new process, where nothing is replaced."""
     serve_one_rank()
     apply_for_good(checkpoint_sums.patches(contents=True))
     PersistentAsyncCaller.async_loop(*args)
-
-
-def serve_one_rank() -> None:
-    """End this process with the one that started it, or on its SIGTERM; nobody else's SIGTERM counts.
-
-    Without `sigterm_blocked` around its start, a SIGTERM still ends the process through threads that libraries started.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    for ends in (_rank_ended, _rank_asked):
-        threading.Thread(target=ends, daemon=True).start()
-
-
-def _rank_ended() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _rank_asked() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
-        pass
-    os._exit(0)
 
 
 def _own_queue(original: Callable, async_save: bool) -> Callable:

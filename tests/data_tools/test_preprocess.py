@@ -19,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 from run_tool import refusal, run_tool
+from sessions import processes_of
 
 from megatron_ksa.data_tools import indexed
 from megatron_ksa.data_tools.indexed import IndexedDatasetWriter, check_indexed_dataset
@@ -154,11 +155,12 @@ def test_bad_line_costs_exit_code_2_and_no_traceback(tokenizers, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_run_leaves_no_dataset_and_can_be_repeated(tokenizers, tmp_path):
+def test_killed_run_leaves_no_dataset_and_no_process_and_can_be_repeated(tokenizers, tmp_path):
+    """Workers waited for tasks for ever when `kill -9` ended the tool alone: nobody else tells them."""
     path = tmp_path / "long.jsonl"
     path.write_text(f"{json.dumps({'text': 'x' * 20000})}\n" * 5000, encoding="utf-8")
-    arguments = ["--input", path, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizers["bytes"]]
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    arguments = ["--input", path, "--output-prefix", tmp_path / "out", "--tokenizer-model", tokenizers["sentencepiece"]]
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     partial = tmp_path / "out.bin.partial"
     while not (partial.exists() and partial.stat().st_size):
@@ -169,9 +171,16 @@ def test_killed_run_leaves_no_dataset_and_can_be_repeated(tokenizers, tmp_path):
     assert (
         f"out is being written by tools/preprocess_data.py (host {socket.gethostname()}, process {process.pid}" in line
     )
-    os.killpg(process.pid, signal.SIGKILL)
+    assert len(processes_of(process.pid)) >= 4  # the tool, the process whose forks workers are, two workers
+    process.kill()
     process.wait()
     assert not (tmp_path / "out.idx").exists()
+    end = time.monotonic() + 30
+    while (left := processes_of(process.pid)) and time.monotonic() < end:
+        time.sleep(0.05)
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
     with pytest.raises(UsageError, match="does not exist"):
         check_indexed_dataset(str(tmp_path / "out"))
     path.write_text('{"text": "short"}\n', encoding="utf-8")
@@ -332,7 +341,7 @@ def test_long_line_takes_no_memory(tokenizers, tmp_path):
         stream.write('{"text": "a"}\n' + json.dumps({"text": "x" * 50_000_000}) + '\n{"text": "b"}\n')
     runs = [
         ["--input", f"{tmp_path}/{name}.jsonl", "--output-prefix", f"{tmp_path}/{name}.jsonl.out", "--tokenizer-model",
-         str(tokenizers["bytes"]), "--skip-bad-lines"]
+         str(tokenizers["sentencepiece"]), "--skip-bad-lines"]
         for name in ("short", "long")
     ]  # fmt: skip
     command = [sys.executable, "-c", PEAKS, str(ROOT / "tools" / "preprocess_data.py"), json.dumps(runs)]

@@ -5,18 +5,17 @@ accesses of global memory by their width in bytes, and accesses of spilled regis
 tests/kernels/ksa_attention/compile_for_hopper.py, whose stand-in for the driver it takes.
 """
 
-import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.disasm import get_sass
 
 sys.path.insert(0, str(Path(__file__).parent / "ksa_attention"))
-from compile_for_hopper import Driver, Utilities, calls, twice  # noqa: E402
+from compile_for_hopper import Driver, Utilities, report, twice  # noqa: E402
 
 from megatron_ksa.kernels import column_sums, embedding_gradient, unchecked  # noqa: E402
 from megatron_ksa.kernels.adam import AdamTensors, triton_adam, triton_norm  # noqa: E402
@@ -26,19 +25,13 @@ from megatron_ksa.kernels.softmax_merge import triton_kernels as softmax_merge  
 from megatron_ksa.kernels.swiglu import triton_swiglu  # noqa: E402
 
 HIDDEN, FFN, HEADS, HEAD_DIM, WORDS = 2048, 6144, 16, 128, 151936
-case = ""
 
 
-class Disassembler(Utilities):
-    """Says what a kernel is made of."""
-
-    def load_binary(self, name, binary, shared, device):
-        words = [word.split(".") for word in get_sass(binary).split()]
-        widths = Counter(_bytes(word) for word in words if word[0] in ("LDG", "STG"))
-        spilled = sum(word[0] in ("LDL", "STL") for word in words)
-        row = {"case": case, "kernel": name, "shared": shared, "spilled": spilled, "widths": dict(widths)}
-        print(json.dumps(row), flush=True)
-        return object(), len(calls), 0, 0, 1024
+def accesses(words: list[str]) -> dict:
+    """Accesses of global memory by their width in bytes, and those of spilled registers."""
+    parts = [word.split(".") for word in words]
+    widths = Counter(_bytes(word) for word in parts if word[0] in ("LDG", "STG"))
+    return {"spilled": sum(word[0] in ("LDL", "STL") for word in parts), "widths": dict(widths)}
 
 
 def _bytes(word: list[str]) -> int:
@@ -105,13 +98,19 @@ CASES = {
     "loss": loss,
 }
 
-if __name__ == "__main__":
-    Driver.utils = Disassembler()
+
+def main(cases: Iterable[str] = ()) -> None:
+    """Compile and report these cases, or all."""
     triton.runtime.driver.set_active(Driver())
     unchecked.take_unchecked()
     for module in (triton_swiglu, rms):
         module._launch_forward = twice(module._launch_forward)
         module._launch_backward = twice(module._launch_backward)
     column_sums._launch = twice(column_sums._launch)
-    for case in sys.argv[1:] or CASES:
-        CASES[case]()
+    for Utilities.case in cases or CASES:
+        CASES[Utilities.case]()
+    report("small", accesses)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

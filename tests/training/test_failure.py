@@ -7,8 +7,9 @@ import socket
 import time
 
 import pytest
+from sessions import processes_of
 from trainer import launch, selected, steps
-from two_ranks import ITERATIONS, SAVING, TwoRanks, processes_of
+from two_ranks import ITERATIONS, SAVING, TwoRanks
 
 pytestmark = pytest.mark.slow
 

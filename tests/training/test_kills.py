@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from sessions import processes_of
 from trainer import MODEL, TRAINING, launch, steps, write_documents
-from two_ranks import ENTRY, ITERATIONS, SAVING, TwoRanks, processes_of
+from two_ranks import ENTRY, ITERATIONS, SAVING, TwoRanks
 
 from megatron_ksa.checkpoint.integrity import damage, newest_whole
 from megatron_ksa.platform.ports import free_port

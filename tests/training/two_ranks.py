@@ -57,16 +57,3 @@ class TwoRanks:
     def errors(self, rank: int) -> list[str]:
         """The lines that begin with `error:`."""
         return [line for line in self.logs[rank].read_text().splitlines() if line.startswith("error: ")]
-
-
-def processes_of(session: int) -> list[int]:
-    """The living processes of a session."""
-    found = []
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            state, _, _, of, *_ = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(of) == session and state != "Z":
-            found.append(int(process))
-    return found

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_ksa.upstream.save_processes import serve_one_rank, sigterm_blocked
+from megatron_ksa.rank_helpers import serve_one_rank, sigterm_blocked
 
 
 def serve(ready) -> None:

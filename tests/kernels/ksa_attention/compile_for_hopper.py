@@ -12,17 +12,22 @@ Its own process: the test suite has the Triton interpreter on, and Gluon has no 
 """
 
 import json
+import re
+import struct
+import subprocess
 import sys
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.tools.disasm import get_sass
 
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, gluon_common, triton_joint, triton_summary, triton_text
 from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
 
-case = ""
 calls: list[tuple] = []
 
 
@@ -47,17 +52,16 @@ class Launcher:
 
 
 class Utilities:
-    """Triton's calls of the CUDA driver."""
+    """Triton's calls of the CUDA driver; keeps what it is given to load."""
+
+    case = ""
+    loaded: list[tuple[dict, bytes]] = []
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32}
 
     def load_binary(self, name, binary, shared, device):
-        instructions = get_sass(binary).split()
-        row = {"case": case, "kernel": name, "shared": shared}
-        row["products"] = sum(word.startswith("HGMMA") for word in instructions)
-        row["waits"] = sum(word.startswith("WARPGROUP.DEPBAR") for word in instructions)
-        print(json.dumps(row), flush=True)
+        self.loaded.append(({"case": self.case, "kernel": name, "shared": shared}, binary))
         return object(), len(calls), 0, 0, 1024
 
     def unload_module(self, module):
@@ -80,6 +84,52 @@ class Driver:
 
     def get_active_torch_device(self):
         return torch.device("cpu")
+
+
+def machine_code(binary: bytes) -> bytes:
+    """The instructions of a kernel: sections .text.* of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", binary, 40)
+    size, count, names = struct.unpack_from("<HHH", binary, 58)
+    # name, type, flags, address, offset, size
+    sections = [struct.unpack_from("<IIQQQQ", binary, table + size * number) for number in range(count)]
+    first_name = sections[names][4]
+    return b"".join(
+        binary[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if binary.startswith(b".text.", first_name + name)
+    )
+
+
+def disassembled(binaries: list[bytes]) -> list[list[str]]:
+    """The words of each kernel's instructions. One call for all: nvdisasm starts in 0.25 s."""
+    parts = [machine_code(binary) for binary in binaries]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(parts))
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "--no-dataflow", "--binary", "SM90a", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ends, words = list(accumulate(map(len, parts))), [[] for _ in parts]
+    for address, instruction in re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+([^;]*);", text, re.MULTILINE):
+        words[bisect_right(ends, int(address, 16))] += instruction.split()
+    if not all(words):
+        raise RuntimeError("nvdisasm printed no instruction of a kernel")
+    return words
+
+
+def report(kernels: str, counts: Callable[[list[str]], dict]) -> None:
+    """Print each kernel that was loaded since the last report, with what `counts` says of its instructions."""
+    rows, binaries = zip(*Utilities.loaded, strict=True)
+    Utilities.loaded.clear()
+    Utilities.case = ""
+    for row, words in zip(rows, disassembled(list(binaries)), strict=True):
+        print(json.dumps({"kernels": kernels} | row | counts(words)), flush=True)
+
+
+def products_and_waits(words: list[str]) -> dict:
+    return {
+        "products": sum(word.startswith("HGMMA") for word in words),
+        "waits": sum(word.startswith("WARPGROUP.DEPBAR") for word in words),
+    }
 
 
 def twice(launches):
@@ -139,11 +189,18 @@ CASES = {
     "summaries": summaries,
 }
 
-if __name__ == "__main__":
+
+def main(cases: Iterable[str] = ()) -> None:
+    """Compile and report these cases, or all."""
     triton.runtime.driver.set_active(Driver())
     gluon_common._multiprocessors = lambda device: 132
     for module in (triton_joint, triton_text, triton_summary):
         module._launch_forward = twice(module._launch_forward)
         module._launch_backward = twice(module._launch_backward)
-    for case in sys.argv[1:] or CASES:
-        CASES[case]()
+    for Utilities.case in cases or CASES:
+        CASES[Utilities.case]()
+    report("attention", products_and_waits)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

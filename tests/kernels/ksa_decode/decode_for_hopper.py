@@ -4,29 +4,23 @@ Each line has the kernel's name, bytes of shared memory, asynchronous copies of 
 registers. See tests/kernels/ksa_attention/compile_for_hopper.py, whose stand-in for the driver it takes.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 import triton
-from triton.tools.disasm import get_sass
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ksa_attention"))
-from compile_for_hopper import Driver, Utilities, calls, twice  # noqa: E402
+from compile_for_hopper import Driver, report, twice  # noqa: E402
 
 from megatron_ksa.kernels.ksa_decode import CacheGeometry, triton_decode  # noqa: E402
 
 
-class Disassembler(Utilities):
-    """Says what a kernel is made of."""
-
-    def load_binary(self, name, binary, shared, device):
-        words = get_sass(binary).split()
-        copies = sum(word.startswith("LDGSTS") and ".128" in word for word in words)
-        spilled = sum(word.split(".")[0] in ("LDL", "STL") for word in words)
-        print(json.dumps({"kernel": name, "shared": shared, "copies": copies, "spilled": spilled}), flush=True)
-        return object(), len(calls), 0, 0, 1024
+def copies_and_spills(words: list[str]) -> dict:
+    return {
+        "copies": sum(word.startswith("LDGSTS") and ".128" in word for word in words),
+        "spilled": sum(word.split(".")[0] in ("LDL", "STL") for word in words),
+    }
 
 
 def step(geometry, rows):
@@ -37,11 +31,16 @@ def step(geometry, rows):
     triton_decode.decode_attention(q, k, v, key, value, places, places, geometry)
 
 
-if __name__ == "__main__":
-    Driver.utils = Disassembler()
+def main() -> None:
+    """Compile and report."""
     triton.runtime.driver.set_active(Driver())
     triton_decode._multiprocessors = lambda device: 132
     triton_decode._launch = twice(triton_decode._launch)
     for rows in (2, 1):
         step(CacheGeometry(8, 1, 1032, 256), rows)
     step(CacheGeometry(1, 0, 2048, 0), 1)
+    report("decode", copies_and_spills)
+
+
+if __name__ == "__main__":
+    main()
