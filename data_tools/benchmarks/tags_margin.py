@@ -79,20 +79,22 @@ class Variant:
         depth_weight: as the sampler has it.
         scored: gains times the score.
         rare: `--rare-tags`, None for the default.
+        share_exponent: `--share-exponent`, None for the default.
     """
 
     shape: Callable[[np.ndarray], tuple[float, float]] = lambda counts: (POWER, 1.0)
     depth_weight: float = 1.0
     scored: bool = False
     rare: int | None = None
+    share_exponent: float | None = None
 
     def choose(self, pool: Pool, exponent: float) -> np.ndarray:
         """int64 [chosen], with the exponent of the score."""
         power, branches = self.shape(np.diff(pool.indptr))
+        share = default_share_exponent(pool.indptr) if self.share_exponent is None else self.share_exponent
         weight = node_weights(
-            pool.held, pool.parent, pool.depth, power=power, share_exponent=default_share_exponent(pool.indptr),
-            depth_weight=self.depth_weight,
-        )  # fmt: skip
+            pool.held, pool.parent, pool.depth, power=power, share_exponent=share, depth_weight=self.depth_weight
+        )
         above = np.unique(pool.parent[pool.parent >= 0])
         weight[above] *= branches
         score = strengths(pool.quality, pool.difficulty, quality_weight=exponent)
@@ -128,6 +130,7 @@ VARIANTS = {
     "power and branches by only tags": Variant(_by_only_tags),
     "rare tags 3": Variant(rare=3),
     "rare tags 5": Variant(rare=5),
+    "share exponent 0": Variant(share_exponent=0.0),
 }
 
 

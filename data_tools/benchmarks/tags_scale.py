@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,8 @@ def run_step(work: Path, pool: Path, number: int, workers: int, engine: str) -> 
     Pipeline(Context(work, runner, (pool,)), settings, printed.append).run([step])
     seconds = time.monotonic() - start
     runner.close()
+    # The process whose forks the workers were: what it and they have used is this process's once it is waited for.
+    forkserver._forkserver._stop()
     own, below = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "step": step.name, "seconds": round(seconds, 1),

@@ -81,3 +81,12 @@ def test_figures_of_other_settings_are_not_gone_on_with(run, monkeypatch, capsys
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == 2 and "does not say of which settings" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_workers_use_is_counted(tmp_path):
+    """Workers are forks of a process that nobody waited for: their memory was 0 and their time missing."""
+    pool = tmp_path / "pool.jsonl"
+    tags_scale.write_pool(pool, 60)
+    found = tags_scale._apart(tags_scale.run_step, tmp_path / "work", pool, 0, 2, "local")
+    assert found["step"] == "read" and found["worker_peak_gib"] > 0.01
