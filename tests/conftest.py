@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def pytest_configure(config):
     """
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return
+    # What a shell starts in the background ignores Ctrl-C, and so would the programs that tests send it to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Until everything is imported: what is imported stays, and the collector would visit it again and again.
     gc.disable()
     if "megatron" in sys.modules:

@@ -140,7 +140,7 @@ def measure(work: Path, instances: int, workers: int, engine: str, before: list[
     """
     work.mkdir(parents=True, exist_ok=True)
     pool = work / f"pool-{instances}.jsonl"
-    write_pool(pool, instances)
+    _apart(write_pool, pool, instances)
     _apart(write_byte_level, work / TOKENIZER)
     folder, steps = work / f"work-{instances}", list(before)
     if not before:

@@ -58,7 +58,7 @@ def test_the_file_tells_settings_machine_and_the_commit_of_each_step(run, monkey
 def test_what_loads_torch_runs_in_a_process_of_its_own(run):
     """The tokenizer was written by the process that starts the steps: each step's peak began with torch's 0.7 GiB."""
     run()
-    assert run.apart == ["machine", "write_byte_level", "run_step", "run_step"]
+    assert run.apart == ["machine", "write_pool", "write_byte_level", "run_step", "run_step"]
 
 
 def test_all_steps_settings_are_told():
