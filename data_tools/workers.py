@@ -1,13 +1,12 @@
 """Pools of worker processes: forks of one process that has imported what they need, and that end with their parent."""
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+
+from megatron_ksa.child_processes import blocked, end_with_parent
 
 TASKS_IN_FLIGHT = 4
 
@@ -39,7 +38,8 @@ def results_in_order[Task, Result](
     pending: deque = deque()
     try:
         for task in tasks:
-            with _interrupts_later():  # it may start a worker
+            # It may start a worker, which never sees a Ctrl-C then and ends with this process instead.
+            with blocked(signal.SIGINT):
                 pending.append(pool.submit(function, task))
             if len(pending) >= in_flight:
                 yield pending.popleft().result()
@@ -50,23 +50,7 @@ def results_in_order[Task, Result](
             future.cancel()
 
 
-@contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Hold back Ctrl-C; processes that start meanwhile never see one, and end with this process instead."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(initializer: Callable | None, arguments: tuple) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if initializer is not None:
         initializer(*arguments)
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed tells its workers nothing: they would wait for tasks for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)

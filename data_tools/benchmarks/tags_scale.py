@@ -121,7 +121,7 @@ def run_step(work: Path, pool: Path, number: int, workers: int, engine: str) -> 
     seconds = time.monotonic() - start
     runner.close()
     # The process whose forks the workers were: what it and they have used is this process's once it is waited for.
-    forkserver._forkserver._stop()
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
     own, below = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "step": step.name, "seconds": round(seconds, 1),

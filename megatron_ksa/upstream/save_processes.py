@@ -7,13 +7,14 @@ threads have written is told within the process.
 
 import multiprocessing
 import queue
+import signal
 from collections.abc import Callable
 from functools import cache, wraps
 from multiprocessing.managers import SyncManager
 
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-from megatron_ksa.rank_helpers import serve_one_rank, sigterm_blocked
+from megatron_ksa.child_processes import blocked, serve_one_rank
 from megatron_ksa.upstream import checkpoint_sums
 from megatron_ksa.upstream.patches import Patch, apply_for_good
 
@@ -32,7 +33,7 @@ def _queue_of_processes() -> queue.Queue:
 def _manager() -> SyncManager:
     # A forked one would keep the rank's connections open when the rank is killed, and its peers would not notice.
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    with sigterm_blocked():
+    with blocked(signal.SIGTERM):
         manager.start(serve_one_rank)
     return manager
 
@@ -57,7 +58,7 @@ def _own_queue(original: Callable, async_save: bool) -> Callable:
 def _start_blocked(original: Callable) -> Callable:
     @wraps(original)
     def schedule_async_call(self: object, async_req: object) -> None:
-        with sigterm_blocked():
+        with blocked(signal.SIGTERM):
             original(self, async_req)
 
     return schedule_async_call

@@ -1,12 +1,13 @@
 """Helper processes of a save; with a trainer around them in tests/training/test_failure.py."""
 
 import multiprocessing
+import signal
 import subprocess
 import time
 
 import pytest
 
-from megatron_ksa.rank_helpers import serve_one_rank, sigterm_blocked
+from megatron_ksa.child_processes import blocked, serve_one_rank
 
 
 def serve(ready) -> None:
@@ -25,7 +26,7 @@ def test_only_the_rank_ends_its_helper(start, monkeypatch):
     context = multiprocessing.get_context(start)
     ready = context.Event()
     helper = context.Process(target=serve, args=(ready,), daemon=True)
-    with sigterm_blocked():
+    with blocked(signal.SIGTERM):
         helper.start()
     assert ready.wait(120)
     subprocess.run(["kill", "-TERM", str(helper.pid)], check=True)
