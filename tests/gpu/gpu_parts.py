@@ -120,8 +120,8 @@ def _ranks(*words: str, flags: tuple[str, ...] = UNCHECKED) -> tuple[str, ...]:
 
 # Those that take longest first.
 ON_ONE_OF_SEVERAL = (
-    "checks", "parts_32k", "local_long", "fp8_curve", "kernels", "baselines", "graphs_8k", "fp8_graphs_8k", "fp8_8b",
-    "memory", "parts_8k",
+    "checks", "other_checks", "parts_32k", "local_long", "fp8_curve", "kernels", "baselines", "graphs_8k",
+    "fp8_graphs_8k", "fp8_8b", "memory", "parts_8k",
 )  # fmt: skip
 
 

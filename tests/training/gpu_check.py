@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from nccl_layouts import EXPERTS
 from trainer import launch, steps
 
 from megatron_ksa.files import whole_file
@@ -169,6 +170,16 @@ KINDS = {
     "te_fp8_recompute": Kind(f"{fp8('delayed')} {RECOMPUTE}", like="te_fp8_delayed", norms=True),
     "te_fp8_tensorwise_recompute": Kind(f"{fp8('tensorwise')} {RECOMPUTE}", like="te_fp8_tensorwise", norms=True),
     "te_fp8_anneal": Kind(f"{fp8('delayed')} {ANNEAL}", like="te_anneal", limit=1e-2, gradient=FIRST_GRADIENT),
+    # A token near the middle between two experts goes to either: losses of some tokens differ by more than rounding.
+    "experts": Kind(f"{LOCAL} {EXPERTS}", like=None),
+    "te_experts": Kind(f"{TE} {EXPERTS}", like="experts", limit=5e-3),
+    "te_grouped_experts": Kind(f"{TE} {EXPERTS} --moe-grouped-gemm", like="te_experts", limit=5e-3),
+    **{
+        f"te_fp8_{recipe}_experts": Kind(
+            f"{fp8(recipe)} {EXPERTS}", like="te_experts", limit=1e-2, gradient=FIRST_GRADIENT
+        )
+        for recipe in ("delayed", "tensorwise")
+    },
     "te_fp8_distil": Kind(f"{fp8('delayed')} --ksa-distill", like="te_distil", limit=1e-2),
     "te_fp8_tensorwise_distil": Kind(f"{fp8('tensorwise')} --ksa-distill", like="te_distil", limit=1e-2),
     **{
