@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--summary-tokens", type=_positive, default=1, help="S, summaries after each chunk")
     options.add_argument("--window-chunks", type=int, default=128, help="W, past chunks seen as text")
     options.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    options.add_argument(
+        "--without-features", action="store_true",
+        help="do not check documents, segments, other head dimensions and dtypes, which take KSA minutes to compile; "
+        "the tests check them too",
+    )  # fmt: skip
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs Triton's interpreter")
     options.add_argument("--limit", type=float, default=330.0, help="seconds after which nothing new is started")
     options.add_argument("--sweep", type=_positive, nargs="+", default=[], help="also time candidate tiles at lengths")
@@ -152,8 +157,9 @@ def _run(options: argparse.Namespace) -> None:
 
     ops = tuple(options.op or runner.OPS)
     plan = runner.Plan(
-        ops, shapes(options.lengths), options.device, out / RECORD, shapes(options.sweep), options.limit, options.commit
-    )
+        ops, shapes(options.lengths), options.device, out / RECORD, shapes(options.sweep), options.limit,
+        options.commit, not options.without_features,
+    )  # fmt: skip
     record = runner.run(plan)
     print(f"wrote {out / RECORD}")
     if options.store is not None:

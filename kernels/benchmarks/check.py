@@ -61,8 +61,12 @@ def check_case(case: Case) -> dict[str, tuple[float, float]]:
     return errors(case.names, case.run, case.expected, case.leaves)
 
 
-def check_op(op: Op, device: str) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Errors by case and entry, and what is out of tolerance; an exception is out of tolerance too."""
+def check_op(op: Op, device: str, features: bool = True) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Errors by case and entry, and what is out of tolerance; an exception is out of tolerance too.
+
+    Args:
+        features: check the op's features too, which the shapes that are timed may not have.
+    """
     found: dict[str, dict] = {}
     failed: list[str] = []
     with poisoned_memory() if op.poisoned else contextlib.nullcontext():
@@ -71,7 +75,7 @@ def check_op(op: Op, device: str) -> tuple[dict[str, dict[str, float]], list[str
                 found[str(shape)] = check_case(op.prepare(shape, device))
             except Exception as error:  # any library may be missing or refuse: the op is then not timed
                 found[str(shape)] = {"error": repr(error)[:500]}
-        if op.features is not None:
+        if features and op.features is not None:
             found |= op.features(device)
     for case, entries in found.items():
         if "error" in entries:

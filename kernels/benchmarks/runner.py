@@ -39,6 +39,7 @@ class Plan:
         sweep_shapes: shapes at which candidate tiles are timed too.
         limit: seconds after which nothing new is started; what is left is recorded as skipped.
         commit: commit of the code, where it is no git checkout.
+        features: check an op's features too (documents, segments, other head dimensions and dtypes).
     """
 
     ops: tuple[str, ...]
@@ -48,6 +49,7 @@ class Plan:
     sweep_shapes: tuple[Shape, ...] = ()
     limit: float = 330.0
     commit: str | None = None
+    features: bool = True
 
 
 def write_record(record: dict, path: Path) -> None:
@@ -134,7 +136,7 @@ def run(plan: Plan) -> dict:
     def fails(name: str) -> bool:
         """Whether the check of an op fails; it runs once."""
         if name not in failed:
-            record["checks"][name], failed[name] = check_op(OPS[name], plan.device)
+            record["checks"][name], failed[name] = check_op(OPS[name], plan.device, plan.features)
             print(f"check {name}: {'FAILED' if failed[name] else 'ok'}", *failed[name], sep="\n  ", flush=True)
         return bool(failed[name])
 

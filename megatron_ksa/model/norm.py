@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megatron_ksa.errors import UsageError
 from megatron_ksa.kernels.dispatch import fuses, uses_triton
 from megatron_ksa.kernels.norm import OP, rms_norm
+from megatron_ksa.upstream.layer_graphs import kept_by_graphs
 
 # Sizes of rows that the fused kernel takes: smaller rows are heads, larger ones do not fit a program's registers.
 FUSED_SIZES = range(512, 16385)
@@ -86,6 +87,7 @@ class Norm(nn.Module):
             return self.weight
         if self._fuses(x):
             return rms_norm(x, self.weight, self.eps, self.zero_centered)[0]
+        x = kept_by_graphs(x, self.config)
         # 1 + g loses the weight's low bits in 16 bits, so that the sum and the product are float32.
         weight = self.weight.float() + 1.0 if self.zero_centered else self.weight
         shape = (self.hidden_size,)

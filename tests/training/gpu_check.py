@@ -53,6 +53,11 @@ WIDE = "--hidden-size 512 --ffn-hidden-size 1024"
 AS_BEFORE = "--kernels-apart norm optimizer gradients"
 DISTRIBUTED = "--use-distributed-optimizer"
 SHARED = "--no-ksa-independent-projections"
+# PyTorch's own norm, which saves its input in C++.
+LAYER_NORM = "--normalization LayerNorm"
+# A model without summaries, for distillation to begin with.
+DENSE = f"{LOCAL} --no-ksa --train-iters 1 --init-method-std 0.2"
+DISTIL = "--ksa-distill --init-method-std 0.2"
 CP, TP = "--context-parallel-size 2", "--tensor-model-parallel-size 2"
 A2A = f"{CP} --cp-comm-type a2a"
 # FP8's products round to 2 and 3 bits. Of the 1.9B model's first gradient norm tensorwise was 0.2 % and blockwise 1.2 %
@@ -75,6 +80,7 @@ class Kind:
         norms: gradient norms are compared too.
         gradient: largest relative deviation of the gradient norm of this run's own first step.
         first: flags of a run that is saved halfway, from where this one goes on.
+        start: flags of a run whose weights this one begins with.
         ranks: GPUs.
         precision: of parameters and activations.
     """
@@ -85,6 +91,7 @@ class Kind:
     norms: bool = False
     gradient: float | None = None
     first: str | None = None
+    start: str | None = None
     ranks: int = 1
     precision: str = "--bf16"
 
@@ -108,7 +115,10 @@ KINDS = {
     "anneal_local": Kind(f"{LOCAL} {ANNEAL} {LAYER_GRAPHS}", like="anneal", norms=True),
     "anneal_from_1": Kind(f"{LOCAL} {FROM_1}", like=None),
     "anneal_from_1_full_iteration": Kind(f"{LOCAL} {FROM_1} {GRAPH}", like="anneal_from_1"),
-    "distil": Kind(f"{LOCAL} --ksa-distill", like=None),
+    "wide_local": Kind(f"{LOCAL} {WIDE} {LAYER_GRAPHS}", like="wide", norms=True),
+    "layer_norm": Kind(f"{LOCAL} {LAYER_NORM}", like=None),
+    "layer_norm_local": Kind(f"{LOCAL} {LAYER_NORM} {LAYER_GRAPHS}", like="layer_norm", norms=True),
+    "distil": Kind(f"{LOCAL} {DISTIL}", like=None, start=DENSE),
     "te": Kind(TE),
     "te_full_iteration": Kind(f"{TE} {GRAPH}", like="te", norms=True),
     "te_local": Kind(f"{TE} {LAYER_GRAPHS}", like="te", norms=True),
@@ -118,7 +128,7 @@ KINDS = {
         f"{TE} --ksa-independent-layernorm --ksa-independent-qk-norm", like="independent_norms"
     ),
     "independent_norms": Kind(f"{LOCAL} --ksa-independent-layernorm --ksa-independent-qk-norm", like=None),
-    "te_distil": Kind(f"{TE} --ksa-distill", like="distil"),
+    "te_distil": Kind(f"{TE} {DISTIL}", like="distil", gradient=5e-3, start=DENSE),
     "te_fuser": Kind(f"{TE} {FUSER}", like="te"),
     "te_fuser_full_iteration": Kind(f"{TE} {FUSER} {GRAPH}", like="te_fuser", norms=True),
     "te_fp8_fuser": Kind(f"{fp8('tensorwise')} {FUSER}", like="te", limit=1e-2),
@@ -173,15 +183,18 @@ KINDS = {
     # A token near the middle between two experts goes to either: losses of some tokens differ by more than rounding.
     "experts": Kind(f"{LOCAL} {EXPERTS}", like=None),
     "te_experts": Kind(f"{TE} {EXPERTS}", like="experts", limit=5e-3),
-    "te_grouped_experts": Kind(f"{TE} {EXPERTS} --moe-grouped-gemm", like="te_experts", limit=5e-3),
     **{
         f"te_fp8_{recipe}_experts": Kind(
             f"{fp8(recipe)} {EXPERTS}", like="te_experts", limit=1e-2, gradient=FIRST_GRADIENT
         )
-        for recipe in ("delayed", "tensorwise")
+        for recipe in ("delayed", "tensorwise", "blockwise")
     },
-    "te_fp8_distil": Kind(f"{fp8('delayed')} --ksa-distill", like="te_distil", limit=1e-2),
-    "te_fp8_tensorwise_distil": Kind(f"{fp8('tensorwise')} --ksa-distill", like="te_distil", limit=1e-2),
+    "te_fp8_distil": Kind(
+        f"{fp8('delayed')} {DISTIL}", like="te_distil", limit=1e-2, gradient=FIRST_GRADIENT, start=DENSE
+    ),
+    "te_fp8_tensorwise_distil": Kind(
+        f"{fp8('tensorwise')} {DISTIL}", like="te_distil", limit=1e-2, gradient=FIRST_GRADIENT, start=DENSE
+    ),
     **{
         f"te_fp8_{recipe}_full_iteration": Kind(f"{fp8(recipe)} {GRAPH}", like=f"te_fp8_{recipe}", norms=True)
         for recipe in ("delayed", "tensorwise", "blockwise")
@@ -258,8 +271,13 @@ def groups(names: list[str]) -> list[list[str]]:
 
 
 def runs_of(folder: Path, name: str) -> list[tuple[Path, str]]:
-    """The runs of a kind: one, or two where it is interrupted."""
+    """The runs of a kind: one, or two where it is interrupted or begins with another run's weights."""
     kind, record = KINDS[name], folder / f"{name}.json"
+    if kind.start is not None:
+        saved = f"{folder}/{name}"
+        begin = f"{COMMON} {kind.precision} {kind.start} --save {saved} --save-interval 1"
+        own = f"{COMMON} {kind.precision} {kind.flags} --load {saved} --finetune"
+        return [(folder / f"{name}.start.json", begin), (record, own)]
     if kind.first is None:
         return [(record, f"{COMMON} {kind.precision} {kind.flags}")]
     saved = f"{folder}/{name}"

@@ -22,7 +22,7 @@ def test_every_kind_has_flags_that_are_accepted(name, monkeypatch):
     assert kind.like is None or gpu_check.KINDS[kind.like].ranks <= kind.ranks
     monkeypatch.setenv("WORLD_SIZE", str(kind.ranks))
     monkeypatch.setattr(prepare, "REFUSES_UNCHECKED", False)
-    for flags in (kind.flags, kind.first):
+    for flags in (kind.flags, kind.first, kind.start):
         if flags is None:
             continue
         words = [*MODEL, *TRAINING, "--mock-data", *gpu_check.COMMON.split(), *kind.precision.split(), *flags.split()]
@@ -67,6 +67,15 @@ def test_fp8_has_the_first_gradient_of_16_bits():
     assert not gpu_check.compare("te_to_fp8", {"te_to_fp8": lost_later, "te": run})["agrees"]
 
 
+def test_distillation_begins_with_a_dense_model(tmp_path):
+    """It was refused for want of a checkpoint, on a GPU only."""
+    (first, begin), (record, own) = gpu_check.runs_of(tmp_path, "te_distil")
+    assert (first.name, record.name) == ("te_distil.start.json", "te_distil.json")
+    saved = f"{tmp_path}/te_distil"
+    assert "--no-ksa" in begin and begin.endswith(f"--save {saved} --save-interval 1")
+    assert "--ksa-distill" in own and own.endswith(f"--load {saved} --finetune")
+
+
 def test_a_kind_that_fails_behind_others_gets_processes_of_its_own(monkeypatch, tmp_path):
     """What a run leaves in its process may be what fails the next one; a kind that fails first has failed."""
     launched = []
@@ -80,7 +89,7 @@ def test_a_kind_that_fails_behind_others_gets_processes_of_its_own(monkeypatch, 
         return SimpleNamespace(stderr="error: it failed")
 
     monkeypatch.setattr(gpu_check, "launch", launch)
-    done = gpu_check.train(tmp_path / "0", ["kernels", "anneal", "reference", "distil"], 120, math.inf)
-    assert launched == [["kernels", "anneal", "reference", "distil"], ["anneal", "reference", "distil"],
-                        ["reference", "distil"], ["distil"]]  # fmt: skip
+    done = gpu_check.train(tmp_path / "0", ["kernels", "anneal", "reference", "shared"], 120, math.inf)
+    assert launched == [["kernels", "anneal", "reference", "shared"], ["anneal", "reference", "shared"],
+                        ["reference", "shared"], ["shared"]]  # fmt: skip
     assert done["reference"] == "error: it failed" and all(len(done[name]) == 8 for name in ("kernels", "anneal"))

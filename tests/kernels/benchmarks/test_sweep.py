@@ -45,7 +45,7 @@ def test_sweep_and_store_from_the_command_line(tmp_path, monkeypatch):
     """The winners lie in the file, name what they were measured on, and a record merges to the same."""
     two = [Tile(16, 16, 4, 1), Tile(16, 32, 4, 1)]
     monkeypatch.setattr(candidates, "SINGLE", {64: two})
-    monkeypatch.setattr(runner, "check_op", lambda op, device: ({}, []))
+    monkeypatch.setattr(runner, "check_op", lambda op, device, features: ({}, []))
     times = {FAST: 1.0, SLOW: 2.0}
     measured = attention_parts.Kernels.time_tile
 
@@ -90,7 +90,7 @@ def test_a_gpu_that_slows_down_does_not_decide():
 
 
 def test_nothing_is_swept_where_the_check_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "check_op", lambda op, device: ({}, [f"{op.name} out"]))
+    monkeypatch.setattr(runner, "check_op", lambda op, device, features: ({}, [f"{op.name} out"]))
     plan = runner.Plan((), (), "cpu", tmp_path / "record.json", sweep_shapes=(TINY,))
     with pytest.raises(UsageError, match="ksa out"):
         runner.run(plan)

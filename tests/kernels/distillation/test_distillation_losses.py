@@ -55,8 +55,9 @@ def test_kernels_are_the_reference(dtype, rows, words, scale, size):
     student_before = student.double()
     got = triton_kernels.gradients(student, teacher, labels, given, CE, KL, scale)
     assert got.dtype == dtype and got.data_ptr() == student.data_ptr()
-    largest = (CE + KL) * scale * ((student_before * scale).softmax(-1)).max()
-    assert_close(got, wanted, TOLERANCES[dtype], largest)
+    # Terms are rounded in float32, and the result, which is larger at the label, when it is stored.
+    terms = (CE + KL) * scale * (student_before * scale).softmax(-1).max()
+    assert_close(got, wanted, TOLERANCES[dtype], max(terms, wanted.abs().max()))
 
 
 @needs_kernels
