@@ -26,7 +26,8 @@ FIRST_CHECKS = (
 )  # fmt: skip
 CHECKS_OF_TWO = (
     "cp2", "cp2_full_iteration", "cp2_local", "cp2_a2a", "cp2_a2a_full_iteration", "tp2", "tp2_full_iteration",
-    "tp2_local", "te_cp2", "te_cp2_full_iteration", "te_tp2", "te_tp2_full_iteration", "te_fp8_cp2", "te_fp8_tp2",
+    "tp2_local", "te_cp2", "te_cp2_full_iteration", "te_cp2_local", "te_tp2", "te_tp2_full_iteration", "te_fp8_cp2",
+    "te_fp8_cp2_full_iteration", "te_fp8_tp2", "te_fp8_blockwise_local", "te_fp8_anneal_full_iteration",
 )  # fmt: skip
 
 

@@ -201,6 +201,8 @@ KINDS = {
     },
     "te_fp8_delayed_local": Kind(f"{fp8('delayed')} {LAYER_GRAPHS}", like="te_fp8_delayed", norms=True),
     "te_fp8_tensorwise_local": Kind(f"{fp8('tensorwise')} {LAYER_GRAPHS}", like="te_fp8_tensorwise", norms=True),
+    "te_fp8_blockwise_local": Kind(f"{fp8('blockwise')} {LAYER_GRAPHS}", like="te_fp8_blockwise", norms=True),
+    "te_fp8_anneal_full_iteration": Kind(f"{fp8('delayed')} {ANNEAL} {GRAPH}", like="te_fp8_anneal", norms=True),
     "te_resumed": Kind(TE, like="te", first=TE, limit=1e-6, norms=True),
     "te_to_local": Kind(LOCAL, like="te", first=TE),
     "local_to_te": Kind(TE, like="kernels", first=LOCAL),
