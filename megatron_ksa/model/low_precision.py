@@ -17,7 +17,8 @@ RECIPES = ("delayed", "tensorwise", "blockwise")
 ROWS = 16
 
 
-def _recipe(config: Any) -> str:
+def fp8_recipe(config: Any) -> str:
+    """Name of the recipe of a configuration, where it is an enumeration's member or a word."""
     recipe = config.fp8_recipe
     return str(recipe.value if isinstance(recipe, enum.Enum) else recipe)
 
@@ -31,7 +32,7 @@ def refused_in_fp8(config: Any, name: Callable[..., str]) -> Iterator[tuple[bool
     """
     if not config.fp8:
         return
-    recipe, te = _recipe(config), name("transformer_impl", "transformer_engine")
+    recipe, te = fp8_recipe(config), name("transformer_impl", "transformer_engine")
     attention = "attention stays in 16 bits here; drop it"
     yield config.transformer_impl != "transformer_engine", f"{name('fp8')} without {te}", f"use {te}"
     yield (

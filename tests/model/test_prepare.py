@@ -48,12 +48,6 @@ REFUSED = [
     ({**FP8, "fp8_dot_product_attention": True}, "fp8_dot_product_attention: attention stays in 16 bits"),
     ({**FP8, "fp8_multi_head_attention": True}, "fp8_multi_head_attention: attention stays in 16 bits"),
     ({**FP8, "use_transformer_engine_op_fuser": True}, "in FP8 of fp8_recipe=delayed: .*fp8_recipe=tensorwise"),
-    ({**FP8, "num_moe_experts": 2}, "fp8 and experts: it was not compared with 16 bits yet; use bf16 without FP8"),
-    ({**FP8, "cuda_graph_impl": "local"}, "cuda_graph_impl=local and fp8: .*use cuda_graph_impl=full_iteration"),
-    (
-        {"transformer_impl": "transformer_engine", "use_transformer_engine_op_fuser": True},
-        "use_transformer_engine_op_fuser: its MLP was not compared with the plain one yet",
-    ),
     (
         {"context_parallel_size": 2, "cuda_graph_impl": "local"},
         "cuda_graph_impl=local and context_parallel_size=2: its exchange was not captured on several GPUs yet",
@@ -197,18 +191,21 @@ def test_the_model_sets_what_its_configuration_lacks():
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", Fp8Recipe.delayed])
 def test_fp8_and_graphs_of_annealed_models_are_accepted(recipe):
-    """FP8 was refused as a whole, and CUDA graphs with annealing."""
-    prepare_config(changed({**FP8, "fp8_recipe": recipe, "cuda_graph_impl": "full_iteration"}), KSA, 128)
+    """FP8 was refused as a whole, then with annealing, experts and graphs of layers; CUDA graphs with annealing."""
+    of_recipe = {**FP8, "fp8_recipe": recipe}
+    prepare_config(changed({**of_recipe, "num_moe_experts": 2}), KSA, 128)
     for graphs in ("full_iteration", "local"):
+        prepare_config(changed({**of_recipe, "cuda_graph_impl": graphs}), ANNEALED, 128)
         prepare_config(changed({"cuda_graph_impl": graphs}), ANNEALED, 128)
 
 
 def test_what_no_gpu_has_run_is_refused_until_the_checks_lift_it(monkeypatch):
     graphs = {"cuda_graph_impl": "full_iteration", "context_parallel_size": 2}
-    refused = [(FP8, ANNEALED, {}), (FP8, KSA, {"distils": True}), (graphs, KSA, {})]
+    refused = [(FP8, KSA, {"distils": True}), (graphs, KSA, {})]
     for fields, ksa, options in refused:
-        with pytest.raises(UsageError, match="yet; use "):
+        with pytest.raises(UsageError, match="not within 1 % .*use fp8_recipe=tensorwise|yet; use "):
             prepare_config(changed(fields), ksa, 128, **options)
+    prepare_config(changed({**FP8, "fp8_recipe": "tensorwise"}), KSA, 128, distils=True)
     monkeypatch.setattr(prepare, "REFUSES_UNCHECKED", False)
     for fields, ksa, options in refused:
         prepare_config(changed(fields), ksa, 128, **options)
