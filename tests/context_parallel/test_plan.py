@@ -35,5 +35,6 @@ def test_sources_make_up_each_halo_in_order(plan):
         for halo, pieces in zip(plan.needed(rank), plan.sources(rank), strict=True):
             assert [row for _, piece in pieces for row in piece] == list(halo)
             for source, piece in pieces:
-                assert owned(plan, source)[plan.held(source, piece)] == list(piece)
+                segment, rows = plan.held(source, piece)
+                assert plan.segment(plan.split.segments(source)[segment])[rows] == piece
                 assert piece in plan.pieces(source, rank)
