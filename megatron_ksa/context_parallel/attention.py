@@ -168,7 +168,9 @@ def context_parallel_attention(
         segment = _Segment(index * rows, *q_text[2 * place : 2 * place + 2], keys)
         segments.append(segment)
         if summary_rows:
-            summaries.append(ksa_summary_attention(q_chunks, *keys, *of_chunks, geometry, key_start=segment.start, **options))
+            summaries.append(
+                ksa_summary_attention(q_chunks, *keys, *of_chunks, geometry, key_start=segment.start, **options)
+            )
         if index == 0 or passes == 2:
             own_summaries = index == 0 and gather and sees_summaries(geometry, rows)
             near.append(segment.to_itself(attend, of_chunks if own_summaries else segment.none))

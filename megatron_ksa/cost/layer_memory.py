@@ -207,7 +207,9 @@ def _exchanged(shape: ModelShape, layer: KSALayer, layout: TrainingLayout) -> tu
     ]
     halos = max(keys for _, _, keys in every) * 2 * kv_heads * row
     # One pass adds up the gradients of the summaries. Of two passes, the gradients of both results in float32.
-    working = halos + gathered + (gathered if passes == 1 else 2 * 4 * text // layout.context_parallel * shape.query // tp)
+    working = (
+        halos + gathered + (gathered if passes == 1 else 2 * 4 * text // layout.context_parallel * shape.query // tp)
+    )
     return max(saved) * layout.micro_batch, working * layout.micro_batch
 
 
