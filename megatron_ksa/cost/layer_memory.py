@@ -180,7 +180,7 @@ def _gathered_for_summaries(shape: ModelShape, layout: TrainingLayout, rows: int
 
 
 def _exchanged(shape: ModelShape, layer: KSALayer, layout: TrainingLayout) -> tuple[int, int]:
-    """Bytes that attention to received halos and summaries saves, and bytes of their gradients and working tensors.
+    """Bytes that attention to received halos and summaries saves, and bytes of their gradients.
 
     Each is that of the rank with the most. One pass over a window longer than a segment keeps less than this: its own
     keys within the joined ones alone.
@@ -205,12 +205,8 @@ def _exchanged(shape: ModelShape, layer: KSALayer, layout: TrainingLayout) -> tu
         queries * heads * row + statistics * 4 * heads + keys * 2 * kv_heads * row + gathered
         for queries, statistics, keys in every
     ]
-    halos = max(keys for _, _, keys in every) * 2 * kv_heads * row
-    # One pass adds up the gradients of the summaries. Of two passes, the gradients of both results in float32.
-    working = (
-        halos + gathered + (gathered if passes == 1 else 2 * 4 * text // layout.context_parallel * shape.query // tp)
-    )
-    return max(saved) * layout.micro_batch, working * layout.micro_batch
+    gradients = max(keys for _, _, keys in every) * 2 * kv_heads * row + gathered
+    return max(saved) * layout.micro_batch, gradients * layout.micro_batch
 
 
 def _of_rank(plan: HaloPlan, passes: int) -> tuple[int, int, int]:
