@@ -137,14 +137,12 @@ def _counted(model: torch.nn.Module) -> Iterator[LiveMemory]:
 
 
 def peaks(
-    ksa: KSAConfig, length: int, recompute: Recompute, sizes: dict, *, loss: LossConfig, distill: bool = False,
-    ranks: int = 1, **model,
+    ksa: KSAConfig, length: int, recompute: Recompute, sizes: dict, *, loss: LossConfig, distill: bool = False, **model
 ) -> tuple[int, int, int]:  # fmt: skip
     """Bytes beside parameters, gradients and optimizer state in a step of one micro-batch in bfloat16.
 
     Args:
-        ranks: context-parallel size; 2 with the fixture `rank_of_two`.
-        sizes: fields of `TransformerConfig`.
+        sizes: fields of `TransformerConfig`; a context-parallel size of 2 goes with the fixture `rank_of_two`.
         model: further fields of `KSAGPTModelConfig`.
 
     Returns:
@@ -169,7 +167,8 @@ def peaks(
         if distill:
             built.distillation.set_scale(1.0)
         compute = DistillationLoss(loss, settings) if distill else ChunkedLoss(loss)
-        tokens = torch.zeros(1, length // ranks, dtype=torch.int64)
+        own = length // config.context_parallel_size
+        tokens = torch.zeros(1, own, dtype=torch.int64)
         with _counted(built) as memory:
 
             def marked(*, hidden_states: Tensor, **kwargs) -> Tensor:
@@ -183,6 +182,6 @@ def peaks(
                 result = compute(hidden_states=hidden_states, **kwargs)
                 return result.total if distill else result
 
-            positions = torch.arange(length // ranks).expand(1, length // ranks)
+            positions = torch.arange(own).expand(1, own)
             built(tokens, positions, labels=tokens, output_processor=marked).float().sum().backward()
             return found[0], found[1], memory.peak

@@ -68,6 +68,6 @@ def test_peaks_under_context_parallelism(gpu_path, rank_of_two, pattern, passes,
     take_passes(passes)
     ksa, length = dataclasses.replace(KSA, layer_pattern=pattern), 65536
     sizes = {**SIZES, "context_parallel_size": 2}
-    found = peaks(ksa, length, recompute, sizes, loss=LossConfig(1024), vocab_size=WORDS, ranks=2)
+    found = peaks(ksa, length, recompute, sizes, loss=LossConfig(1024), vocab_size=WORDS)
     plan = {"context_parallel": 2, "context_passes": passes}
     assert found == pytest.approx(expected(ksa, length, recompute, {}, **plan), rel=1e-3)
