@@ -1,4 +1,4 @@
-"""Parallel layouts of the throughput script by short names: `one`, `cp4`, `cp4-a2a`, `tp2-cp2`."""
+"""Parallel layouts of the throughput script by short names: `one`, `cp4`, `cp4-a2a`, `tp2-cp2`, `cp2-fit`."""
 
 import re
 from dataclasses import dataclass
@@ -10,6 +10,10 @@ PART = re.compile(r"(tp|cp)([1-9]\d*)")
 OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 # A rank whose collector runs stops all ranks: every rank's runs at the same iterations.
 COLLECTOR = ["--manual-gc", "--manual-gc-interval", "100"]
+# What torch reports of an H100 of 80 GB: on a larger GPU too, what fits is what fits this one.
+GPU_GIB = 79.18
+# Passes in which text queries attend, by what the layout's name says of them.
+PASSES = {"one-pass": "1", "two-passes": "2"}
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,16 @@ class Layout:
     Attributes:
         name: as on the command line.
         comm: `--cp-comm-type`.
+        passes: `--cp-attention-passes`.
+        fit: recompute what fits a GPU of GPU_GIB, and not every layer.
     """
 
     name: str
     tensor: int = 1
     context: int = 1
     comm: str = "p2p"
+    passes: str = "auto"
+    fit: bool = False
 
     @property
     def gpus(self) -> int:
@@ -39,24 +47,42 @@ class Layout:
             flags += ["--tensor-model-parallel-size", str(self.tensor), "--sequence-parallel"]
         if self.context > 1:
             flags += ["--context-parallel-size", str(self.context), "--cp-comm-type", self.comm]
+            flags += [] if self.passes == "auto" else ["--cp-attention-passes", self.passes]
+        if self.fit:
+            flags += ["--recompute-to-fit", "--recompute-to-fit-gpu", str(GPU_GIB)]
         return flags
 
 
 def parse_layout(name: str) -> Layout:
-    """The layout of a name: `one`, or `tpN` and `cpN` joined by hyphens, with `a2a` for all-to-all.
+    """The layout of a name: `one`, or `tpN` and `cpN` joined by hyphens.
+
+    Behind `cpN` may follow `a2a` for all-to-all, or `one-pass` or `two-passes`; `fit` at the end of any is recompute to
+    fit.
 
     Raises:
         UsageError: another name.
     """
-    if name == "one":
-        return Layout(name)
-    sizes, comm = {}, "p2p"
-    for part in name.split("-"):
+    sizes: dict[str, int] = {}
+    more: dict[str, str] = {}
+    begin = name.removesuffix("-fit")
+    fit = begin != name
+    if begin == "one":
+        return Layout(name, fit=fit)
+    for words, passes in PASSES.items():
+        if begin.endswith(f"-{words}"):
+            begin, more["passes"] = begin.removesuffix(f"-{words}"), passes
+    for part in begin.split("-"):
         found = PART.fullmatch(part)
-        if part == "a2a" and "cp" in sizes:
-            comm = part
+        if part == "a2a" and "cp" in sizes and not more:
+            more["comm"] = part
         elif found and found[1] not in sizes:
             sizes[found[1]] = int(found[2])
         else:
-            raise UsageError(f"--layouts {name}: use one, cp4, cp4-a2a, tp2-cp2 or the like")
-    return Layout(name, sizes.get("tp", 1), sizes.get("cp", 1), comm)
+            raise _unknown(name)
+    if more and "cp" not in sizes:
+        raise _unknown(name)
+    return Layout(name, sizes.get("tp", 1), sizes.get("cp", 1), fit=fit, **more)
+
+
+def _unknown(name: str) -> UsageError:
+    return UsageError(f"--layouts {name}: use one, cp4, cp4-a2a, cp2-two-passes, tp2-cp2, cp2-fit or the like")

@@ -9,6 +9,8 @@ for a step and a GPU's memory, and its bytes; sent is what the ranks asked NCCL 
 import json
 from pathlib import Path
 
+from layouts import parse_layout
+
 from megatron_ksa.markdown import replace_section, report_command, table
 
 SECTION = "throughput_1b9_ranks"
@@ -20,12 +22,14 @@ ATTENTION = ("attention forward", "attention backward")
 
 def name_of(run: dict) -> str:
     """Layout of a run, in words."""
-    layers = "" if run.get("kind", "default") in ("default", "local") else f", {run['kind']}"
-    if run["layout"] == "one":
-        return f"one GPU{layers}"
-    sizes = run["layout"].removesuffix("-a2a").upper().split("-")
-    all_to_all = ", all-to-all" * run["layout"].endswith("-a2a")
-    return " x ".join(f"{size[:2]} {size[2:]}" for size in sizes) + all_to_all + layers
+    layout, kind = parse_layout(run["layout"]), run.get("kind", "default")
+    sizes = [f"{name} {size}" for name, size in (("TP", layout.tensor), ("CP", layout.context)) if size > 1]
+    words = [
+        " x ".join(sizes) or "one GPU", "all-to-all" * (layout.comm == "a2a"),
+        {"1": "one pass", "2": "two passes"}.get(layout.passes, ""), "recompute to fit" * layout.fit,
+        "" if kind in ("default", "local") else kind,
+    ]  # fmt: skip
+    return ", ".join(filter(None, words))
 
 
 def exposed(run: dict) -> dict:
@@ -47,13 +51,13 @@ def difference(actual: float, predicted: float) -> str:
 
 def speeds(runs: list[dict]) -> str:
     """Tokens/s, memory and the plan's prediction of each run."""
-    one = {computation(run): run["tokens_per_second"] for run in runs if run["layout"] == "one"}
-    full = {(run["layout"].removesuffix("-a2a"), *computation(run)[:3]): run["tokens_per_second"] for run in runs
-            if run["model"] == "full" and not run["layout"].endswith("-a2a")}  # fmt: skip
+    one = {computation(run): run["tokens_per_second"] for run in runs if run["gpus"] == 1}
+    full = {(sizes(run), *computation(run)[:-1]): run["tokens_per_second"] for run in runs
+            if run["model"] == "full" and parse_layout(run["layout"]).comm == "p2p"}  # fmt: skip
     rows = []
     for run in runs:
         single = one.get(computation(run))
-        dense = full.get((run["layout"].removesuffix("-a2a"), *computation(run)[:3])) if run["model"] == "ksa" else None
+        dense = full.get((sizes(run), *computation(run)[:-1])) if run["model"] == "ksa" else None
         predicted, ms, speed = run["predicted"], run["iteration_ms"], run["tokens_per_second"]
         rows.append([
             SHAPES[run["shape"]], f"{run['length']:,}", name_of(run), NAMES[run["model"]], f"{speed:,.0f}",
@@ -68,9 +72,16 @@ def speeds(runs: list[dict]) -> str:
     )  # fmt: skip
 
 
+def sizes(run: dict) -> tuple[int, int]:
+    """Tensor- and context-parallel size of a run."""
+    layout = parse_layout(run["layout"])
+    return layout.tensor, layout.context
+
+
 def computation(run: dict) -> tuple:
-    """What two layouts of one computation share."""
-    return run["shape"], run["length"], run.get("kind", "default"), run["model"]
+    """What two layouts of one computation share; the model, KSA or full attention, is the last of it."""
+    fit = parse_layout(run["layout"]).fit
+    return run["shape"], run["length"], run.get("kind", "default"), fit, run["model"]
 
 
 def communication(runs: list[dict]) -> str:
@@ -121,10 +132,11 @@ def tables(runs: list[dict]) -> str:
         return "Not measured yet."
     done.sort(key=lambda run: (run["shape"], run["length"], run["gpus"], run["layout"], run["model"] != "ksa"))
     machine = done[0]["machine"]
+    fitted = " where nothing is said of it" * any(parse_layout(run["layout"]).fit for run in done)
     where = (
         f"{max(run['gpus'] for run in done)} {machine.get('gpu') or machine.get('device')} of one host, torch "
         f"{machine['torch']}, triton {machine['triton']}, commit {machine['commit'][:9]}, bf16, one sequence a step, "
-        "full recompute, distributed optimizer with overlap; medians of the iterations after the warm-up, "
+        f"full recompute{fitted}, distributed optimizer with overlap; medians of the iterations after the warm-up, "
         "communication of one more, on the rank with most of it exposed:"
     )
     failed = [f"Not measured: {SHAPES[run['shape']]}, {run['length']:,} tokens, {name_of(run)}, {NAMES[run['model']]}: "

@@ -70,7 +70,7 @@ def training_flags(
     count = sum(iterations(length, kind, options, ranks=layout is not None)) + profiled
     more = [*STAGES.get(model, []), *shape.split()]
     more += ["--loss-chunk-rows", str(options.loss_rows), "--loss-kept-logits", str(options.kept_logits)]
-    if length >= RECOMPUTE_FROM or options.tiny:
+    if (length >= RECOMPUTE_FROM or options.tiny) and not (layout and layout.fit):
         more += "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
     if captures(kind, options):
         more += GRAPHS

@@ -19,6 +19,7 @@ from communication import SentBytes, link_bytes, profiled
 from timed_pretrain import Measurement
 
 import pretrain_gpt
+from megatron_ksa.cost.recompute_fit import Choice
 from megatron_ksa.files import whole_file
 from megatron_ksa.platform import prepare_platform
 
@@ -31,11 +32,26 @@ class RanksMeasurement(Measurement):
         self.sent = SentBytes()
         self.communication: dict = {}
         self.last = 0
+        self.choice: Choice | None = None
+
+    def watch_fit(self) -> None:
+        """Keep what `--recompute-to-fit` chooses."""
+        from megatron_ksa.training.recompute_fit import Fit
+
+        choose = Fit.__call__
+
+        @wraps(choose)
+        def watched(fit, chunks):
+            chunks = choose(fit, chunks)
+            self.choice = fit.choice
+            return chunks
+
+        Fit.__call__ = watched
 
     def begin(self, record: Path, warm_up: int, iterations: int) -> None:
         """Start the next run of `iterations`; the last one is profiled where there are more than warm_up + 1."""
         self.record, self.warm_up, self.last = record, warm_up, iterations
-        self.iterations, self.backends, self.communication = [], {}, {}
+        self.iterations, self.backends, self.communication, self.choice = [], {}, {}, None
         self.parts.open.clear()
         gc.collect()
         if torch.cuda.is_available():
@@ -84,13 +100,18 @@ class RanksMeasurement(Measurement):
             return
         record = self.result(counted) | {"ranks": every, "complete": len(self.iterations) >= self.last}
         record |= {name: max(rank[name] for rank in every) for name in ("peak_gib", "reserved_gib")}
-        record["predicted"] = predictions(get_args(), record["model_flops"])
+        record["predicted"] = predictions(get_args(), record["model_flops"], self.choice)
+        if self.choice is not None:
+            record["recompute"] = str(self.choice.recompute)
         with whole_file(self.record) as stream:
             stream.write(json.dumps(record))
 
 
-def predictions(args, flops: float) -> dict:
-    """What `tools/plan_cluster.py` says of this run before it starts, with its assumptions about an H100."""
+def predictions(args, flops: float, choice: Choice | None) -> dict:
+    """What `tools/plan_cluster.py` says of this run before it starts, with its assumptions about an H100.
+
+    choice: what `--recompute-to-fit` has chosen.
+    """
     from megatron_ksa.cost.cluster_plan import Cluster, bytes_on_the_wire, seconds_of_step
     from megatron_ksa.cost.memory import fullest_stage
     from megatron_ksa.cost.run_report import model_shape, training_layout
@@ -99,9 +120,11 @@ def predictions(args, flops: float) -> dict:
     settings = settings_from_args(copy.copy(args))
     shape, layout = model_shape(args, settings), training_layout(args, settings)
     sent = bytes_on_the_wire(shape, layout)
-    slowdown = 1 / 3 if args.recompute_granularity == "full" else 0
+    slowdown, memory = 1 / 3 if args.recompute_granularity == "full" else 0, fullest_stage(shape, layout)[1]
+    if choice is not None:
+        slowdown, memory = choice.slowdown, choice.memory
     return {
-        "memory_gib": fullest_stage(shape, layout)[1].total / 2**30,
+        "memory_gib": memory.total / 2**30,
         "sent_gb": {kind: number / 1e9 for kind, number in sent.items()},
         "seconds": seconds_of_step(layout, sent, flops, Cluster.of_h100(args.world_size), slowdown),
     }
@@ -121,6 +144,7 @@ def main() -> None:
     prepare.REFUSES_UNCHECKED = False
     measurement.watch_loss()
     measurement.watch_teacher()
+    measurement.watch_fit()
     for run in runs:
         faulthandler.dump_traceback_later(float(seconds), exit=True)
         measurement.begin(Path(run["record"]), run["warm_up"], run["iterations"])

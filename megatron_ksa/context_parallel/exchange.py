@@ -5,6 +5,7 @@ Two autograd functions make up an exchange. In the forward pass `start` sends an
 overlaps with the communication in both directions. Every rank issues the same collectives in the same order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ksa.context_parallel.plan import HaloPlan, route
+
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -30,20 +33,27 @@ class Exchange:
     _pending: list[dist.Work] = field(default_factory=list)
     _buffers: tuple[Tensor, ...] = ()
 
-    def start(self, text: tuple[Tensor, Tensor], summaries: tuple[Tensor, Tensor]) -> tuple[tuple, tuple]:
+    def start(
+        self, text: tuple[Pair, Pair], summaries: Pair, parts: Sequence[tuple[int, slice]] = ()
+    ) -> tuple[tuple[Pair, Pair], tuple[list[Tensor], list[Tensor]], Pair]:
         """Begin to send.
 
         Args:
-            text, summaries: keys and values of this rank's rows, [rows, batch, K/V heads, head_dim] each.
+            text: keys and values of this rank's text, of both segments each, [rows, batch, K/V heads, head_dim].
+            summaries: keys and values of its summaries, [rows, batch, K/V heads, head_dim].
+            parts: segment (0 or 1) and rows in it, which are wanted apart too. A slice's gradient would be as large as
+                all keys of the segment.
 
         Returns:
-            Text keys and values, for this rank's own attention, to whose gradients those that come back are added; and
-            what is only to be handed to `finish`.
+            Keys and values of both segments, for this rank's own attention, to whose gradients those that come back
+            and those of the parts are added; keys and values of the parts; and what is only to be handed to `finish`.
         """
-        received, gathered, k, v = _Start.apply(self, *text, *summaries)
-        return (k, v), (received, gathered)
+        received, gathered, *rows = _Start.apply(self, parts, *text[0], *text[1], *summaries)
+        count = len(parts)
+        k_parts, v_parts = rows[4 : 4 + count], rows[4 + count :]
+        return ((rows[0], rows[1]), (rows[2], rows[3])), (k_parts, v_parts), (received, gathered)
 
-    def finish(self, in_flight: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def finish(self, in_flight: Pair) -> Pair:
         """Wait for what others sent.
 
         Returns:
@@ -68,36 +78,50 @@ class Exchange:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, exchange: Exchange, k: Tensor, v: Tensor, k_summary: Tensor, v_summary: Tensor):
-        ctx.exchange = exchange
-        rows = route(exchange.plan)
-        nothing = k.new_empty(0, 2, *k.shape[1:])
-        outgoing = torch.cat([nothing, *(torch.stack([k[part], v[part]], dim=1) for part in rows.outgoing)])
-        received = exchange._all_to_all(outgoing, rows.outgoing_sizes, rows.incoming_sizes)
-        gathered, summaries = nothing, None
+    def forward(ctx, exchange: Exchange, parts: Sequence[tuple[int, slice]], *rows: Tensor):
+        *text, k_summary, v_summary = rows
+        keys, values = text[:2], text[2:]
+        ctx.exchange, ctx.parts = exchange, parts
+        way = route(exchange.plan)
+        # [rows, 2, batch, K/V heads, head_dim]
+        outgoing = keys[0].new_empty(sum(way.outgoing_sizes), 2, *keys[0].shape[1:])
+        start = 0
+        for segment, part in way.outgoing:
+            piece = outgoing[start : start + part.stop - part.start]
+            piece[:, 0], piece[:, 1] = keys[segment][part], values[segment][part]
+            start += len(piece)
+        received = exchange._all_to_all(outgoing, way.outgoing_sizes, way.incoming_sizes)
+        gathered, summaries = outgoing.new_empty(0, *outgoing.shape[1:]), None
         if exchange.gather_summaries:
             summaries = torch.stack([k_summary, v_summary], dim=1)
             gathered = summaries.new_empty(summaries.shape[0] * exchange.plan.split.size, *summaries.shape[1:])
             work = dist.all_gather_into_tensor(gathered, summaries, group=exchange.group, async_op=True)
             exchange._pending.append(work)
         exchange._buffers = (outgoing, summaries)
-        return received, gathered, k.view_as(k), v.view_as(v)
+        apart = [kind[segment][part] for kind in (keys, values) for segment, part in parts]
+        return received, gathered, *(segment.view_as(segment) for segment in text), *apart
 
     @staticmethod
-    def backward(ctx, _received: Tensor, _gathered: Tensor, d_k: Tensor, d_v: Tensor):
-        exchange = ctx.exchange
+    def backward(ctx, _received: Tensor, _gathered: Tensor, *gradients: Tensor):
+        exchange, d_summaries = ctx.exchange, None
+        # In place: whoever made these gradients handed them to nobody else, and they are as large as all keys.
+        d_text, d_parts = gradients[:4], gradients[4:]
+        kinds = d_text[:2], d_text[2:]
+        places = [(kind, segment, part) for kind in kinds for segment, part in ctx.parts]
+        for (kind, segment, part), gradient in zip(places, d_parts, strict=True):
+            kind[segment][part] += gradient
         exchange._wait()
-        _, returned, _, d_summaries = exchange._buffers
-        exchange._buffers = ()
-        start = 0
-        for rows in route(exchange.plan).outgoing:
-            # [rows, 2, batch, K/V heads, head_dim]
-            piece = returned[start : start + rows.stop - rows.start]
-            # In place: whoever made these gradients handed them to nobody else, and they are as large as all keys.
-            d_k[rows] += piece[:, 0]
-            d_v[rows] += piece[:, 1]
-            start += len(piece)
-        return None, d_k, d_v, *((None, None) if d_summaries is None else d_summaries.unbind(1))
+        if exchange._buffers:
+            _, returned, _, d_summaries = exchange._buffers
+            exchange._buffers = ()
+            start = 0
+            for segment, part in route(exchange.plan).outgoing:
+                # [rows, 2, batch, K/V heads, head_dim]
+                piece = returned[start : start + part.stop - part.start]
+                for kind, gradient in zip(kinds, piece.unbind(1), strict=True):
+                    kind[segment][part] += gradient
+                start += len(piece)
+        return None, None, *d_text, *((None, None) if d_summaries is None else d_summaries.unbind(1))
 
 
 class _Finish(torch.autograd.Function):

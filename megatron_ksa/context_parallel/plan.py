@@ -41,6 +41,11 @@ class HaloPlan:
         start = index * self.segment_rows
         return range(max(0, start - self.halo_rows), start)
 
+    def head(self, index: int) -> range:
+        """Text positions of segment `index` whose queries see its halo; those of later queries begin in the segment."""
+        start = index * self.segment_rows
+        return range(start, start + min(self.halo_rows, self.segment_rows) * (index > 0))
+
     def needed(self, rank: int) -> list[range]:
         """The halos of both segments of a rank in order, as one where they meet; no row occurs twice."""
         first, second = (self.halo(index) for index in self.split.segments(rank))
@@ -68,11 +73,11 @@ class HaloPlan:
             for halo in self.needed(rank)
         ]
 
-    def held(self, rank: int, rows: range) -> slice:
-        """Where `rank` holds `rows` (within one segment of its own) among its text rows."""
+    def held(self, rank: int, rows: range) -> tuple[int, slice]:
+        """Which of its two segments of `rank` holds `rows` (all of one segment), and where in it."""
         segment = rows.start // self.segment_rows
-        shift = self.split.segments(rank).index(segment) * self.segment_rows - segment * self.segment_rows
-        return slice(rows.start + shift, rows.stop + shift)
+        start = segment * self.segment_rows
+        return self.split.segments(rank).index(segment), slice(rows.start - start, rows.stop - start)
 
     def rows_sent(self, rank: int) -> int:
         """Text rows that `rank` sends to others."""
@@ -87,42 +92,64 @@ class HaloPlan:
 
 @dataclass(frozen=True)
 class Route:
-    """What one rank sends and receives, itself included, the same for every layer with the same plan.
+    """What one rank sends and receives, the same for every layer with the same plan.
 
     Attributes:
-        outgoing: rows to send among this rank's text rows, by destination.
+        outgoing: rows to send, as `HaloPlan.held` says where they are, by destination.
         outgoing_sizes: number of rows for each destination.
         incoming: text positions that arrive, by source.
         incoming_sizes: number of rows from each source.
+        own: text positions that this rank's halos have in its own segments, which are not sent.
     """
 
-    outgoing: list[slice]
+    outgoing: list[tuple[int, slice]]
     outgoing_sizes: list[int]
     incoming: list[range]
     incoming_sizes: list[int]
+    own: list[range]
 
 
 @lru_cache
 def route(plan: HaloPlan) -> Route:
-    """The rows that this rank exchanges with each one.
-
-    What it needs of its own other segment takes the same way: as a slice of its keys it would have a gradient as large
-    as all of them.
-    """
+    """The rows that this rank exchanges with each one."""
     me = plan.split.rank
-    to = [plan.pieces(me, other) for other in range(plan.split.size)]
-    back = [plan.pieces(other, me) for other in range(plan.split.size)]
+    to = [plan.pieces(me, other) if other != me else [] for other in range(plan.split.size)]
+    back = [plan.pieces(other, me) if other != me else [] for other in range(plan.split.size)]
     return Route(
         outgoing=[plan.held(me, piece) for pieces in to for piece in pieces],
         outgoing_sizes=[sum(map(len, pieces)) for pieces in to],
         incoming=[piece for pieces in back for piece in pieces],
         incoming_sizes=[sum(map(len, pieces)) for pieces in back],
+        own=plan.pieces(me, me),
     )
 
 
 def sees_summaries(geometry: KSAGeometry, text_length: int) -> bool:
     """Whether the window leaves any chunk of a sequence of text_length tokens to its summaries."""
     return bool(geometry.summary_tokens) and text_length // geometry.chunk_size > geometry.window_chunks + 1
+
+
+def fewest_passes(geometry: KSAGeometry, text_length: int, size: int, heads: int, kv_heads: int) -> int:
+    """How often the text queries of a rank should attend: 1 where the exchange is small, otherwise 2.
+
+    In two passes the attention to own rows runs while the exchange is under way, and every query is read, attends and
+    is written a second time. One pass waits for the exchange, which costs less than the second pass where a rank
+    receives no more keys than it has queries,
+
+        (halos of both segments + summaries of other ranks) * kv_heads <= text rows * heads
+
+    and where a halo is shorter than a segment: otherwise a rank's own keys would be copied behind their halo.
+
+    Args:
+        size: context-parallel size.
+        heads, kv_heads: of one tensor-parallel rank.
+    """
+    halo_rows = min(geometry.window_chunks * geometry.chunk_size, text_length)
+    received = 2 * halo_rows
+    if sees_summaries(geometry, text_length):
+        received += text_length // geometry.chunk_size * geometry.summary_tokens // size * (size - 1)
+    short = halo_rows < text_length // (2 * size)
+    return 1 if short and received * kv_heads <= text_length // size * heads else 2
 
 
 def _intersection(a: range, b: range) -> range:

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from megatron_ksa.config.ksa import KSALayer, LayerKind
 from megatron_ksa.config.recompute import Recompute
-from megatron_ksa.context_parallel.plan import HaloPlan, sees_summaries
+from megatron_ksa.context_parallel.plan import HaloPlan, fewest_passes, sees_summaries
 from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 from megatron_ksa.kernels.ksa_attention import KSAGeometry
 from megatron_ksa.layout.zigzag import ZigZag
@@ -180,22 +180,45 @@ def _gathered_for_summaries(shape: ModelShape, layout: TrainingLayout, rows: int
 
 
 def _exchanged(shape: ModelShape, layer: KSALayer, layout: TrainingLayout) -> tuple[int, int]:
-    """Bytes that attention to received halos and summaries saves, and bytes of their gradients and working tensors.
+    """Bytes that attention to received halos and summaries saves, and bytes of their gradients.
 
-    Text queries attend twice, to their own segment and to what was received; both results are kept beside the merged
-    one. The numbers are those of the rank with the largest halos.
+    Each is that of the rank with the most. One pass over a window longer than a segment keeps less than this: its own
+    keys within the joined ones alone.
     """
-    size, tp, text, ksa = layout.parameter_bytes, layout.tensor_parallel, layout.rank_text, shape.ksa
+    tp, text, ksa = layout.tensor_parallel, layout.text_length, shape.ksa
     geometry = KSAGeometry(ksa.chunk_size, ksa.summary_tokens * layer.has_summaries, layer.window_chunks)
     if layer.kind == LayerKind.FULL:
-        geometry = KSAGeometry(1, 0, layout.text_length)
-    splits = [ZigZag(rank, layout.context_parallel) for rank in range(layout.context_parallel)]
-    plans = [HaloPlan.of(geometry, layout.text_length, split) for split in splits]
-    halo = max(sum(map(len, plan.needed(plan.split.rank))) for plan in plans) * layout.micro_batch
+        geometry = KSAGeometry(1, 0, text)
+    heads, kv_heads = shape.heads // tp, max(shape.kv_heads // tp, 1)
+    passes = fewest_passes(geometry, text, layout.context_parallel, heads, kv_heads)
+    if layout.context_passes != "auto":
+        passes = int(layout.context_passes)
+    row = layout.parameter_bytes * shape.head_dim
     gathered = 0
-    if sees_summaries(geometry, layout.text_length):
-        gathered = ksa.rows.summary_rows(layout.text_length) * layout.micro_batch
-    keys = 2 * size * (halo + gathered) * shape.kv // tp
-    queries = size * text * shape.query // tp
-    # A second log-sum-exp; in the backward pass float32 copies of one result's gradient and of the difference.
-    return 2 * queries + 4 * text * shape.heads // tp + keys, keys + 2 * 4 * text * shape.query // tp
+    if sees_summaries(geometry, text):
+        gathered = ksa.rows.summary_rows(text) * 2 * kv_heads * row
+    every = [
+        _of_rank(HaloPlan.of(geometry, text, ZigZag(rank, layout.context_parallel)), passes)
+        for rank in range(layout.context_parallel)
+    ]
+    saved = [
+        queries * heads * row + statistics * 4 * heads + keys * 2 * kv_heads * row + gathered
+        for queries, statistics, keys in every
+    ]
+    gradients = max(keys for _, _, keys in every) * 2 * kv_heads * row + gathered
+    return max(saved) * layout.micro_batch, gradients * layout.micro_batch
+
+
+def _of_rank(plan: HaloPlan, passes: int) -> tuple[int, int, int]:
+    """Rows of queries whose results are kept beside the joined result, rows whose log-sum-exps are kept in addition,
+    and rows of keys that are copied.
+
+    The first segment of the sequence attends in one pass. A second pass keeps its own results.
+    """
+    segments = plan.split.segments()
+    text = 2 * plan.segment_rows
+    if passes == 1:
+        joined = [len(plan.halo(segment)) + len(plan.head(segment)) for segment in segments]
+        return text, 0, sum(joined)
+    again = sum(plan.segment_rows for segment in segments if segment)
+    return text + again, again, sum(map(len, plan.needed(plan.split.rank)))

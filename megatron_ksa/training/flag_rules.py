@@ -161,10 +161,11 @@ def _check_machine(args: argparse.Namespace) -> None:
             "--recompute-modules layernorm asks Transformer Engine for its FP8 state in Megatron 0.19.2, and the "
             "package is not installed: use --recompute-to-fit, which recomputes norms without it, or leave it out"
         )
-    if getattr(args, "recompute_to_fit", None) is not None and not torch.cuda.is_available():
+    fits_this_gpu = getattr(args, "recompute_to_fit", None) is not None and args.recompute_to_fit_gpu is None
+    if fits_this_gpu and not torch.cuda.is_available():
         raise UsageError(
-            "--recompute-to-fit fills a GPU's memory, and no GPU is here: drop it; tools/plan_cluster.py --memory "
-            "chooses for a GPU that is elsewhere"
+            "--recompute-to-fit fills a GPU's memory, and no GPU is here: drop it, or give --recompute-to-fit-gpu the "
+            "GiB of one that is elsewhere; tools/plan_cluster.py --memory plans with it"
         )
     if args.profile and not args.use_pytorch_profiler and not torch.cuda.is_available():
         raise UsageError("--profile marks a range for CUDA's profiler, and there is no GPU: add --use-pytorch-profiler")

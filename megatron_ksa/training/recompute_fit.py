@@ -37,13 +37,13 @@ class Fit:
     def __call__(self, chunks: list[MegatronModule]) -> list[MegatronModule]:
         """Let the model chunks of this rank recompute what fits; a hook of Megatron's on a model that is built.
 
-        Every rank makes the choices of all stages from the same numbers: the smallest GPU of all ranks, and what all
-        layers can compute again.
+        Every rank makes the choices of all stages from the same numbers: the smallest GPU of all ranks, or the size in
+        the settings, and what all layers can compute again.
 
         Raises:
             UsageError: nothing fits.
         """
-        size = smallest_gpu()
+        size = smallest_gpu() if self.settings.fit.gpu is None else self.settings.fit.gpu * GIB
         cheap = _of_all_ranks(chunks)
         choices = choose(self.args, self.settings, size, cheap)
         if torch.distributed.get_rank() == 0:

@@ -1,5 +1,6 @@
 """Attention over context-parallel ranks, forward and backward, against the reference on the whole sequence."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -31,6 +32,7 @@ class Case:
     documents: bool = False
     groups: int = 2
     comm: str = "p2p"
+    passes: int | None = None
 
     @property
     def geometry(self) -> KSAGeometry:
@@ -41,7 +43,7 @@ class Case:
         return RowLayout(self.chunk, self.summaries)
 
 
-CASES = [
+LAYERS = [
     Case(2, 64, 4, 1, 1),
     Case(2, 64, 4, 1, 1, documents=True),
     Case(2, 64, 4, 2, 0),
@@ -55,7 +57,15 @@ CASES = [
     Case(4, 96, 3, 1, 1000),
     Case(4, 96, 1, 0, 96),
     Case(4, 96, 1, 0, 96, documents=True),
-    Case(3, 48, 4, 1, 3),
+    Case(4, 96, 3, 2, 0, documents=True, groups=1),  # no halo
+    Case(4, 96, 3, 0, 0),  # nothing is exchanged
+    Case(4, 96, 3, 0, 2, documents=True),  # a window without summaries
+    Case(3, 48, 4, 1, 3, groups=4),
+]
+CASES = [
+    *(dataclasses.replace(case, passes=passes) for case in LAYERS for passes in (1, 2)),
+    Case(4, 96, 3, 1, 2, groups=1),  # one pass by its size
+    Case(4, 96, 3, 1, 5, groups=4),  # two passes
     Case(2, 64, 4, 1, 1, comm="a2a"),
     Case(4, 96, 3, 2, 9, documents=True, comm="a2a"),
     Case(4, 96, 3, 2, 9, groups=4, comm="a2a"),
@@ -97,8 +107,9 @@ def on_this_rank(case: Case, group: dist.ProcessGroup) -> list[torch.Tensor]:
         )
     else:
         out = context_parallel_attention(
-            q, k, v, case.geometry, text_rows=case.text // case.size, split=split, group=group, document_start=starts
-        )
+            q, k, v, case.geometry, text_rows=case.text // case.size, split=split, group=group, document_start=starts,
+            passes=case.passes,
+        )  # fmt: skip
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)]
 
 

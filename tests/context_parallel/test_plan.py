@@ -1,9 +1,11 @@
 """Which text rows travel where."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ksa.context_parallel.plan import HaloPlan
+from megatron_ksa.context_parallel.plan import HaloPlan, fewest_passes
+from megatron_ksa.kernels.ksa_attention import KSAGeometry
 from megatron_ksa.layout.zigzag import ZigZag
 
 plans = st.builds(
@@ -35,5 +37,29 @@ def test_sources_make_up_each_halo_in_order(plan):
         for halo, pieces in zip(plan.needed(rank), plan.sources(rank), strict=True):
             assert [row for _, piece in pieces for row in piece] == list(halo)
             for source, piece in pieces:
-                assert owned(plan, source)[plan.held(source, piece)] == list(piece)
+                segment, rows = plan.held(source, piece)
+                assert plan.segment(plan.split.segments(source)[segment])[rows] == piece
                 assert piece in plan.pieces(source, rank)
+
+
+@given(plans)
+def test_queries_behind_the_head_see_nothing_before_their_segment(plan):
+    for index in range(1, 2 * plan.split.size):
+        segment, head = plan.segment(index), plan.head(index)
+        assert list(segment[: len(head)]) == list(head)
+        assert all((row - plan.halo_rows < segment.start) == (row in head) for row in segment)
+    assert not plan.head(0)
+
+
+@pytest.mark.parametrize(
+    ("window", "size", "heads", "kv_heads", "passes"),
+    [
+        (128, 2, 16, 16, 1), (1024, 2, 16, 16, 1), (16384, 2, 16, 16, 2),
+        # 2 x 8192 rows of halos and 12,288 summaries, 32,768 queries; then 14,336 and 16,384.
+        (1024, 4, 16, 16, 1), (1024, 8, 16, 16, 2), (128, 8, 16, 16, 1), (128, 16, 16, 16, 2), (128, 16, 16, 4, 1),
+        # The halo is as long as a segment.
+        (1024, 8, 16, 1, 2), (1023, 8, 16, 1, 1),
+    ],
+)  # fmt: skip
+def test_one_pass_where_no_more_keys_arrive_than_there_are_queries(window, size, heads, kv_heads, passes):
+    assert fewest_passes(KSAGeometry(8, 1, window), 131072, size, heads, kv_heads) == passes

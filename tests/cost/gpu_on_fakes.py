@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+import single_process
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions import fused_bias_swiglu
@@ -26,6 +27,8 @@ from megatron_ksa.config.distill import DistillConfig
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.recompute import Recompute
+from megatron_ksa.context_parallel import exchange
+from megatron_ksa.context_parallel.attention import take_passes
 from megatron_ksa.cost.live_memory import LiveMemory
 from megatron_ksa.kernels.distillation import RowStatistics
 from megatron_ksa.model.chunked_loss import ChunkedLoss
@@ -96,6 +99,19 @@ def gpu_path(monkeypatch):
     monkeypatch.setattr(layers, "torch", _OnCpu())
 
 
+@pytest.fixture
+def rank_of_two(monkeypatch) -> None:
+    """Let models be those of the second of two context-parallel ranks, which sends nothing and waits for nobody."""
+    groups = process_groups()
+    monkeypatch.setattr(groups, "cp", SimpleNamespace(rank=lambda: 1, size=lambda: 2))
+    monkeypatch.setattr(single_process, "process_groups", lambda: groups)
+    sent = SimpleNamespace(wait=lambda: None)
+    collectives = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    monkeypatch.setattr(exchange, "dist", SimpleNamespace(**{name: lambda *_, **__: sent for name in collectives}))
+    yield
+    take_passes("auto")
+
+
 class _OnCpu:
     """torch, whose current device is the CPU."""
 
@@ -126,7 +142,7 @@ def peaks(
     """Bytes beside parameters, gradients and optimizer state in a step of one micro-batch in bfloat16.
 
     Args:
-        sizes: fields of `TransformerConfig`.
+        sizes: fields of `TransformerConfig`; a context-parallel size of 2 goes with the fixture `rank_of_two`.
         model: further fields of `KSAGPTModelConfig`.
 
     Returns:
@@ -151,7 +167,8 @@ def peaks(
         if distill:
             built.distillation.set_scale(1.0)
         compute = DistillationLoss(loss, settings) if distill else ChunkedLoss(loss)
-        tokens = torch.zeros(1, length, dtype=torch.int64)
+        own = length // config.context_parallel_size
+        tokens = torch.zeros(1, own, dtype=torch.int64)
         with _counted(built) as memory:
 
             def marked(*, hidden_states: Tensor, **kwargs) -> Tensor:
@@ -165,6 +182,6 @@ def peaks(
                 result = compute(hidden_states=hidden_states, **kwargs)
                 return result.total if distill else result
 
-            positions = torch.arange(length).expand(1, length)
+            positions = torch.arange(own).expand(1, own)
             built(tokens, positions, labels=tokens, output_processor=marked).float().sum().backward()
             return found[0], found[1], memory.peak

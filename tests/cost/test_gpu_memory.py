@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
-from gpu_on_fakes import gpu_path, peaks  # noqa: F401 (a fixture)
+from gpu_on_fakes import gpu_path, peaks, rank_of_two  # noqa: F401 (fixtures)
 
 from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.recompute import CHEAP, EVERY, FULL, NONE, Recompute
+from megatron_ksa.context_parallel.attention import take_passes
 from megatron_ksa.cost.memory import backward_working, loss_working, saved_activations
 from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 
@@ -59,3 +60,14 @@ def test_peaks_are_those_of_the_code(gpu_path, kind, recompute):  # noqa: F811
     ksa, config, changes, layout, model = KINDS[kind]
     found = peaks(ksa, 16384, recompute, {**SIZES, **config}, loss=LossConfig(1024), vocab_size=WORDS, **model)
     assert found == pytest.approx(expected(ksa, 16384, recompute, changes, **layout), rel=2e-3)
+
+
+@pytest.mark.parametrize("recompute", [NONE, FULL], ids=str)
+@pytest.mark.parametrize(("pattern", "passes"), [("k", "1"), ("k", "2"), ("w", "1"), ("w", "2")])
+def test_peaks_under_context_parallelism(gpu_path, rank_of_two, pattern, passes, recompute):  # noqa: F811
+    take_passes(passes)
+    ksa, length = dataclasses.replace(KSA, layer_pattern=pattern), 65536
+    sizes = {**SIZES, "context_parallel_size": 2}
+    found = peaks(ksa, length, recompute, sizes, loss=LossConfig(1024), vocab_size=WORDS)
+    plan = {"context_parallel": 2, "context_passes": passes}
+    assert found == pytest.approx(expected(ksa, length, recompute, {}, **plan), rel=1e-3)

@@ -22,9 +22,20 @@ def test_layouts_by_name():
     assert "--sequence-parallel" in layout.flags and layout.flags[-1] == "a2a"
     assert parse_layout("one").flags == [] and parse_layout("one").gpus == 1
     assert name_of({"layout": "tp2-cp4-a2a"}) == "TP 2 x CP 4, all-to-all"
+    layout = parse_layout("cp2-two-passes-fit")
+    assert (layout.passes, layout.fit, layout.gpus) == ("2", True, 2)
+    assert parse_layout("one-fit").flags == ["--recompute-to-fit", "--recompute-to-fit-gpu", "79.18"]
+    assert name_of({"layout": "cp2-two-passes-fit"}) == "CP 2, two passes, recompute to fit"
+    assert name_of({"layout": "one-fit", "kind": "te"}) == "one GPU, recompute to fit, te"
 
 
-@pytest.mark.parametrize("name", ["", "cp", "cp0", "cp2-cp4", "tp2-a2a", "dp2", "cp2-"])
+OTHERS = (
+    "", "cp", "cp0", "cp2-cp4", "tp2-a2a", "dp2", "cp2-", "one-pass", "tp2-one-pass", "cp2-a2a-two-passes", "fit",
+    "cp2-fit-fit", "one-a2a",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_another_name_is_one_line(name):
     with pytest.raises(UsageError, match="--layouts"):
         parse_layout(name)

@@ -145,9 +145,13 @@ def several_gpus(gpus: int) -> tuple[Part, ...]:
     # One micro-batch adds nothing up, so that gradients may have 16 bits; few rows of the output layer at a time.
     million = ("--models", "ksa", "--lengths", "1048576", "--loss-rows", "1024", "--limit", "150")
     short = (*UNCHECKED, "--grad-reduce-in-bf16")
+    # Both ways to attend in one run: two GPUs decide which one is taken.
+    passes = ["cp2-two-passes"] if gpus == 2 else []
     parts = [
-        Part("speed", "128k: CP on all GPUs and fewer, against one GPU and full attention", 170, 260,
-             _ranks("--layouts", every, *fewer, "one", "--full-layouts", every, *long)),
+        Part("speed", "128k: CP on all GPUs and fewer, against one GPU and full attention", 200, 300,
+             _ranks("--layouts", every, *passes, *fewer, "one", "--full-layouts", every, *long)),
+        Part("speed_fit", "128k: CP on all GPUs against one GPU, each with the recompute that fits 80 GB", 130, 220,
+             _ranks("--layouts", f"{every}-fit", "one-fit", "--models", "ksa", *long)),
         Part("million", "a step of 1,048,576 tokens, context parallelism alone", 120, 180,
              _ranks("--layouts", every, *million, flags=short), gpus=4),
         Part("nccl", "losses and gradient norms of each layout as one process", 110, 240,

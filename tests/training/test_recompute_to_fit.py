@@ -34,6 +34,9 @@ KSA = "--ksa --position-embedding-type rope --recompute-to-fit"
         (f"{KSA} --recompute-modules mlp", "so does --recompute-modules: drop one"),
         (f"{KSA} -1", "--recompute-to-fit is -1: GiB to spare, a number of at least 0"),
         (f"{KSA} nan", "--recompute-to-fit is nan"),
+        (f"{KSA} --recompute-to-fit-gpu 0", "--recompute-to-fit-gpu is 0: GiB of a GPU, a number above 0"),
+        (f"{KSA} --recompute-to-fit-gpu inf", "--recompute-to-fit-gpu is inf"),
+        (f"{KSA[:-19]} --recompute-to-fit-gpu 80", "what --recompute-to-fit fills, which is missing: add it"),
         (f"{KSA} --cuda-graph-impl local", "--cuda-graph-impl local.*use full_iteration or none"),
         (
             f"{KSA} --decoder-first-pipeline-num-layers 1 --pipeline-model-parallel-size 2",
@@ -52,6 +55,12 @@ def test_what_it_does_not_go_with_is_one_line(monkeypatch, flags, message):
 def test_the_flag_with_and_without_a_number(monkeypatch):
     margins = [settings_from_args(parse(monkeypatch, flags)).fit.margin for flags in (KSA, f"{KSA} 2.5", KSA[:-19])]
     assert margins == [4.0, 2.5, None]
+
+
+def test_a_gpu_that_is_elsewhere_needs_its_size(monkeypatch):
+    with pytest.raises(UsageError, match="^--recompute-to-fit fills .*give --recompute-to-fit-gpu the GiB of one that"):
+        _check_machine(parse(monkeypatch, KSA))
+    _check_machine(parse(monkeypatch, f"{KSA} --recompute-to-fit-gpu 79.18"))
 
 
 def test_norms_by_megatrons_flag_need_transformer_engine(monkeypatch):

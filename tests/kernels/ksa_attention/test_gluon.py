@@ -8,6 +8,8 @@ from compare import assert_close
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, triton_joint, triton_text
 from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
 
+# The queries of a segment from 1024 on that see nothing before it, as context parallelism has them.
+TAIL = {"query_start": 1152, "query_stop": 1536, "key_start": 1024}
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
@@ -56,18 +58,22 @@ def test_short_work_items_give_the_same_bits_every_time(n, batch, groups):
         (2048, 1, 4, 4, 128, 1000, {"no_summaries": True}),
         (2048, 2, 8, 2, 128, 16, {"no_summaries": True, "document_start": (300, 1701)}),
         (1003, 1, 4, 4, 96, 4, {"no_summaries": True, "query_start": 512}),
+        (2048, 1, 4, 4, 128, 16, {"query_start": 1024, "query_stop": 1152, "key_start": 896}),
+        (2048, 2, 8, 2, 128, 16, {**TAIL, "document_start": (1100,)}),
+        (2048, 1, 4, 4, 128, 16, {**TAIL, "no_summaries": True}),
     ],
 )
 def test_specialised_kernels_equal_the_plain_ones(n, batch, heads, groups, dim, window, options, dtype):
     torch.manual_seed(0)
-    geometry, first = KSAGeometry(8, 1, window), options.get("query_start", 0)
-    summaries = 0 if options.get("no_summaries") else n // 8
-    counts = ((n - first, heads), (n, groups), (n, groups), (summaries, groups), (summaries, groups))
+    geometry, summaries = KSAGeometry(8, 1, window), 0 if options.get("no_summaries") else n // 8
+    places = {name: options.get(name, 0) for name in ("query_start", "key_start")}
+    queries, keys = (options.get("query_stop", n) - start for start in places.values())
+    counts = ((queries, heads), (keys, groups), (keys, groups), (summaries, groups), (summaries, groups))
     rows = [torch.randn(batch, r, h, dim, device="cuda", dtype=dtype).requires_grad_() for r, h in counts]
     start = document_starts(options["document_start"], n, device="cuda") if "document_start" in options else None
     found = []
     for tiles in (HOPPER[128], HALF[128]):
-        out, lse = triton_text.text_attention(*rows, geometry, document_start=start, query_start=first, tiles=tiles)
+        out, lse = triton_text.text_attention(*rows, geometry, document_start=start, tiles=tiles, **places)
         gradients = torch.autograd.grad((out, lse), rows, (torch.ones_like(out), torch.ones_like(lse)))
         found.append((out, lse, *gradients))
     for name, actual, expected in zip(("out", "lse", "dq", "dk", "dv", "dks", "dvs"), *found, strict=True):
