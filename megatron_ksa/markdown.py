@@ -30,14 +30,30 @@ def replace_section(path: Path, name: str, text: str) -> None:
     Raises:
         UsageError: the file has no such lines.
     """
+    before, after = _around(path, name)
+    with whole_file(path) as stream:
+        stream.write(f"{before}{text.strip()}{after}")
+
+
+def check_section(path: Path, name: str) -> None:
+    """Look for the place of a table before it is measured.
+
+    Raises:
+        UsageError: no such file, or no such lines in it as `replace_section` needs.
+    """
+    if not path.is_file():
+        raise UsageError(f"--report {path} does not exist")
+    _around(path, name)
+
+
+def _around(path: Path, name: str) -> tuple[str, str]:
+    """What stands before and behind the text of a section, with its two lines."""
     first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-    content = path.read_text(encoding="utf-8")
-    before, found, rest = content.partition(first)
+    before, found, rest = path.read_text(encoding="utf-8").partition(first)
     _, ended, after = rest.partition(last)
     if not found or not ended:
         raise UsageError(f"{path}: no section between {first} and {last} to write the table into")
-    with whole_file(path) as stream:
-        stream.write(f"{before}{first}\n{text.strip()}\n{last}{after}")
+    return f"{before}{first}\n", f"\n{last}{after}"
 
 
 def report_command(description: str, measured_by: str, write: Callable[[Path, Path], object]) -> None:

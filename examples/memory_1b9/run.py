@@ -19,12 +19,14 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 import installed  # noqa: F401
+import report
 import torch
 from model_1b9 import LAYERS, TINY_LAYERS, training_flags
 
 from megatron_ksa.config.recompute import CHEAP, FULL, MODULES, NONE, Recompute
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import whole_file
+from megatron_ksa.markdown import check_section
 from megatron_ksa.platform.ranks import run_ranks
 
 HERE = Path(__file__).parent
@@ -124,8 +126,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")
     parser.add_argument("extra", nargs="*", default=[], help="flags for pretrain_gpt.py, after --")
     options = parser.parse_args()
-    if options.report and not options.report.is_file():
-        raise UsageError(f"--report {options.report} does not exist")
+    if options.report:
+        check_section(options.report, report.SECTION)
     if not options.tiny and not torch.cuda.is_available():
         raise UsageError("no GPU is here: add --tiny for a small model on the CPU")
     return options
@@ -141,11 +143,9 @@ def main() -> None:
         runs = [run for run in runs if any(run[key] != result[key] for key in kind)] + [result]
         with whole_file(options.out) as stream:
             stream.write(json.dumps(runs, indent=1) + "\n")
-        from report import tables, write_report
-
-        print(tables(runs))
+        print(report.tables(runs))
         if options.report:
-            write_report(options.out, options.report)
+            report.write_report(options.out, options.report)
     sys.exit("error" in result)
 
 

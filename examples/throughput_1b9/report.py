@@ -109,10 +109,14 @@ def _where(runs: list[dict]) -> str:
     return f"{text}; medians of the iterations after the warm-up."
 
 
+def section(results: Path) -> str:
+    """The section that the tables of a file of results have."""
+    return SECTION + results.stem.removeprefix("results")
+
+
 def write_report(results: Path, path: Path) -> None:
     """Put the tables of a file of results into its section of a Markdown file."""
-    runs = json.loads(results.read_text(encoding="utf-8"))
-    replace_section(path, SECTION + results.stem.removeprefix("results"), tables(runs))
+    replace_section(path, section(results), tables(json.loads(results.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

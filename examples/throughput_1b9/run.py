@@ -1,6 +1,6 @@
 """Throughput of the KSA report's 1.9B model, on one GPU or several: KSA against the same model with full attention.
 
-    python examples/throughput_1b9/run.py --report docs/results.md
+    python examples/throughput_1b9/run.py --out examples/throughput_1b9/results_h100.json --report docs/results.md
     python examples/throughput_1b9/run.py --models ksa summary distil --lengths 8192 32768 --out distil.json
     python examples/throughput_1b9/run.py --models ksa --lengths 8192 --kinds local te fp8_delayed fp8_delayed+graph
     python examples/throughput_1b9/run.py --shape 8b_8layers --models ksa --lengths 8192 --kinds te fp8_tensorwise
@@ -33,6 +33,7 @@ from runs import KINDS, LAYERS, LENGTHS, MODELS, SHAPES, STAGES, Run, captures, 
 
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.files import check_writable, whole_file, writing
+from megatron_ksa.markdown import check_section
 from megatron_ksa.platform.ranks import run_ranks
 from megatron_ksa.results import stored_runs
 
@@ -52,12 +53,17 @@ def measure(model: str, length: int, kind: str, options: argparse.Namespace) -> 
     command = [sys.executable, str(HERE / "timed_pretrain.py"), str(record), str(warm_up), str(measured)]
     command += [str(options.profile / f"{name}.txt") if options.profile else "-", *flags]
     result = run_recorded(command, record, min(options.limit, left_of(options)))
-    if options.commit and "machine" in result:
-        result["machine"]["commit"] = options.commit
+    name_commit(result, options.commit)
     run = {"model": model, "length": length, "cuda_graphs": captures(kind, options)}
     if (options.shape, kind) != ("1b9", "default"):
         run |= {"shape": options.shape, "kind": kind}
     return {**result, **run}
+
+
+def name_commit(result: dict, commit: str | None) -> None:
+    """Put a commit that was given into a result: git did not know it, nor what has changed since."""
+    if commit and "machine" in result:
+        result["machine"] |= {"commit": commit, "kernels_changed_since": None}
 
 
 def left_of(options: argparse.Namespace) -> float:
@@ -121,8 +127,7 @@ def _result(run: Run, record: Path, options: argparse.Namespace) -> dict:
     """What the ranks have written of a run, with what it was; the file is removed."""
     result = json.loads(record.read_text()) if record.exists() else {}
     record.unlink(missing_ok=True)
-    if result and options.commit:
-        result["machine"]["commit"] = options.commit
+    name_commit(result, options.commit)
     return result | {
         "model": run.model, "length": run.length, "cuda_graphs": captures(run.kind, options),
         "layout": run.layout.name, "gpus": run.layout.gpus, "shape": options.shape, "kind": run.kind,
@@ -233,8 +238,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a model of the same kind that trains on a CPU in seconds")
     parser.add_argument("extra", nargs="*", default=[], help="flags for pretrain_gpt.py, after --")
     options = parser.parse_args()
-    if options.report and not options.report.is_file():
-        raise UsageError(f"--report {options.report} does not exist")
+    if options.report:
+        check_section(options.report, report.section(options.out) if options.layouts is None else report_ranks.SECTION)
     return options
 
 

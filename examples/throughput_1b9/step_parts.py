@@ -1,10 +1,11 @@
 """Parts of a training step of the 1.9B model on one GPU: what each takes, its floor, and what each change brings.
 
-    python examples/throughput_1b9/step_parts.py --report docs/results.md
     python examples/throughput_1b9/step_parts.py --lengths 131072 --variants before all
+    python examples/throughput_1b9/step_parts.py --out step_parts_h100.json --report docs/results.md
 
 Each length and model runs in a process of its own, in which the variants of the step take turns. Results are written
-after each; a second call goes on with those that are missing or failed.
+after each; a second call goes on with those that are missing or failed. The tables of step_parts_h100.json go into the
+section `step_parts_h100` of the Markdown file.
 """
 
 import argparse
@@ -12,12 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-from run import HERE, run_recorded
+from run import HERE, name_commit, run_recorded
 from runs import training_flags
 
-from megatron_ksa.errors import UsageError, usage_errors_exit
+from megatron_ksa.errors import usage_errors_exit
 from megatron_ksa.files import whole_file
-from megatron_ksa.markdown import replace_section, table
+from megatron_ksa.markdown import check_section, replace_section, table
 
 SECTION = "step_parts"
 # Iterations that count of each variant and round, by length.
@@ -59,30 +60,44 @@ def measure(model: str, length: int, options: argparse.Namespace) -> dict:
         *flags,
     ]
     result = run_recorded(command, record, options.limit)
-    if options.commit and "machine" in result:
-        result["machine"]["commit"] = options.commit
+    name_commit(result, options.commit)
     return {**result, "model": model, "length": length}
 
 
 def tables(runs: list[dict]) -> str:
-    """Markdown of all runs that are complete."""
-    done = sorted((run for run in runs if "profiles" in run), key=lambda run: (run["length"], run["model"] != "ksa"))
+    """Markdown of the runs that timed every variant equally often, and parts of those that ended."""
+    timed = sorted(filter(_is_timed, runs), key=lambda run: (run["length"], run["model"] != "ksa"))
+    done = [run for run in timed if "profiles" in run]
     if not done:
         return "Not measured yet."
-    texts = [_where(done[0]), _changes(done)]
+    notes = [run["note"] for run in timed if "note" in run]
+    texts = [" ".join([_where(done[0]), *notes]), _changes(timed)]
     for run in done:
         if "all" in run["profiles"]:
-            texts += [f"{NAMES[run['model']]}, {run['length']:,} tokens, milliseconds of a step:", _parts(run)]
+            texts += [_rates(run), _parts(run)]
     return "\n\n".join(texts)
+
+
+def _is_timed(run: dict) -> bool:
+    """Whether all variants had the same number of turns: one that had its turns late may have met another clock."""
+    counts = {len(times) for times in run.get("times_ms", {}).values()}
+    return len(counts) == 1 and counts != {0}
 
 
 def _where(run: dict) -> str:
     machine = run["machine"]
     return (
         f"One {machine.get('gpu') or machine.get('device')}, torch {machine['torch']}, triton {machine['triton']}, "
-        f"commit {machine['commit'][:9]}; a copy moves {run['copy_bytes_per_ms'] / 1e9:.2f} TB/s, the fastest product "
-        f"computes {run['fastest_flops_per_ms'] / 1e9:.0f} TFLOP/s. Variants take turns in one process; medians. "
-        f"{run.get('note', '')}"
+        f"commit {machine['commit'][:9]}. Variants take turns in one process; medians."
+    )
+
+
+def _rates(run: dict) -> str:
+    """The line above the parts of a run, with the rates behind its floors."""
+    return (
+        f"{NAMES[run['model']]}, {run['length']:,} tokens, milliseconds of a step; a copy moves "
+        f"{run['copy_bytes_per_ms'] / 1e9:.2f} TB/s, the fastest product computes "
+        f"{run['fastest_flops_per_ms'] / 1e9:.0f} TFLOP/s:"
     )
 
 
@@ -123,9 +138,14 @@ def _parts(run: dict) -> str:
     return table(["part", "before", "after", "floor", "gap", "kernels"], rows)
 
 
+def section(results: Path) -> str:
+    """The section that the tables of a file of results have."""
+    return SECTION + results.stem.removeprefix(SECTION)
+
+
 def write_report(results: Path, path: Path) -> None:
     """Put the tables of a file of results into its section of a Markdown file."""
-    replace_section(path, SECTION, tables(json.loads(results.read_text(encoding="utf-8"))))
+    replace_section(path, section(results), tables(json.loads(results.read_text(encoding="utf-8"))))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -134,7 +154,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=HERE / "step_parts.json", help="results, read and added to")
-    parser.add_argument("--report", type=Path, help=f"Markdown file whose {SECTION} section gets the tables")
+    parser.add_argument("--report", type=Path, help="Markdown file with a section named as the results")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], help="text tokens of a sequence")
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES, help="which attention")
     parser.add_argument("--variants", nargs="+", choices=CHANGES, help="which changes; unset: every one")
@@ -147,8 +167,8 @@ def parse_arguments() -> argparse.Namespace:
     # What `training_flags` asks for beside these.
     parser.set_defaults(cuda_graphs=False, loss_rows=0, kept_logits=0, iterations=1, shape="1b9", profile=None)
     options = parser.parse_args()
-    if options.report and not options.report.is_file():
-        raise UsageError(f"--report {options.report} does not exist")
+    if options.report:
+        check_section(options.report, section(options.out))
     return options
 
 

@@ -79,6 +79,7 @@ class StepParts:
         self.parts: dict[str, tuple[dict[str, Part], float]] = {}
         self.done = 0
         self.parameters = 0
+        self.machine: dict = {}
 
     def set_variant(self, variant: Variant, forward_step: object, model: list) -> None:
         """Let the next iteration be this variant."""
@@ -175,16 +176,17 @@ class StepParts:
         )  # fmt: skip
 
     def write(self) -> None:
-        """What is measured by now; with the floors after the last iteration."""
+        """What is measured by now and where; with the floors after the last iteration."""
+        from megatron_ksa.kernels.benchmarks.measure import header
+
+        on_gpu = torch.cuda.is_available()
+        self.machine = self.machine or header("cuda" if on_gpu else "cpu", None)
         record: dict = {
             "iteration_ms": {name: statistics.median(times) for name, times in self.times.items() if times},
-            "times_ms": self.times, "peak_gib": self.peaks, "losses": self.losses,
+            "times_ms": self.times, "peak_gib": self.peaks, "losses": self.losses, "machine": self.machine,
         }  # fmt: skip
         if self.done == len(self.plan):
-            from megatron_ksa.kernels.benchmarks.measure import header
-
-            on_gpu = torch.cuda.is_available()
-            record |= {"machine": header("cuda" if on_gpu else "cpu", None), "flops": count_flops()}
+            record["flops"] = count_flops()
             peak = PEAKS.get(next((name for name in PEAKS if on_gpu and name in torch.cuda.get_device_name()), ""))
             if peak:
                 ms = record["iteration_ms"]

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import warm
+from example_modules import example_modules
 
 from megatron_ksa.errors import UsageError
 
@@ -19,17 +19,8 @@ LOG = (
 
 @pytest.fixture
 def example(monkeypatch):
-    """Modules of the example, forgotten afterwards: other examples have modules of the same names."""
-    names = ("run", "report", "with_noise")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import report
-    import run
-
-    yield run, report
-    for name in names:
-        sys.modules.pop(name, None)
+    """`run` and `report`."""
+    yield from example_modules(monkeypatch, FOLDER, "run", "report", others=("with_noise",))
 
 
 def test_losses_are_read_from_the_log_and_the_second_is_no_mean(example, monkeypatch, tmp_path):
