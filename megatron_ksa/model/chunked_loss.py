@@ -22,6 +22,7 @@ from torch.autograd.function import FunctionCtx
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.kernels.cross_entropy import gradients, statistics
 from megatron_ksa.kernels.weight_gradient import add_product
+from megatron_ksa.upstream.saved_weights import in_its_buffer
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if work is not None:
                 work.wait()
         if shard.fused:
-            d_weight = _tell_main_grad_is_done(weight, ctx.main_grad)
+            weight.main_grad = ctx.main_grad
+            d_weight = in_its_buffer(weight)
         elif d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None
@@ -171,20 +173,6 @@ def _add_product(total: Tensor, d_logits: Tensor, rows: Tensor, fused: bool) -> 
         add(rows, d_logits, total)
     else:
         add_product(rows, d_logits, total)
-
-
-def _tell_main_grad_is_done(weight: Tensor, main_grad: Tensor) -> Tensor | None:
-    """Megatron's protocol of gradient accumulation fusion: a gradient that DDP's hook receives and does not add.
-
-    A weight shared with the embedding has `zero_out_wgrad`: there the hook adds what autograd summed, embedding and
-    zeros.
-    """
-    weight.main_grad = main_grad
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
-    return make(weight)
 
 
 def chunked_cross_entropy(

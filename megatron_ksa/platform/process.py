@@ -38,6 +38,7 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False, checkpoint_sums
         gradient_buffers,
         one_pass_optimizer,
         optimizer_kernels,
+        saved_weights,
         te_gradients,
         weight_gradients,
     )
@@ -51,6 +52,7 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False, checkpoint_sums
         *gradients,
         *activation.PATCHES,
         *embedding.PATCHES,
+        *saved_weights.PATCHES,
         *pickles,
         *comparisons,
         *dataset_helpers.PATCHES,

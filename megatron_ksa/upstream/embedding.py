@@ -17,6 +17,7 @@ from megatron_ksa.kernels.dispatch import fuses
 from megatron_ksa.kernels.embedding_gradient import add_rows
 from megatron_ksa.kernels.weight_gradient import unwritten
 from megatron_ksa.upstream.patches import Patch
+from megatron_ksa.upstream.saved_weights import in_its_buffer
 
 
 class _Lookup(torch.autograd.Function):
@@ -35,9 +36,7 @@ class _Lookup(torch.autograd.Function):
         (words,), weight = ctx.saved_tensors, ctx.weight
         unwritten.fill(weight.main_grad)
         add_rows(words.flatten(), d_out.flatten(0, -2), weight.main_grad)
-        weight.grad_added_to_main_grad = True
-        # DDP's hook wants a gradient, and does not add this one.
-        return None, torch.empty_like(weight)
+        return None, in_its_buffer(weight)
 
 
 def _adds_itself(embedding: VocabParallelEmbedding) -> bool:
