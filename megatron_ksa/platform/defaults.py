@@ -28,16 +28,17 @@ def trainer_defaults() -> dict[str, object]:
 
     Returns:
         Argument destination -> default. Without Transformer Engine the local layers are the default, and each fusion
-        whose kernel is missing is off. On a CPU all fusions are off and gloo takes NCCL's place.
+        whose kernel is missing is off. On a CPU gloo takes NCCL's place.
     """
     defaults: dict[str, object] = {"eval_interval": EVAL_INTERVAL}
+    if not importable("fused_weight_gradient_mlp_cuda"):
+        defaults["gradient_accumulation_fusion"] = False
     if not torch.cuda.is_available():
         return defaults | {
             "use_cpu_initialization": True,
             "transformer_impl": "local",
             "distributed_backend": "gloo",
             "masked_softmax_fusion": False,
-            "gradient_accumulation_fusion": False,
             "no_persist_layer_norm": True,
             "bias_dropout_fusion": False,
             "bias_swiglu_fusion": False,
@@ -48,8 +49,6 @@ def trainer_defaults() -> dict[str, object]:
         defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
     if not importable("scaled_masked_softmax_cuda"):
         defaults["masked_softmax_fusion"] = False
-    if not importable("fused_weight_gradient_mlp_cuda"):
-        defaults["gradient_accumulation_fusion"] = False
     if not importable("apex.contrib.layer_norm.layer_norm"):
         defaults["no_persist_layer_norm"] = True
     return defaults

@@ -43,7 +43,7 @@ def prepare_process(fsdp2: bool, trust_checkpoint: bool = False, checkpoint_sums
         weight_gradients,
     )
 
-    fused = weight_gradients.patches() if torch.cuda.is_available() and not fsdp2 else ()
+    fused = () if fsdp2 else weight_gradients.patches()
     gradients = (*fused, *gradient_buffers.PATCHES, *te_gradients.patches())
     pickles = () if trust_checkpoint else checkpoint_pickle.PATCHES
     optimizer = (*distributed_optimizer.patches(), *optimizer_kernels.patches(), *one_pass_optimizer.patches())
