@@ -273,10 +273,11 @@ def _refused_until_run(config: Any, name: Callable[..., str]) -> Refusals:
 
 def check_distillation(config: Any, name: Callable[..., str]) -> None:
     """Refuse distillation where no GPU has been seen to do it right; `config` as in `check_settings`."""
-    if config.fp8 and fp8_recipe(config) != DISTILS_IN and REFUSES_UNCHECKED:
+    recipe = fp8_recipe(config) if config.fp8 else DISTILS_IN
+    if recipe != DISTILS_IN and REFUSES_UNCHECKED:
         raise UsageError(
-            f"distillation does not go with {name('fp8_recipe', fp8_recipe(config))}: its losses were not within 1 % of "
-            f"those in 16 bits; use {name('fp8_recipe', DISTILS_IN)}, or 16 bits"
+            f"distillation does not go with {name('fp8_recipe', recipe)}: its losses were not within 1 % of those in "
+            f"16 bits; use {name('fp8_recipe', DISTILS_IN)}, or 16 bits"
         )
 
 

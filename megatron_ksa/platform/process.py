@@ -6,8 +6,6 @@ import pkgutil
 import sys
 from importlib.metadata import version
 
-import torch
-
 from megatron_ksa import upstream
 from megatron_ksa.upstream.cpu.cpu import activate_cpu_platform
 from megatron_ksa.upstream.patches import Patch, apply_for_good

@@ -1,9 +1,9 @@
-"""Megatron's linear layers under hooks on saved tensors, and its protocol of gradients that are in their buffer already.
+"""Weight gradients that are in their buffer already: how DDP is told, and Megatron's linear layers under hooks.
 
-A layer whose product adds a weight's gradient to `main_grad` itself gives autograd a tensor that DDP's hook receives and
-does not add, and marks the weight. Megatron 0.19.2 marks the weight that it saved; where hooks on saved tensors are on
-(`SavedAgain`), what it gets back is a copy without the parameter's attributes, and autograd gets no gradient at all.
-`--overlap-grad-reduce` then ended in an assertion. Transformer Engine keeps a reference to the parameter.
+A layer whose product adds a weight's gradient to `main_grad` itself gives autograd a tensor that DDP's hook receives
+and does not add, and marks the weight. Megatron 0.19.2 marks the weight that it saved. Where hooks on saved tensors are
+on (`SavedAgain`), what it gets back is a copy without the parameter's attributes, and autograd gets no gradient:
+`--overlap-grad-reduce` ended in an assertion. Transformer Engine keeps a reference to the parameter.
 """
 
 import weakref

@@ -7,6 +7,7 @@ on the host.
 
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from megatron_ksa.kernels.weight_gradient import add_product
@@ -24,6 +25,8 @@ class _Module(ModuleType):
 
 
 MODULE = _Module(NAME, __doc__)
+# Whoever looks for apex's module with `find_spec` gets a ValueError of one without.
+MODULE.__spec__ = ModuleSpec(NAME, None)
 PATCHES = (
     # Megatron imports it in several places, some of them when a gradient is formed.
     Patch(f"sys:modules.{NAME}", lambda original: MODULE, why=WHY, expects=ABSENT),

@@ -64,7 +64,7 @@ def _throughput(out: str, *words: str) -> tuple[str, ...]:
 
 def _checks(out: str, *names: str) -> tuple[str, ...]:
     only = ("--only", *names) if names else ()
-    return (f"{TRAINING}/gpu_check.py", "--out", f"OUT/{out}", "--seconds", "LEFT", *only)
+    return (f"{TRAINING}/gpu_check.py", "--out", f"OUT/{out}", "--seconds", "LEFT", "--commit", "COMMIT", *only)
 
 
 def _parts(*words: str) -> tuple[str, ...]:
@@ -140,7 +140,8 @@ def several_gpus(gpus: int) -> tuple[Part, ...]:
     every, half = f"cp{gpus}", gpus // 2
     fewer = [f"cp{size}" for size in (4, 2) if size < gpus]
     other = [f"{every}-a2a", *([f"tp2-cp{half}"] if half > 1 else [])]
-    nccl = (f"{TRAINING}/nccl_check.py", "--processes", "GPUS", "--out", f"OUT/nccl_{gpus}.json", "--seconds", "LEFT")
+    nccl = (f"{TRAINING}/nccl_check.py", "--processes", "GPUS", "--out", f"OUT/nccl_{gpus}.json", "--seconds", "LEFT",
+            "--commit", "COMMIT")  # fmt: skip
     long = ("--lengths", "131072", "--limit", "75")
     # One micro-batch adds nothing up, so that gradients may have 16 bits; few rows of the output layer at a time.
     million = ("--models", "ksa", "--lengths", "1048576", "--loss-rows", "1024", "--limit", "150")

@@ -39,7 +39,7 @@ def test_defaults_on_a_cpu():
     assert found["distributed_backend"] == "gloo" and found["transformer_impl"] == "local"
     assert found["use_cpu_initialization"] is True and found["num_workers"] == 0
     fusions = {name: on for name, on in found.items() if name.endswith("_fusion")}
-    assert len(fusions) == 5 and not any(fusions.values())
+    assert len(fusions) == 4 and not any(fusions.values()), "weight gradients have a stand-in for apex's kernel"
 
 
 @pytest.mark.parametrize("missing", KERNELS)

@@ -25,8 +25,10 @@ from trainer import launch, steps
 
 from megatron_ksa.files import whole_file
 from megatron_ksa.platform.defaults import importable
+from megatron_ksa.results import machine
 
 STEPS = 8
+PACKAGES = ("megatron-core", "transformer-engine")
 # Kinds in one set of processes.
 TOGETHER = 5
 # Of a run that is interrupted: after so many steps.
@@ -358,10 +360,12 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=4, help="groups of processes at a time (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=120, help="seconds for a run (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="seconds for all of them (default: unlimited)")
+    parser.add_argument("--commit", help="of the code, where it is no git checkout")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: these checks need a GPU")
     end = time.monotonic() + args.seconds
+    here = machine(args.commit, PACKAGES)
     earlier = json.loads(args.out.read_text(encoding="utf-8"))["results"] if args.out and args.out.exists() else {}
     asked = with_compared([name for name in args.only if not is_done(name, earlier.get(name, {}))])
     results: dict[str, dict] = {name: {"skipped": why} for name in asked if (why := missing(KINDS[name]))}
@@ -375,9 +379,8 @@ def main() -> None:
         if args.out:
             with whole_file(args.out) as stream:
                 stream.write(
-                    json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                                "results": earlier | results}, indent=1) + "\n"
-                )  # fmt: skip
+                    json.dumps({"machine": here, "steps": STEPS, "results": earlier | results}, indent=1) + "\n"
+                )
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.at_once) as pool:
         parts = groups([name for name in asked if name not in results])

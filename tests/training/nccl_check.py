@@ -28,10 +28,12 @@ from nccl_layouts import EXPERTS, FP8, LAYOUTS, LOCAL, SIZES, Layout
 from trainer import launch, steps
 
 from megatron_ksa.files import whole_file
+from megatron_ksa.results import machine
 
 STEPS = 4
 # With less time left of --seconds, no set of processes is started.
 SHORTEST = 25
+PACKAGES = ("megatron-core", "transformer-engine")
 # Sets of processes: FP8 layouts of Transformer Engine are refused or taken all together.
 BATCHES = ("local", "transformer_engine", "fp8")
 TIME_IS_OVER = "the time of --seconds is over"
@@ -196,6 +198,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", choices=BATCHES, default=[], help="kinds of layouts that are left out")
     parser.add_argument("--limit", type=float, default=50, help="seconds for a layout (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="seconds for all of them (default: unlimited)")
+    parser.add_argument("--commit", help="of the code, where it is no git checkout")
     args = parser.parse_args()
     layouts = LAYOUTS[args.processes]
     if args.list:
@@ -214,7 +217,8 @@ def main() -> None:
     # Tensor and context parallelism want it before CUDA starts.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     device = torch.cuda.get_device_name() if gpus else "CPU, gloo"
-    record = {"device": device, "processes": args.processes, "torch": torch.__version__, "steps": STEPS}
+    here = machine(args.commit, PACKAGES)
+    record = {"device": device, "processes": args.processes, "steps": STEPS, "machine": here}
 
     def tell(results: dict) -> None:
         if args.out:

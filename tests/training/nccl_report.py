@@ -26,7 +26,8 @@ def text(record: dict) -> str:
         ]
         rows.append([name, found, *numbers, _yes(result["agrees"])])
     columns = ["layout", "largest relative deviation", "allowed", "at the first step", "allowed", "agrees"]
-    where = f"{record['processes']} {record['device']}, torch {record['torch']}, {record['steps']} steps:"
+    versions = f"torch {record['machine']['torch']}, commit {record['machine']['commit']}"
+    where = f"{record['processes']} {record['device']}, {versions}, {record['steps']} steps:"
     parts = [where, table(columns, rows)]
     return "\n\n".join([*parts, *(f"Not run ({why}): {'; '.join(names)}." for why, names in skipped.items())])
 
