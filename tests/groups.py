@@ -54,7 +54,6 @@ FORKS = frozenset(
     training/test_arguments.py
     training/test_loss_mask.py
     training/test_refused_runs.py
-    upstream/test_weight_gradients.py
     """.split()
 )
 GROUPS = {"world": WORLD, "slurm": SLURM, "forks": FORKS}
