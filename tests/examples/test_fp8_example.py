@@ -52,9 +52,13 @@ def test_a_recipe_stands_beside_16_bits(example, tmp_path):
     assert report.spread(runs).startswith(
         "2 runs in 16 bits that differ by chance: the last mean is +0.00 % to +1.00 %"
     )
+    # From the same start: 3.02 / 3 and 3.0906 / 3.03.
+    noisy = {"kind": "fp8_delayed_noise_1", "losses": [4.1, 2.0812]}
+    assert report.recipes(runs) == [["FP8, delayed", 1, "+0.67 %", ""]]
+    assert report.recipes([*runs, noisy]) == [["FP8, delayed", 2, "+1.33 %", "0.67 %"]]
     assert not report.spread([run for run in runs if run["kind"] != "te_noise_1"])
     results, page = tmp_path / "results.json", tmp_path / "README.md"
-    results.write_text(json.dumps({"device": "x", "torch": "2", "steps": 2, "tokens": 5, "runs": runs}))
+    results.write_text(json.dumps({"device": "x", "torch": "2", "steps": 2, "lr": "1", "tokens": 5, "runs": runs}))
     page.write_text("<!-- results -->\n<!-- /results -->\n")
     report.write_report(results, page)
     assert "| FP8, delayed |" in page.read_text() and "+1.00 %" in page.read_text()

@@ -79,7 +79,7 @@ ONE_GPU = (
           "no:cacheprovider"), together=True),
     Part("checks", "the trainer with each kind of layers trains to the same losses", 290, 400,
          _checks("gpu_check.json", *FIRST_CHECKS), te=True, together=True),
-    Part("fp8_curve", "FP8 over 200 steps beside the spread of 16 bits, and resumed", 210, 330,
+    Part("fp8_curve", "FP8 over 200 steps beside 16 bits from the same three starts, and resumed", 350, 480,
          ("examples/fp8/run.py", "--out", "OUT/fp8.json", "--at-once", "7", "--limit", "240"), te=True, together=True),
     Part("local_8k", "8k: MFU of KSA, KSA / full attention", 110, 200,
          _throughput("results_h100.json", "--lengths", "8192", "--kinds", "local", *UNCHECKED)),
