@@ -4,9 +4,9 @@
     python examples/fp8/report.py examples/fp8/results.json examples/fp8/README.md
 
 Every kind trains on the same sequences: the bytes of this repository's files. Transformer Engine's 16 bits and each
-recipe begin three times: from the same weights, and twice with noise in them as large as FP8's rounding (`..._noise_1`),
-which makes no run better. A recipe is compared with 16 bits from the same start. Each kind without noise then goes on
-from its checkpoint halfway. A machine with Transformer Engine and a GPU with FP8 is needed.
+recipe begin three times: from the same weights, and twice with noise in the weights as large as FP8's rounding
+(`..._noise_1`), which makes no run better. A recipe is compared with 16 bits from the same start. Each kind without
+noise then goes on from its checkpoint halfway. A machine with Transformer Engine and a GPU with FP8 is needed.
 A second call with the same --out keeps the kinds that it does not train.
 """
 
