@@ -27,20 +27,22 @@ from scipy.special import xlogy
 
 from megatron_ksa.data_tools.benchmarks.compared import difference, differs, mean_and_deviation
 from megatron_ksa.data_tools.benchmarks.tags_objective import (
-    JUDGED,
+    ALL,
     KEPT_BACK,
     SHARE,
     TAGGERS,
-    TUNED,
     at_quality,
     defaults,
+    grouped,
     judge,
     prepare,
+    taggers_of,
 )
 from megatron_ksa.data_tools.benchmarks.tags_pools import draw_scores
 from megatron_ksa.data_tools.tags.greedy import greedy
 from megatron_ksa.data_tools.tags.objective import (
     POWER,
+    SHARE_EXPONENT,
     Coverage,
     default_share_exponent,
     node_weights,
@@ -55,6 +57,7 @@ from megatron_ksa.results import Results
 
 DRAWS = 12
 MIG, DEFAULT = "MIG (label-graph)", "tree (the default objective)"
+FORMER = "share exponent by the number of tags alone, the former default"
 MEASURED = ("labels", "effective")
 # Prices of a unit of mean score, in nats of entropy, of which the best bounds the entropy.
 PRICES = np.geomspace(1e-3, 20, 60)
@@ -79,22 +82,22 @@ class Variant:
         depth_weight: as the sampler has it.
         scored: gains times the score.
         rare: `--rare-tags`, None for the default.
-        share_exponent: `--share-exponent`, None for the default.
+        share_exponent: `--share-exponent` of the pool's shares, as `objective.tag_shares` gives them.
     """
 
     shape: Callable[[np.ndarray], tuple[float, float]] = lambda counts: (POWER, 1.0)
     depth_weight: float = 1.0
     scored: bool = False
     rare: int | None = None
-    share_exponent: float | None = None
+    share_exponent: Callable[[csr_array], float] = default_share_exponent
 
     def choose(self, pool: Pool, exponent: float) -> np.ndarray:
         """int64 [chosen], with the exponent of the score."""
         power, branches = self.shape(np.diff(pool.indptr))
-        share = default_share_exponent(pool.indptr) if self.share_exponent is None else self.share_exponent
         weight = node_weights(
-            pool.held, pool.parent, pool.depth, power=power, share_exponent=share, depth_weight=self.depth_weight
-        )
+            pool.held, pool.parent, pool.depth,
+            power=power, share_exponent=self.share_exponent(pool.shares), depth_weight=self.depth_weight,
+        )  # fmt: skip
         above = np.unique(pool.parent[pool.parent >= 0])
         weight[above] *= branches
         score = strengths(pool.quality, pool.difficulty, quality_weight=exponent)
@@ -118,8 +121,13 @@ def _by_only_tags(counts: np.ndarray) -> tuple[float, float]:
     return 0.4 + 0.4 * only, 1 - 0.97 * only
 
 
+def _by_number_alone(shares: csr_array) -> float:
+    return SHARE_EXPONENT * (1 - float((1 / np.diff(shares.indptr)).mean()))
+
+
 VARIANTS = {
     DEFAULT: Variant(),
+    FORMER: Variant(share_exponent=_by_number_alone),
     "depth weight 0.5": Variant(depth_weight=0.5),
     "branches at 0.3": Variant(lambda counts: (POWER, 0.3)),
     "branches at 2": Variant(lambda counts: (POWER, 2.0)),
@@ -130,7 +138,7 @@ VARIANTS = {
     "power and branches by only tags": Variant(_by_only_tags),
     "rare tags 3": Variant(rare=3),
     "rare tags 5": Variant(rare=5),
-    "share exponent 0": Variant(share_exponent=0.0),
+    "share exponent 0": Variant(share_exponent=lambda shares: 0.0),
 }
 
 
@@ -189,7 +197,8 @@ def measure(variant: Variant, pool: Pool, labels: np.ndarray, qualities: list[fl
 def section(runs: list[dict], pools: list[str]) -> str:
     """The margin of the default in each column, and those of the variants."""
     known = {(run["pool"], run["tags"], run["choice"]): run for run in runs}
-    columns = [(pool, tags) for tags in TAGGERS.values() for pool in pools if (pool, tags, DEFAULT) in known]
+    groups = [(TAGGERS[tagger], name, of_group) for tagger, name, of_group in grouped(pools)]
+    columns = [(pool, tags) for tags, _, of_group in groups for pool in of_group if (pool, tags, DEFAULT) in known]
     heads = ["tags", "pool", "MIG, effective labels", "no selection has more than", "tree, effective labels"]
     rows = []
     for pool, tags in columns:
@@ -198,21 +207,23 @@ def section(runs: list[dict], pools: list[str]) -> str:
         shown = [mean_and_deviation(run[key], digits=2) for run, key in ((mig, "effective"), (tree, "effective"))]
         rows.append([tags, pool, shown[0], f"{np.mean(mig['most']):.2f}", shown[1], *margins])
     parts = [table([*heads, "labels, less MIG's", "effective labels, less MIG's"], rows)]
-    for tags in TAGGERS.values():
-        of_tags = [pool for pool, each in columns if each == tags and pool not in KEPT_BACK]
+    for tags, name, of_group in groups:
+        shown = [pool for pool in of_group if (pool, tags) in columns and not (pool in KEPT_BACK and tags == name)]
         rows = [
-            [choice, *(_margin(known[pool, tags, choice], known[pool, tags, MIG]) for pool in of_tags)]
+            [choice, *(_margin(known.get((pool, tags, choice)), known[pool, tags, MIG]) for pool in shown)]
             for choice in VARIANTS
-            if all((pool, tags, choice) in known for pool in of_tags)
+            if any((pool, tags, choice) in known for pool in shown)
         ]
         parts += [
-            f"With {tags} tags: labels and effective labels, less MIG's, means of {DRAWS} draws.",
-            table(["", *of_tags], rows),
+            f"With {name} tags: labels and effective labels, less MIG's, means of {DRAWS} draws.",
+            table(["", *shown], rows),
         ]
     return "\n\n".join(parts)
 
 
-def _margin(run: dict, mig: dict) -> str:
+def _margin(run: dict | None, mig: dict) -> str:
+    if run is None:
+        return ""
     parts = []
     for key in MEASURED:
         found = [here - there for here, there in zip(run[key], mig[key], strict=True)]
@@ -227,15 +238,15 @@ def main() -> None:
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--work", type=Path, required=True, help="folder of pools and work folders")
         parser.add_argument("--out", type=Path, required=True, help="JSON file to write; what it has stays")
-        parser.add_argument("--pools", nargs="+", default=[*TUNED, *JUDGED, *KEPT_BACK])
+        parser.add_argument("--pools", nargs="+", default=list(ALL))
         parser.add_argument("--readme", type=Path, help="file with a section tags_margin that takes the tables")
         args = parser.parse_args()
         settings = {"share": SHARE, "draws": DRAWS, "sampler": defaults()}
         results = Results(args.out, settings, ("pool", "tags", "choice"), packages=("numpy", "scipy", "scikit-learn"))
         known = {(run["pool"], run["tags"], run["choice"]): run for run in results.stored()}
         for name in args.pools:
-            wanted = [DEFAULT] if name in KEPT_BACK else list(VARIANTS)
-            for tagger, tags in TAGGERS.items():
+            wanted = [DEFAULT, FORMER] if name in KEPT_BACK else list(VARIANTS)
+            for tagger, tags in taggers_of(name).items():
                 column = {"pool": name, "tags": tags}
                 missing = [choice for choice in (MIG, *wanted) if (name, tags, choice) not in known]
                 for choice in missing:

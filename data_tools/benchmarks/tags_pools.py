@@ -18,10 +18,12 @@
   language with the file.
 - mixed: tasks of the kinds of reasoning-b with another seed, verbs, and descriptions without debtags, whose only tag is
   the section.
+- reasoning-words: the texts and scores of reasoning-c. True tags: the kind and the words of its name.
+- several-words and others: made up (`tags_several`).
 
-Labels are as frequent as rank^-1 as far as their texts reach. A score is drawn for every text: normal with standard
-deviation 1.5 around 6.5 plus its label's own offset of standard deviation 0.7, between 1 and 10. Each pool is a
-`pool.jsonl` of records with `label`, `tags` and `quality`.
+Labels of real texts are as frequent as rank^-1 as far as their texts reach. A score is drawn for every text: normal
+with standard deviation 1.5 around 6.5 plus its label's own offset of standard deviation 0.7, between 1 and 10. Each
+pool is a `pool.jsonl` of records with `label`, `tags` and `quality`.
 """
 
 import argparse
@@ -38,12 +40,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ksa.data_tools.tags.files import write_jsonl
+from megatron_ksa.data_tools.benchmarks.tags_several import SEVERAL, several
+from megatron_ksa.data_tools.tags.files import read_jsonl, write_jsonl
 from megatron_ksa.errors import UsageError, usage_errors_exit
 
 REASONING = ("reasoning-a", "reasoning-b", "reasoning-c")
 POOLS = (
     *REASONING, "wordnet", "verbs", "debian", "sections", "foldoc", "fortunes", "mixed", "webster", "sayings",
+    "reasoning-words", *SEVERAL,
 )  # fmt: skip
 LANGUAGES = ("bg", "br", "cs", "de", "es", "it", "pl", "ru")
 INSTANCES = 12_000
@@ -233,6 +237,14 @@ def debian(work: Path, tagged: bool) -> Iterator[dict]:
             yield {"text": row["text"], "label": row["label"], "tags": tags or [row["label"]]}
 
 
+def by_words(folder: Path) -> Iterator[dict]:
+    """Rows of a pool of tasks, tagged with the kind and the words of its name."""
+    for row in read_jsonl(folder / "pool.jsonl"):
+        words = row["label"].split("_")
+        own = {key: row[key] for key in ("messages", "label", "quality")}
+        yield own | {"tags": list(dict.fromkeys([" ".join(words), *words]))}
+
+
 def rows_of(pool: str, work: Path) -> list[dict]:
     """Every text that a pool could have."""
     if pool in REASONING:
@@ -258,13 +270,17 @@ def rows_of(pool: str, work: Path) -> list[dict]:
     return [*reasoning(1, 150, 2), *verbs(wordnet), *debian(work, tagged=False)]
 
 
-def drawn(rows: Iterable[dict], generator: np.random.Generator) -> list[dict]:
-    """Rows with scores, in any order, labels as frequent as rank^-1; labels of fewer than 8 rows are left out."""
+def drawn(rows: Iterable[dict], generator: np.random.Generator, instances: int = INSTANCES) -> list[dict]:
+    """Rows with scores, in any order, labels as frequent as rank^-1; labels of fewer than 8 rows are left out.
+
+    Args:
+        instances: how many, where labels have rows enough.
+    """
     by_label = defaultdict(list)
     for row in rows:
         by_label[row["label"]].append(row)
     labels = generator.permutation(sorted(label for label, found in by_label.items() if len(found) >= 8))
-    wanted = INSTANCES / (1.0 + np.arange(len(labels))) / (1 / (1.0 + np.arange(len(labels)))).sum()
+    wanted = instances / (1.0 + np.arange(len(labels))) / (1 / (1.0 + np.arange(len(labels)))).sum()
     chosen = []
     for label, count in zip(labels, wanted, strict=True):
         found, offset = by_label[label], generator.normal(0, LABEL_SPREAD)
@@ -278,7 +294,13 @@ def make_pool(pool: str, work: Path) -> Path:
     """Write `pool.jsonl` of one pool into its folder, unless it is there; returns the folder."""
     folder = work / pool
     if not (folder / "pool.jsonl").exists():
-        rows = drawn(rows_of(pool, work), np.random.default_rng(_seed(pool)))
+        generator = np.random.default_rng(_seed(pool))
+        if pool == "reasoning-words":
+            rows = list(by_words(make_pool("reasoning-c", work)))
+        elif pool in SEVERAL:
+            rows = drawn(several(SEVERAL[pool], generator), generator, SEVERAL[pool].instances)
+        else:
+            rows = drawn(rows_of(pool, work), generator)
         write_jsonl(folder / "pool.jsonl", ({"id": n, "source": pool, **row} for n, row in enumerate(rows)))
     return folder
 

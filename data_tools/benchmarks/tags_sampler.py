@@ -63,7 +63,7 @@ def synthetic_pool(instances: int, tags: int, seed: int = 0) -> Pool:
 
 def tree_of(pool: Pool) -> Coverage:
     """Tree information with the sampler's defaults."""
-    exponent = default_share_exponent(pool.indptr)
+    exponent = default_share_exponent(pool.shares)
     weight = node_weights(pool.held, pool.parent, pool.depth, share_exponent=exponent)
     return tree_information(pool.shares, strengths(pool.quality, pool.difficulty), pool.parent, weight)
 

@@ -11,6 +11,8 @@ from scipy.sparse import csr_array
 
 EPSILON = 1e-6
 POWER, SHARE_EXPONENT, BRANCH_EXPONENT = 0.4, 0.7, 0.6
+# Where tags are taken for noise as much as they can be: see `noise_of_tags`.
+RARER, OPEN = 0.4, 0.25
 PHI = ("power", "log1p")
 ROWS_AT_ONCE = 1 << 16
 
@@ -181,17 +183,46 @@ def tree_information(
     return Coverage(ground(shares, strength, parent), weight, np.full(len(parent), float(PHI.index(phi))), power)
 
 
-def default_share_exponent(indptr: np.ndarray) -> float:
-    """The exponent of tags where none is given: 0.7 * (1 - mean of 1/|T_i|).
+def default_share_exponent(shares: csr_array) -> float:
+    """The exponent of tags where none is given: 0.7 * (1 - mean of 1/|T_i|) * `noise_of_tags`.
 
-    An instance's only tag is what it is about: then every tag is sought alike. Of several tags most are beside the
-    point, and rare ones more often, so that rare tags are sought less.
+    An instance's only tag is what it is about, and so are several that are all as frequent: then every tag is sought
+    alike. Else most of several tags are beside the point, and rare ones more often, so that rare tags are sought less.
 
     Args:
-        indptr: int64 [instances + 1], bounds of each instance's tags.
+        shares: float64 [instances, nodes], as `tag_shares` gives them.
     """
-    counts = np.diff(indptr)
-    return SHARE_EXPONENT * float(1 - (1 / counts[counts > 0]).mean()) if (counts > 0).any() else 0.0
+    counts = np.diff(shares.indptr)
+    if not counts.any():
+        return 0.0
+    several = 1 - (1 / counts[counts > 0]).mean()
+    return SHARE_EXPONENT * float(several) * noise_of_tags(shares)
+
+
+def noise_of_tags(shares: csr_array) -> float:
+    """From 0, where tags are a few names of what instances are about, to 1, where rare ones are beside the point.
+
+    min(1, max(rarer / 0.4, open / 0.25)^2), of two means over tags, each tag counted once:
+
+    - rarer: log of how much rarer a tag is than the tags of an instance that has it (geometric mean over the
+      instance's tags, the tag among these). Names of one thing are as frequent as each other; details stand beside
+      frequent tags.
+    - open: the part of the tags that a random half of the pool would have in fewer than two instances: (1 + n) / 2^n
+      for a tag of n. It is near 0 for a list of names, and high for free words. In a small pool rare free words are
+      as frequent as each other, since each is kept from two instances on; there `rarer` does not see them.
+
+    Args:
+        shares: float64 [instances, nodes], as `tag_shares` gives them; some instance has a tag.
+    """
+    instances = np.bincount(shares.indices, minlength=shares.shape[1])
+    tags = np.flatnonzero(instances)
+    held = np.log(np.maximum(shares.sum(axis=0), np.finfo(float).tiny))
+    beside = np.repeat(shares @ held, np.diff(shares.indptr))
+    rarer = (np.bincount(shares.indices, beside, minlength=shares.shape[1]) / np.maximum(instances, 1) - held)[
+        tags
+    ].mean()
+    unseen = ((1 + instances[tags]) * 0.5 ** instances[tags].astype(float)).mean()
+    return float(min(1.0, max(rarer / RARER, unseen / OPEN, 0.0) ** 2))
 
 
 def node_weights(

@@ -73,7 +73,8 @@ class SampleSettings:
     power: float = option(POWER, "Exponent of a node's mass, to 1: the lower, the more even.", flag="--power")
     share_exponent: float | None = option(
         None, "What is sought of a tag is its share of the pool to this exponent: 0 as much of each, 1 as in the pool. "
-        f"By default {SHARE_EXPONENT} * (1 - mean of 1/tags of an instance).", flag="--share-exponent",
+        f"By default {SHARE_EXPONENT} * (1 - mean of 1/tags of an instance), less where no tag is rarer than those "
+        "beside it (selection.json has the value).", flag="--share-exponent",
     )  # fmt: skip
     branch_exponent: float = option(
         BRANCH_EXPONENT, "The same for the branches above the tags.", flag="--branch-exponent"
@@ -152,7 +153,7 @@ class _Problem:
         if most > LARGEST_LEVELS:
             raise UsageError(f"--depth-weight {settings.depth_weight:g}: levels would differ by 10^{most:.0f}")
         given = settings.share_exponent
-        self.share_exponent = default_share_exponent(pool.indptr) if given is None else given
+        self.share_exponent = default_share_exponent(pool.shares) if given is None else given
         self.weight = node_weights(
             pool.held, pool.parent, pool.depth, phi=settings.phi, power=settings.power,
             share_exponent=self.share_exponent, branch_exponent=settings.branch_exponent,

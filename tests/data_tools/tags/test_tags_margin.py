@@ -34,7 +34,7 @@ def test_variants_are_the_default_objective_and_gains_times_the_score():
     settings = SampleSettings(str(len(default)), quality_weight=1.3, difficulty_weight=1.0)
     np.testing.assert_array_equal(default, sample(pool, settings).chosen)
     score = pool.quality**1.3 * pool.difficulty
-    weight = node_weights(pool.held, pool.parent, pool.depth, share_exponent=default_share_exponent(pool.indptr))
+    weight = node_weights(pool.held, pool.parent, pool.depth, share_exponent=default_share_exponent(pool.shares))
     coverage = tree_information(pool.shares, np.ones(300), pool.parent, weight)
     chosen, total = [], np.zeros(len(weight))
     for _ in range(len(default)):
