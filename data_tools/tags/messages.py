@@ -13,9 +13,14 @@ ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
-    "function_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
+    "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
+# Roles of turns that are nothing but a tool call, ShareGPT's and ms-swift's. A call of the second belongs to the
+# assistant's turn before it.
+CALLS, JOINED = ("function_call", "tool_call"), "tool_call"
+# A turn of ms-swift's older conversations: a question and its answer.
+EXCHANGE = {"human": "user", "assistant": "assistant"}
 NO_FIELDS = "no recognised fields"
 MEDIA = "images or other media"
 BAD_CALL, BAD_TOOLS = "tool call without a name", "tools that are no list"
@@ -100,7 +105,7 @@ def _call(value: Any) -> dict:
     return {**rest, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _calls(message: dict, role: str, content: str) -> tuple[str, list[dict]]:
+def _calls(message: dict, role: str, content: Any) -> tuple[str, list[dict]]:
     """Content and tool calls of a message, whatever the schema."""
     calls = parsed(message.get("tool_calls"))
     if calls is not None and not isinstance(calls, list):
@@ -108,10 +113,10 @@ def _calls(message: dict, role: str, content: str) -> tuple[str, list[dict]]:
     calls = list(calls or [])
     if message.get("function_call") is not None:
         calls.append(parsed(message["function_call"]))
-    if role == "function_call":
+    if role in CALLS:
         found = parsed(content)
         if isinstance(found, str):
-            raise BadDocument(BAD_CALL, "a function_call turn is no JSON")
+            raise BadDocument(BAD_CALL, f"a {role} turn is no JSON")
         calls += found if isinstance(found, list) else [found]
         content = ""
     return content, [_call(call) for call in calls]
@@ -139,6 +144,18 @@ def _counts(message: dict) -> bool:
     return weight != 0 and not any(message.get(name) is False for name in TRAINED)
 
 
+def _role(value: dict) -> Any:
+    role = value.get("role") if value.get("role") is not None else value.get("from")
+    return role.lower() if isinstance(role, str) else role
+
+
+def _is_turn_of(before: dict, call: dict) -> bool:
+    """Whether a message that is a tool call has nothing that the assistant's message before it has otherwise."""
+    return all(before.get(key) == each for key, each in call.items() if key not in ("content", "tool_calls")) and (
+        before.get("weight") == call.get("weight")
+    )
+
+
 def message_of(value: Any) -> dict:
     """A message as `{"role", "content", ...}`, with `tool_calls`, `reasoning_content` and `weight` (0) if it has them.
 
@@ -147,12 +164,13 @@ def message_of(value: Any) -> dict:
     """
     if not isinstance(value, dict):
         raise BadDocument(NO_FIELDS, f"a message is a {type(value).__name__}")
-    role = value.get("role") if value.get("role") is not None else value.get("from")
-    role = role.lower() if isinstance(role, str) else role
+    role = _role(value)
     if not isinstance(role, str) or role not in ROLES:
         raise BadDocument(NO_FIELDS, f"a message's role is {str(role)[:40]!r}, none of {', '.join(ROLES)}")
     check_media(value)
-    content, thoughts = _content(_first(value, ("content", "value")))
+    said = _first(value, ("content", "value"))
+    is_call = role in CALLS and isinstance(said, dict)  # a table has the call itself, and not its JSON
+    content, thoughts = (json.dumps(said), "") if is_call else _content(said)
     content = "\n".join(text for text in (content, _content(value.get("refusal"))[0]) if text)
     content, calls = _calls(value, role, content)
     message: dict[str, Any] = {"role": ROLES[role], "content": content}
@@ -177,7 +195,16 @@ def messages_of(value: Any) -> list[dict]:
     value = parsed(value)
     if not isinstance(value, list):
         raise BadDocument(NO_FIELDS, f"messages are a {type(value).__name__} where a list is needed")
-    messages = [message_of(message) for message in value]
+    messages: list[dict] = []
+    for turn in value:
+        if isinstance(turn, dict) and turn.keys() == EXCHANGE.keys():
+            messages += [message_of({"role": role, "content": turn[name]}) for name, role in EXCHANGE.items()]
+            continue
+        message = message_of(turn)
+        if _role(turn) == JOINED and messages and _is_turn_of(messages[-1], message):
+            messages[-1] = messages[-1] | {"tool_calls": messages[-1].get("tool_calls", []) + message["tool_calls"]}
+        else:
+            messages.append(message)
     messages = [message for message in messages if message["role"] != "system" or says_something(message)]
     while messages and not says_something(messages[-1]):
         messages.pop()

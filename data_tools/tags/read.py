@@ -13,7 +13,7 @@ from megatron_ksa.data_tools.documents import BadDocument, RawDocument
 from megatron_ksa.data_tools.tags.engine import Engine
 from megatron_ksa.data_tools.tags.files import json_line
 from megatron_ksa.data_tools.tags.formats import TABLE_SUFFIXES, read_raw, source_name
-from megatron_ksa.data_tools.tags.records import RecordSettings, parse_record
+from megatron_ksa.data_tools.tags.records import RecordSettings, own_id, parse_record
 from megatron_ksa.data_tools.tags.step import Context, Step
 from megatron_ksa.errors import UsageError
 from megatron_ksa.files import whole_file
@@ -33,6 +33,7 @@ class _Parsed:
         origin: file and line.
         file: its file.
         bytes_read: bytes of input that it took.
+        name: the record's id; of a document that is no record its own id, or `file:line`.
         record: None where it is left out.
         left: names of its fields that the record does not hold.
         reason, detail: why it is left out.
@@ -41,6 +42,7 @@ class _Parsed:
     origin: str
     file: str
     bytes_read: int
+    name: str
     record: dict | None = None
     left: tuple[str, ...] = ()
     reason: str = ""
@@ -52,12 +54,13 @@ def _parse(documents: tuple[RawDocument, ...], settings: RecordSettings) -> list
     for document in documents:
         file = document.origin.rpartition(":")[0] if document.is_json else document.origin
         place = document.origin, file, document.bytes_read
-        from_table = file.lower().endswith(TABLE_SUFFIXES)
+        from_table, source = file.lower().endswith(TABLE_SUFFIXES), source_name(Path(file))
         try:
-            record, left = parse_record(document, source_name(Path(file)), settings, from_table=from_table)
-            results.append(_Parsed(*place, record, tuple(left)))
+            record, left = parse_record(document, source, settings, from_table=from_table)
+            results.append(_Parsed(*place, record["id"], record, tuple(left)))
         except BadDocument as error:
-            results.append(_Parsed(*place, reason=error.reason, detail=error.detail))
+            name = own_id(document, source, settings) or document.origin
+            results.append(_Parsed(*place, name, reason=error.reason, detail=error.detail))
     return results
 
 
@@ -115,9 +118,8 @@ def read(files: list[Path], folder: Path, settings: RecordSettings, engine: Engi
         for batch in engine.map(partial(_parse, settings=settings), tasks):
             for parsed in batch:
                 progress.update(parsed.bytes_read)
-                name, reason, detail = None, parsed.reason, parsed.detail
+                name, reason, detail = parsed.name, parsed.reason, parsed.detail
                 if parsed.record is not None:
-                    name = parsed.record["id"]
                     if ids.is_new(parsed.record, parsed.file):
                         count += 1
                         sources[parsed.record["source"]] += 1

@@ -130,6 +130,27 @@ class _Fields(dict):
         return [name for name, value in self.items() if name not in self._read and value not in (None, "", [], {})]
 
 
+def _named(fields: dict, file_source: str, settings: RecordSettings) -> tuple[str, str | int | None]:
+    """The source of a raw document and its own id, None where it has none."""
+    own_source, given = field(fields, settings.source_field), field(fields, settings.id_field)
+    source = own_source if isinstance(own_source, str) and own_source.strip() else file_source
+    has_id = isinstance(given, str | int) and not isinstance(given, bool) and str(given).strip()
+    return source, given if has_id else None
+
+
+def own_id(document: RawDocument, file_source: str, settings: RecordSettings) -> str | None:
+    """`source/own id` of a document that cannot be used, as far as it has one that can be read and written."""
+    if not document.is_json or document.problem is not None or len(document.content) > settings.max_bytes:
+        return None
+    try:
+        source, given = _named(json_object(document.content), file_source, settings)
+        name = f"{source}/{given}"
+        name.encode("utf-8")
+    except (BadDocument, UnicodeEncodeError):
+        return None
+    return None if given is None else name
+
+
 def parse_record(
     document: RawDocument, file_source: str, settings: RecordSettings, *, from_table: bool = False
 ) -> tuple[dict, list[str]]:
@@ -151,13 +172,11 @@ def parse_record(
     body = _body(fields, settings)
     if not record_text(body).strip():
         raise BadDocument(EMPTY)
-    own_source, own_id = field(fields, settings.source_field), field(fields, settings.id_field)
-    source = own_source if isinstance(own_source, str) and own_source.strip() else file_source
-    has_id = isinstance(own_id, str | int) and not isinstance(own_id, bool) and str(own_id).strip()
+    source, given = _named(fields, file_source, settings)
     try:
         digest = hashlib.sha256(json.dumps(body, ensure_ascii=False).encode("utf-8")).hexdigest()[:16]
         record = {
-            "id": f"{source}/{own_id if has_id else digest}",
+            "id": f"{source}/{digest if given is None else given}",
             "source": source,
             **body,
             "quality": score(field(fields, settings.quality_field)),

@@ -84,6 +84,12 @@ def exchange(fields: dict, prompt: Any, response: Any, extra: str = "") -> list[
     return _history(fields.get("history")) + messages_of([*asked, *answered])
 
 
+def _check_preferred(fields: dict) -> None:
+    """Refuse an answer that is there to be unlearned."""
+    if fields.get("label") is False:
+        raise BadDocument(NOT_PREFERRED, "label is false")
+
+
 def _preferred(fields: dict) -> list[dict] | None:
     """Messages with the chosen side of a preference pair."""
     chosen = parsed(fields.get("chosen"))
@@ -111,12 +117,12 @@ def recognised(fields: dict) -> dict:
         return {"messages": preferred}
     for name in LISTS:
         if fields.get(name) is not None:
+            _check_preferred(fields)
             return {"messages": _history(fields.get("history")) + messages_of(fields[name])}
     for asked, answered in PAIRS:
         prompt, response = turns_or_text(fields.get(asked)), turns_or_text(fields.get(answered))
         if isinstance(prompt, str | list) and isinstance(response, str | list):
-            if fields.get("label") is False:
-                raise BadDocument(NOT_PREFERRED, "label is false")
+            _check_preferred(fields)
             return {"messages": exchange(fields, prompt, response, _first_text(fields, CONTEXTS))}
     if isinstance(fields.get("text"), str):
         return {"text": fields["text"]}

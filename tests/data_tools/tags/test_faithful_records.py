@@ -104,6 +104,8 @@ def test_one_id_in_two_shards_is_two_records(tmp_path):
 
 
 CALL = {"name": "tides", "arguments": {"port": "Brest"}}
+CALLING = {"role": "tool_call", "content": json.dumps(CALL)}
+CALLED = {"type": "function", "function": CALL}
 
 
 @pytest.mark.parametrize(
@@ -127,9 +129,32 @@ CALL = {"name": "tides", "arguments": {"port": "Brest"}}
                 {"role": "tool", "content": "high"}, BECAUSE,
             ],
         ),
+        # ms-swift: calls side by side, and a call after what the assistant said, are one turn of the assistant.
+        (
+            {"messages": [
+                WHY, CALLING, CALLING, {"role": "tool_response", "content": "[1]"}, {"role": "tool", "content": "[2]"},
+                BECAUSE, {"role": "tool_call", "content": json.dumps([CALL, CALL])},
+            ], "tools": json.dumps([TIDES])},
+            [
+                WHY, {"role": "assistant", "content": "", "tool_calls": [CALLED, CALLED]},
+                {"role": "tool", "content": "[1]"}, {"role": "tool", "content": "[2]"},
+                {**BECAUSE, "tool_calls": [CALLED, CALLED]},
+            ],
+        ),
+        # A call that counts in the loss is no part of a turn that does not.
+        (
+            {"messages": [
+                WHY, {**BECAUSE, "loss": False}, {**CALLING, "content": CALL}, *([{**CALLING, "loss": False}] * 2),
+            ], "tools": [TIDES]},
+            [
+                WHY, {**BECAUSE, "weight": 0}, {"role": "assistant", "content": "", "tool_calls": [CALLED]},
+                {"role": "assistant", "content": "", "tool_calls": [CALLED, CALLED], "weight": 0},
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_older_and_other_forms_of_tool_calls(tmp_path, row, messages):
+    """ms-swift's roles tool_call and tool_response were refused: records with tools of its format were lost."""
     record = one(tmp_path, row)
     assert record["messages"] == messages and record["tools"] == [TIDES]
 
@@ -192,6 +217,9 @@ def test_older_and_other_forms_of_tool_calls(tmp_path, row, messages):
         # A question that is itself JSON is a text.
         ({"question": "[1, 2]", "answer": "Because."}, [{"role": "user", "content": "[1, 2]"}, BECAUSE]),
         ({"messages": json.dumps([WHY, BECAUSE])}, [WHY, BECAUSE]),
+        # ms-swift's older conversations.
+        ({"conversation": [{"human": "Why?", "assistant": "Because."}] * 2}, [WHY, BECAUSE] * 2),
+        ({"messages": [WHY, BECAUSE], "label": True}, [WHY, BECAUSE]),
     ],
 )  # fmt: skip
 def test_schemas(tmp_path, row, messages):
@@ -243,6 +271,12 @@ def test_fields_by_a_path_with_dots(tmp_path, settings, row):
             {"conversations": [WHY, {"from": "function_call", "value": "call the harbour"}]},
             "tool call without a name",
         ),
+        ({"messages": [WHY, {"role": "tool_call", "content": "call the harbour"}]}, "tool call without a name"),
+        ({"messages": [WHY, {"role": "tool_call", "content": '{"arguments": {}}'}]}, "tool call without a name"),
+        ({"messages": [WHY, {"role": "tool_response", "content": {"high": 3}}]}, "no recognised fields"),
+        # An answer to be unlearned was once an instance like others.
+        ({"messages": [WHY, BECAUSE], "label": False}, "marked as not preferred"),
+        ({"conversation": [{"human": "Why?", "assistant": 7}]}, "no recognised fields"),
         ({"messages": [WHY, BECAUSE], "tools": "a hammer"}, "tools that are no list"),
         ({"messages": [WHY, {**BECAUSE, "weight": 0.5}]}, "weight of a message other than 0 and 1"),
         ({"instruction": "Why?", "output": "Because.", "history": [["only one"]]}, "history that is no list of pairs"),

@@ -147,6 +147,25 @@ def test_every_line_is_a_record_or_listed_with_its_place(tmp_path):
     assert counts["records"] + counts["rejected"] == len(bad) + 3 and rejected[-2]["id"] == "in/1"
 
 
+def test_every_rejected_row_has_an_id_that_leads_to_it(tmp_path):
+    """The id was null in every row but those of a second id."""
+    rows = {
+        b'{"id": 7, "messages": "hello"}': "in/7",
+        b'{"id": "a", "source": "s", "text": " "}': "s/a",
+        b'{"id": "\\ud800", "text": " "}': None,
+        b'{"id": true, "title": "x"}': None,
+        b'{"id": 8, "id": 9, "text": "x"}': None,
+        json.dumps({"id": 10, "text": "x" * 2000}).encode(): None,
+        b'{"id": 11': None,
+    }
+    path = jsonl(tmp_path / "in.jsonl", *rows, {"text": "kept"})
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "empty.txt").write_text(" ")
+    _, records, rejected = reading(tmp_path, path, tmp_path / "texts", max_bytes=1000)
+    expected = [name or f"{path}:{line}" for line, name in enumerate(rows.values(), 1)]
+    assert [row["id"] for row in rejected] == [*expected, str(tmp_path / "texts" / "empty.txt")] and len(records) == 1
+
+
 def test_fields_that_records_do_not_hold_are_counted(tmp_path):
     """`documents` and `choices` beside a question were left out, and nothing said so."""
     asked = {"question": "Which?", "answer": "B", "quality": 3, "id": "1"}
