@@ -12,6 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ from megatron_ksa.errors import UsageError
 
 # What a file gives when it is read: its bytes, or those that it holds compressed.
 Stream = io.BufferedReader | gzip.GzipFile
+Reader = Callable[[Path, Stream, IO[bytes], int], Iterator[RawDocument]]
 JSONL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 ARRAY_SUFFIXES = (".json", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
@@ -241,18 +243,50 @@ def _text(path: Path, stream: Stream, raw: IO[bytes], limit: int) -> Iterator[Ra
     yield RawDocument(str(path), b"" if problem else content, is_json=False, bytes_read=size, problem=problem)
 
 
-def _stream(path: Path, limit: int) -> Iterator[RawDocument]:
-    """Documents of a JSONL file, a JSON array or a text file, which may be compressed."""
+def _stream(path: Path, limit: int, read: Reader | None = None) -> Iterator[RawDocument]:
+    """Documents of a JSONL file, a JSON array or a text file, which may be compressed.
+
+    Args:
+        read: what reads it; by the file's name where it is None.
+    """
     with open(path, "rb") as raw:
         try:
+            if is_one_of(path, (".gz", ".zst")) and not raw.peek(1):
+                raise EOFError("no byte in it")  # which gzip takes for a whole file
             stream = _decompressed(path, raw)
-            read = _text
-            if is_one_of(path, JSONL_SUFFIXES):
+            if read is None and not is_one_of(path, JSONL_SUFFIXES):
+                read = _text
+            if read is None:
                 start = stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()
                 read = _array_elements if start[:1] == b"[" and is_one_of(path, ARRAY_SUFFIXES) else _json_lines
             yield from read(path, stream, raw, limit)
         except _compression_errors() as error:
             raise UsageError(f"{path}: truncated or damaged ({error}); fetch it again") from None
+
+
+@contextmanager
+def _told(flag: str, path: Path) -> Iterator[None]:
+    """Errors in a file say which flag named it."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{flag} {error}") from None
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be read: {error.strerror or error}") from None
+
+
+def read_json_lines(path: Path, *, max_bytes: int = MAX_DOCUMENT_BYTES, flag: str = "--input") -> Iterator[RawDocument]:
+    """The lines of a file of JSON lines, whatever its name; one that ends in .gz or .zst is compressed.
+
+    Args:
+        max_bytes: as `read_documents` takes it.
+        flag: what named the file, for errors.
+
+    Raises:
+        UsageError: a file that is damaged or cannot be read.
+    """
+    with _told(flag, path):
+        yield from _stream(path, max_bytes, _json_lines)
 
 
 def read_documents(
@@ -269,7 +303,7 @@ def read_documents(
         UsageError: a file that is damaged or cannot be read, a format whose package is not installed.
     """
     for path in files:
-        try:
+        with _told(flag, path):
             if is_one_of(path, (PARQUET_SUFFIX,)):
                 yield from (
                     read_rows(path, max_bytes)
@@ -278,7 +312,3 @@ def read_documents(
                 )
             else:
                 yield from _stream(path, max_bytes)
-        except UsageError as error:
-            raise UsageError(f"{flag} {error}") from None
-        except OSError as error:
-            raise UsageError(f"{flag} {path} cannot be read: {error.strerror or error}") from None

@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
         f"error: {error.name} is not installed here: run `pip install -e '.[data]'` in the repository", file=sys.stderr
     )
     sys.exit(2)
+from megatron_ksa.data_tools.tags import apart
 from megatron_ksa.data_tools.tags.engine import ENGINES, Engine
 from megatron_ksa.data_tools.tags.formats import check_utf8, input_files
 from megatron_ksa.data_tools.tags.groups import GroupSettings
@@ -36,11 +37,14 @@ from megatron_ksa.data_tools.tags.report import PAGE, REPORT
 from megatron_ksa.data_tools.tags.sample import SampleSettings
 from megatron_ksa.data_tools.tags.selection import check_of_budget, read_summary
 from megatron_ksa.data_tools.tags.step import Context, Step
+from megatron_ksa.data_tools.tags.tag import TaggerSettings
 from megatron_ksa.data_tools.tags.write import BLEND, BLEND_FILE, BLEND_SUMMARY
 from megatron_ksa.errors import UsageError, usage_errors_exit
 from megatron_ksa.locks import exclusive_folder
 
 ALL = "every step (the default)"
+# Flags that name files, which may be folders too.
+FOLDERS = ("input", "target", "decontaminate")
 
 
 def commands(name: str) -> tuple[str, ...]:
@@ -116,18 +120,6 @@ def of_target() -> Iterator[None]:
         raise UsageError(f"--target{':' if said == str(error) else ''} {said.removeprefix(':').strip()}") from None
 
 
-def check_apart(work: Path, inputs: list[str], flag: str) -> None:
-    """Check that the work folder lies in no folder that is read: the next run would read what this one wrote.
-
-    Raises:
-        UsageError: it does.
-    """
-    for name in inputs:
-        folder = Path(name)
-        if folder.is_dir() and work.resolve().is_relative_to(folder.resolve()):
-            raise UsageError(f"--work {work}: lies in {flag} {name}, so that its files would be read as data")
-
-
 def make_pipelines(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]:
     """The pool's pipeline, and the target's where one is given now or was given to the `tag` command before."""
     steps = [step for name in commands(args.command) for step in COMMANDS[name].steps]
@@ -145,6 +137,21 @@ def make_pipelines(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]
         return pipeline, Pipeline(context, settings, lambda line: print(f"target, {line}", flush=True))
 
 
+def check_files(args: argparse.Namespace, pipeline: Pipeline, target: Pipeline | None) -> None:
+    """Check that nothing that is read, and nothing that no run wrote, would be replaced.
+
+    Raises:
+        UsageError: something would.
+    """
+    decontaminate = [Path(name) for name in getattr(args, "decontaminate", None) or []]
+    read = {
+        "--input": pipeline.context.inputs, "--target": () if target is None else target.context.inputs,
+        "--batch-in": pipeline.settings[TaggerSettings].results, "--decontaminate": decontaminate,
+    }  # fmt: skip
+    apart.check_files(args.work, read, args.batch_out)
+    apart.check_unused(args.work)
+
+
 def main() -> None:
     """Run; bad input costs one line and exit code 2."""
     with usage_errors_exit(), ExitStack() as stack:
@@ -153,11 +160,12 @@ def main() -> None:
         args = parse_arguments(sys.argv[1:])
         if "tag" not in commands(args.command) and not args.work.is_dir():
             raise UsageError(f"--work {args.work}: no such folder; the tag command makes it")
-        for flag in ("input", "target", "decontaminate"):
-            check_apart(args.work, getattr(args, flag, None) or [], f"--{flag}")
+        apart.check_folders(args.work, {f"--{name}": getattr(args, name, None) or [] for name in FOLDERS})
         stack.enter_context(exclusive_folder(args.work, "tools/preprocess_tags.py"))
         pipeline, target = make_pipelines(args)
         stack.callback(pipeline.context.engine.close)
+        if "tag" in commands(args.command):
+            check_files(args, pipeline, target)
         names = commands(args.command)
         steps = {name: COMMANDS[name].steps for name in names}
         target_steps = {name: COMMANDS[name].target_steps for name in names}

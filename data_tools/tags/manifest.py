@@ -16,7 +16,7 @@ from megatron_ksa.errors import UsageError
 from megatron_ksa.files import LIST_BYTES, read_small
 
 VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, DIGESTS = "manifest.json", ".digests.json"
 
 
 def remove(path: Path) -> None:
@@ -41,9 +41,14 @@ class Manifest:
             raise UsageError(f"--work {folder}: {error.strerror}") from None
         self.folder, self.path = folder, folder / MANIFEST
         # Hashes of files by size and time of change, kept apart so that the manifest's bytes depend on contents only.
-        self._digests_path = folder / ".digests.json"
+        self._digests_path = folder / DIGESTS
         self.steps: dict[str, dict] = self._load(self.path).get("steps", {})
         self._digests: dict[str, list] = self._load(self._digests_path).get("files", {})
+
+    def begin(self) -> None:
+        """Leave a sign in the folder that runs write there, before the first of them has written anything else."""
+        if not self._digests_path.exists():
+            write_json(self._digests_path, {"version": VERSION, "files": self._digests})
 
     def _load(self, path: Path) -> dict:
         if not path.exists():

@@ -144,6 +144,7 @@ class Pipeline:
         return (self.context.pool or self.context.folder) / UNFINISHED
 
     def _do(self, step: Step, arguments: tuple) -> dict:
+        self.manifest.begin()
         self._mark.write_text(_UNFINISHED_TEXT, encoding="utf-8")
         return step.run(*arguments)
 

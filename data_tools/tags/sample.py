@@ -267,6 +267,8 @@ def sample(
     problem = _Problem(pool, settings, target, rules or Rules(), show_progress)
     selection, summary = problem.tags() if settings.method == "tags" else (problem.baseline(), {})
     chosen = selection.chosen
+    if not len(chosen):
+        raise UsageError("--quota: nothing can be chosen within it")
     summary |= {
         "settings": asdict(settings),
         "pool_instances": pool.instances,

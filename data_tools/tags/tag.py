@@ -10,6 +10,7 @@ from typing import IO
 from tqdm import tqdm
 
 from megatron_ksa.config.options import option
+from megatron_ksa.data_tools.readers import is_one_of
 from megatron_ksa.data_tools.tags.files import json_line, read_jsonl
 from megatron_ksa.data_tools.tags.read import RECORDS
 from megatron_ksa.data_tools.tags.records import MAX_TAGS
@@ -67,6 +68,8 @@ class TaggerSettings:
             raise UsageError("--batch-out and --batch-in do not go together: take the results, then write what is left")
         if self.kind != "llm" and (self.batch_out is not None or self.batch_in is not None):
             raise UsageError(f"--batch-out and --batch-in go with --tagger llm, not {self.kind}")
+        if self.batch_out is not None and is_one_of(Path(self.batch_out), (".gz", ".zst")):
+            raise UsageError(f"--batch-out {self.batch_out}: the file is not compressed; name it .jsonl")
         if not 1 <= self.count <= MAX_TAGS:
             raise UsageError(f"--tags-per-record {self.count}: from 1 to {MAX_TAGS}")
 

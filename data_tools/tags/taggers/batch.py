@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_ksa.data_tools.documents import BadDocument
+from megatron_ksa.data_tools.readers import read_json_lines
 from megatron_ksa.data_tools.tags.files import json_line
 from megatron_ksa.data_tools.tags.taggers import Failure, prompt
 from megatron_ksa.data_tools.tags.taggers.ask import take
@@ -120,20 +122,13 @@ class BatchTagger(EndpointTagger):
         return failures
 
     def _lines(self, path: Path) -> Iterator[tuple[str, bytes]]:
-        most = self._settings.max_bytes
-        try:
-            with open(path, "rb") as stream:
-                number = 0
-                while line := stream.readline(most + 1):
-                    number += 1
-                    if len(line) > most:
-                        raise UsageError(
-                            f"--batch-in {path}:{number}: more than {most:,} bytes in a line (--llm-max-reply-bytes)"
-                        )
-                    if line.strip():
-                        yield f"{path}:{number}", line
-        except OSError as error:
-            raise UsageError(f"--batch-in {path}: {error.strerror}") from None
+        for document in read_json_lines(path, max_bytes=self._settings.max_bytes, flag="--batch-in"):
+            try:
+                yield document.origin, document.payload
+            except BadDocument as error:
+                raise UsageError(
+                    f"--batch-in {document.origin}: {error.detail} in a line (--llm-max-reply-bytes)"
+                ) from None
 
     def _result(self, line: bytes, origin: str) -> dict:
         try:

@@ -1,5 +1,6 @@
 """The batch form: requests as a file, results in any order and from several runs, nothing taken or paid twice."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -91,6 +92,17 @@ def test_files_that_hold_no_results_are_refused_with_the_line(content, tmp_path)
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(UsageError, match=r"--batch-in .*bad.jsonl:1: "):
         tag(tmp_path, BatchTagger(SETTINGS, tmp_path / "cache.sqlite", [tmp_path / "bad.jsonl"]), 1)
+
+
+@pytest.mark.parametrize("form", [lambda text: b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"), gzip.compress])
+def test_results_may_have_a_mark_or_be_compressed(form, tmp_path):
+    """Results in a .gz file were no UTF-8, and were to be fetched again."""
+    write_records(tmp_path, ["a", "b"])
+    rows = [result(row["custom_id"], json.dumps(GOOD)) for row in requests(tmp_path).values()]
+    path = tmp_path / ("results.jsonl.gz" if form is gzip.compress else "results.txt")
+    path.write_bytes(form(write_results(tmp_path / "plain.jsonl", rows).read_bytes()))
+    counts = tag(tmp_path, BatchTagger(SETTINGS, tmp_path / "cache.sqlite", [path]), 2)
+    assert counts["tagged"] == 2
 
 
 def test_the_tool_writes_a_batch_for_pool_and_target_and_takes_the_results(tmp_path, call):
