@@ -57,7 +57,7 @@ from megatron_ksa.results import Results
 
 DRAWS = 12
 MIG, DEFAULT = "MIG (label-graph)", "tree (the default objective)"
-FORMER = "share exponent by the number of tags alone, the former default"
+FORMER = "share exponent by the number of tags alone"
 MEASURED = ("labels", "effective")
 # Prices of a unit of mean score, in nats of entropy, of which the best bounds the entropy.
 PRICES = np.geomspace(1e-3, 20, 60)
