@@ -190,7 +190,17 @@ def parse_record(
     except ValueError as error:
         # Python reads NaN and Infinity, which are no JSON.
         raise BadDocument("invalid JSON", str(error)) from None
-    return record, fields.unread()
+    return record, fields.unread() + _without_use(fields, record, settings)
+
+
+def _without_use(fields: dict, record: dict, settings: RecordSettings) -> list[str]:
+    """Names of fields with scores and tags that are none: a score out of its range, tags that are no text."""
+    names = {"quality": settings.quality_field, "difficulty": settings.difficulty_field, "tags": settings.tags_field}
+    given = {key: value for key, name in names.items() if (value := field(fields, name)) not in (None, "", [], {})}
+    return [
+        names[key] for key, value in given.items()
+        if record[key] is None or (isinstance(value, list) and len(record[key]) < len(value))
+    ]  # fmt: skip
 
 
 def clean_tags(tags: list, limit: int = MAX_TAGS) -> tuple[list[str], list[tuple[str, str]]]:

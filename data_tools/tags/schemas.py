@@ -8,7 +8,7 @@ question and its answer, `text`.
 from typing import Any
 
 from megatron_ksa.data_tools.documents import BadDocument
-from megatron_ksa.data_tools.tags.messages import NO_FIELDS, message_of, messages_of, parsed, tools_of
+from megatron_ksa.data_tools.tags.messages import NO_FIELDS, messages_of, parsed, tools_of
 
 LISTS = ("messages", "conversations", "conversation")
 PAIRS = (
@@ -20,6 +20,8 @@ PROMPTS = ("prompt", "instruction", "question", "query")
 # Beside a question: what it is asked about.
 CONTEXTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
+# Whether an answer is one to learn.
+LABELS = ("label", "kto_tag")
 TOOLS = ("tools", "functions")
 BAD_HISTORY, NOT_PREFERRED = "history that is no list of pairs", "marked as not preferred"
 
@@ -85,9 +87,10 @@ def exchange(fields: dict, prompt: Any, response: Any, extra: str = "") -> list[
 
 
 def _check_preferred(fields: dict) -> None:
-    """Refuse an answer that is there to be unlearned."""
-    if fields.get("label") is False:
-        raise BadDocument(NOT_PREFERRED, "label is false")
+    """Refuse an answer that is there to be unlearned: TRL's and ms-swift's `label`, LLaMA-Factory's `kto_tag`."""
+    for name in LABELS:
+        if fields.get(name) is False:
+            raise BadDocument(NOT_PREFERRED, f"{name} is false")
 
 
 def _preferred(fields: dict) -> list[dict] | None:
@@ -134,9 +137,9 @@ def with_beside(body: dict, system: Any, tools: Any) -> dict:
     if "messages" not in body:
         return body
     messages = body["messages"]
-    text = _text(system)
+    turns = messages_of([{"role": "system", "content": system}])
     first = messages[0] if messages else {}
-    if text and not (first.get("role") == "system" and first["content"] == text):
-        messages = [message_of({"role": "system", "content": text}), *messages]
+    if turns and not (first.get("role") == "system" and first["content"] == turns[0]["content"]):
+        messages = turns + messages
     found = tools_of(tools)
     return {"messages": messages, **({"tools": found} if found else {})}

@@ -220,6 +220,10 @@ def test_older_and_other_forms_of_tool_calls(tmp_path, row, messages):
         # ms-swift's older conversations.
         ({"conversation": [{"human": "Why?", "assistant": "Because."}] * 2}, [WHY, BECAUSE] * 2),
         ({"messages": [WHY, BECAUSE], "label": True}, [WHY, BECAUSE]),
+        (
+            {"messages": [WHY, BECAUSE], "system": [{"type": "text", "text": "Be brief."}]},
+            [{"role": "system", "content": "Be brief."}, WHY, BECAUSE],
+        ),
     ],
 )  # fmt: skip
 def test_schemas(tmp_path, row, messages):
@@ -276,6 +280,9 @@ def test_fields_by_a_path_with_dots(tmp_path, settings, row):
         ({"messages": [WHY, {"role": "tool_response", "content": {"high": 3}}]}, "no recognised fields"),
         # An answer to be unlearned was once an instance like others.
         ({"messages": [WHY, BECAUSE], "label": False}, "marked as not preferred"),
+        ({"conversations": [WHY, BECAUSE], "kto_tag": False}, "marked as not preferred"),
+        # A system prompt that is no text was lost.
+        ({"messages": [WHY, BECAUSE], "system": {"text": "Be brief."}}, "no recognised fields"),
         ({"conversation": [{"human": "Why?", "assistant": 7}]}, "no recognised fields"),
         ({"messages": [WHY, BECAUSE], "tools": "a hammer"}, "tools that are no list"),
         ({"messages": [WHY, {**BECAUSE, "weight": 0.5}]}, "weight of a message other than 0 and 1"),

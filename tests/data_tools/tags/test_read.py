@@ -147,6 +147,17 @@ def test_every_line_is_a_record_or_listed_with_its_place(tmp_path):
     assert counts["records"] + counts["rejected"] == len(bad) + 3 and rejected[-2]["id"] == "in/1"
 
 
+def test_scores_and_tags_of_no_use_are_counted(tmp_path):
+    """Scores from 0 to 1 or to 100, or as text, were lost without a word, and the rule's stood in their place."""
+    rows = [
+        {"text": "a", "quality": 0.8, "difficulty": 70}, {"text": "b", "quality": "7", "tags": {"chess": 1}},
+        {"text": "c", "quality": 7, "difficulty": None, "tags": ["chess", 3]}, {"text": "d", "tags": []},
+    ]  # fmt: skip
+    counts, records, _ = reading(tmp_path, jsonl(tmp_path / "in.jsonl", *rows))
+    assert counts["fields_not_carried"] == {"quality": 2, "difficulty": 1, "tags": 2}
+    assert [record["quality"] for record in records] == [None, None, 7.0, None] and records[2]["tags"] == ["chess"]
+
+
 def test_every_rejected_row_has_an_id_that_leads_to_it(tmp_path):
     """The id was null in every row but those of a second id."""
     rows = {
