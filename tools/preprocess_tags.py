@@ -158,6 +158,8 @@ def main() -> None:
         for word in sys.argv[1:]:
             check_utf8(word, "argument")
         args = parse_arguments(sys.argv[1:])
+        if args.work.exists() and not args.work.is_dir():
+            raise UsageError(f"--work {args.work}: a file, where a folder is needed")
         if "tag" not in commands(args.command) and not args.work.is_dir():
             raise UsageError(f"--work {args.work}: no such folder; the tag command makes it")
         apart.check_folders(args.work, {f"--{name}": getattr(args, name, None) or [] for name in FOLDERS})

@@ -32,6 +32,7 @@ LONGER = 0.5
 COMMON, MANY = 0.2, 1000
 # An n-gram of characters is part of a word if a longer one has this share of its records.
 CONTAINED = 0.9
+UNSHARED = "no phrase that another record shares"
 
 
 def phrases(text: str, segmenter: str = SEGMENTERS[0]) -> list[str]:
@@ -103,7 +104,7 @@ def _tag(
             for value, name in zip(values, names[columns], strict=True) if name
         ]  # fmt: skip
         tags = _best(scored, count)
-        results.append(Answer(tags) if tags else Failure("no keyphrase", "no phrase that another record shares"))
+        results.append(Answer(tags) if tags else Failure("no keyphrase", UNSHARED))
     return results
 
 
@@ -163,9 +164,9 @@ class KeyphraseTagger:
         """One answer for each line of `records`, in order."""
         try:
             vectorizer, allowed = self._fit(self.pool or records)
-        except ValueError as error:
+        except ValueError:
             # scikit-learn's word for texts without a phrase, or without one that is shared.
-            yield from (Failure("no keyphrase", str(error)) for _ in range(total))
+            yield from (Failure("no keyphrase", UNSHARED) for _ in range(total))
             return
         names = np.where(allowed, vectorizer.get_feature_names_out(), "")
         tag = partial(_tag, vectorizer=vectorizer, names=names, count=self.count)

@@ -151,6 +151,13 @@ def test_what_later_steps_would_refuse_is_told_before_anything_runs(tmp_path, ca
     assert not (tmp_path / "work" / "records.jsonl").exists()
 
 
+def test_a_work_folder_that_is_a_file_is_told(tmp_path, call):
+    """It said that the lock file exists and to make room."""
+    pool = write_pool(tmp_path / "pool.jsonl")
+    code, _, error = call("--work", pool, "--input", pool, "--budget", "5%")
+    assert (code, error) == (2, f"error: --work {pool}: a file, where a folder is needed")
+
+
 def test_a_work_folder_that_is_not_there_is_not_made(tmp_path, call):
     """A misspelt folder was made, and `sample` wrote empty files into it."""
     for command, *flags in (("tree",), ("sample",), ("export", "--export", "jsonl"), ("write",), ("report",)):
