@@ -217,10 +217,9 @@ def noise_of_tags(shares: csr_array) -> float:
     instances = np.bincount(shares.indices, minlength=shares.shape[1])
     tags = np.flatnonzero(instances)
     held = np.log(np.maximum(shares.sum(axis=0), np.finfo(float).tiny))
-    beside = np.repeat(shares @ held, np.diff(shares.indptr))
-    rarer = (np.bincount(shares.indices, beside, minlength=shares.shape[1]) / np.maximum(instances, 1) - held)[
-        tags
-    ].mean()
+    entries = np.repeat(shares @ held, np.diff(shares.indptr))
+    beside = np.bincount(shares.indices, entries, minlength=shares.shape[1])
+    rarer = (beside[tags] / instances[tags] - held[tags]).mean()
     unseen = ((1 + instances[tags]) * 0.5 ** instances[tags].astype(float)).mean()
     return float(min(1.0, max(rarer / RARER, unseen / OPEN, 0.0) ** 2))
 
