@@ -257,7 +257,7 @@ def node_weights(
         share_exponent, branch_exponent: of leaves, and of inner nodes.
         depth_weight: a level's nodes count this many times those of the one above.
     """
-    exponent = np.full(len(held), share_exponent)
+    exponent = np.full(len(held), share_exponent, np.float64)
     exponent[parent[parent >= 0]] = branch_exponent
     exponent *= 1 - power if phi == "power" else 1.0
     return np.where(held > 0, held, 0.0) ** exponent * float(depth_weight) ** np.asarray(depth, np.float64)

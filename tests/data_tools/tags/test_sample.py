@@ -165,7 +165,7 @@ def test_tags_are_sought_alike_where_each_is_the_only_one_of_its_instances():
                 np.array([-1, 0, 0, 0, 0, 0], np.int32), np.array([0, 1, 1, 1, 1, 1]))  # fmt: skip
     found = sample(pool, SampleSettings("100"))
     assert np.bincount(leaves[found.chosen]).tolist() == [20] * 5 and found.summary["share_exponent"] == 0
-    given = sample(pool, SampleSettings("100", share_exponent=1.0))
+    given = sample(pool, SampleSettings("100", share_exponent=1))  # an integer, which was a traceback
     assert np.bincount(leaves[given.chosen]).tolist() == [50, 25, 13, 6, 6]
 
 
