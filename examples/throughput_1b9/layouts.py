@@ -12,8 +12,6 @@ OVERLAP = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-pa
 COLLECTOR = ["--manual-gc", "--manual-gc-interval", "100"]
 # What torch reports of an H100 of 80 GB: on a larger GPU too, what fits is what fits this one.
 GPU_GIB = 79.18
-# Passes in which text queries attend, by what the layout's name says of them.
-PASSES = {"one-pass": "1", "two-passes": "2"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,6 @@ class Layout:
     Attributes:
         name: as on the command line.
         comm: `--cp-comm-type`.
-        passes: `--cp-attention-passes`.
         fit: recompute what fits a GPU of GPU_GIB, and not every layer.
     """
 
@@ -31,7 +28,6 @@ class Layout:
     tensor: int = 1
     context: int = 1
     comm: str = "p2p"
-    passes: str = "auto"
     fit: bool = False
 
     @property
@@ -47,7 +43,6 @@ class Layout:
             flags += ["--tensor-model-parallel-size", str(self.tensor), "--sequence-parallel"]
         if self.context > 1:
             flags += ["--context-parallel-size", str(self.context), "--cp-comm-type", self.comm]
-            flags += [] if self.passes == "auto" else ["--cp-attention-passes", self.passes]
         if self.fit:
             flags += ["--recompute-to-fit", "--recompute-to-fit-gpu", str(GPU_GIB)]
         return flags
@@ -56,33 +51,27 @@ class Layout:
 def parse_layout(name: str) -> Layout:
     """The layout of a name: `one`, or `tpN` and `cpN` joined by hyphens.
 
-    Behind `cpN` may follow `a2a` for all-to-all, or `one-pass` or `two-passes`; `fit` at the end of any is recompute to
-    fit.
+    Behind `cpN` may follow `a2a` for all-to-all; `fit` at the end of any is recompute to fit.
 
     Raises:
         UsageError: another name.
     """
     sizes: dict[str, int] = {}
-    more: dict[str, str] = {}
+    comm = "p2p"
     begin = name.removesuffix("-fit")
     fit = begin != name
     if begin == "one":
         return Layout(name, fit=fit)
-    for words, passes in PASSES.items():
-        if begin.endswith(f"-{words}"):
-            begin, more["passes"] = begin.removesuffix(f"-{words}"), passes
     for part in begin.split("-"):
         found = PART.fullmatch(part)
-        if part == "a2a" and "cp" in sizes and not more:
-            more["comm"] = part
+        if part == "a2a" and "cp" in sizes and comm == "p2p":
+            comm = part
         elif found and found[1] not in sizes:
             sizes[found[1]] = int(found[2])
         else:
             raise _unknown(name)
-    if more and "cp" not in sizes:
-        raise _unknown(name)
-    return Layout(name, sizes.get("tp", 1), sizes.get("cp", 1), fit=fit, **more)
+    return Layout(name, sizes.get("tp", 1), sizes.get("cp", 1), comm, fit)
 
 
 def _unknown(name: str) -> UsageError:
-    return UsageError(f"--layouts {name}: use one, cp4, cp4-a2a, cp2-two-passes, tp2-cp2, cp2-fit or the like")
+    return UsageError(f"--layouts {name}: use one, cp4, cp4-a2a, tp2-cp2, cp2-fit or the like")

@@ -26,8 +26,7 @@ def name_of(run: dict) -> str:
     sizes = [f"{name} {size}" for name, size in (("TP", layout.tensor), ("CP", layout.context)) if size > 1]
     words = [
         " x ".join(sizes) or "one GPU", "all-to-all" * (layout.comm == "a2a"),
-        {"1": "one pass", "2": "two passes"}.get(layout.passes, ""), "recompute to fit" * layout.fit,
-        "" if kind in ("default", "local") else kind,
+        "recompute to fit" * layout.fit, "" if kind in ("default", "local") else kind,
     ]  # fmt: skip
     return ", ".join(filter(None, words))
 

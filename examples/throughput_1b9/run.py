@@ -217,7 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--layouts", nargs="+", type=parse_layout, metavar="LAYOUT",
-        help="one, cp4, cp4-a2a, cp2-two-passes, tp2-cp2, cp2-fit (recompute to fit 80 GB) and the like: several GPUs, "
+        help="one, cp4, cp4-a2a, tp2-cp2, cp2-fit (recompute to fit 80 GB) and the like: several GPUs, "
         "in ranks that this script starts",
     )  # fmt: skip
     parser.add_argument(

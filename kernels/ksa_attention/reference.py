@@ -19,6 +19,14 @@ import torch
 from torch import Tensor
 
 from megatron_ksa.kernels.ksa_attention.geometry import KSAGeometry
+from megatron_ksa.kernels.ksa_attention.operands import (
+    Gradients,
+    Rows,
+    Sizes,
+    SummaryBackward,
+    SummaryForward,
+    TextOutputs,
+)
 
 QUERY_BLOCK = 128
 
@@ -89,58 +97,76 @@ class _TextAttention(torch.autograd.Function):
     """Blockwise attention of text queries over windowed text keys and older summaries, with log-sum-exp output."""
 
     @staticmethod
-    def forward(ctx, q, k, v, k_summary, v_summary, document_start, geometry, offsets, softmax_scale):
-        batch, num_rows, heads, _ = q.shape
-        dtype, groups = _accumulation_dtype(q.dtype), k.shape[2]
-        out = q.new_empty(batch, num_rows, heads, v.shape[-1])
-        lse = torch.empty(batch, heads, num_rows, dtype=dtype, device=q.device)
-        for start in range(0, num_rows, QUERY_BLOCK):
-            rows = slice(start, min(start + QUERY_BLOCK, num_rows))
-            tile = _tile(rows, geometry, offsets, k.shape[1], k_summary.shape[1], document_start, q.device)
-            keys, values = _gather(tile, k, k_summary, dtype), _gather(tile, v, v_summary, dtype)
-            # scores: [batch, K/V heads, heads per group, block, keys]
-            scores = _group(q[:, rows], groups, dtype) @ keys.transpose(-1, -2) * softmax_scale
-            scores.masked_fill_(~tile.visible[:, None, None], -math.inf)
-            block_lse = scores.logsumexp(dim=-1)
-            probabilities = _probabilities(scores, block_lse)
-            out[:, rows] = _ungroup(probabilities @ values).to(out.dtype)
-            lse[:, :, rows] = block_lse.flatten(1, 2)
-        ctx.save_for_backward(q, k, v, k_summary, v_summary, document_start, out, lse)
-        ctx.settings = geometry, offsets, softmax_scale
-        return out, lse
+    def forward(ctx, q, k, v, k_summary, v_summary, document_start, *settings):
+        rows = Rows(q, k, v, k_summary, v_summary, document_start)
+        outputs = _text_forward(rows, *settings)
+        ctx.save_for_backward(*rows, *outputs)
+        ctx.settings = settings
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        q, k, v, k_summary, v_summary, document_start, out, lse = ctx.saved_tensors
-        geometry, offsets, softmax_scale = ctx.settings
-        dtype, groups = lse.dtype, k.shape[2]
-        dq = torch.empty_like(q)
-        dk, dv, dk_summary, dv_summary = (
-            torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v, k_summary, v_summary)
-        )
-        for start in range(0, q.shape[1], QUERY_BLOCK):
-            rows = slice(start, min(start + QUERY_BLOCK, q.shape[1]))
-            tile = _tile(rows, geometry, offsets, k.shape[1], k_summary.shape[1], document_start, q.device)
-            keys, values = _gather(tile, k, k_summary, dtype), _gather(tile, v, v_summary, dtype)
-            queries, d_rows = _group(q[:, rows], groups, dtype), _group(d_out[:, rows], groups, dtype)
-            scores = queries @ keys.transpose(-1, -2) * softmax_scale
-            scores.masked_fill_(~tile.visible[:, None, None], -math.inf)
-            block_lse, d_block_lse = (t[:, :, rows].unflatten(1, (groups, -1)) for t in (lse, d_lse))
-            probabilities = _probabilities(scores, block_lse)
-            # dS = P * (dP - rowsum(dO * O) + dLSE)
-            delta = (d_rows * _group(out[:, rows], groups, dtype)).sum(-1) - d_block_lse
-            d_scores = probabilities * (d_rows @ values.transpose(-1, -2) - delta[..., None]) * softmax_scale
-            dq[:, rows] = _ungroup(d_scores @ keys).to(dq.dtype)
-            # [batch, K/V heads, heads per group, keys, head_dim] -> [batch, keys, K/V heads, head_dim]
-            d_keys = (d_scores.transpose(-1, -2) @ queries).sum(2).transpose(1, 2)
-            d_values = (probabilities.transpose(-1, -2) @ d_rows).sum(2).transpose(1, 2)
-            text_keys = tile.text.stop - tile.text.start
-            dk[:, tile.text] += d_keys[:, :text_keys]
-            dv[:, tile.text] += d_values[:, :text_keys]
-            dk_summary[:, tile.summaries] += d_keys[:, text_keys:]
-            dv_summary[:, tile.summaries] += d_values[:, text_keys:]
-        grads = (dk.to(k.dtype), dv.to(v.dtype), dk_summary.to(k.dtype), dv_summary.to(v.dtype))
-        return dq, *grads, None, None, None, None
+        *rows, out, lse = ctx.saved_tensors
+        gradients = _text_backward(Rows(*rows), *ctx.settings, TextOutputs(out, lse), d_out, d_lse)
+        return *gradients, *[None] * (1 + len(ctx.settings))
+
+
+def _text_forward(rows: Rows, geometry: KSAGeometry, offsets: _Offsets, softmax_scale: float) -> TextOutputs:
+    """Output and log-sum-exp of the text queries; shapes and dtypes as of `text_attention`."""
+    q, k, v, k_summary, v_summary, document_start = rows
+    batch, num_rows, heads, _ = q.shape
+    dtype, groups = _accumulation_dtype(q.dtype), k.shape[2]
+    out = q.new_empty(batch, num_rows, heads, v.shape[-1])
+    lse = torch.empty(batch, heads, num_rows, dtype=dtype, device=q.device)
+    for start in range(0, num_rows, QUERY_BLOCK):
+        block = slice(start, min(start + QUERY_BLOCK, num_rows))
+        tile = _tile(block, geometry, offsets, k.shape[1], k_summary.shape[1], document_start, q.device)
+        keys, values = _gather(tile, k, k_summary, dtype), _gather(tile, v, v_summary, dtype)
+        # scores: [batch, K/V heads, heads per group, block, keys]
+        scores = _group(q[:, block], groups, dtype) @ keys.transpose(-1, -2) * softmax_scale
+        scores.masked_fill_(~tile.visible[:, None, None], -math.inf)
+        block_lse = scores.logsumexp(dim=-1)
+        probabilities = _probabilities(scores, block_lse)
+        out[:, block] = _ungroup(probabilities @ values).to(out.dtype)
+        lse[:, :, block] = block_lse.flatten(1, 2)
+    return TextOutputs(out, lse)
+
+
+def _text_backward(
+    rows: Rows, geometry: KSAGeometry, offsets: _Offsets, softmax_scale: float, outputs: TextOutputs, d_out: Tensor,
+    d_lse: Tensor | None,
+) -> Gradients:  # fmt: skip
+    """Gradients of the tensors of `rows`; d_lse None is 0."""
+    q, k, v, k_summary, v_summary, document_start = rows
+    out, lse = outputs
+    dtype, groups = lse.dtype, k.shape[2]
+    dq = torch.empty_like(q)
+    dk, dv, dk_summary, dv_summary = (
+        torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (k, v, k_summary, v_summary)
+    )
+    for start in range(0, q.shape[1], QUERY_BLOCK):
+        block = slice(start, min(start + QUERY_BLOCK, q.shape[1]))
+        tile = _tile(block, geometry, offsets, k.shape[1], k_summary.shape[1], document_start, q.device)
+        keys, values = _gather(tile, k, k_summary, dtype), _gather(tile, v, v_summary, dtype)
+        queries, d_rows = _group(q[:, block], groups, dtype), _group(d_out[:, block], groups, dtype)
+        scores = queries @ keys.transpose(-1, -2) * softmax_scale
+        scores.masked_fill_(~tile.visible[:, None, None], -math.inf)
+        probabilities = _probabilities(scores, lse[:, :, block].unflatten(1, (groups, -1)))
+        # dS = P * (dP - rowsum(dO * O) + dLSE)
+        delta = (d_rows * _group(out[:, block], groups, dtype)).sum(-1)
+        if d_lse is not None:
+            delta -= d_lse[:, :, block].unflatten(1, (groups, -1))
+        d_scores = probabilities * (d_rows @ values.transpose(-1, -2) - delta[..., None]) * softmax_scale
+        dq[:, block] = _ungroup(d_scores @ keys).to(dq.dtype)
+        # [batch, K/V heads, heads per group, keys, head_dim] -> [batch, keys, K/V heads, head_dim]
+        d_keys = (d_scores.transpose(-1, -2) @ queries).sum(2).transpose(1, 2)
+        d_values = (probabilities.transpose(-1, -2) @ d_rows).sum(2).transpose(1, 2)
+        text_keys = tile.text.stop - tile.text.start
+        dk[:, tile.text] += d_keys[:, :text_keys]
+        dv[:, tile.text] += d_values[:, :text_keys]
+        dk_summary[:, tile.summaries] += d_keys[:, text_keys:]
+        dv_summary[:, tile.summaries] += d_values[:, text_keys:]
+    return Gradients(dq, dk.to(k.dtype), dv.to(v.dtype), dk_summary.to(k.dtype), dv_summary.to(v.dtype))
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
@@ -271,3 +297,61 @@ def attention(
         q_summary, k_text[:, :whole], v_text[:, :whole], k_summary, v_summary, geometry, **options
     )
     return torch.cat([text, summaries], dim=1)
+
+
+def _of_sizes(sizes: Sizes) -> tuple[KSAGeometry, _Offsets, float]:
+    geometry = KSAGeometry(sizes.chunk_size, sizes.summary_tokens, sizes.window)
+    return geometry, _Offsets(sizes.query_start, sizes.key_start, sizes.chunk_start), sizes.softmax_scale
+
+
+def _of_chunks(rows: Rows, queries: Tensor, sizes: Sizes) -> tuple[list[Tensor], dict]:
+    """Arguments of `summary_attention` for the summary queries of the chunks in `rows`."""
+    whole = rows.k.shape[1] // sizes.chunk_size * sizes.chunk_size
+    keys = [rows.k[:, :whole], rows.v[:, :whole], rows.k_summary, rows.v_summary]
+    options = {"document_start": rows.document_start, "key_start": sizes.key_start}
+    return [queries, *keys], options | {"softmax_scale": sizes.softmax_scale}
+
+
+def forward(rows: Rows, summary: SummaryForward, outputs: TextOutputs, sizes: Sizes) -> None:
+    """The forward pass of text queries, and of the summary queries of the same chunks, into memory of the caller's.
+
+    Nothing is recorded for a backward pass. The tensors of the text queries and of the summary queries should be views
+    of one tensor each: with other strides the kernels serve the two apart.
+
+    Args:
+        rows: the text queries, the keys and values of both kinds, and where documents begin, as in `text_attention`.
+        summary: the summary queries, all those of the chunks in `rows` or none, and memory for their output.
+        outputs: memory for the output of the text queries and for its log-sum-exp, contiguous.
+        sizes: geometry, of which summary_tokens is at least 1, and offsets as in `text_attention`.
+    """
+    out, lse = _text_forward(rows, *_of_sizes(sizes))
+    outputs.out.copy_(out)
+    outputs.lse.copy_(lse)
+    if summary.q.shape[1]:
+        tensors, options = _of_chunks(rows, summary.q, sizes)
+        summary.out.copy_(summary_attention(*tensors, _of_sizes(sizes)[0], **options))
+
+
+def backward(
+    rows: Rows, summary: SummaryBackward, outputs: TextOutputs, d_out: Tensor, gradients: Gradients, sizes: Sizes
+) -> None:
+    """The backward pass of `forward` into memory of the caller's: fills `gradients` and dQ of the summary queries.
+
+    Args:
+        outputs: output and log-sum-exp of the text queries. If they saw further keys in other calls, both are those of
+            all keys together, and the gradients are this call's part: with P = exp(scores - lse),
+            dS = P * (dP - rowsum(dO * O)).
+        d_out: gradient of the text queries' output.
+    """
+    for target, gradient in zip(gradients, _text_backward(rows, *_of_sizes(sizes), outputs, d_out, None), strict=True):
+        target.copy_(gradient)
+    if not summary.q.shape[1]:
+        return
+    tensors, options = _of_chunks(rows, summary.q, sizes)
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    with torch.enable_grad():
+        out = summary_attention(*tensors, _of_sizes(sizes)[0], **options)
+    dq, *d_keys = torch.autograd.grad(out, tensors, summary.d_out)
+    summary.dq.copy_(dq)
+    for target, gradient in zip(gradients[1:], d_keys, strict=True):
+        target[:, : gradient.shape[1]] += gradient

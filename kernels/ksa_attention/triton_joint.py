@@ -39,23 +39,30 @@ def _split(text_rows: int, *tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @repeatable
-def _launch_forward(
+def launch_joint_forward(
     rows: Rows, summary: SummaryForward, outputs: TextOutputs, dealt: tuple[Tensor], settings: tuple
 ) -> None:
-    """rows: with the text queries. settings: Sizes, and the numbers of `Tiles.pack`."""
-    sizes, tiles = settings[0], Tiles.unpack(settings[1])
-    beside = bool(summary.q.shape[1]) and tiles.serve_summaries(sizes.chunk_size, sizes.summary_tokens)
+    """Fill the outputs of both kinds of queries.
+
+    rows: with the text queries. settings: Sizes, the numbers of `Tiles.pack`, and whether the kernels serve the summary
+    queries beside the text queries (conditions: `launch_forward`).
+    """
+    sizes, tiles, beside = settings[0], Tiles.unpack(settings[1]), settings[2]
     launch_forward(rows, sizes, tiles.forward, outputs, *dealt, summary if beside else None)
     if not beside:
         launch_summary_forward(rows._replace(q=summary.q), sizes, summary.out)
 
 
 @repeatable
-def _launch_backward(
+def launch_joint_backward(
     rows: Rows, summary: SummaryBackward, outputs: TextOutputs, d_outputs: OutputGradients, gradients: Gradients,
     workspace: Workspace, settings: tuple,
 ) -> None:  # fmt: skip
-    """gradients: with dQ of the text queries. Otherwise as `_launch_forward`."""
+    """Fill `gradients`, with dQ of the text queries, and dQ of the summary queries.
+
+    The kernels serve the summary queries beside the text queries where the workspace has statistics of these.
+    settings: Sizes, and the numbers of `Tiles.pack`.
+    """
     sizes, tiles = settings[0], Tiles.unpack(settings[1])
     beside = workspace.summary_lse2 is not None
     launch_backward(rows, sizes, tiles, outputs, d_outputs, gradients, workspace, summary if beside else None)
@@ -74,10 +81,11 @@ def _forward(
     (q_text, q_summary), (k_text, k_summary), (v_text, v_summary), (out_text, out_summary) = _split(
         text_rows, *rows, out
     )
-    _launch_forward(
+    beside = q_summary.shape[1] > 0 and Tiles.unpack(tiles).serve_summaries(chunk_size, summary_tokens)
+    launch_joint_forward(
         Rows(q_text, k_text, v_text, k_summary, v_summary, document_start), SummaryForward(q_summary, out_summary),
         TextOutputs(out_text, lse), new_dealt(q.device),
-        (Sizes(chunk_size, summary_tokens, window, 0, 0, 0, softmax_scale), tuple(tiles)),
+        (Sizes(chunk_size, summary_tokens, window, 0, 0, 0, softmax_scale), tuple(tiles), beside),
     )  # fmt: skip
     return out, lse
 
@@ -95,7 +103,7 @@ def _backward(
     (dq_text, dq_summary), (dk_text, dk_summary), (dv_text, dv_summary) = _split(text_rows, *gradients)
     named = Tiles.unpack(tiles)
     beside = q_summary.shape[1] > 0 and named.serve_summaries(chunk_size, summary_tokens)
-    _launch_backward(
+    launch_joint_backward(
         Rows(q_text, k_text, v_text, k_summary, v_summary, document_start),
         SummaryBackward(q_summary, d_out_summary, dq_summary),
         TextOutputs(out_text, lse), OutputGradients(d_out_text, None),

@@ -32,12 +32,6 @@ class KernelConfig:
         (), "Take these apart again, to compare: "
         + "; ".join(f"{name} ({what})" for name, what in FUSIONS.items()) + "."
     )  # fmt: skip
-    context_passes: str = option(
-        "auto", "Under context parallelism by p2p, text queries attend to their own rows and to those of other ranks "
-        "in 2 passes, the first of which hides the exchange, or in 1 pass after it, which reads and writes every query "
-        "once. auto: 1 where a layer's window is shorter than half a rank's text and a rank receives no more keys than "
-        "it has queries, otherwise 2.", choices=("auto", "1", "2"), flag="--cp-attention-passes",
-    )  # fmt: skip
     unchecked: bool = option(
         False, "On a GPU, take what no GPU has run yet in its final form: "
         f"{', '.join(sorted(waiting.FUSIONS | waiting.OPS)) or 'nothing in this version'}."

@@ -1,114 +1,136 @@
-"""KSA attention of one context-parallel rank: its own segments, the halos before them, and summaries of all ranks.
+"""KSA attention of one context-parallel rank: its own segments, the halos before them, and summaries of other segments.
 
-The text queries of a segment attend in two passes or in one. Two passes attend to the segment while the exchange is
-under way and then to what it brought; the two results are merged by their log-sum-exps (exactly the softmax over both).
-One pass waits for the exchange: queries whose window reaches before the segment attend to the halo and the rows behind
-it as one run of keys, all later ones to the segment where it lies, each in one softmax with the summaries. The first
-segment of a sequence needs nothing of other ranks and never waits.
+Each of a rank's two segments attends to itself as if it were a whole sequence, with its summaries and their queries,
+while halos and summaries travel; then its text queries attend to those, and the two results are merged by their
+log-sum-exps: exactly the softmax over both. The first segment of a sequence needs nothing of others.
+
+One autograd function holds the exchange and all attention, so that results and gradients are written where the layer
+needs them. Both backward passes take the merged output O and log-sum-exp, as ring attention's do (arXiv 2310.01889):
+with P = exp(scores - lse), of all keys that a query sees,
+
+    dS = P * (dP - rowsum(dO * O)),
+
+so that neither attention's own output is kept and the merge has no backward pass.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_ksa.context_parallel.exchange import Exchange, Pair
-from megatron_ksa.context_parallel.plan import HaloPlan, fewest_passes, route, sees_summaries
-from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_summary_attention, ksa_text_attention
-from megatron_ksa.kernels.softmax_merge import merge
+from megatron_ksa.context_parallel.exchange import Exchange
+from megatron_ksa.context_parallel.halos import HaloGradients, halo_of, kept_for_halos
+from megatron_ksa.context_parallel.plan import HaloPlan, sees_summaries
+from megatron_ksa.context_parallel.segments import Layer, Rank, by_batch, no_summaries
+from megatron_ksa.kernels.ksa_attention import KSAGeometry, ksa_backward, ksa_forward
+from megatron_ksa.kernels.ksa_attention.operands import Gradients, SummaryBackward, SummaryForward, TextOutputs
+from megatron_ksa.kernels.softmax_merge import merge_into
 from megatron_ksa.layout.zigzag import ZigZag
 
-# Passes of every layer (`--cp-attention-passes`); None leaves them to `fewest_passes`.
-_passes: int | None = None
 
-
-def take_passes(passes: str) -> None:
-    """From now on, let text queries attend in so many passes: 1, 2 or auto."""
-    global _passes
-    _passes = None if passes == "auto" else int(passes)
-
-
-# Text queries, keys and values, those of summaries, positions of the first query and key -> output and log-sum-exp.
-_Attend = Callable[[Tensor, Pair, Pair, int, int], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """Rows of one of a rank's segments, [batch, rows, heads, head_dim] each.
-
-    Attributes:
-        start: position of its first token.
-        q_head: in one pass, the queries that see the halo; otherwise no rows.
-        q_tail: the other text queries.
-        keys: keys and values of its text.
+class _Attention(torch.autograd.Function):
+    """Output and gradients are contiguous. Saved beside q, k, v and the output are the log-sum-exps of the text
+    queries, halos of other ranks, and summaries of all segments before the rank's last one.
     """
 
-    start: int
-    q_head: Tensor
-    q_tail: Tensor
-    keys: Pair
-
-    @property
-    def none(self) -> Pair:
-        """Keys and values of no rows."""
-        k, v = self.keys
-        return k[:, :0], v[:, :0]
-
-    def to_itself(self, attend: _Attend, summaries: Pair) -> tuple[Tensor, Tensor]:
-        """Attention of all queries to the segment's text and to summaries."""
-        return attend(self.q_tail, self.keys, summaries, self.start, self.start)
-
-    def in_one_pass(self, attend: _Attend, joined: Pair | None, halo_start: int, summaries: Pair) -> list[Tensor]:
-        """Outputs of the queries in order.
-
-        Args:
-            joined: keys and values of the halo, which begins at halo_start, and of the segment's head.
-        """
-        text, head_rows = [], self.q_head.shape[1]
-        if joined is not None:
-            text.append(attend(self.q_head, joined, summaries, self.start, halo_start)[0])
-        if self.q_tail.shape[1]:
-            text.append(attend(self.q_tail, self.keys, summaries, self.start + head_rows, self.start)[0])
-        return text
-
-    def merged(
-        self, attend: _Attend, near: tuple[Tensor, Tensor], halo: Pair | None, halo_start: int, summaries: Pair
+    @staticmethod
+    def forward(
+        ctx, layer: Layer, group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None
     ) -> Tensor:
-        """Output of the second pass, to halo and summaries, merged with the first one's `near`."""
-        return merge(*near, *attend(self.q_tail, halo or self.none, summaries, self.start, halo_start))
+        out = q.new_empty(q.shape)
+        rank, outputs = Rank(layer, q, k, v, document_start), layer.split(out)
+        exchange = Exchange(layer.plan, group, layer.gather)
+        exchange.send(rank.text, rank.summaries)
+
+        results = []
+        for place in range(2):
+            rows, summary_q = rank.own(place)
+            text, summaries = (by_batch(part) for part in outputs[place::2])
+            results.append(TextOutputs(text, layer.new_lse(rows.q)))
+            ksa_forward(rows, SummaryForward(summary_q, summaries), results[-1], layer.sizes())
+
+        received, gathered = exchange.receive()
+        kept, every = kept_for_halos(layer.plan, received, rank.text), None
+        if gathered is not None:
+            every = torch.cat(layer.plan.split.by_segment(gathered)[: layer.segments[1]])
+        del received, gathered
+
+        for place, (text, lse) in enumerate(results):
+            if count := layer.far_rows(place):
+                rows, sizes = rank.far(place, halo_of(layer.plan, place, kept, rank.text), every)
+                far = TextOutputs(torch.empty_like(rows.q), layer.new_lse(rows.q))
+                ksa_forward(rows, no_summaries(SummaryForward, rows.q), far, sizes)
+                merge_into(text[:, :count], lse[..., :count], *far)
+
+        ctx.layer, ctx.group = layer, group
+        ctx.save_for_backward(q, k, v, document_start, out, *(lse for _, lse in results), every, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        q, k, v, document_start, out, first, second, every, *kept = ctx.saved_tensors
+        rank = Rank(ctx.layer, q, k, v, document_start)
+        gradients = _gradients(rank, ctx.group, out, (first, second), every, kept, d_out)
+        return None, None, *gradients, None
 
 
-def _halos(plan: HaloPlan, received: Tensor, own: list[Tensor], heads: list[list[Tensor]]) -> list[Tensor | None]:
-    """Keys (or values) before each of this rank's segments that its queries see, with the segment's head behind them.
+def _gradients(
+    rank: Rank, group: dist.ProcessGroup, out: Tensor, statistics: Sequence[Tensor], every: Tensor | None,
+    kept: Sequence[Tensor], d_out: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, k and v, from what `_Attention.forward` saves."""
+    layer = rank.layer
+    results, d_results = layer.split(out), layer.split(d_out)
+    gradients = [rows.new_empty(rows.shape) for rows in (rank.q, rank.k, rank.v)]
+    dq, dk, dv = (layer.split(rows) for rows in gradients)
+    d_text = list(zip(dk[:2], dv[:2], strict=True))
 
-    Args:
-        received, own: rows of other ranks and of this one, as in `Route`, [rows, batch, K/V heads, head_dim].
-        heads: of each segment, its first rows, or nothing where none are wanted.
-    """
-    way = route(plan)
-    if not way.incoming:
-        return [None, None]
-    # One split, and not a slice for each piece, since each slice's gradient would be as large as the whole.
-    arrived = dict(zip(way.incoming, received.split([len(piece) for piece in way.incoming]), strict=True))
-    arrived |= zip(way.own, own, strict=True)
-    needed = [[arrived[piece] for _, piece in pieces] for pieces in plan.sources(plan.split.rank)]
-    halos = [plan.halo(segment) for segment in plan.split.segments()]
-    meet = all(halos) and len(needed) == 1
-    if meet:
-        rows, start = torch.cat(needed[0]), halos[0].start
-        needed = [[rows[halo.start - start : halo.stop - start]] for halo in halos]
-    found = iter(needed)
-    pieces = [[*next(found), *head] if halo else [] for halo, head in zip(halos, heads, strict=True)]
-    # Parts of one run of rows share its memory; what has arrived is copied, so that its buffer is free again.
-    return [(each[0] if meet and len(each) == 1 else torch.cat(each)) if each else None for each in pieces]
+    # What goes back to other ranks comes first, and travels during the rest.
+    halos, far_dq = HaloGradients(layer.plan, kept), {}
+    d_every = None if every is None else every.new_empty(layer.summaries(2 * layer.plan.split.size), *every.shape[1:])
+    for place in (1, 0):
+        if not (count := layer.far_rows(place)):
+            continue
+        rows, sizes = rank.far(place, halo_of(layer.plan, place, kept, rank.text), every)
+        far_dq[place] = torch.empty_like(rows.q)
+        before, d_halo = layer.summaries(layer.segments[place]), halos.of(place)
+        d_before = d_halo[:0]
+        if d_every is not None:
+            d_before = d_every[:before] if place else d_every.new_empty(before, *d_every.shape[1:])
+        merged = TextOutputs(by_batch(results[place][:count]), statistics[place][..., :count].contiguous())
+        d_keys = (by_batch(kind) for both in (d_halo, d_before) for kind in both.unbind(1))
+        ksa_backward(
+            rows, no_summaries(SummaryBackward, rows.q), merged, by_batch(d_results[place][:count]),
+            Gradients(far_dq[place], *d_keys), sizes,
+        )  # fmt: skip
+        if d_every is not None:
+            if place:
+                d_every[before:].zero_()
+            else:
+                d_every[:before] += d_before
+    if d_every is not None:
+        d_every = layer.plan.split.by_rank(d_every)
+    exchange = Exchange(layer.plan, group, layer.gather)
+    exchange.send_back(halos.returned(), d_every)
+    del d_every
 
-
-def _by_segment(heads: list[range], rows: list[Tensor]) -> list[list[Tensor]]:
-    """Rows of the heads that there are, by segment."""
-    found = iter(rows)
-    return [[next(found)] if head else [] for head in heads]
+    for place in range(2):
+        rows, summary_q = rank.own(place)
+        d_rows = [by_batch(part) for parts in (dq, dk, dv) for part in parts[place::2]]
+        dq_text, dq_summary, dk_text, dk_summary, dv_text, dv_summary = d_rows
+        ksa_backward(
+            rows, SummaryBackward(summary_q, by_batch(d_results[2 + place]), dq_summary),
+            TextOutputs(by_batch(results[place]), statistics[place]), by_batch(d_results[place]),
+            Gradients(dq_text, dk_text, dv_text, dk_summary, dv_summary), layer.sizes(),
+        )  # fmt: skip
+        if place in far_dq:
+            dq_text[:, : layer.far_rows(place)] += far_dq.pop(place)
+    halos.add_own(d_text)
+    exchange.receive_back(d_text, tuple(rows[2 * layer.plan.segment_rows :] for rows in gradients[1:]))
+    return gradients
 
 
 def context_parallel_attention(
@@ -122,7 +144,6 @@ def context_parallel_attention(
     group: dist.ProcessGroup,
     document_start: Tensor | None = None,
     softmax_scale: float | None = None,
-    passes: int | None = None,
 ) -> Tensor:
     """KSA attention of this rank's rows, laid out `[text | summaries]`, each of both segments.
 
@@ -134,64 +155,12 @@ def context_parallel_attention(
         split: this rank's place in the zig-zag split.
         group: the context-parallel process group.
         document_start: int32 [batch, n] of the whole sequence, or None.
-        passes: 1 or 2, in which text queries attend; by default what `take_passes` says.
 
     Returns:
         [rows, batch, heads, head_dim].
     """
-    text_length, rows = text_rows * split.size, text_rows // 2
-    plan = HaloPlan.of(geometry, text_length, split)
-    passes = passes or _passes or fewest_passes(geometry, text_length, split.size, q.shape[2], k.shape[2])
-    summary_rows = (q.shape[0] - text_rows) // 2
-    gather = bool(summary_rows) and sees_summaries(geometry, text_length)
-    heads = [plan.head(segment) if passes == 1 else range(0) for segment in split.segments()]
-    options = {"document_start": document_start, "softmax_scale": softmax_scale}
-
-    def attend(queries: Tensor, keys: Pair, summaries: Pair, query_start: int, key_start: int):
-        places = {"query_start": query_start, "key_start": key_start}
-        return ksa_text_attention(queries, *keys, *summaries, geometry, **places, **options)
-
-    # Every tensor is split once, so that its gradient is put together once.
-    parts = [size for head in heads for size in (len(head), rows - len(head))]
-    *q_text, q_first, q_second = (part.transpose(0, 1) for part in q.split([*parts, summary_rows, summary_rows]))
-    (*k_text, k_summary), (*v_text, v_summary) = (kind.split([rows, rows, 2 * summary_rows]) for kind in (k, v))
-    exchange, own = Exchange(plan, group, gather), route(plan).own
-    apart = [plan.held(split.rank, piece) for piece in (*own, *filter(len, heads))]
-    text, kinds, in_flight = exchange.start((k_text, v_text), (k_summary, v_summary), apart)
-
-    segments, near, summaries = [], [], []
-    for place, (index, q_chunks) in enumerate(zip(split.segments(), (q_first, q_second), strict=True)):
-        keys, of_chunks = (
-            tuple(kind[place].transpose(0, 1) for kind in pair)
-            for pair in (text, (k_summary.chunk(2), v_summary.chunk(2)))
-        )
-        segment = _Segment(index * rows, *q_text[2 * place : 2 * place + 2], keys)
-        segments.append(segment)
-        if summary_rows:
-            summaries.append(
-                ksa_summary_attention(q_chunks, *keys, *of_chunks, geometry, key_start=segment.start, **options)
-            )
-        if index == 0 or passes == 2:
-            own_summaries = index == 0 and gather and sees_summaries(geometry, rows)
-            near.append(segment.to_itself(attend, of_chunks if own_summaries else segment.none))
-
-    received, gathered = exchange.finish(in_flight)
-    every = tuple(kind.transpose(0, 1) for kind in split.restore(gathered).unbind(1))
-    halos = zip(
-        *(
-            _halos(plan, far, kind[: len(own)], _by_segment(heads, kind[len(own) :]))
-            for far, kind in zip(received.unbind(1), kinds, strict=True)
-        ),
-        strict=True,
-    )
-    text = []
-    for segment, index, halo in zip(segments, split.segments(), halos, strict=True):
-        start = plan.halo(index).start
-        far = None if halo[0] is None else tuple(kind.transpose(0, 1) for kind in halo)
-        if index == 0:
-            text.append(near.pop(0)[0])
-        elif passes == 1:
-            text += segment.in_one_pass(attend, far, start, every)
-        else:
-            text.append(segment.merged(attend, near.pop(0), far, start, every))
-    return torch.cat([*text, *summaries], dim=1).transpose(0, 1)
+    text_length = text_rows * split.size
+    gather = q.shape[0] > text_rows and sees_summaries(geometry, text_length)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    layer = Layer(geometry, HaloPlan.of(geometry, text_length, split), gather, scale)
+    return _Attention.apply(layer, group, q, k, v, document_start)

@@ -1,12 +1,10 @@
-"""The exchange of text halos and summaries, forward and backward, while attention that needs neither runs.
+"""The exchange of text halos and summaries between ranks, and that of their gradients, while attention runs.
 
-Two autograd functions make up an exchange. In the forward pass `start` sends and `finish` waits; in the backward pass
-`finish` sends the gradients back and `start` waits for them and adds them up. Whatever is computed between the two
-overlaps with the communication in both directions. Every rank issues the same collectives in the same order.
+`send` and `send_back` begin, `receive` and `receive_back` wait: what is computed between the two overlaps with the
+communication. Every rank issues the same collectives in the same order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,130 +15,89 @@ from megatron_ksa.context_parallel.plan import HaloPlan, route
 Pair = tuple[Tensor, Tensor]
 
 
-@dataclass
 class Exchange:
-    """One exchange of one layer, in flight between `start` and `finish`.
+    """One exchange of one layer, forward or backward.
 
-    Attributes:
+    Args:
         plan: which text rows go where.
         group: the context-parallel process group.
         gather_summaries: whether any query of the sequence sees a summary.
     """
 
-    plan: HaloPlan
-    group: dist.ProcessGroup
-    gather_summaries: bool
-    _pending: list[dist.Work] = field(default_factory=list)
-    _buffers: tuple[Tensor, ...] = ()
+    def __init__(self, plan: HaloPlan, group: dist.ProcessGroup, gather_summaries: bool) -> None:
+        self.plan, self.group, self.gather_summaries = plan, group, gather_summaries
+        self._pending: list[dist.Work] = []
+        # Of text and of summaries: what is sent, which must live until it has been, and what arrives.
+        self._text: Pair | None = None
+        self._summaries: Pair | None = None
 
-    def start(
-        self, text: tuple[Pair, Pair], summaries: Pair, parts: Sequence[tuple[int, slice]] = ()
-    ) -> tuple[tuple[Pair, Pair], tuple[list[Tensor], list[Tensor]], Pair]:
-        """Begin to send.
+    def send(self, text: Sequence[Pair], summaries: Pair) -> None:
+        """Begin to send halos and summaries.
 
         Args:
-            text: keys and values of this rank's text, of both segments each, [rows, batch, K/V heads, head_dim].
-            summaries: keys and values of its summaries, [rows, batch, K/V heads, head_dim].
-            parts: segment (0 or 1) and rows in it, which are wanted apart too. A slice's gradient would be as large as
-                all keys of the segment.
-
-        Returns:
-            Keys and values of both segments, for this rank's own attention, to whose gradients those that come back
-            and those of the parts are added; keys and values of the parts; and what is only to be handed to `finish`.
+            text: keys and values of both segments' text, [rows, batch, K/V heads, head_dim].
+            summaries: keys and values of this rank's summaries, [rows, batch, K/V heads, head_dim].
         """
-        received, gathered, *rows = _Start.apply(self, parts, *text[0], *text[1], *summaries)
-        count = len(parts)
-        k_parts, v_parts = rows[4 : 4 + count], rows[4 + count :]
-        return ((rows[0], rows[1]), (rows[2], rows[3])), (k_parts, v_parts), (received, gathered)
+        way, like = route(self.plan), text[0][0]
+        # [rows, 2, batch, K/V heads, head_dim]
+        outgoing = like.new_empty(sum(way.outgoing_sizes), 2, *like.shape[1:])
+        pieces = outgoing.split([part.stop - part.start for _, part in way.outgoing]) if way.outgoing else ()
+        for (segment, part), piece in zip(way.outgoing, pieces, strict=True):
+            for place, kind in enumerate(text[segment]):
+                piece[:, place] = kind[part]
+        self._all_to_all(outgoing, way.outgoing_sizes, way.incoming_sizes)
+        if self.gather_summaries:
+            own = torch.stack(summaries, dim=1)
+            every = own.new_empty(own.shape[0] * self.plan.split.size, *own.shape[1:])
+            self._pending.append(dist.all_gather_into_tensor(every, own, group=self.group, async_op=True))
+            self._summaries = own, every
 
-    def finish(self, in_flight: Pair) -> Pair:
+    def receive(self) -> tuple[Tensor, Tensor | None]:
         """Wait for what others sent.
 
         Returns:
-            Text rows of other ranks, in the order of ranks and of `HaloPlan.pieces`, and the summaries of all ranks, in
-            the order of ranks (none if no query sees one): keys and values, [rows, 2, batch, K/V heads, head_dim].
+            Text rows of other ranks, in the order of `Route.incoming`, and the summaries of all ranks, in the order of
+            ranks (None if no query sees one): keys and values, [rows, 2, batch, K/V heads, head_dim].
         """
-        return _Finish.apply(self, *in_flight)
+        return self._wait()
 
-    def _all_to_all(self, rows: Tensor, sizes: list[int], received_sizes: list[int]) -> Tensor:
-        """Send rows, laid out by destination, and return the buffer of what will arrive, laid out by source."""
+    def send_back(self, d_received: Tensor, d_every: Tensor | None) -> None:
+        """Begin to send the gradients of what `receive` returned, in the same order."""
+        way = route(self.plan)
+        self._all_to_all(d_received, way.incoming_sizes, way.outgoing_sizes)
+        if self.gather_summaries:
+            own = d_every.new_empty(d_every.shape[0] // self.plan.split.size, *d_every.shape[1:])
+            self._pending.append(dist.reduce_scatter_tensor(own, d_every, group=self.group, async_op=True))
+            self._summaries = d_every, own
+
+    def receive_back(self, d_text: Sequence[Pair], d_summaries: Pair) -> None:
+        """Wait, and add the gradients that come back to those of `send`'s arguments."""
+        returned, own = self._wait()
+        start = 0
+        for segment, part in route(self.plan).outgoing:
+            piece = returned[start : start + part.stop - part.start]
+            add_pair(d_text[segment], part, piece)
+            start += len(piece)
+        if own is not None:
+            add_pair(d_summaries, slice(None), own)
+
+    def _all_to_all(self, rows: Tensor, sizes: list[int], received_sizes: list[int]) -> None:
+        """Send rows, laid out by destination; what arrives is laid out by source."""
         received = rows.new_empty(sum(received_sizes), *rows.shape[1:])
         if self.plan.halo_rows:
             work = dist.all_to_all_single(received, rows, received_sizes, sizes, group=self.group, async_op=True)
             self._pending.append(work)
-        return received
+        self._text = rows, received
 
-    def _wait(self) -> None:
+    def _wait(self) -> tuple[Tensor, Tensor | None]:
         for work in self._pending:
             work.wait()
-        self._pending.clear()
+        (_, text), summaries = self._text, self._summaries
+        self._pending, self._text, self._summaries = [], None, None
+        return text, None if summaries is None else summaries[1]
 
 
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, exchange: Exchange, parts: Sequence[tuple[int, slice]], *rows: Tensor):
-        *text, k_summary, v_summary = rows
-        keys, values = text[:2], text[2:]
-        ctx.exchange, ctx.parts = exchange, parts
-        way = route(exchange.plan)
-        # [rows, 2, batch, K/V heads, head_dim]
-        outgoing = keys[0].new_empty(sum(way.outgoing_sizes), 2, *keys[0].shape[1:])
-        start = 0
-        for segment, part in way.outgoing:
-            piece = outgoing[start : start + part.stop - part.start]
-            piece[:, 0], piece[:, 1] = keys[segment][part], values[segment][part]
-            start += len(piece)
-        received = exchange._all_to_all(outgoing, way.outgoing_sizes, way.incoming_sizes)
-        gathered, summaries = outgoing.new_empty(0, *outgoing.shape[1:]), None
-        if exchange.gather_summaries:
-            summaries = torch.stack([k_summary, v_summary], dim=1)
-            gathered = summaries.new_empty(summaries.shape[0] * exchange.plan.split.size, *summaries.shape[1:])
-            work = dist.all_gather_into_tensor(gathered, summaries, group=exchange.group, async_op=True)
-            exchange._pending.append(work)
-        exchange._buffers = (outgoing, summaries)
-        apart = [kind[segment][part] for kind in (keys, values) for segment, part in parts]
-        return received, gathered, *(segment.view_as(segment) for segment in text), *apart
-
-    @staticmethod
-    def backward(ctx, _received: Tensor, _gathered: Tensor, *gradients: Tensor):
-        exchange, d_summaries = ctx.exchange, None
-        # In place: whoever made these gradients handed them to nobody else, and they are as large as all keys.
-        d_text, d_parts = gradients[:4], gradients[4:]
-        kinds = d_text[:2], d_text[2:]
-        places = [(kind, segment, part) for kind in kinds for segment, part in ctx.parts]
-        for (kind, segment, part), gradient in zip(places, d_parts, strict=True):
-            kind[segment][part] += gradient
-        exchange._wait()
-        if exchange._buffers:
-            _, returned, _, d_summaries = exchange._buffers
-            exchange._buffers = ()
-            start = 0
-            for segment, part in route(exchange.plan).outgoing:
-                # [rows, 2, batch, K/V heads, head_dim]
-                piece = returned[start : start + part.stop - part.start]
-                for kind, gradient in zip(kinds, piece.unbind(1), strict=True):
-                    kind[segment][part] += gradient
-                start += len(piece)
-        return None, None, *d_text, *((None, None) if d_summaries is None else d_summaries.unbind(1))
-
-
-class _Finish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, exchange: Exchange, received: Tensor, gathered: Tensor):
-        exchange._wait()
-        exchange._buffers = ()
-        ctx.exchange = exchange
-        return received.view_as(received), gathered.view_as(gathered)
-
-    @staticmethod
-    def backward(ctx, d_received: Tensor, d_gathered: Tensor):
-        exchange = ctx.exchange
-        d_received, d_gathered = d_received.contiguous(), d_gathered.contiguous()
-        rows, d_summaries = route(exchange.plan), None
-        returned = exchange._all_to_all(d_received, rows.incoming_sizes, rows.outgoing_sizes)
-        if exchange.gather_summaries:
-            d_summaries = d_gathered.new_empty(d_gathered.shape[0] // exchange.plan.split.size, *d_gathered.shape[1:])
-            work = dist.reduce_scatter_tensor(d_summaries, d_gathered, group=exchange.group, async_op=True)
-            exchange._pending.append(work)
-        exchange._buffers = (d_received, returned, d_gathered, d_summaries)
-        return None, d_received, d_gathered
+def add_pair(pair: Pair, rows: slice, gradients: Tensor) -> None:
+    """Add gradients [rows, 2, ...] of keys and values to rows of those of both."""
+    for total, gradient in zip(pair, gradients.unbind(1), strict=True):
+        total[rows] += gradient

@@ -7,6 +7,7 @@ that comes before the segment, which is what full attention needs. Positions are
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from megatron_ksa.kernels.ksa_attention import KSAGeometry
 from megatron_ksa.layout.zigzag import ZigZag
@@ -42,7 +43,7 @@ class HaloPlan:
         return range(max(0, start - self.halo_rows), start)
 
     def head(self, index: int) -> range:
-        """Text positions of segment `index` whose queries see its halo; those of later queries begin in the segment."""
+        """Text positions of segment `index` whose queries see its halo; what later queries see begins in the segment."""
         start = index * self.segment_rows
         return range(start, start + min(self.halo_rows, self.segment_rows) * (index > 0))
 
@@ -90,6 +91,14 @@ class HaloPlan:
         return sum(len(piece) for other in others for piece in self.pieces(other, rank))
 
 
+class Place(NamedTuple):
+    """Where the halo of a segment lies: `rows` of this rank's own segment 0 or 1, or of a tensor that is kept for it."""
+
+    own: bool
+    index: int
+    rows: slice
+
+
 @dataclass(frozen=True)
 class Route:
     """What one rank sends and receives, the same for every layer with the same plan.
@@ -99,14 +108,24 @@ class Route:
         outgoing_sizes: number of rows for each destination.
         incoming: text positions that arrive, by source.
         incoming_sizes: number of rows from each source.
-        own: text positions that this rank's halos have in its own segments, which are not sent.
+        joined: some halo is made up of several pieces, and halos are copied together; otherwise each is used where it
+            lies, in what has arrived or among the rank's own rows.
+        places: of both segments' halos, None where a segment has none. Kept are the joined halos in the order of
+            `HaloPlan.needed`, or what has arrived.
     """
 
     outgoing: list[tuple[int, slice]]
     outgoing_sizes: list[int]
     incoming: list[range]
     incoming_sizes: list[int]
-    own: list[range]
+    joined: bool
+    places: tuple[Place | None, Place | None]
+
+    @property
+    def overlap(self) -> bool:
+        """Whether both halos are parts of one kept tensor that share rows."""
+        first, second = self.places
+        return bool(self.joined and first and first.index == second.index and first.rows.stop > second.rows.start)
 
 
 @lru_cache
@@ -115,41 +134,34 @@ def route(plan: HaloPlan) -> Route:
     me = plan.split.rank
     to = [plan.pieces(me, other) if other != me else [] for other in range(plan.split.size)]
     back = [plan.pieces(other, me) if other != me else [] for other in range(plan.split.size)]
+    incoming = [piece for pieces in back for piece in pieces]
+    joined = any(len(pieces) > 1 for pieces in plan.sources(me))
     return Route(
         outgoing=[plan.held(me, piece) for pieces in to for piece in pieces],
         outgoing_sizes=[sum(map(len, pieces)) for pieces in to],
-        incoming=[piece for pieces in back for piece in pieces],
+        incoming=incoming,
         incoming_sizes=[sum(map(len, pieces)) for pieces in back],
-        own=plan.pieces(me, me),
+        joined=joined,
+        places=tuple(_place(plan, plan.halo(index), incoming, joined) for index in plan.split.segments()),
     )
+
+
+def _place(plan: HaloPlan, halo: range, incoming: list[range], joined: bool) -> Place | None:
+    if not halo:
+        return None
+    if joined:
+        for index, rows in enumerate(plan.needed(plan.split.rank)):
+            if rows.start <= halo.start and halo.stop <= rows.stop:
+                return Place(False, index, slice(halo.start - rows.start, halo.stop - rows.start))
+    if halo not in incoming:
+        return Place(True, *plan.held(plan.split.rank, halo))
+    before = sum(map(len, incoming[: incoming.index(halo)]))
+    return Place(False, 0, slice(before, before + len(halo)))
 
 
 def sees_summaries(geometry: KSAGeometry, text_length: int) -> bool:
     """Whether the window leaves any chunk of a sequence of text_length tokens to its summaries."""
     return bool(geometry.summary_tokens) and text_length // geometry.chunk_size > geometry.window_chunks + 1
-
-
-def fewest_passes(geometry: KSAGeometry, text_length: int, size: int, heads: int, kv_heads: int) -> int:
-    """How often the text queries of a rank should attend: 1 where the exchange is small, otherwise 2.
-
-    In two passes the attention to own rows runs while the exchange is under way, and every query is read, attends and
-    is written a second time. One pass waits for the exchange, which costs less than the second pass where a rank
-    receives no more keys than it has queries,
-
-        (halos of both segments + summaries of other ranks) * kv_heads <= text rows * heads
-
-    and where a halo is shorter than a segment: otherwise a rank's own keys would be copied behind their halo.
-
-    Args:
-        size: context-parallel size.
-        heads, kv_heads: of one tensor-parallel rank.
-    """
-    halo_rows = min(geometry.window_chunks * geometry.chunk_size, text_length)
-    received = 2 * halo_rows
-    if sees_summaries(geometry, text_length):
-        received += text_length // geometry.chunk_size * geometry.summary_tokens // size * (size - 1)
-    short = halo_rows < text_length // (2 * size)
-    return 1 if short and received * kv_heads <= text_length // size * heads else 2
 
 
 def _intersection(a: range, b: range) -> range:

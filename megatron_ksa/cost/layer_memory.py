@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from megatron_ksa.config.ksa import KSALayer, LayerKind
 from megatron_ksa.config.recompute import Recompute
-from megatron_ksa.context_parallel.plan import HaloPlan, fewest_passes, sees_summaries
+from megatron_ksa.context_parallel.plan import HaloPlan, route, sees_summaries
 from megatron_ksa.cost.shapes import ModelShape, TrainingLayout
 from megatron_ksa.kernels.ksa_attention import KSAGeometry
 from megatron_ksa.layout.zigzag import ZigZag
@@ -81,6 +81,8 @@ class LayerMemory:
             # The input of the recomputed MLP is there again as well.
             at_mlp += self.middle + (self.norms // 2 if missing.keys() & {"norms", "layernorm"} else 0)
         norms = sum(size for name, size in missing.items() if name in ("norms", "layernorm"))
+        # The second norm's output, which the MLP has saved, is gone too.
+        norms = norms or max(self.norms - self.middle, 0)
         at_attention = self.whole - self.mlp - self.activation - norms + self.attention_working
         return max(at_mlp, at_attention)
 
@@ -158,10 +160,10 @@ def _attention(
     size, text = layout.parameter_bytes, layout.rank_text
     heads, row = shape.heads // layout.tensor_parallel, size * shape.query // layout.tensor_parallel
     core = 4 * text * heads
-    if layer.has_summaries and not layout.fused_attention:
-        core += _gathered_for_summaries(shape, layout, rows, text)
     if layout.context_parallel > 1 and comm == "p2p":
         return core, *_exchanged(shape, layer, layout)
+    if layer.has_summaries and not layout.fused_attention:
+        core += _gathered_for_summaries(shape, layout, rows, text)
     if layer.has_summaries:
         sees_all = layer.window_chunks * shape.ksa.chunk_size >= layout.text_length and not layout.resets_documents
         if not layout.fused_attention or sees_all:
@@ -180,45 +182,35 @@ def _gathered_for_summaries(shape: ModelShape, layout: TrainingLayout, rows: int
 
 
 def _exchanged(shape: ModelShape, layer: KSALayer, layout: TrainingLayout) -> tuple[int, int]:
-    """Bytes that attention to received halos and summaries saves, and bytes of their gradients.
-
-    Each is that of the rank with the most. One pass over a window longer than a segment keeps less than this: its own
-    keys within the joined ones alone.
+    """Bytes that attention saves of other ranks' keys, and bytes that its backward pass adds, each of the rank with
+    the most.
     """
     tp, text, ksa = layout.tensor_parallel, layout.text_length, shape.ksa
     geometry = KSAGeometry(ksa.chunk_size, ksa.summary_tokens * layer.has_summaries, layer.window_chunks)
     if layer.kind == LayerKind.FULL:
         geometry = KSAGeometry(1, 0, text)
-    heads, kv_heads = shape.heads // tp, max(shape.kv_heads // tp, 1)
-    passes = fewest_passes(geometry, text, layout.context_parallel, heads, kv_heads)
-    if layout.context_passes != "auto":
-        passes = int(layout.context_passes)
-    row = layout.parameter_bytes * shape.head_dim
-    gathered = 0
-    if sees_summaries(geometry, text):
-        gathered = ksa.rows.summary_rows(text) * 2 * kv_heads * row
-    every = [
-        _of_rank(HaloPlan.of(geometry, text, ZigZag(rank, layout.context_parallel)), passes)
-        for rank in range(layout.context_parallel)
-    ]
-    saved = [
-        queries * heads * row + statistics * 4 * heads + keys * 2 * kv_heads * row + gathered
-        for queries, statistics, keys in every
-    ]
-    gradients = max(keys for _, _, keys in every) * 2 * kv_heads * row + gathered
-    return max(saved) * layout.micro_batch, gradients * layout.micro_batch
+    summaries = ksa.rows.summary_rows(text) if sees_summaries(geometry, text) else 0
+    ranks = [ZigZag(rank, layout.context_parallel) for rank in range(layout.context_parallel)]
+    every = [_of_rank(HaloPlan.of(geometry, text, rank), summaries) for rank in ranks]
+    row = layout.micro_batch * layout.parameter_bytes * shape.head_dim
+    key, query = 2 * max(shape.kv_heads // tp, 1) * row, shape.heads // tp * row
+    return max(kept for kept, _, _ in every) * key, max(keys * key + queries * query for _, keys, queries in every)
 
 
-def _of_rank(plan: HaloPlan, passes: int) -> tuple[int, int, int]:
-    """Rows of queries whose results are kept beside the joined result, rows whose log-sum-exps are kept in addition,
-    and rows of keys that are copied.
+def _of_rank(plan: HaloPlan, summaries: int) -> tuple[int, int, int]:
+    """Rows of keys that a rank keeps of others; rows of gradients of keys, and of queries, at the fullest moment of the
+    backward pass.
 
-    The first segment of the sequence attends in one pass. A second pass keeps its own results.
+    Args:
+        summaries: of the whole sequence, 0 where no query sees one.
     """
-    segments = plan.split.segments()
-    text = 2 * plan.segment_rows
-    if passes == 1:
-        joined = [len(plan.halo(segment)) + len(plan.head(segment)) for segment in segments]
-        return text, 0, sum(joined)
-    again = sum(plan.segment_rows for segment in segments if segment)
-    return text + again, again, sum(map(len, plan.needed(plan.split.rank)))
+    way, rank, segments = route(plan), plan.split.rank, plan.split.segments()
+    kept = sum(map(len, plan.needed(rank))) if way.joined else plan.rows_received(rank)
+    # Gradients of joined halos are sorted into what goes back; those of own rows wait to be added.
+    halos = kept + (plan.rows_received(rank) if way.joined else 0)
+    halos += sum(where.rows.stop - where.rows.start for where in way.places if where is not None and where.own)
+    # Those of all summaries are put in the order of ranks; then gradients arrive, of this rank's rows.
+    arriving = plan.rows_sent(rank) + summaries // plan.split.size
+    far = sum(plan.segment_rows if summaries and segment else len(plan.head(segment)) for segment in segments)
+    before = summaries // (2 * plan.split.size) * segments[1]
+    return kept + before, halos + summaries + max(summaries, arriving), far

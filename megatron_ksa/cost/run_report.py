@@ -35,7 +35,6 @@ def training_layout(args: argparse.Namespace, settings: RunSettings) -> Training
         gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not sixteen_bits else 2,
         recompute=Recompute.from_args(args),
         context_comm=tuple(kind or "p2p" for kind in comm),
-        context_passes=settings.kernels.context_passes,
         loss=settings.loss,
         train=settings.train,
         distills=settings.distill.enabled,

@@ -71,7 +71,6 @@ class TrainingLayout:
         gradient_bytes: of an element of the gradient buffers, 4 unless gradients are reduced in 16 bits.
         recompute: what each model chunk computes again in the backward pass.
         context_comm: `--cp-comm-type`, of all layers or one a layer: p2p or a2a.
-        context_passes: `--cp-attention-passes`: auto, 1 or 2.
         fused_norm: the norm saves its input only, as torch's does on a GPU; otherwise also its normalised rows.
         fused_swiglu: the gated activation saves its input only (`--bias-swiglu-fusion`).
         fused_attention: KSA attention runs in its kernels; in plain PyTorch text and summary queries have outputs of
@@ -100,7 +99,6 @@ class TrainingLayout:
     gradient_bytes: int = 4
     recompute: Recompute = NONE
     context_comm: tuple[str, ...] = ("p2p",)
-    context_passes: str = "auto"
     loss: LossConfig = LossConfig()
     fused_norm: bool = True
     fused_swiglu: bool = True

@@ -29,6 +29,11 @@ class ZigZag:
         by_segment = rows.unflatten(dim, (2 * self.size, -1))
         return torch.cat([by_segment.select(dim, segment) for segment in self.segments()], dim=dim)
 
+    def by_segment(self, rows: Tensor) -> list[Tensor]:
+        """Rows of all ranks, concatenated in the order of ranks, as views of the sequence's segments in order."""
+        by_rank = rows.unflatten(0, (self.size, 2, -1))
+        return [*by_rank[:, 0].unbind(), *reversed(by_rank[:, 1].unbind())]
+
     def restore(self, rows: Tensor, dim: int = 0) -> Tensor:
         """Rows of all ranks, concatenated in the order of ranks along `dim`, in the order of the sequence."""
         if self.size == 1:

@@ -19,7 +19,6 @@ from megatron_ksa.checkpoint.run_folder import restore_tracker
 from megatron_ksa.checkpoint.stored_args import load_stored_args
 from megatron_ksa.checkpoint.to_load import checkpoint_to_load, only_weights
 from megatron_ksa.config.settings import RunSettings
-from megatron_ksa.context_parallel.attention import take_passes
 from megatron_ksa.cost.run_report import run_report
 from megatron_ksa.data_tools.indexed import check_ids, check_indexed_dataset
 from megatron_ksa.data_tools.loss_masks import masked_prefixes
@@ -142,7 +141,6 @@ def configure(args: argparse.Namespace, settings: RunSettings, fit: Fit | None =
     force_reference(settings.kernels.reference)
     take_unchecked(settings.kernels.unchecked)
     take_apart(_apart(args, settings))
-    take_passes(settings.kernels.context_passes)
     with megatron_refusals(args):
         if settings.is_megatron:
             model = dense_config_from_args(args)

@@ -1,11 +1,9 @@
 """Which text rows travel where."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ksa.context_parallel.plan import HaloPlan, fewest_passes
-from megatron_ksa.kernels.ksa_attention import KSAGeometry
+from megatron_ksa.context_parallel.plan import HaloPlan, route
 from megatron_ksa.layout.zigzag import ZigZag
 
 plans = st.builds(
@@ -51,15 +49,18 @@ def test_queries_behind_the_head_see_nothing_before_their_segment(plan):
     assert not plan.head(0)
 
 
-@pytest.mark.parametrize(
-    ("window", "size", "heads", "kv_heads", "passes"),
-    [
-        (128, 2, 16, 16, 1), (1024, 2, 16, 16, 1), (16384, 2, 16, 16, 2),
-        # 2 x 8192 rows of halos and 12,288 summaries, 32,768 queries; then 14,336 and 16,384.
-        (1024, 4, 16, 16, 1), (1024, 8, 16, 16, 2), (128, 8, 16, 16, 1), (128, 16, 16, 16, 2), (128, 16, 16, 4, 1),
-        # The halo is as long as a segment.
-        (1024, 8, 16, 1, 2), (1023, 8, 16, 1, 1),
-    ],
-)  # fmt: skip
-def test_one_pass_where_no_more_keys_arrive_than_there_are_queries(window, size, heads, kv_heads, passes):
-    assert fewest_passes(KSAGeometry(8, 1, window), 131072, size, heads, kv_heads) == passes
+@given(plans)
+def test_halos_lie_where_their_rows_are(plan):
+    """By the position of every row that is kept for the halos of a rank, and of those that it holds."""
+    for rank in range(plan.split.size):
+        plan = HaloPlan(ZigZag(rank, plan.split.size), plan.segment_rows, plan.halo_rows)
+        way = route(plan)
+        kept = [list(rows) for rows in plan.needed(rank)] if way.joined else [[row for p in way.incoming for row in p]]
+        own = [list(plan.segment(segment)) for segment in plan.split.segments()]
+        read = []
+        for segment, place in zip(plan.split.segments(), way.places, strict=True):
+            rows = [] if place is None else (own if place.own else kept)[place.index][place.rows]
+            assert rows == list(plan.halo(segment))
+            read.append(set(rows) if place and not place.own else set())
+        assert set().union(*kept) == read[0] | read[1]
+        assert way.overlap == bool(read[0] & read[1])

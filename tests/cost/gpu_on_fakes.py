@@ -17,6 +17,7 @@ from single_process import build_model, process_groups, transformer_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import megatron_ksa.context_parallel.attention
 import megatron_ksa.kernels.dispatch
 import megatron_ksa.kernels.rotation.triton_rotation  # noqa: F401 (custom ops cannot be made among fake tensors)
 import megatron_ksa.model.chunked_loss
@@ -28,7 +29,6 @@ from megatron_ksa.config.ksa import KSAConfig
 from megatron_ksa.config.loss import LossConfig
 from megatron_ksa.config.recompute import Recompute
 from megatron_ksa.context_parallel import exchange
-from megatron_ksa.context_parallel.attention import take_passes
 from megatron_ksa.cost.live_memory import LiveMemory
 from megatron_ksa.kernels.distillation import RowStatistics
 from megatron_ksa.model.chunked_loss import ChunkedLoss
@@ -79,6 +79,8 @@ def gpu_path(monkeypatch):
     monkeypatch.setattr(
         megatron_ksa.model.core_attention, "causal_attention", lambda q, k, v, scale=None: _CuDNN.apply(q, k, v)
     )
+    for passes in ("ksa_forward", "ksa_backward", "merge_into"):
+        monkeypatch.setattr(megatron_ksa.context_parallel.attention, passes, lambda *_: None)
     monkeypatch.setattr(Norm, "_normalize", lambda norm, x, shape, weight, bias: _RMSNorm.apply(x, weight))
     monkeypatch.setattr(fused_bias_swiglu, "swiglu", lambda y: y.new_empty(*y.shape[:-1], y.shape[-1] // 2))
     monkeypatch.setattr(fused_bias_swiglu, "swiglu_back", lambda gradient, y: torch.empty_like(y))
@@ -100,16 +102,20 @@ def gpu_path(monkeypatch):
 
 
 @pytest.fixture
-def rank_of_two(monkeypatch) -> None:
-    """Let models be those of the second of two context-parallel ranks, which sends nothing and waits for nobody."""
+def ranks_of_two(monkeypatch) -> Iterator[int]:
+    """The ranks of two context-parallel ones, of which models are as they come: they send nothing and wait for nobody."""
     groups = process_groups()
-    monkeypatch.setattr(groups, "cp", SimpleNamespace(rank=lambda: 1, size=lambda: 2))
     monkeypatch.setattr(single_process, "process_groups", lambda: groups)
     sent = SimpleNamespace(wait=lambda: None)
     collectives = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
     monkeypatch.setattr(exchange, "dist", SimpleNamespace(**{name: lambda *_, **__: sent for name in collectives}))
-    yield
-    take_passes("auto")
+
+    def each() -> Iterator[int]:
+        for rank in range(2):
+            monkeypatch.setattr(groups, "cp", SimpleNamespace(rank=lambda: rank, size=lambda: 2))
+            yield rank
+
+    return each()
 
 
 class _OnCpu:
@@ -142,7 +148,7 @@ def peaks(
     """Bytes beside parameters, gradients and optimizer state in a step of one micro-batch in bfloat16.
 
     Args:
-        sizes: fields of `TransformerConfig`; a context-parallel size of 2 goes with the fixture `rank_of_two`.
+        sizes: fields of `TransformerConfig`; a context-parallel size of 2 goes with the fixture `ranks_of_two`.
         model: further fields of `KSAGPTModelConfig`.
 
     Returns:

@@ -22,16 +22,15 @@ def test_layouts_by_name():
     assert "--sequence-parallel" in layout.flags and layout.flags[-1] == "a2a"
     assert parse_layout("one").flags == [] and parse_layout("one").gpus == 1
     assert name_of({"layout": "tp2-cp4-a2a"}) == "TP 2 x CP 4, all-to-all"
-    layout = parse_layout("cp2-two-passes-fit")
-    assert (layout.passes, layout.fit, layout.gpus) == ("2", True, 2)
+    layout = parse_layout("cp2-a2a-fit")
+    assert (layout.comm, layout.fit, layout.gpus) == ("a2a", True, 2)
     assert parse_layout("one-fit").flags == ["--recompute-to-fit", "--recompute-to-fit-gpu", "79.18"]
-    assert name_of({"layout": "cp2-two-passes-fit"}) == "CP 2, two passes, recompute to fit"
+    assert name_of({"layout": "cp2-a2a-fit"}) == "CP 2, all-to-all, recompute to fit"
     assert name_of({"layout": "one-fit", "kind": "te"}) == "one GPU, recompute to fit, te"
 
 
 OTHERS = (
-    "", "cp", "cp0", "cp2-cp4", "tp2-a2a", "dp2", "cp2-", "one-pass", "tp2-one-pass", "cp2-a2a-two-passes", "fit",
-    "cp2-fit-fit", "one-a2a",
+    "", "cp", "cp0", "cp2-cp4", "tp2-a2a", "dp2", "cp2-", "cp2-one-pass", "cp2-a2a-a2a", "fit", "cp2-fit-fit", "one-a2a",
 )  # fmt: skip
 
 

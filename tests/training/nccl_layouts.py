@@ -77,8 +77,6 @@ TWO = {
     "TP 2 + SP, chunked loss": Layout(f"{_tp(2)} {SP} --loss-chunk-rows 96"),
     "CP 2, halos and summaries": Layout(_cp(2)),
     "CP 2, halos and summaries, documents": Layout(f"{_cp(2)} {RECOMPUTE}", f"{LOCAL} {PACKED}"),
-    "CP 2, one pass": Layout(f"{_cp(2)} --cp-attention-passes 1"),
-    "CP 2, two passes": Layout(f"{_cp(2)} --cp-attention-passes 2"),
     "CP 2, all-to-all": Layout(f"{_cp(2)} --cp-comm-type a2a"),
     "PP 2": Layout(PP),
     "PP 2, interleaved": Layout(f"{PP} --num-virtual-stages-per-pipeline-rank 2"),
