@@ -42,7 +42,9 @@ OPS = {
     "swiglu": swiglu.swiglu,
     "adam_step": adam.adam_step,
     "l2_norm": adam.l2_norm,
-    "merge": softmax_merge.merge,
+    "ksa_forward": ksa_attention.ksa_forward,
+    "ksa_backward": ksa_attention.ksa_backward,
+    "merge_into": softmax_merge.merge_into,
 }
 # Nothing but what torch, triton and numpy bring along may be imported; Megatron and the trainer's folders may not.
 BLOCKED = """

@@ -25,7 +25,22 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from megatron_ksa.kernels.ksa_attention import KSAGeometry, gluon_common, triton_joint, triton_summary, triton_text
+from megatron_ksa.kernels.ksa_attention import (
+    KSAGeometry,
+    gluon_common,
+    triton_joint,
+    triton_passes,
+    triton_summary,
+    triton_text,
+)
+from megatron_ksa.kernels.ksa_attention.operands import (
+    Gradients,
+    Rows,
+    Sizes,
+    SummaryBackward,
+    SummaryForward,
+    TextOutputs,
+)
 from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
 
 calls: list[tuple] = []
@@ -180,6 +195,36 @@ def summaries():
     out.backward(torch.zeros_like(out))
 
 
+def passes():
+    """As context parallelism calls them: a segment of a rank's rows, then what its queries see of other segments."""
+    layer, length = torch.zeros(3, 2 * 1152, 2, 8, 128, dtype=torch.bfloat16), 1024
+    heads, out, d_out = layer.unbind(), torch.zeros_like(layer[0]), torch.zeros_like(layer[0])
+    gradients = torch.zeros_like(layer).unbind()
+
+    def views(rows):
+        by_batch = rows.transpose(0, 1)
+        return by_batch[:, length : 2 * length], by_batch[:, 2 * length + 128 :]
+
+    (q, q_s), (k, k_s), (v, v_s), (text, text_s), (d_text, d_text_s) = map(views, (*heads, out, d_out))
+    (dq, dq_s), (dk, dk_s), (dv, dv_s) = map(views, gradients)
+    outputs = TextOutputs(text, torch.zeros(2, 8, length))
+    own, sizes = Rows(q, k, v, k_s, v_s, None), Sizes(8, 1, 16, 0, 0, 0, 0.1)
+    triton_passes.forward(own, SummaryForward(q_s, text_s), outputs, sizes)
+    triton_passes.backward(
+        own, SummaryBackward(q_s, d_text_s, dq_s), outputs, d_text, Gradients(dq, dk, dv, dk_s, dv_s), sizes
+    )  # fmt: skip
+
+    halo, before, d_halo, d_before = (
+        torch.zeros(count, 2, 2, 8, 128, dtype=torch.bfloat16).transpose(0, 2).unbind(1) for count in (128, 384) * 2
+    )
+    far, sizes = Rows(q, *halo, *before, None), Sizes(8, 1, 16, 3072, 2944, 0, 0.1)
+    none = q[:, :0]
+    triton_passes.forward(far, SummaryForward(none, none), TextOutputs(torch.zeros_like(q), outputs.lse), sizes)
+    triton_passes.backward(
+        far, SummaryBackward(none, none, none), outputs, d_text, Gradients(torch.zeros_like(q), *d_halo, *d_before), sizes
+    )  # fmt: skip
+
+
 CASES = {
     "joint": lambda: joint(HOPPER[128]),
     "joint, documents": lambda: joint(HOPPER[128], documents(2048)),
@@ -187,6 +232,7 @@ CASES = {
     "segment": lambda: segment(HOPPER[128], documents(2048)),
     "plain tiles": lambda: segment(HALF[128]),
     "summaries": summaries,
+    "passes": passes,
 }
 
 
@@ -194,9 +240,15 @@ def main(cases: Iterable[str] = ()) -> None:
     """Compile and report these cases, or all."""
     triton.runtime.driver.set_active(Driver())
     gluon_common._multiprocessors = lambda device: 132
-    for module in (triton_joint, triton_text, triton_summary):
+    for module in (triton_text, triton_summary):
         module._launch_forward = twice(module._launch_forward)
         module._launch_backward = twice(module._launch_backward)
+    for name in ("launch_joint_forward", "launch_joint_backward"):
+        launches = twice(getattr(triton_joint, name))
+        for module in (triton_joint, triton_passes):
+            setattr(module, name, launches)
+    # Tiles are looked up by the GPU.
+    triton_passes.tile_numbers = lambda *_: tuple(HOPPER[128].pack())
     for Utilities.case in cases or CASES:
         CASES[Utilities.case]()
     report("attention", products_and_waits)
