@@ -244,9 +244,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def wanted(options: argparse.Namespace, runs: list[dict]) -> list[Run]:
-    """The runs that the results lack."""
+    """The runs that the results lack; in layouts of several GPUs all of one model come before the next model's."""
     found = {identity(run) for run in runs if "error" not in run}
-    every = itertools.product(options.layouts or [None], options.lengths, options.models, options.kinds)
+    every = list(itertools.product(options.layouts or [None], options.lengths, options.models, options.kinds))
+    if options.layouts:
+        every.sort(key=lambda run: options.models.index(run[2]))
     return [
         Run(model, length, kind, layout)
         for layout, length, model, kind in every
@@ -256,9 +258,9 @@ def wanted(options: argparse.Namespace, runs: list[dict]) -> list[Run]:
 
 
 def results(options: argparse.Namespace, left: list[Run]) -> Iterator[dict]:
-    """Measure the runs, those that take the same number of GPUs together."""
-    for gpus in dict.fromkeys(run.layout and run.layout.gpus for run in left):
-        same = [run for run in left if (run.layout and run.layout.gpus) == gpus]
+    """Measure the runs in order, neighbours that take the same number of GPUs together."""
+    for gpus, neighbours in itertools.groupby(left, lambda run: run.layout and run.layout.gpus):
+        same = list(neighbours)
         for model, length, kind, layout in same:
             graphs = ", CUDA graphs" * captures(kind, options)
             where = f", {layout.name}" if layout else ""

@@ -72,65 +72,71 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor):
         q, k, v, document_start, out, first, second, every, *kept = ctx.saved_tensors
-        rank = Rank(ctx.layer, q, k, v, document_start)
-        gradients = _gradients(rank, ctx.group, out, (first, second), every, kept, d_out)
+        layer, rank = ctx.layer, Rank(ctx.layer, q, k, v, document_start)
+        results = [TextOutputs(by_batch(text), lse) for text, lse in zip(layer.split(out), (first, second), strict=False)]
+        d_results = [by_batch(part) for part in layer.split(d_out)]
+        gradients = [rows.new_empty(rows.shape) for rows in (q, k, v)]
+        dq, dk, dv = (layer.split(rows) for rows in gradients)
+        d_text = list(zip(dk[:2], dv[:2], strict=True))
+
+        # What goes back to other ranks comes first, and travels during the rest.
+        halos = HaloGradients(layer.plan, kept)
+        far_dq, d_every = _far_gradients(rank, halos, results, d_results, kept, every)
+        exchange = Exchange(layer.plan, ctx.group, layer.gather)
+        exchange.send_back(halos.returned(), d_every)
+        del d_every
+
+        for place in range(2):
+            rows, summary_q = rank.own(place)
+            (dq_text, dq_summary), (dk_text, dk_summary), (dv_text, dv_summary) = (
+                map(by_batch, parts[place::2]) for parts in (dq, dk, dv)
+            )
+            ksa_backward(
+                rows, SummaryBackward(summary_q, d_results[2 + place], dq_summary), results[place], d_results[place],
+                Gradients(dq_text, dk_text, dv_text, dk_summary, dv_summary), layer.sizes(),
+            )  # fmt: skip
+            if place in far_dq:
+                dq_text[:, : layer.far_rows(place)].add_(far_dq.pop(place))
+        halos.add_own(d_text)
+        exchange.receive_back(d_text, tuple(rows[2 * layer.plan.segment_rows :] for rows in gradients[1:]))
         return None, None, *gradients, None
 
 
-def _gradients(
-    rank: Rank, group: dist.ProcessGroup, out: Tensor, statistics: Sequence[Tensor], every: Tensor | None,
-    kept: Sequence[Tensor], d_out: Tensor,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k and v, from what `_Attention.forward` saves."""
-    layer = rank.layer
-    results, d_results = layer.split(out), layer.split(d_out)
-    gradients = [rows.new_empty(rows.shape) for rows in (rank.q, rank.k, rank.v)]
-    dq, dk, dv = (layer.split(rows) for rows in gradients)
-    d_text = list(zip(dk[:2], dv[:2], strict=True))
+def _far_gradients(
+    rank: Rank, halos: HaloGradients, results: Sequence[TextOutputs], d_results: Sequence[Tensor],
+    kept: Sequence[Tensor], every: Tensor | None,
+) -> tuple[dict[int, Tensor], Tensor | None]:  # fmt: skip
+    """Backward pass of the attention to other segments; fills `halos`.
 
-    # What goes back to other ranks comes first, and travels during the rest.
-    halos, far_dq = HaloGradients(layer.plan, kept), {}
-    d_every = None if every is None else every.new_empty(layer.summaries(2 * layer.plan.split.size), *every.shape[1:])
+    Returns:
+        dQ of the queries that see anything of them, by segment, and the gradients of all summaries in the order of
+        ranks.
+    """
+    layer, far_dq = rank.layer, {}
+    d_every = None if every is None else torch.empty_like(every)
     for place in (1, 0):
         if not (count := layer.far_rows(place)):
             continue
         rows, sizes = rank.far(place, halo_of(layer.plan, place, kept, rank.text), every)
-        far_dq[place] = torch.empty_like(rows.q)
-        before, d_halo = layer.summaries(layer.segments[place]), halos.of(place)
-        d_before = d_halo[:0]
-        if d_every is not None:
-            d_before = d_every[:before] if place else d_every.new_empty(before, *d_every.shape[1:])
-        merged = TextOutputs(by_batch(results[place][:count]), statistics[place][..., :count].contiguous())
+        far_dq[place], d_halo = torch.empty_like(rows.q), halos.of(place)
+        if every is None:
+            d_before = d_halo[:0]
+        else:
+            # The last segment sees all summaries that are there.
+            d_before = d_every if place else torch.empty_like(d_every[: layer.summaries(layer.segments[0])])
         d_keys = (by_batch(kind) for both in (d_halo, d_before) for kind in both.unbind(1))
+        text, lse = results[place]
         ksa_backward(
-            rows, no_summaries(SummaryBackward, rows.q), merged, by_batch(d_results[place][:count]),
-            Gradients(far_dq[place], *d_keys), sizes,
+            rows, no_summaries(SummaryBackward, rows.q), TextOutputs(text[:, :count], lse[..., :count].contiguous()),
+            d_results[place][:, :count], Gradients(far_dq[place], *d_keys), sizes,
         )  # fmt: skip
-        if d_every is not None:
-            if place:
-                d_every[before:].zero_()
-            else:
-                d_every[:before] += d_before
-    if d_every is not None:
-        d_every = layer.plan.split.by_rank(d_every)
-    exchange = Exchange(layer.plan, group, layer.gather)
-    exchange.send_back(halos.returned(), d_every)
-    del d_every
-
-    for place in range(2):
-        rows, summary_q = rank.own(place)
-        d_rows = [by_batch(part) for parts in (dq, dk, dv) for part in parts[place::2]]
-        dq_text, dq_summary, dk_text, dk_summary, dv_text, dv_summary = d_rows
-        ksa_backward(
-            rows, SummaryBackward(summary_q, by_batch(d_results[2 + place]), dq_summary),
-            TextOutputs(by_batch(results[place]), statistics[place]), by_batch(d_results[place]),
-            Gradients(dq_text, dk_text, dv_text, dk_summary, dv_summary), layer.sizes(),
-        )  # fmt: skip
-        if place in far_dq:
-            dq_text[:, : layer.far_rows(place)] += far_dq.pop(place)
-    halos.add_own(d_text)
-    exchange.receive_back(d_text, tuple(rows[2 * layer.plan.segment_rows :] for rows in gradients[1:]))
-    return gradients
+        if every is not None and not place:
+            d_every[: len(d_before)].add_(d_before)
+    if every is None:
+        return far_dq, None
+    seen = d_every.split(layer.summaries(1))
+    unseen = [torch.zeros_like(seen[0])] * (2 * layer.plan.split.size - len(seen))
+    return far_dq, layer.plan.split.join([*seen, *unseen])
 
 
 def context_parallel_attention(

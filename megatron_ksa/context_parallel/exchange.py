@@ -100,4 +100,5 @@ class Exchange:
 def add_pair(pair: Pair, rows: slice, gradients: Tensor) -> None:
     """Add gradients [rows, 2, ...] of keys and values to rows of those of both."""
     for total, gradient in zip(pair, gradients.unbind(1), strict=True):
-        total[rows] += gradient
+        # `total[rows] += gradient` would copy the sum onto itself once more.
+        total[rows].add_(gradient)

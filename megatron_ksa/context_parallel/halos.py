@@ -73,7 +73,7 @@ class HaloGradients:
             first, second = self._way.places
             both = self._kept[second.index]  # the second halo filled it but for its beginning
             both[: second.rows.start].zero_()
-            both[first.rows] += self._apart.pop(0)
+            both[first.rows].add_(self._apart.pop(0))
         if not self._way.joined:
             return self._kept[0]
         received = self._kept[0].new_empty(sum(self._way.incoming_sizes), *self._kept[0].shape[1:])

@@ -182,8 +182,8 @@ def _gathered_for_summaries(shape: ModelShape, layout: TrainingLayout, rows: int
 
 
 def _exchanged(shape: ModelShape, layer: KSALayer, layout: TrainingLayout) -> tuple[int, int]:
-    """Bytes that attention saves of other ranks' keys, and bytes that its backward pass adds, each of the rank with
-    the most.
+    """Bytes that attention saves of other ranks' keys, of the rank with the most, and what its backward pass takes
+    beyond that, of the rank with the most of both.
     """
     tp, text, ksa = layout.tensor_parallel, layout.text_length, shape.ksa
     geometry = KSAGeometry(ksa.chunk_size, ksa.summary_tokens * layer.has_summaries, layer.window_chunks)
@@ -194,7 +194,8 @@ def _exchanged(shape: ModelShape, layer: KSALayer, layout: TrainingLayout) -> tu
     every = [_of_rank(HaloPlan.of(geometry, text, rank), summaries) for rank in ranks]
     row = layout.micro_batch * layout.parameter_bytes * shape.head_dim
     key, query = 2 * max(shape.kv_heads // tp, 1) * row, shape.heads // tp * row
-    return max(kept for kept, _, _ in every) * key, max(keys * key + queries * query for _, keys, queries in every)
+    saved = max(kept for kept, _, _ in every) * key
+    return saved, max((kept + keys) * key + queries * query for kept, keys, queries in every) - saved
 
 
 def _of_rank(plan: HaloPlan, summaries: int) -> tuple[int, int, int]:
@@ -209,8 +210,9 @@ def _of_rank(plan: HaloPlan, summaries: int) -> tuple[int, int, int]:
     # Gradients of joined halos are sorted into what goes back; those of own rows wait to be added.
     halos = kept + (plan.rows_received(rank) if way.joined else 0)
     halos += sum(where.rows.stop - where.rows.start for where in way.places if where is not None and where.own)
-    # Those of all summaries are put in the order of ranks; then gradients arrive, of this rank's rows.
-    arriving = plan.rows_sent(rank) + summaries // plan.split.size
+    # Those of summaries, and zeros for a segment that nobody sees, are joined in the order of ranks; then gradients of
+    # this rank's rows arrive.
+    of_segment = summaries // (2 * plan.split.size)
+    before, arriving = of_segment * segments[1], plan.rows_sent(rank) + 2 * of_segment
     far = sum(plan.segment_rows if summaries and segment else len(plan.head(segment)) for segment in segments)
-    before = summaries // (2 * plan.split.size) * segments[1]
-    return kept + before, halos + summaries + max(summaries, arriving), far
+    return kept + before, halos + summaries + max(before + of_segment, arriving), far

@@ -4,6 +4,7 @@ A sequence is cut into 2 * size segments of equal length; rank r holds segments 
 so that causal attention costs every rank the same. Text rows and summary rows are split alike.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,21 +30,20 @@ class ZigZag:
         by_segment = rows.unflatten(dim, (2 * self.size, -1))
         return torch.cat([by_segment.select(dim, segment) for segment in self.segments()], dim=dim)
 
-    def by_segment(self, rows: Tensor) -> list[Tensor]:
-        """Rows of all ranks, concatenated in the order of ranks, as views of the sequence's segments in order."""
-        by_rank = rows.unflatten(0, (self.size, 2, -1))
-        return [*by_rank[:, 0].unbind(), *reversed(by_rank[:, 1].unbind())]
+    def by_segment(self, rows: Tensor, dim: int = 0) -> list[Tensor]:
+        """Rows of all ranks, concatenated in the order of ranks along `dim`: views of the segments of the sequence."""
+        first, second = rows.unflatten(dim, (self.size, 2, -1)).unbind(dim + 1)
+        return [*first.unbind(dim), *reversed(second.unbind(dim))]
 
     def restore(self, rows: Tensor, dim: int = 0) -> Tensor:
         """Rows of all ranks, concatenated in the order of ranks along `dim`, in the order of the sequence."""
-        if self.size == 1:
-            return rows
-        first, second = rows.unflatten(dim, (self.size, 2, -1)).unbind(dim + 1)
-        return torch.cat([first, second.flip(dim)], dim=dim).flatten(dim, dim + 1)
+        return rows if self.size == 1 else torch.cat(self.by_segment(rows, dim), dim=dim)
+
+    def join(self, segments: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """The segments of a sequence, concatenated in the order of ranks along `dim`."""
+        ranks = (self.segments(rank) for rank in range(self.size))
+        return torch.cat([segments[segment] for pair in ranks for segment in pair], dim=dim)
 
     def by_rank(self, rows: Tensor, dim: int = 0) -> Tensor:
         """The inverse of `restore`."""
-        if self.size == 1:
-            return rows
-        first, second = rows.unflatten(dim, (2, self.size, -1)).unbind(dim)
-        return torch.stack([first, second.flip(dim)], dim=dim + 1).flatten(dim, dim + 2)
+        return rows if self.size == 1 else self.join(rows.unflatten(dim, (2 * self.size, -1)).unbind(dim), dim)

@@ -13,6 +13,7 @@ KERNEL_TESTS = (
     "tests/kernels/softmax_merge", "tests/kernels/swiglu", "tests/kernels/adam", "tests/kernels/test_column_sums.py",
     "tests/upstream/test_embedding_gradient.py::test_rows_are_added_to_their_words", "tests/kernels/norm",
     "tests/kernels/ksa_attention/test_gluon.py", "tests/kernels/ksa_attention/test_on_gpu.py",
+    "tests/kernels/ksa_attention/test_passes.py",
     "tests/kernels/ksa_decode", "tests/kernels/cross_entropy", "tests/kernels/distillation", "tests/kernels/rotation",
     "tests/huggingface/test_exported_batches.py::test_kernels_on_a_gpu", "tests/inference/test_captured_steps.py",
     "tests/upstream/test_optimizer_kernels.py", "tests/upstream/test_weight_gradients.py",
@@ -142,15 +143,15 @@ def several_gpus(gpus: int) -> tuple[Part, ...]:
     other = [f"{every}-a2a", *([f"tp2-cp{half}"] if half > 1 else [])]
     nccl = (f"{TRAINING}/nccl_check.py", "--processes", "GPUS", "--out", f"OUT/nccl_{gpus}.json", "--seconds", "LEFT",
             "--commit", "COMMIT")  # fmt: skip
-    long = ("--lengths", "131072", "--limit", "75")
+    long = ("--lengths", "131072", "--limit", "120")
     # One micro-batch adds nothing up, so that gradients may have 16 bits; few rows of the output layer at a time.
     million = ("--models", "ksa", "--lengths", "1048576", "--loss-rows", "1024", "--limit", "150")
     short = (*UNCHECKED, "--grad-reduce-in-bf16")
-    # Both ways to attend in one run: two GPUs decide which one is taken.
-    passes = ["cp2-two-passes"] if gpus == 2 else []
     parts = [
-        Part("speed", "128k: CP on all GPUs and fewer, against one GPU and full attention", 200, 300,
-             _ranks("--layouts", every, *passes, *fewer, "one", "--full-layouts", every, *long)),
+        # Full attention comes last: a step takes it three times as long. Each set of ranks compiles for half a minute.
+        Part("speed", "128k: CP on all GPUs and fewer, against one GPU and full attention", 270 + 65 * len(fewer),
+             min(480, 390 + 70 * len(fewer)),
+             _ranks("--layouts", every, *fewer, "one", "--full-layouts", every, *long)),
         Part("speed_fit", "128k: CP on all GPUs against one GPU, each with the recompute that fits 80 GB", 130, 220,
              _ranks("--layouts", f"{every}-fit", "one-fit", "--models", "ksa", *long)),
         Part("million", "a step of 1,048,576 tokens, context parallelism alone", 120, 180,

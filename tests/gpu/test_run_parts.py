@@ -169,6 +169,17 @@ def test_the_trainer_takes_the_flags_of_every_run(name, monkeypatch):
         assert settings.kernels.unchecked
 
 
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_full_attention_on_several_gpus_comes_last(gpus, monkeypatch):
+    """The part's time was over before one GPU had run, which all other layouts are compared with."""
+    script, *words = filled(EVERY[f"speed, {gpus}"])
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    throughput = loaded(script)
+    found = [(run.model, run.layout.name) for run in throughput.wanted(throughput.parse_arguments(), [])]
+    fewer = [("ksa", "cp2")] * (gpus > 2)
+    assert found == [("ksa", f"cp{gpus}"), *fewer, ("ksa", "one"), ("full", f"cp{gpus}")]
+
+
 def test_list_says_the_parts():
     done = subprocess.run(
         [sys.executable, ROOT / "tests/gpu/run_parts.py", "several_gpus", "out", "--gpus", "8", "--list"],
