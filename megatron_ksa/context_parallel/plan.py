@@ -43,7 +43,7 @@ class HaloPlan:
         return range(max(0, start - self.halo_rows), start)
 
     def head(self, index: int) -> range:
-        """Text positions of segment `index` whose queries see its halo; what later queries see begins in the segment."""
+        """Text positions of segment `index` whose queries see its halo; later queries see none of it."""
         start = index * self.segment_rows
         return range(start, start + min(self.halo_rows, self.segment_rows) * (index > 0))
 
@@ -92,7 +92,7 @@ class HaloPlan:
 
 
 class Place(NamedTuple):
-    """Where the halo of a segment lies: `rows` of this rank's own segment 0 or 1, or of a tensor that is kept for it."""
+    """Where a segment's halo lies: `rows` of this rank's own segment 0 or 1, or of a tensor that is kept for it."""
 
     own: bool
     index: int

@@ -103,7 +103,7 @@ def gpu_path(monkeypatch):
 
 @pytest.fixture
 def ranks_of_two(monkeypatch) -> Iterator[int]:
-    """The ranks of two context-parallel ones, of which models are as they come: they send nothing and wait for nobody."""
+    """Two context-parallel ranks, the one after the other that of the next models; no collective does anything."""
     groups = process_groups()
     monkeypatch.setattr(single_process, "process_groups", lambda: groups)
     sent = SimpleNamespace(wait=lambda: None)
@@ -112,7 +112,7 @@ def ranks_of_two(monkeypatch) -> Iterator[int]:
 
     def each() -> Iterator[int]:
         for rank in range(2):
-            monkeypatch.setattr(groups, "cp", SimpleNamespace(rank=lambda: rank, size=lambda: 2))
+            monkeypatch.setattr(groups, "cp", SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 2))
             yield rank
 
     return each()

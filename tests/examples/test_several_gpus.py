@@ -30,7 +30,8 @@ def test_layouts_by_name():
 
 
 OTHERS = (
-    "", "cp", "cp0", "cp2-cp4", "tp2-a2a", "dp2", "cp2-", "cp2-one-pass", "cp2-a2a-a2a", "fit", "cp2-fit-fit", "one-a2a",
+    "", "cp", "cp0", "cp2-cp4", "tp2-a2a", "dp2", "cp2-", "cp2-one-pass", "cp2-a2a-a2a", "fit", "cp2-fit-fit",
+    "one-a2a",
 )  # fmt: skip
 
 

@@ -220,9 +220,8 @@ def passes():
     far, sizes = Rows(q, *halo, *before, None), Sizes(8, 1, 16, 3072, 2944, 0, 0.1)
     none = q[:, :0]
     triton_passes.forward(far, SummaryForward(none, none), TextOutputs(torch.zeros_like(q), outputs.lse), sizes)
-    triton_passes.backward(
-        far, SummaryBackward(none, none, none), outputs, d_text, Gradients(torch.zeros_like(q), *d_halo, *d_before), sizes
-    )  # fmt: skip
+    d_far = Gradients(torch.zeros_like(q), *d_halo, *d_before)
+    triton_passes.backward(far, SummaryBackward(none, none, none), outputs, d_text, d_far, sizes)
 
 
 CASES = {

@@ -42,7 +42,7 @@ class Parts(torch.autograd.Function):
         ctx.settings = module, geometry, n, cut
         out, statistics = torch.full_like(q, torch.nan), []
         for part in range(2):
-            rows, summary_q, _, sizes = own(part, (q, k, v), document_start, *ctx.settings[1:])
+            rows, summary_q, sizes = own(part, (q, k, v), document_start, *ctx.settings[1:])
             text, summaries = views(out, part, *ctx.settings[1:])
             lse = torch.full((q.shape[0], q.shape[2], rows.q.shape[1]), torch.nan, device=q.device, dtype=lse_type(q))
             statistics.append(TextOutputs(text, lse))
@@ -60,7 +60,7 @@ class Parts(torch.autograd.Function):
         module, *settings = ctx.settings
         gradients = [torch.full_like(rows, torch.nan) for rows in (q, k, v)]
         for part in range(2):
-            rows, summary_q, _, sizes = own(part, (q, k, v), document_start, *settings)
+            rows, summary_q, sizes = own(part, (q, k, v), document_start, *settings)
             (dq, dq_s), (dk, dk_s), (dv, dv_s) = (views(rows, part, *settings) for rows in gradients)
             d_text, d_summaries = views(d_out, part, *settings)
             module.backward(
@@ -102,7 +102,7 @@ def own(part: int, heads: tuple, document_start: Tensor | None, geometry: KSAGeo
     if document_start is not None:
         start = cut * part
         document_start = (document_start[:, start : start + q.shape[1]] - start).clamp(min=0)
-    return Rows(q, k, v, k_s, v_s, document_start), q_s, None, sizes_of(geometry, 0, 0)
+    return Rows(q, k, v, k_s, v_s, document_start), q_s, sizes_of(geometry, 0, 0)
 
 
 def far(heads: tuple, document_start: Tensor | None, geometry: KSAGeometry, n: int, cut: int):
@@ -131,9 +131,7 @@ def check(module, case: tuple, dim: int, dtype: torch.dtype) -> None:
     compare(
         ("out", "dq", "dk", "dv"),
         lambda q, k, v: [Parts.apply(q, k, v, start, module, geometry, n, cut)],
-        lambda q, k, v: [
-            reference.attention(q, k, v, geometry, text_rows=n, document_start=start, softmax_scale=0.3)
-        ],
+        lambda q, k, v: [reference.attention(q, k, v, geometry, text_rows=n, document_start=start, softmax_scale=0.3)],
         random_rows(0, 2, dim, dtype, (rows, heads), (rows, groups), (rows, groups), device=DEVICE),
     )
 
@@ -171,7 +169,7 @@ def test_summary_queries_go_beside_text_queries_where_their_rows_lie_alike():
     """A copy of one kind of rows has other strides, which the kernels would read as those of the other kind."""
     geometry, n, cut = KSAGeometry(8, 1, 4), 128, 64
     heads = [torch.zeros(2, 144, 2, 128) for _ in range(3)]
-    rows, summary_q, _, sizes = own(1, heads, None, geometry, n, cut)
+    rows, summary_q, sizes = own(1, heads, None, geometry, n, cut)
     queries = (rows.q, summary_q)
     numbers = tuple(HOPPER[128].pack())
     assert triton_passes._beside(rows, sizes, numbers, queries)
