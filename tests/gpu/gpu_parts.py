@@ -152,7 +152,7 @@ def several_gpus(gpus: int) -> tuple[Part, ...]:
         Part("speed", "128k: CP on all GPUs and fewer, against one GPU and full attention", 270 + 65 * len(fewer),
              min(480, 390 + 70 * len(fewer)),
              _ranks("--layouts", every, *fewer, "one", "--full-layouts", every, *long)),
-        Part("speed_fit", "128k: CP on all GPUs against one GPU, each with the recompute that fits 80 GB", 130, 220,
+        Part("speed_fit", "128k: CP on all GPUs against one GPU, each with the recompute that fits 80 GB", 170, 260,
              _ranks("--layouts", f"{every}-fit", "one-fit", "--models", "ksa", *long)),
         Part("million", "a step of 1,048,576 tokens, context parallelism alone", 120, 180,
              _ranks("--layouts", every, *million, flags=short), gpus=4),
