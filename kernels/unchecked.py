@@ -1,13 +1,13 @@
 """What no GPU has run yet in its final form: on a GPU it is off until `take_unchecked` asks for it.
 
 A kernel or fusion that has run in Triton's interpreter and been compiled is named here first, and leaves when a GPU has
-checked it (`tests/gpu/run_parts.py one_gpu OUT kernels checks`). Nothing waits now.
+checked it (`tests/gpu/run_parts.py one_gpu OUT kernels checks`).
 """
 
 # Names of fusions, all of which megatron_ksa/config/kernels.py describes; `dispatch.fuses` asks about them.
 FUSIONS: frozenset[str] = frozenset()
 # Names of ops (`dispatch.by_device`).
-OPS: frozenset[str] = frozenset()
+OPS: frozenset[str] = frozenset({"softmax merge"})
 _taken = False
 
 

@@ -7,7 +7,6 @@ from attention_cases import compare, document_starts, random_rows
 from torch import Tensor
 from triton.language import standard
 
-from megatron_ksa.kernels import softmax_merge
 from megatron_ksa.kernels.ksa_attention import KSAGeometry, reference, triton_passes
 from megatron_ksa.kernels.ksa_attention.operands import (
     Gradients,
@@ -18,9 +17,12 @@ from megatron_ksa.kernels.ksa_attention.operands import (
     TextOutputs,
 )
 from megatron_ksa.kernels.ksa_attention.triton_config import HALF, HOPPER
+from megatron_ksa.kernels.softmax_merge import reference as merge_reference
+from megatron_ksa.kernels.softmax_merge import triton_kernels as merge_kernels
 
 INTERPRETED = not isinstance(standard.sum, triton.runtime.JITFunction)
 DEVICE = "cpu" if INTERPRETED else "cuda"
+MERGES = {reference: merge_reference.merge_into, triton_passes: merge_kernels.merge_into}
 needs_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
 )
@@ -50,7 +52,7 @@ class Parts(torch.autograd.Function):
         rows, sizes = far((q, k, v), document_start, *ctx.settings[1:])
         results = TextOutputs(torch.empty_like(rows.q), torch.empty_like(statistics[1].lse))
         module.forward(rows, SummaryForward(rows.q[:, :0], rows.q[:, :0]), results, sizes)
-        softmax_merge.merge_into(*statistics[1], *results)
+        MERGES[module](*statistics[1], *results)
         ctx.save_for_backward(q, k, v, document_start, out, *(lse for _, lse in statistics))
         return out
 
@@ -91,10 +93,9 @@ def views(rows: Tensor, part: int, geometry: KSAGeometry, n: int, cut: int) -> t
     return (text[:, cut:], summaries[:, count:]) if part else (text[:, :cut], summaries[:, :count])
 
 
-def sizes_of(geometry: KSAGeometry, query_start: int, key_start: int) -> Sizes:
-    return Sizes(
-        geometry.chunk_size, max(geometry.summary_tokens, 1), geometry.window_chunks, query_start, key_start, 0, 0.3
-    )
+def sizes_of(geometry: KSAGeometry, q: Tensor, query_start: int, key_start: int) -> Sizes:
+    summary_tokens, scale = max(geometry.summary_tokens, 1), q.shape[-1] ** -0.5
+    return Sizes(geometry.chunk_size, summary_tokens, geometry.window_chunks, query_start, key_start, 0, scale)
 
 
 def own(part: int, heads: tuple, document_start: Tensor | None, geometry: KSAGeometry, n: int, cut: int):
@@ -102,7 +103,7 @@ def own(part: int, heads: tuple, document_start: Tensor | None, geometry: KSAGeo
     if document_start is not None:
         start = cut * part
         document_start = (document_start[:, start : start + q.shape[1]] - start).clamp(min=0)
-    return Rows(q, k, v, k_s, v_s, document_start), q_s, sizes_of(geometry, 0, 0)
+    return Rows(q, k, v, k_s, v_s, document_start), q_s, sizes_of(geometry, q, 0, 0)
 
 
 def far(heads: tuple, document_start: Tensor | None, geometry: KSAGeometry, n: int, cut: int):
@@ -110,7 +111,7 @@ def far(heads: tuple, document_start: Tensor | None, geometry: KSAGeometry, n: i
     q, _ = views(heads[0], 1, geometry, n, cut)
     (k, k_s), (v, v_s) = (views(rows, 0, geometry, n, cut) for rows in heads[1:])
     first = max(0, cut - geometry.window_chunks * geometry.chunk_size)
-    return Rows(q, k[:, first:], v[:, first:], k_s, v_s, document_start), sizes_of(geometry, cut, first)
+    return Rows(q, k[:, first:], v[:, first:], k_s, v_s, document_start), sizes_of(geometry, q, cut, first)
 
 
 # Geometry, text rows, the cut, cuts of documents, query and K/V heads. Windows shorter and longer than either part.
@@ -131,7 +132,7 @@ def check(module, case: tuple, dim: int, dtype: torch.dtype) -> None:
     compare(
         ("out", "dq", "dk", "dv"),
         lambda q, k, v: [Parts.apply(q, k, v, start, module, geometry, n, cut)],
-        lambda q, k, v: [reference.attention(q, k, v, geometry, text_rows=n, document_start=start, softmax_scale=0.3)],
+        lambda q, k, v: [reference.attention(q, k, v, geometry, text_rows=n, document_start=start)],
         random_rows(0, 2, dim, dtype, (rows, heads), (rows, groups), (rows, groups), device=DEVICE),
     )
 
