@@ -118,6 +118,8 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
     ctx.settings = inputs[4:]
     ctx.mark_non_differentiable(output[1])
+    # Otherwise the log-sum-exp, which has no gradient, would get zeros.
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, backward, d_out: Tensor, _):

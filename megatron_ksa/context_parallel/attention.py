@@ -73,8 +73,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out: Tensor):
         q, k, v, document_start, out, first, second, every, *kept = ctx.saved_tensors
         layer, rank = ctx.layer, Rank(ctx.layer, q, k, v, document_start)
-        parts = layer.split(out)
-        results = [TextOutputs(by_batch(parts[place]), lse) for place, lse in enumerate((first, second))]
+        outputs = layer.split(out)
+        results = [TextOutputs(by_batch(outputs[place]), lse) for place, lse in enumerate((first, second))]
         d_results = [by_batch(part) for part in layer.split(d_out)]
         gradients = [rows.new_empty(rows.shape) for rows in (q, k, v)]
         dq, dk, dv = (layer.split(rows) for rows in gradients)
