@@ -4,9 +4,10 @@
 
 Pools, tags, share and equal quality are those of `tags_objective`. Scores are drawn `DRAWS` times; MIG and each variant
 of the tree see the same scores, and differences are taken draw by draw (`compared`). `most_even` bounds what any
-selection with MIG's mean score could have. Variants other than the default are left out on the pools kept back.
+selection with MIG's mean score could have. On the pools kept back only the default and two former ones are looked at.
+Variants are of the former default: the power 0.4, branches at 1, and what their name says.
 
-- branches at B: the weights of the nodes above the tags are multiplied by B.
+- branches at B: the weights of the nodes above the tags are multiplied by B (`--branch-weight`).
 - gains times the score: masses are those without the score, and an instance's gain is multiplied by its score, as MIG
   does; that is no function of a set, and greedy has no bound for it.
 - by number of tags: with h, the harmonic mean of tags an instance, the power is 0.8 / h but at least 0.4, and B is
@@ -44,6 +45,7 @@ from megatron_ksa.data_tools.tags.objective import (
     POWER,
     SHARE_EXPONENT,
     Coverage,
+    default_shape,
     default_share_exponent,
     node_weights,
     strengths,
@@ -57,7 +59,7 @@ from megatron_ksa.results import Results
 
 DRAWS = 12
 MIG, DEFAULT = "MIG (label-graph)", "tree (the default objective)"
-FORMER = "share exponent by the number of tags alone"
+FORMER, OLDER = "power 0.4 and branches at 1, the former default", "share exponent by the number of tags alone"
 MEASURED = ("labels", "effective")
 # Prices of a unit of mean score, in nats of entropy, of which the best bounds the entropy.
 PRICES = np.geomspace(1e-3, 20, 60)
@@ -78,14 +80,14 @@ class Variant:
     """One objective.
 
     Args:
-        shape: power and factor of the branches' weights, of the tags of each instance, int64 [instances].
+        shape: power and factor of the branches' weights, of the pool's shares, as `objective.tag_shares` gives them.
         depth_weight: as the sampler has it.
         scored: gains times the score.
         rare: `--rare-tags`, None for the default.
-        share_exponent: `--share-exponent` of the pool's shares, as `objective.tag_shares` gives them.
+        share_exponent: `--share-exponent` of the pool's shares.
     """
 
-    shape: Callable[[np.ndarray], tuple[float, float]] = lambda counts: (POWER, 1.0)
+    shape: Callable[[csr_array], tuple[float, float]] = lambda shares: (POWER, 1.0)
     depth_weight: float = 1.0
     scored: bool = False
     rare: int | None = None
@@ -93,13 +95,11 @@ class Variant:
 
     def choose(self, pool: Pool, exponent: float) -> np.ndarray:
         """int64 [chosen], with the exponent of the score."""
-        power, branches = self.shape(np.diff(pool.indptr))
+        power, branches = self.shape(pool.shares)
         weight = node_weights(
-            pool.held, pool.parent, pool.depth,
-            power=power, share_exponent=self.share_exponent(pool.shares), depth_weight=self.depth_weight,
+            pool.held, pool.parent, pool.depth, power=power, share_exponent=self.share_exponent(pool.shares),
+            branch_weight=branches, depth_weight=self.depth_weight,
         )  # fmt: skip
-        above = np.unique(pool.parent[pool.parent >= 0])
-        weight[above] *= branches
         score = strengths(pool.quality, pool.difficulty, quality_weight=exponent)
         strength = np.ones(pool.instances) if self.scored else score
         coverage = tree_information(pool.shares, strength, pool.parent, weight, power=power)
@@ -111,13 +111,13 @@ class Variant:
         return greedy(coverage, _budget(pool)).chosen
 
 
-def _by_number(counts: np.ndarray) -> tuple[float, float]:
-    mean = float(1 / (1 / np.maximum(counts, 1)).mean())
+def _by_number(shares: csr_array) -> tuple[float, float]:
+    mean = float(1 / (1 / np.maximum(np.diff(shares.indptr), 1)).mean())
     return max(POWER, 0.8 / mean), min(1.0, 0.03 + ((mean - 1) / 2) ** 1.5)
 
 
-def _by_only_tags(counts: np.ndarray) -> tuple[float, float]:
-    only = float((counts == 1).mean()) ** 2
+def _by_only_tags(shares: csr_array) -> tuple[float, float]:
+    only = float((np.diff(shares.indptr) == 1).mean()) ** 2
     return 0.4 + 0.4 * only, 1 - 0.97 * only
 
 
@@ -126,14 +126,15 @@ def _by_number_alone(shares: csr_array) -> float:
 
 
 VARIANTS = {
-    DEFAULT: Variant(),
-    FORMER: Variant(share_exponent=_by_number_alone),
+    DEFAULT: Variant(default_shape),
+    FORMER: Variant(),
+    OLDER: Variant(share_exponent=_by_number_alone),
     "depth weight 0.5": Variant(depth_weight=0.5),
-    "branches at 0.3": Variant(lambda counts: (POWER, 0.3)),
-    "branches at 2": Variant(lambda counts: (POWER, 2.0)),
-    "power 0.6, branches at 0.1": Variant(lambda counts: (0.6, 0.1)),
+    "branches at 0.3": Variant(lambda shares: (POWER, 0.3)),
+    "branches at 2": Variant(lambda shares: (POWER, 2.0)),
+    "power 0.6, branches at 0.1": Variant(lambda shares: (0.6, 0.1)),
     "gains times the score": Variant(scored=True),
-    "gains times the score, branches at 0.3": Variant(lambda counts: (POWER, 0.3), scored=True),
+    "gains times the score, branches at 0.3": Variant(lambda shares: (POWER, 0.3), scored=True),
     "power and branches by number of tags": Variant(_by_number),
     "power and branches by only tags": Variant(_by_only_tags),
     "rare tags 3": Variant(rare=3),
@@ -245,7 +246,7 @@ def main() -> None:
         results = Results(args.out, settings, ("pool", "tags", "choice"), packages=("numpy", "scipy", "scikit-learn"))
         known = {(run["pool"], run["tags"], run["choice"]): run for run in results.stored()}
         for name in args.pools:
-            wanted = [DEFAULT, FORMER] if name in KEPT_BACK else list(VARIANTS)
+            wanted = [DEFAULT, FORMER, OLDER] if name in KEPT_BACK else list(VARIANTS)
             for tagger, tags in taggers_of(name).items():
                 column = {"pool": name, "tags": tags}
                 missing = [choice for choice in (MIG, *wanted) if (name, tags, choice) not in known]

@@ -1,4 +1,4 @@
-"""Which selection covers known labels: tree information, its parts changed one at a time, MIG, top quality and random.
+"""Which selection covers known labels: tree information, its former default with parts changed, MIG, and others.
 
     python -m megatron_ksa.data_tools.benchmarks.tags_objective --work DIR --out results.json [--readme FILE]
 
@@ -29,6 +29,8 @@ from megatron_ksa.data_tools.tags.files import read_jsonl, write_json
 from megatron_ksa.data_tools.tags.greedy import greedy
 from megatron_ksa.data_tools.tags.objective import (
     OPEN,
+    POWER,
+    POWER_OF_NAMES,
     RARER,
     SHARE_EXPONENT,
     Coverage,
@@ -60,17 +62,20 @@ RANDOM_SEEDS = 5
 DRAWS = 3
 SEARCH_STEPS, LARGEST_EXPONENT = 7, 8.0
 DEFAULT = "tree (the default objective)"
-VARIANTS: dict[str, dict[str, Any]] = {
-    DEFAULT: {},
+# What parts are changed of, one at a time.
+FORMER = {"power": 0.4, "branch_weight": 1.0}
+CHANGES: dict[str, dict[str, Any]] = {
+    "power 0.4 and branches at 1, the former default": {},
     "power 0.8": {"power": 0.8}, "power 0.2": {"power": 0.2},
     "share exponent 0": {"share_exponent": 0.0}, "share exponent 0.2": {"share_exponent": 0.2},
     "share exponent 0.4": {"share_exponent": 0.4}, "branch exponent 0.8": {"branch_exponent": 0.8},
     "branch exponent 0.4": {"branch_exponent": 0.4},
     "both exponents 0": {"share_exponent": 0.0, "branch_exponent": 0.0},
-    "exponents 0.4 and 1 whatever the tags, the former default": {"share_exponent": 0.4, "branch_exponent": 1.0},
+    "exponents 0.4 and 1 whatever the tags, an older default": {"share_exponent": 0.4, "branch_exponent": 1.0},
     "depth weight 0.5": {"depth_weight": 0.5}, "depth weight 2": {"depth_weight": 2.0},
     "log(1 + x)": {"phi": "log1p"},
 }  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {DEFAULT: {}} | {name: FORMER | changes for name, changes in CHANGES.items()}
 OLDEST_POWER = 0.8
 OLDEST = "the oldest default: levels of equal worth, power 0.8, exponents 0"
 RELATIVE = "log(1 + x / x0), x0 a tenth of the mass sought"
@@ -82,6 +87,7 @@ def defaults() -> dict:
     """What a selection is made with where nothing else is said: measurements of other defaults are other ones."""
     return asdict(SampleSettings()) | {
         "share_exponent_of_many_tags": SHARE_EXPONENT,
+        "power_of_noise_and_names": [POWER, POWER_OF_NAMES],
         "noise": {"rarer": RARER, "open": OPEN},
     }
 

@@ -74,7 +74,9 @@ MIG = {"method": "label-graph"}
 CHOICES = {
     "TAGS 5 %": Choice(),
     "TAGS 5 %, aligned": Choice(aligned=True),
-    "TAGS 5 %, exponents 0.4 and 1, the former default": Choice({"share_exponent": 0.4, "branch_exponent": 1.0}),
+    "TAGS 5 %, exponents 0.4 and 1, an older default": Choice(
+        {"share_exponent": 0.4, "branch_exponent": 1.0, "power": 0.4, "branch_weight": 1.0}
+    ),
     "MIG 5 %": Choice(MIG),
     "top quality 5 %": Choice({"method": "top-quality"}),
     "random 5 %": Choice({"method": "random"}),

@@ -22,6 +22,7 @@ from megatron_ksa.data_tools.tags.greedy import greedy
 from megatron_ksa.data_tools.tags.objective import (
     EPSILON,
     Coverage,
+    default_shape,
     default_share_exponent,
     node_weights,
     strengths,
@@ -63,9 +64,11 @@ def synthetic_pool(instances: int, tags: int, seed: int = 0) -> Pool:
 
 def tree_of(pool: Pool) -> Coverage:
     """Tree information with the sampler's defaults."""
-    exponent = default_share_exponent(pool.shares)
-    weight = node_weights(pool.held, pool.parent, pool.depth, share_exponent=exponent)
-    return tree_information(pool.shares, strengths(pool.quality, pool.difficulty), pool.parent, weight)
+    exponent, (power, branches) = default_share_exponent(pool.shares), default_shape(pool.shares)
+    weight = node_weights(
+        pool.held, pool.parent, pool.depth, power=power, share_exponent=exponent, branch_weight=branches
+    )
+    return tree_information(pool.shares, strengths(pool.quality, pool.difficulty), pool.parent, weight, power=power)
 
 
 def timed(function, *arguments):

@@ -11,6 +11,8 @@ from scipy.sparse import csr_array
 
 EPSILON = 1e-6
 POWER, SHARE_EXPONENT, BRANCH_EXPONENT = 0.4, 0.7, 0.6
+# The power where tags are names: see `default_shape`.
+POWER_OF_NAMES = 0.7
 # Where tags are taken for noise as much as they can be: see `noise_of_tags`.
 RARER, OPEN = 0.4, 0.25
 PHI = ("power", "log1p")
@@ -199,6 +201,21 @@ def default_share_exponent(shares: csr_array) -> float:
     return SHARE_EXPONENT * float(several) * noise_of_tags(shares)
 
 
+def default_shape(shares: csr_array) -> tuple[float, float]:
+    """The power and the branches' factor where none are given: 0.7 - 0.3 * `noise_of_tags`, and the noise.
+
+    Where tags are names, as much of each is what is sought, and branches of several tags tell nothing that tags do not.
+    There the score decides what is left: where s is the score's factor in a mass, as much is taken of each tag as
+    makes s * (sum of s)^(power - 1) alike for the last instances of all. A higher power lets the sum, which is that of
+    the instances taken before, count less beside the score of the instance itself.
+
+    Args:
+        shares: float64 [instances, nodes], as `tag_shares` gives them.
+    """
+    noise = noise_of_tags(shares)
+    return POWER * noise + POWER_OF_NAMES * (1 - noise), noise
+
+
 def noise_of_tags(shares: csr_array) -> float:
     """From 0, where tags are a few names of what instances are about, to 1, where rare ones are beside the point.
 
@@ -212,10 +229,12 @@ def noise_of_tags(shares: csr_array) -> float:
       as frequent as each other, since each is kept from two instances on; there `rarer` does not see them.
 
     Args:
-        shares: float64 [instances, nodes], as `tag_shares` gives them; some instance has a tag.
+        shares: float64 [instances, nodes], as `tag_shares` gives them; without a tag the noise is 0.
     """
     instances = np.bincount(shares.indices, minlength=shares.shape[1])
     tags = np.flatnonzero(instances)
+    if not len(tags):
+        return 0.0
     held = np.log(np.maximum(shares.sum(axis=0), np.finfo(float).tiny))
     entries = np.repeat(shares @ held, np.diff(shares.indptr))
     beside = np.bincount(shares.indices, entries, minlength=shares.shape[1])
@@ -233,9 +252,10 @@ def node_weights(
     power: float = POWER,
     share_exponent: float = SHARE_EXPONENT,
     branch_exponent: float = BRANCH_EXPONENT,
+    branch_weight: float = 1.0,
     depth_weight: float = 1.0,
 ) -> np.ndarray:
-    """w of each node, float64 [nodes]; 1 at the root.
+    """w of each node, float64 [nodes]; the branches' factor at the root.
 
     Where nothing but the nodes of one level counts, and masses can be had in any amount, w_v x_v^power is maximal with
     a given sum of masses at x_v in proportion to w_v^(1/(1 - power)), and w_v log(1 + x_v) nearly at x_v in proportion
@@ -243,10 +263,10 @@ def node_weights(
 
         w_v = depth_weight^depth * held_v^(exponent * (1 - power)),    the power 0 for the logarithm,
 
-    a level's optimum has x_v in proportion to held_v^exponent: 0 seeks as much of every node, however rare, and 1 a
-    selection like the pool. The exponent is one for tags, the leaves, and another for the branches above: a branch of
-    many tags should not be sought as much as one of few, since its tags then would be sought less than others.
-    Only ratios of masses matter to the power, so it chooses alike at any size of the pool.
+    times `branch_weight` for inner nodes, a level's optimum has x_v in proportion to held_v^exponent: 0 seeks as much
+    of every node, however rare, and 1 a selection like the pool. The exponent is one for tags, the leaves, and another
+    for the branches above: a branch of many tags should not be sought as much as one of few, since its tags then would
+    be sought less than others. Only ratios of masses matter to the power, so it chooses alike at any size of the pool.
 
     Args:
         held: float64 [nodes], share of the pool's tags at or below each node; 1 at the root.
@@ -255,12 +275,16 @@ def node_weights(
         phi: one of `PHI`.
         power: exponent of the power.
         share_exponent, branch_exponent: of leaves, and of inner nodes.
+        branch_weight: factor of inner nodes.
         depth_weight: a level's nodes count this many times those of the one above.
     """
     exponent = np.full(len(held), share_exponent, np.float64)
-    exponent[parent[parent >= 0]] = branch_exponent
+    above = np.unique(parent[parent >= 0])
+    exponent[above] = branch_exponent
     exponent *= 1 - power if phi == "power" else 1.0
-    return np.where(held > 0, held, 0.0) ** exponent * float(depth_weight) ** np.asarray(depth, np.float64)
+    weight = np.where(held > 0, held, 0.0) ** exponent * float(depth_weight) ** np.asarray(depth, np.float64)
+    weight[above] *= branch_weight
+    return weight
 
 
 def strengths(

@@ -15,8 +15,10 @@ from megatron_ksa.data_tools.tags.objective import (
     BRANCH_EXPONENT,
     PHI,
     POWER,
+    POWER_OF_NAMES,
     SHARE_EXPONENT,
     Coverage,
+    default_shape,
     default_share_exponent,
     node_weights,
     strengths,
@@ -43,8 +45,9 @@ class SampleSettings:
         method: one of `METHODS`.
         align_weight: lambda, nats of divergence against the whole information; used where there is a target.
         phi: one of `objective.PHI`.
-        power, share_exponent, branch_exponent, depth_weight: as `objective.node_weights` takes them; a share exponent
-            of None is `objective.default_share_exponent`.
+        power, share_exponent, branch_exponent, branch_weight, depth_weight: as `objective.node_weights` takes them; a
+            share exponent of None is `objective.default_share_exponent`, a power and a branch weight of None those of
+            `objective.default_shape`, and with a target 0.4 and 1.
         quality_weight, difficulty_weight: exponents of the scores in s_i.
         parts: greedy in this many random parts, then over the union; 1 is greedy over the whole pool.
         label_similarity: cosine from which labels are joined, for the label graph.
@@ -70,15 +73,25 @@ class SampleSettings:
         "power", "How mass on a node counts: x to the --power, or log(1 + x), which depends on the pool's size.",
         choices=PHI, flag="--phi",
     )  # fmt: skip
-    power: float = option(POWER, "Exponent of a node's mass, to 1: the lower, the more even.", flag="--power")
+    power: float | None = option(
+        None, f"Exponent of a node's mass, to 1: the lower, the more even. By default {POWER}, and up to "
+        f"{POWER_OF_NAMES} where tags are names, as --branch-weight has it (selection.json has the value).",
+        flag="--power",
+    )  # fmt: skip
     share_exponent: float | None = option(
         None, "What is sought of a tag is its share of the pool to this exponent: 0 as much of each, 1 as in the pool. "
         f"By default {SHARE_EXPONENT} * (1 - mean of 1/tags of an instance), less where no tag is rarer than those "
         "beside it (selection.json has the value).", flag="--share-exponent",
     )  # fmt: skip
     branch_exponent: float = option(
-        BRANCH_EXPONENT, "The same for the branches above the tags.", flag="--branch-exponent"
-    )
+        BRANCH_EXPONENT, "The same for the branches above the tags, which count --branch-weight times.",
+        flag="--branch-exponent",
+    )  # fmt: skip
+    branch_weight: float | None = option(
+        None, "Branches count this many times as much as by their exponent. By default from 0, where tags are a few "
+        "names, each as frequent as those beside it, to 1, where rare ones are beside the point or there is a target "
+        "(selection.json has the value).", flag="--branch-weight",
+    )  # fmt: skip
     depth_weight: float = option(
         1.0, "The nodes of a level count this many times those of the one above.", flag="--depth-weight"
     )
@@ -94,13 +107,14 @@ class SampleSettings:
         for flag, value, choices in (("--method", self.method, METHODS), ("--phi", self.phi, PHI)):
             if value not in choices:
                 raise UsageError(f"{flag} {value}: not one of {', '.join(choices)}")
-        for name in ("align_weight", "share_exponent", "branch_exponent", "quality_weight", "difficulty_weight"):
+        exponents = "share_exponent", "branch_exponent", "quality_weight", "difficulty_weight"
+        for name in ("align_weight", "branch_weight", *exponents):
             value = getattr(self, name)
             if value is not None and not (np.isfinite(value) and value >= 0):
                 raise UsageError(f"--{name.replace('_', '-')} {value}: a finite number, at least 0")
         if not (np.isfinite(self.depth_weight) and self.depth_weight > 0):
             raise UsageError(f"--depth-weight {self.depth_weight}: a finite number above 0")
-        if not LEAST_POWER <= self.power <= 1:
+        if self.power is not None and not LEAST_POWER <= self.power <= 1:
             raise UsageError(f"--power {self.power}: from {LEAST_POWER} to 1")
         if self.parts < 1:
             raise UsageError(f"--parts {self.parts}: at least 1")
@@ -154,10 +168,14 @@ class _Problem:
             raise UsageError(f"--depth-weight {settings.depth_weight:g}: levels would differ by 10^{most:.0f}")
         given = settings.share_exponent
         self.share_exponent = default_share_exponent(pool.shares) if given is None else given
+        # Alignment was chosen for the power 0.4 with branches; with the other shape it comes less near to the target.
+        power, branches = default_shape(pool.shares) if target is None else (POWER, 1.0)
+        self.power = power if settings.power is None else settings.power
+        self.branch_weight = branches if settings.branch_weight is None else settings.branch_weight
         self.weight = node_weights(
-            pool.held, pool.parent, pool.depth, phi=settings.phi, power=settings.power,
+            pool.held, pool.parent, pool.depth, phi=settings.phi, power=self.power,
             share_exponent=self.share_exponent, branch_exponent=settings.branch_exponent,
-            depth_weight=settings.depth_weight,
+            branch_weight=self.branch_weight, depth_weight=settings.depth_weight,
         )  # fmt: skip
         # What the selection's leaf distribution counts: instances, or tokens where they are what the budget counts.
         self.weighted_shares = (
@@ -168,7 +186,7 @@ class _Problem:
         """I on the given instances, int64 [rows]."""
         return tree_information(
             self.pool.shares[rows], self.strength[rows], self.pool.parent, self.weight,
-            phi=self.settings.phi, power=self.settings.power,
+            phi=self.settings.phi, power=self.power,
         )  # fmt: skip
 
     def maximise(self, objective) -> Selection:
@@ -276,6 +294,8 @@ def sample(
         **({"short_of_budget": short} if (short := problem.short(chosen)) else {}),
         "information": problem.value(chosen),
         "share_exponent": problem.share_exponent,
+        "power": problem.power,
+        "branch_weight": problem.branch_weight,
         "gains_computed": selection.evaluations,
     }
     if pool.tokens is not None:

@@ -9,7 +9,7 @@ import pytest
 from megatron_ksa.data_tools.benchmarks import tags_margin
 from megatron_ksa.data_tools.benchmarks.tags_align import topic_pool
 from megatron_ksa.data_tools.benchmarks.tags_objective import judge
-from megatron_ksa.data_tools.tags.objective import default_share_exponent, node_weights, tree_information
+from megatron_ksa.data_tools.tags.objective import default_share_exponent, node_weights, tag_shares, tree_information
 from megatron_ksa.data_tools.tags.sample import SampleSettings, sample
 
 
@@ -34,6 +34,9 @@ def test_variants_are_the_default_objective_and_gains_times_the_score():
     settings = SampleSettings(str(len(default)), quality_weight=1.3, difficulty_weight=1.0)
     np.testing.assert_array_equal(default, sample(pool, settings).chosen)
     score = pool.quality**1.3 * pool.difficulty
+    former = sample(pool, replace(settings, power=0.4, branch_weight=1.0)).chosen
+    np.testing.assert_array_equal(tags_margin.VARIANTS[tags_margin.FORMER].choose(pool, 1.3), former)
+    assert set(former) != set(default)
     weight = node_weights(pool.held, pool.parent, pool.depth, share_exponent=default_share_exponent(pool.shares))
     coverage = tree_information(pool.shares, np.ones(300), pool.parent, weight)
     chosen, total = [], np.zeros(len(weight))
@@ -50,7 +53,8 @@ def test_power_and_branches_follow_the_number_of_tags():
     for counts, number, only in (([1, 1], (0.8, 0.03), (0.8, 0.03)), ([3, 3], (0.4, 1.0), (0.4, 1.0)),
                                  ([1, 3], (0.8 / 1.5, 0.155), (0.5, 0.7575))):  # fmt: skip
         for shape, expected in zip(shapes, (number, only), strict=True):
-            assert shape(np.array(counts)) == pytest.approx(expected)
+            shares = tag_shares(np.cumsum([0, *counts]), np.arange(sum(counts)), sum(counts))
+            assert shape(shares) == pytest.approx(expected)
 
 
 def test_the_table_tells_differences_from_noise(monkeypatch):
