@@ -75,7 +75,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "depth weight 0.5": {"depth_weight": 0.5}, "depth weight 2": {"depth_weight": 2.0},
     "log(1 + x)": {"phi": "log1p"},
 }  # fmt: skip
-VARIANTS: dict[str, dict[str, Any]] = {DEFAULT: {}} | {name: FORMER | changes for name, changes in CHANGES.items()}
+VARIANTS: dict[str, dict[str, Any]] = {DEFAULT: {}, **{name: FORMER | changes for name, changes in CHANGES.items()}}
 OLDEST_POWER = 0.8
 OLDEST = "the oldest default: levels of equal worth, power 0.8, exponents 0"
 RELATIVE = "log(1 + x / x0), x0 a tenth of the mass sought"

@@ -75,7 +75,7 @@ class SampleSettings:
     )  # fmt: skip
     power: float | None = option(
         None, f"Exponent of a node's mass, to 1: the lower, the more even. By default {POWER}, and up to "
-        f"{POWER_OF_NAMES} where tags are names, as --branch-weight has it (selection.json has the value).",
+        f"{POWER_OF_NAMES} where tags are names and there is no target (selection.json has the value).",
         flag="--power",
     )  # fmt: skip
     share_exponent: float | None = option(
