@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
             asked: end with what the template writes before a response (`add_generation_prompt`).
 
         Raises:
-            UsageError: the tokenizer has no template.
+            UsageError: the tokenizer has no template, or one that cannot be read.
             ChatTemplateError: the template refuses these messages.
         """
 
@@ -238,7 +238,7 @@ class HuggingFaceTokenizer:
 
     def render_chat(self, messages: list[dict], tools: list[dict] | None = None, *, asked: bool = False) -> str:
         """The tokenizer's own chat template applied to the messages."""
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         if self._tokenizer.chat_template is None:
             raise UsageError(f"--template: the tokenizer {self._folder} has no chat template; choose another")
@@ -246,6 +246,10 @@ class HuggingFaceTokenizer:
             text = self._tokenizer.apply_chat_template(
                 messages, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=asked
             )
+        except TemplateSyntaxError as error:
+            raise UsageError(
+                f"--template: the chat template of {self._folder}, line {error.lineno}: {error.message}"
+            ) from None
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ChatTemplateError(" ".join(str(error).split())) from None
         return str(text)

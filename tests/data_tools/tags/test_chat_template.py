@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder, EncodingSettings
+from megatron_ksa.data_tools.tags.chat_template import DocumentEncoder, EncodingSettings, check_encoding
 from megatron_ksa.data_tools.tokenizers import ChatTemplateError, load_tokenizer, train_sentencepiece, write_byte_level
 from megatron_ksa.errors import UsageError
 
@@ -101,6 +101,13 @@ def test_conversation_that_ends_with_the_user_counts_no_end(tokenizer):
     for template in ("plain", "chatml"):
         _, mask = DocumentEncoder(loaded, template).encode({"messages": [*CHAT, {"role": "user", "content": "Three?"}]})
         assert mask[-1] == 0 and mask.sum() == (2 if template == "plain" else 6)
+
+
+def test_a_template_that_cannot_be_read_is_told_before_anything_is_tagged(tokenizer):
+    """Its syntax error was taken for the refusal of a record, and told after hours, at the last step."""
+    path = str(tokenizer("{% for m in messages %}\n{{ m.content }")._folder)
+    with pytest.raises(UsageError, match=r"chat template of .*, line 2: "):
+        check_encoding(EncodingSettings(tokenizer_model=path, template="tokenizer"))
 
 
 def test_what_a_template_refuses(tokenizer):
