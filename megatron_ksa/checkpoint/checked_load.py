@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ksa.checkpoint.integrity import damage, way_out
 from megatron_ksa.checkpoint.load import StoredCheckpoint
+from megatron_ksa.checkpoint.model_sizes import is_by_order
 from megatron_ksa.checkpoint.streaming import cause
 from megatron_ksa.checkpoint.to_load import checkpoint_to_load
 from megatron_ksa.config.settings import RunSettings
@@ -34,6 +35,14 @@ DAMAGED = (
     AttributeError,
     TypeError,
     AssertionError,
+)
+
+# In the keys of the distributed optimizer's state where it is stored bucket by bucket.
+BUCKET = "optimizer.distributed.dp_group_idx_"
+OTHER_BUCKETS = (
+    "the distributed optimizer's state is stored by buckets of the gradient buffer, and those of this run are others: "
+    "give the checkpoint's --ddp-bucket-size, --overlap-grad-reduce, data-parallel, expert-parallel and "
+    "virtual-pipeline sizes (none of them matters with --dist-ckpt-optim-fully-reshardable), or --no-load-optim"
 )
 
 
@@ -57,6 +66,8 @@ def checked_load(load_checkpoint: Callable, args: argparse.Namespace, settings: 
         except UsageError:
             raise
         except DAMAGED as error:
+            if BUCKET in str(error) and is_by_order(vars(stored.args)) and not _said_by_the_reader(error):
+                raise RankUsageError(f"--load {stored.folder.parent}: {OTHER_BUCKETS}") from None
             problem = _said_by_the_reader(error) or damage(stored.folder, contents=sums)
             if problem is None and not isinstance(error, UNREADABLE):
                 raise

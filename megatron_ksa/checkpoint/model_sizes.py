@@ -14,6 +14,9 @@ MODEL = (
 NOTED = ("position_embedding_type", "rotary_base", "rotary_percent", "norm_epsilon", "squared_relu", "quick_geglu")
 # What an optimizer's state depends on.
 OPTIMIZER = ("optimizer", "sixteen_bit", "use_distributed_optimizer")
+EXPERTS = "expert_model_parallel_size"
+# What the order of parameters on a rank follows from.
+ORDER = ("transformer_impl", "tensor_model_parallel_size", "pipeline_model_parallel_size")
 FLAGS = {"sixteen_bit": "--bf16 or --fp16", "add_bias_linear": "biases of linear layers (--disable-bias-linear)"}
 
 
@@ -32,30 +35,41 @@ def check_model(stored: StoredCheckpoint, args: argparse.Namespace, only_weights
     for name in NOTED if args.rank == 0 else ():
         if None not in (saved.get(name), given.get(name)) and saved[name] != given[name]:
             print(f"note: {_flag(name)} is {given[name]}, the checkpoint was trained with {saved[name]}", flush=True)
-    for name in OPTIMIZER if _takes_optimizer(stored, args, only_weights) else ():
+    if not _takes_optimizer(stored, args, only_weights):
+        return
+    for name in OPTIMIZER:
         _compare(name, saved, given, "give what it was written with, or --no-load-optim to begin with a new optimizer")
+    if given.get("num_experts") and len({values.get(EXPERTS) == 1 for values in (saved, given)}) == 2:
+        _compare(
+            EXPERTS, saved, given, "experts that ranks share out have an optimizer of their own, those of size 1 have "
+            "not: give a size of the checkpoint's kind, or --no-load-optim"
+        )  # fmt: skip
 
 
 def check_order(stored: StoredCheckpoint, args: argparse.Namespace, only_weights: bool) -> None:
-    """Refuse an optimizer's state in the order of other layers' parameters, after the layers are chosen.
+    """Refuse an optimizer's state in the order of other parameters, after the layers are chosen.
 
     `--use-distributed-optimizer` stores its state, float32 parameters too, bucket by bucket in the order in which
     layers register parameters; local layers register a norm before the projections, Transformer Engine's in one of
-    them.
+    them. Ranks of other tensor-parallel and pipeline sizes have other parameters.
 
     Args:
         only_weights: the optimizer's state is not loaded.
 
     Raises:
-        UsageError: the checkpoint's `--transformer-impl` is another.
+        UsageError: one of `ORDER` is another in the checkpoint.
     """
     saved = vars(stored.args)
-    by_order = saved.get("use_distributed_optimizer") and not saved.get("dist_ckpt_optim_fully_reshardable")
-    if by_order and _takes_optimizer(stored, args, only_weights):
+    for name in ORDER if is_by_order(saved) and _takes_optimizer(stored, args, only_weights) else ():
         _compare(
-            "transformer_impl", saved, vars(args), "give the checkpoint's, whose optimizer's state is in the order of "
+            name, saved, vars(args), "give the checkpoint's, whose optimizer's state is in the order of "
             "its layers' parameters (not with --dist-ckpt-optim-fully-reshardable), or --no-load-optim"
         )  # fmt: skip
+
+
+def is_by_order(saved: dict[str, object]) -> bool:
+    """Whether a checkpoint with these arguments holds its optimizer's state bucket by bucket."""
+    return bool(saved.get("use_distributed_optimizer") and not saved.get("dist_ckpt_optim_fully_reshardable"))
 
 
 def check_adam(stored: StoredCheckpoint, args: argparse.Namespace, only_weights: bool) -> None:

@@ -141,7 +141,8 @@ def configure(args: argparse.Namespace, settings: RunSettings, fit: Fit | None =
     force_reference(settings.kernels.reference)
     take_unchecked(settings.kernels.unchecked)
     take_apart(_apart(args, settings))
-    with megatron_refusals(args):
+    # Some of the checks in Megatron's configurations raise RuntimeError.
+    with megatron_refusals(args, (*REFUSALS, RuntimeError)):
         if settings.is_megatron:
             model = dense_config_from_args(args)
         else:

@@ -28,6 +28,7 @@ WAYS_OUT = {
     "--global-batch-size and the like), --use-checkpoint-opt-param-scheduler that of the checkpoint",
     "Could not find parameter group": "give the checkpoint's --lr and --min-lr, or --no-load-optim to begin with a new "
     "optimizer",
+    "When bias_activation_fusion is True": "--no-bias-gelu-fusion takes the bias apart",
 }
 
 

@@ -162,6 +162,32 @@ def test_an_optimizers_state_in_the_order_of_other_layers_is_refused(saved, give
         check_order(stored, args, only_weights=False)
 
 
+@pytest.mark.parametrize(("saved", "given", "refused"), [(2, 1, True), (1, 2, True), (2, 4, False), (1, 1, False)])
+def test_experts_with_and_without_an_optimizer_of_their_own(saved, given, refused):
+    """The run ended in a KeyError where Megatron loads, or was told to give the checkpoint's learning rate."""
+    stored = argparse.Namespace(num_experts=4, expert_model_parallel_size=saved)
+    stored = StoredCheckpoint(Path("saved", "iter_0000001"), 1, stored, None)
+    args = argparse.Namespace(num_experts=4, expert_model_parallel_size=given, no_load_optim=False, rank=0)
+    check_model(stored, args, only_weights=True)
+    if refused:
+        with pytest.raises(UsageError, match=f"^--expert-model-parallel-size: .* with {saved}, .*--no-load-optim"):
+            check_model(stored, args, only_weights=False)
+    else:
+        check_model(stored, args, only_weights=False)
+
+
+@pytest.mark.parametrize("size", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_an_optimizers_state_of_other_ranks_is_refused(size):
+    """The run ended in a RuntimeError after the model was built, which named a flag that does not help."""
+    saved = argparse.Namespace(use_distributed_optimizer=True, **{size: 2})
+    args = argparse.Namespace(no_load_optim=False, **{size: 1})
+    flag = f"--{size.replace('_', '-')}"
+    with pytest.raises(UsageError, match=f"^{flag}: the checkpoint was written with 2, .*fully-reshardable"):
+        check_order(StoredCheckpoint(Path("saved", "iter_0000001"), 1, saved, None), args, only_weights=False)
+    saved.dist_ckpt_optim_fully_reshardable = True
+    check_order(StoredCheckpoint(Path("saved", "iter_0000001"), 1, saved, None), args, only_weights=False)
+
+
 @pytest.mark.parametrize(
     ("saved", "here", "refused"),
     [("torch", "transformer_engine", True), ("apex", "torch", True), ("apex", "transformer_engine", False),

@@ -138,6 +138,15 @@ RUNS = {
     "a divided optimizer": (
         f"--train-iters 2 --use-distributed-optimizer {RESUME}", r"--use-distributed-optimizer: the checkpoint was",
     ),
+    "no fused Adam": (
+        "--train-iters 2 --use-distributed-optimizer --use-precision-aware-optimizer",
+        r"Megatron does not accept --use-precision-aware-optimizer True: .*FusedAdam",
+    ),
+    "buckets": ("--train-iters 1 --use-distributed-optimizer --save {folder}/buckets --save-interval 1", None),
+    "other buckets": (
+        "--train-iters 1 --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 1 --load {folder}/buckets",
+        r"--load .*/buckets: .* by buckets of the gradient buffer, and those of this run are others: give the checkp",
+    ),
     "another rate": (f"--train-iters 2 --lr 5e-4 {RESUME}", r"give the checkpoint's --lr and --min-lr, or --no"),
     "a new optimizer": (
         f"--train-iters 3 --optimizer sgd --no-load-optim --override-opt-param-scheduler {RESUME}", None,
