@@ -54,6 +54,7 @@ WIDE = "--hidden-size 512 --ffn-hidden-size 1024"
 # Fused modules of norm and product, FusedAdam's own steps, zeroed gradients: what these layers were before.
 AS_BEFORE = "--kernels-apart norm optimizer gradients"
 DISTRIBUTED = "--use-distributed-optimizer"
+BUCKETS = f"{DISTRIBUTED} --overlap-grad-reduce --ddp-bucket-size 1 --dist-ckpt-optim-fully-reshardable"
 SHARED = "--no-ksa-independent-projections"
 # PyTorch's own norm, which saves its input in C++.
 LAYER_NORM = "--normalization LayerNorm"
@@ -149,6 +150,11 @@ KINDS = {
     "te_distributed": Kind(f"{TE} {DISTRIBUTED}", like="te", norms=True),
     "te_distributed_resumed": Kind(
         f"{TE} {DISTRIBUTED}", like="te_distributed", first=f"{TE} {DISTRIBUTED}", limit=1e-6, norms=True
+    ),
+    # Buckets of one parameter are padded: their states were saved shifted.
+    "small_buckets": Kind(f"{LOCAL} {BUCKETS}", norms=True),
+    "small_buckets_resumed": Kind(
+        f"{LOCAL} {BUCKETS}", like="small_buckets", first=f"{LOCAL} {BUCKETS}", limit=1e-6, norms=True
     ),
     "wide": Kind(f"{LOCAL} {WIDE}", like=None),
     "te_wide": Kind(f"{TE} {WIDE}", like="wide"),
