@@ -272,7 +272,16 @@ def _refused_until_run(config: Any, name: Callable[..., str]) -> Refusals:
 
 
 def check_distillation(config: Any, name: Callable[..., str]) -> None:
-    """Refuse distillation where no GPU has been seen to do it right; `config` as in `check_settings`."""
+    """Refuse distillation in CUDA graphs and where no GPU has seen it right; `config` as in `check_settings`.
+
+    Raises:
+        UsageError: one line with the setting and the way out.
+    """
+    if config.enable_cuda_graph or config.cuda_graph_impl != "none":
+        raise UsageError(
+            "distillation does not go with CUDA graphs: a graph holds one pass of a layer, and here are two; use "
+            f"{name('cuda_graph_impl', 'none')}"
+        )
     recipe = fp8_recipe(config) if config.fp8 else DISTILS_IN
     if recipe != DISTILS_IN and REFUSES_UNCHECKED:
         raise UsageError(

@@ -47,8 +47,6 @@ def check_stage(args: argparse.Namespace, settings: RunSettings) -> None:
         (args.logits_load_dir or args.logits_save_dir, "--logits-load-dir and --logits-save-dir",
          "its teacher is the model itself; drop one"),
         (args.num_experts, "--num-experts", "distillation is not checked with experts; drop one"),
-        (args.enable_cuda_graph or args.cuda_graph_impl != "none", "CUDA graphs", "a graph holds one pass of a layer, "
-         "and here are two; use --cuda-graph-impl none"),
         (args.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm", "it runs layers apart; drop it"),
     ]  # fmt: skip
     for active, flag, way_out in refused:

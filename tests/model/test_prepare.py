@@ -199,6 +199,13 @@ def test_fp8_and_graphs_of_annealed_models_are_accepted(recipe):
         prepare_config(changed({"cuda_graph_impl": graphs}), ANNEALED, 128)
 
 
+@pytest.mark.parametrize("graphs", ["full_iteration", "local"])
+def test_distillation_in_graphs_is_refused(graphs):
+    """The trainer alone refused it: a library's user would have trained on a teacher that no replay fills."""
+    with pytest.raises(UsageError, match="distillation does not go with CUDA graphs: .*use cuda_graph_impl=none"):
+        prepare_config(changed({"cuda_graph_impl": graphs}), KSA, 128, distils=True)
+
+
 def test_what_no_gpu_has_run_is_refused_until_the_checks_lift_it(monkeypatch):
     graphs = {"cuda_graph_impl": "full_iteration", "context_parallel_size": 2}
     refused = [(FP8, KSA, {"distils": True}), (graphs, KSA, {})]
