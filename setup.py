@@ -19,7 +19,7 @@ TRAIN = [
     "xxhash",
 ]
 # What tools/preprocess_tags.py needs with its offline tagger and embedder.
-TAGS = ["matplotlib", "scipy", "scikit-learn", "httpx", "regex", "threadpoolctl"]
+TAGS = ["matplotlib", "scipy", "scikit-learn", "httpx", "regex", "rensa", "threadpoolctl"]
 
 setup(
     name="megatron-ksa",

@@ -1,4 +1,4 @@
-"""MinHash signatures by this project's numpy code, datasketch and rensa: microseconds a text, and errors.
+"""MinHash signatures by rensa, which TAGS takes, and by datasketch: microseconds a text, and errors.
 
     python -m megatron_ksa.data_tools.benchmarks.tags_minhash --out results.json
 
@@ -31,24 +31,7 @@ def by_datasketch(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return np.stack([each.hashvalues for each in found])
 
 
-def by_rensa(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """rensa's matrix of flat hashes; it comes as lists."""
-    from rensa import RMinHash
-
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(values, bounds.astype(np.uint64), minhash.PERMUTATIONS, 1)
-    return np.array(matrix.to_rows(), np.uint32)
-
-
-def by_rensa_unread(values: np.ndarray, bounds: np.ndarray) -> None:
-    """rensa's matrix, left inside it: what its own index would use."""
-    from rensa import RMinHash
-
-    RMinHash.digest_matrix_from_flat_token_hashes(values, bounds.astype(np.uint64), minhash.PERMUTATIONS, 1)
-
-
-METHODS = {
-    "numpy": minhash.signatures, "datasketch": by_datasketch, "rensa": by_rensa, "rensa, kept inside": by_rensa_unread,
-}  # fmt: skip
+METHODS = {"rensa": minhash.signatures, "datasketch": by_datasketch}
 
 
 def measure(signatures: Callable) -> dict:
@@ -78,11 +61,10 @@ def main() -> None:
     args = parser.parse_args()
     methods: dict[str, dict] = {}
     for name, signatures in METHODS.items():
-        package = name.partition(",")[0]
         try:
-            version = importlib.metadata.version(package)
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            print(f"{package} is not installed: left out")
+            print(f"{name} is not installed: left out")
             continue
         methods[name] = {"version": version, **measure(signatures)}
     write_json(args.out, {"similarity": SHARED / (2 * SET - SHARED), "methods": methods})

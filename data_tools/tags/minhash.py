@@ -1,12 +1,11 @@
-"""Shingles and MinHash signatures of many texts at once, in numpy.
+"""Shingles and MinHash signatures of many texts at once.
 
 A text is a run of words: letters and digits, a run of operators, or one character of a script that puts no blanks
 between words. A shingle is five words in a row, as a 64-bit hash. A signature holds for each of 128 permutations the
 smallest value over the text's shingles; two signatures agree in a share of places that estimates the Jaccard
 similarity of the two sets of shingles (Broder 1997). Signatures are cut into bands, and texts that share the hash of a
-band are candidates (locality-sensitive hashing).
-
-`benchmarks/tags_minhash.py` compares this with datasketch and rensa.
+band are candidates (locality-sensitive hashing). Signatures are rensa's, and `benchmarks/tags_minhash.py` compares with
+datasketch's.
 """
 
 import re
@@ -21,8 +20,8 @@ PERMUTATIONS = 128
 SEED = 1
 # A pair at the threshold shares no band with at most this probability.
 MISSED = 0.005
-# Shingles of a block: with its 128 permutations it stays in a core's cache.
-SHINGLES_AT_ONCE = 512
+# rensa gives signatures as lists of numbers, which take ten times an array's memory.
+TEXTS_AT_ONCE = 4096
 WORDS_REMEMBERED = 1 << 20
 
 # Thai, Lao, Myanmar, Khmer, kana, CJK ideographs with their extensions.
@@ -34,8 +33,6 @@ OPERATORS = "+\\-*/%=<>&|^~@#$\u00b1\u00d7\u00f7\u2190-\u22ff"
 _WORD = re.compile(rf"[{_WITHOUT_BLANKS}]|[^\W{_WITHOUT_BLANKS}]+|[{OPERATORS}]+|!(?==)|(?<!\w)!(?=\w)")
 
 _generator = np.random.default_rng(SEED)
-_FACTORS = _generator.integers(0, 1 << 32, PERMUTATIONS, np.uint32) | np.uint32(1)
-_OFFSETS = _generator.integers(0, 1 << 32, PERMUTATIONS, np.uint32)
 _POSITIONS = _generator.integers(0, 1 << 64, SHINGLE_WORDS, np.uint64) | np.uint64(1)
 
 
@@ -122,18 +119,16 @@ def signatures(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     Args:
         values, bounds: as `shingles` gives them.
     """
-    result = np.full((PERMUTATIONS, len(bounds) - 1), 0xFFFFFFFF, np.uint32)
-    held = np.flatnonzero(np.diff(bounds))
-    hashes = (values >> np.uint64(32)).astype(np.uint32)
-    place = 0
-    while place < len(held):
-        first = bounds[held[place]]
-        last = max(place + 1, int(np.searchsorted(bounds[held + 1], first + SHINGLES_AT_ONCE, side="right")))
-        part = held[place:last]
-        permuted = _FACTORS[:, None] * hashes[first : bounds[part[-1] + 1]] + _OFFSETS[:, None]
-        result[:, part] = np.minimum.reduceat(permuted, bounds[part] - first, axis=1)
-        place = last
-    return np.ascontiguousarray(result.T)
+    from rensa import RMinHash
+
+    result = np.empty((len(bounds) - 1, PERMUTATIONS), np.uint32)
+    for first in range(0, len(result), TEXTS_AT_ONCE):
+        part = bounds[first : first + TEXTS_AT_ONCE + 1]
+        found = RMinHash.digest_matrix_from_flat_token_hashes(
+            values[part[0] : part[-1]], (part - part[0]).astype(np.uint64), PERMUTATIONS, SEED
+        )
+        result[first : first + TEXTS_AT_ONCE] = found.to_rows()
+    return result
 
 
 def bands_for(similarity: float) -> tuple[int, int]:
