@@ -261,23 +261,31 @@ def _refused_by_the_fuser(config: Any, name: Callable[..., str]) -> Refusals:
 def _refused_until_run(config: Any, name: Callable[..., str]) -> Refusals:
     """What no GPU has been seen to train right: as `_refused_attention`."""
     graphs = name("cuda_graph_impl", config.cuda_graph_impl)
-    captures = config.enable_cuda_graph or config.cuda_graph_impl != "none"
     if config.enable_cuda_graph:
         graphs = name("enable_cuda_graph")
     yield (
-        bool(captures and config.context_parallel_size > 1),
+        bool(_captures(config) and config.context_parallel_size > 1),
         f"{graphs} and {name('context_parallel_size', config.context_parallel_size)}",
         f"its exchange was not captured on several GPUs yet; use {name('cuda_graph_impl', 'none')}",
     )
 
 
+def _captures(config: Any) -> bool:
+    """Whether anything runs in CUDA graphs."""
+    return bool(config.enable_cuda_graph or config.cuda_graph_impl != "none")
+
+
 def check_distillation(config: Any, name: Callable[..., str]) -> None:
-    """Refuse distillation in CUDA graphs and where no GPU has seen it right; `config` as in `check_settings`.
+    """Refuse distillation in CUDA graphs, and in FP8 whose losses were not near those in 16 bits on a GPU.
+
+    Args:
+        config: as in `check_settings`.
+        name: how an error names a setting.
 
     Raises:
         UsageError: one line with the setting and the way out.
     """
-    if config.enable_cuda_graph or config.cuda_graph_impl != "none":
+    if _captures(config):
         raise UsageError(
             "distillation does not go with CUDA graphs: a graph holds one pass of a layer, and here are two; use "
             f"{name('cuda_graph_impl', 'none')}"
